@@ -1,0 +1,185 @@
+"""Draw the active nodes of a plan, and the pairs (k, j) that split a trajectory in two, from a NumPy generator.
+
+Nodes count from the noise end: node i is the i-th network call of a rollout of N steps. The published methods count from the clean end
+with the reverse index N - i (1 is the last step); pair samplers keep their bounds in that unit, because the papers give them so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+__all__ = [
+    "PAIR_SAMPLERS",
+    "DirichletPair",
+    "MidpointJPair",
+    "MidpointPair",
+    "PairSampler",
+    "UniformPair",
+    "bridge_allocation",
+    "equally_spaced",
+    "late_biased",
+    "stratified",
+    "train_window",
+]
+
+
+def train_window(num_steps: int, tail_ratio: float, min_length: int = 1) -> tuple[int, int]:
+    """Steps [start, num_steps) open to gradients: the last ceil(num_steps tail_ratio) of them, and at least `min_length`."""
+    if not 0.0 < tail_ratio <= 1.0:
+        raise ValueError(f"tail_ratio must lie in (0, 1], got {tail_ratio}: 1 trains on the whole trajectory")
+    if num_steps < min_length:
+        raise ValueError(f"this method needs a rollout of at least {min_length} steps, got {num_steps}")
+    return num_steps - max(min_length, math.ceil(num_steps * tail_ratio)), num_steps
+
+
+def check_count(num_active: int, available: int) -> None:
+    """ValueError unless `num_active` nodes can be drawn from a window of `available` steps."""
+    if not 1 <= num_active <= available:
+        raise ValueError(
+            f"num_active must lie in [1, {available}], the steps of the train window, got {num_active}: "
+            "lower num_active, or raise the number of rollout steps or tail_ratio"
+        )
+
+
+def late_biased(nodes: Sequence[int], num_active: int, bias: float, rng: np.random.Generator, first_weight: int = 1) -> tuple[int, ...]:
+    """`num_active` of the consecutive `nodes`, drawn one after another without replacement, with probability ~ (offset + first_weight)^bias.
+
+    bias 0 is uniform; a larger bias favours the clean end. Returned in increasing order.
+    """
+    check_count(num_active, len(nodes))
+    mass = (np.arange(len(nodes)) + float(first_weight)) ** bias
+    drawn = rng.choice(len(nodes), size=num_active, replace=False, p=mass / mass.sum())
+    return tuple(sorted(int(nodes[i]) for i in drawn))
+
+
+def stratified(nodes: Sequence[int], num_active: int, rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """One node drawn uniformly from each of `num_active` consecutive, nearly equal strata; and each node's inclusion probability.
+
+    Dividing a node's weight by its probability makes the sum over the drawn nodes an unbiased estimate of the sum over all of them.
+    """
+    check_count(num_active, len(nodes))
+    strata = np.array_split(np.asarray(nodes), num_active)
+    return tuple(int(rng.choice(stratum)) for stratum in strata), tuple(1.0 / len(stratum) for stratum in strata)
+
+
+def equally_spaced(length: int, num_active: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """`num_active` of the first `length` nodes, a fixed stride length // num_active apart from a random start; all when there are too few."""
+    if num_active >= length:
+        return tuple(range(length))
+    stride = length // num_active
+    start = int(rng.integers(0, length - (num_active - 1) * stride))
+    return tuple(start + i * stride for i in range(num_active))
+
+
+def bridge_allocation(num_active: int, pre_length: int, post_length: int) -> tuple[int, int]:
+    """How many of `num_active` nodes fall before the bridge and how many at or after it: in proportion to the lengths, at least one each."""
+    if not 2 <= num_active <= pre_length + post_length:
+        raise ValueError(f"a bridge needs num_active in [2, {pre_length + post_length}] (one node on each side), got {num_active}")
+    pre = min(max(round(num_active * pre_length / (pre_length + post_length)), 1), pre_length)
+    post = min(max(num_active - pre, 1), post_length)
+    pre = min(num_active - post, pre_length)
+    return pre, num_active - pre
+
+
+class PairSampler(Protocol):
+    """Draws nodes (k, j), k < j, inside the train window [start, num_steps)."""
+
+    def __call__(self, num_steps: int, start: int, rng: np.random.Generator) -> tuple[int, int]: ...
+
+
+@dataclass(frozen=True)
+class UniformPair:
+    """Two distinct reverse indices from [min_rev, max_rev), the larger is k. With max_j_rev: j uniform among at most it, then k beyond."""
+
+    min_rev: int = 1
+    max_rev: int | None = None
+    max_j_rev: int | None = None
+
+    def __call__(self, num_steps, start, rng):
+        lo, hi = reverse_bounds(self, num_steps, start, fewest=2)
+        if self.max_j_rev is None:
+            k_rev, j_rev = sorted(rng.choice(np.arange(lo, hi), size=2, replace=False), reverse=True)
+        else:
+            j_rev = rng.integers(lo, min(self.max_j_rev, hi - 2) + 1)
+            k_rev = rng.integers(j_rev + 1, hi)
+        return int(num_steps - k_rev), int(num_steps - j_rev)
+
+
+@dataclass(frozen=True)
+class DirichletPair:
+    """The window cut in three lengths (clean end | j ... k | noise end) by a Dirichlet draw, each at least one step long.
+
+    max_j_rev caps the clean-end part and hands the overflow to the noise end, so that the gap between k and j is kept.
+    """
+
+    alpha: tuple[float, float, float] = (2.5, 6.0, 2.0)
+    min_rev: int = 1
+    max_rev: int | None = None
+    max_j_rev: int | None = None
+
+    def __post_init__(self):
+        if len(self.alpha) != 3 or not all(a > 0 for a in self.alpha):
+            raise ValueError(f"dirichlet alpha must be three positive numbers (clean end, between, noise end), got {self.alpha}")
+
+    def __call__(self, num_steps, start, rng):
+        lo, hi = reverse_bounds(self, num_steps, start, fewest=3)
+        proportions = rng.dirichlet(self.alpha)
+        lengths = np.round(proportions * (hi - lo)).astype(int)
+        lengths[np.argmax(proportions)] += hi - lo - lengths.sum()
+        lengths = np.maximum(lengths, 1)
+        lengths[np.argmax(lengths)] += hi - lo - lengths.sum()
+        clean, between, _ = (int(length) for length in lengths)
+        if self.max_j_rev is not None:
+            clean = min(clean, max(1, self.max_j_rev - lo))
+        return num_steps - lo - clean - between, num_steps - lo - clean
+
+
+@dataclass(frozen=True)
+class MidpointPair:
+    """k uniform in the window, j halfway between k and the clean end."""
+
+    min_rev: int = 1
+    max_rev: int | None = None
+
+    def __call__(self, num_steps, start, rng):
+        lo, hi = reverse_bounds(self, num_steps, start, fewest=2)
+        k = int(num_steps - rng.integers(lo + 1, hi))
+        return k, max((k + num_steps) // 2, k + 1)
+
+
+@dataclass(frozen=True)
+class MidpointJPair:
+    """j uniform in the window, k halfway between the noise end of the rollout and j (the window does not bound k)."""
+
+    min_rev: int = 1
+    max_rev: int | None = None
+
+    def __call__(self, num_steps, start, rng):
+        lo, hi = reverse_bounds(self, num_steps, start, fewest=2)
+        j = int(num_steps - rng.integers(lo, hi - 1))
+        return j // 2, j
+
+
+def reverse_bounds(pairs, num_steps: int, start: int, fewest: int) -> tuple[int, int]:
+    """Reverse indices [lo, hi) open to a pair sampler; ValueError when fewer than `fewest` are left."""
+    lo, hi = max(pairs.min_rev, 1), num_steps - start + 1
+    hi = hi if pairs.max_rev is None else min(pairs.max_rev, hi)
+    if hi - lo < fewest:
+        raise ValueError(
+            f"{type(pairs).__name__} needs at least {fewest} reverse indices, but min_rev = {pairs.min_rev}, max_rev = {pairs.max_rev} "
+            f"and a window of {num_steps - start} steps leave [{lo}, {hi}): widen them"
+        )
+    return lo, hi
+
+
+PAIR_SAMPLERS: dict[str, type] = {
+    "uniform": UniformPair,
+    "dirichlet": DirichletPair,
+    "midpoint": MidpointPair,
+    "midpoint_j": MidpointJPair,
+}

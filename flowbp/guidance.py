@@ -1,0 +1,75 @@
+"""Classifier-free guidance: turns a network's velocity into the guided velocity that the rollout and the sweep see.
+
+    v = v_neg + scale (v_pos - v_neg)          scale > 1; otherwise v = v_pos alone
+
+It owns the gradient policy of the negative branch. Detached (the default), v_neg is a constant for parameters and input, so the VJP of v
+is scale times the VJP of v_pos, and a replay does not run the negative branch at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Conditioning", "Guidance", "GuidedVelocity", "NetworkVelocity"]
+
+Conditioning = Mapping[str, Tensor]  # named tensors, each [B, ...]
+NetworkVelocity = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x [B, *S], sigma [], conditioning) -> velocity [B, *S]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How much guidance, and what its gradient is.
+
+    scale             weight of the positive branch; 1 or less runs the positive branch alone
+    detach_negative   the negative branch is a constant in the backward pass
+    compensate        divide the gradient by `scale`, which otherwise multiplies it
+    """
+
+    scale: float = 1.0
+    detach_negative: bool = True
+    compensate: bool = False
+
+    @property
+    def active(self) -> bool:
+        return self.scale > 1.0
+
+    @property
+    def divisor(self) -> float:
+        """What the loss is divided by before its backward pass."""
+        return self.scale if self.compensate and self.active else 1.0
+
+
+class GuidedVelocity:
+    """The velocity of one batch: (x [B, *S], sigma []) -> [B, *S], with its conditioning bound. Value and gradient follow `guidance`."""
+
+    def __init__(self, network: NetworkVelocity, positive: Conditioning, negative: Conditioning | None, guidance: Guidance):
+        if guidance.active and negative is None:
+            raise ValueError(f"guidance scale {guidance.scale} needs the negative conditioning: encode the empty prompt, or set scale to 1")
+        self.network, self.positive, self.negative, self.guidance = network, positive, negative, guidance
+        if guidance.active:
+            self._both = {name: torch.cat([negative[name], positive[name]]) for name in positive}
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        positive, negative = self.branches(x, sigma)
+        return positive if negative is None else negative + self.guidance.scale * (positive - negative)
+
+    def branches(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(v_pos, v_neg), in one batched network call unless only v_pos records a graph; v_neg is None without guidance."""
+        if not self.guidance.active:
+            return self.network(x, sigma, self.positive), None
+        if torch.is_grad_enabled() and self.guidance.detach_negative:
+            with torch.no_grad():
+                negative = self.network(x, sigma, self.negative)
+            return self.network(x, sigma, self.positive), negative
+        negative, positive = self.network(torch.cat([x, x]), sigma, self._both).chunk(2)
+        return positive, negative
+
+    def replay(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """A tensor with the guided velocity's VJP. Its value differs from the velocity's when the negative branch is a constant."""
+        if self.guidance.active and self.guidance.detach_negative:
+            return self.guidance.scale * self.network(x, sigma, self.positive)
+        return self(x, sigma)

@@ -1,0 +1,51 @@
+"""The methods: each a small frozen dataclass whose fields are its hyperparameters and whose `plan` draws a SurrogatePlan.
+
+| name            | reward-model input       | active set                    | weights            | bridge      |
+|-----------------|--------------------------|-------------------------------|--------------------|-------------|
+| refl            | posterior mean, node i   | i, among the last n           | leap               |             |
+| draft-lv        | posterior mean, last     | last node + re-noised copies  | leap               |             |
+| drtune          | posterior mean, node e   | K equally spaced up to e      | Euler              |             |
+| leapalign       | sampled image            | k, j                          | two leaps          | j, alpha    |
+| flowbp-sparse   | sampled image            | K late-biased                 | Euler, rescaled    |             |
+| flowbp-bridge   | sampled image            | K late-biased on both sides   | Euler, rescaled    | j, alpha    |
+| flowbp-lagrange | sampled image            | first supports of each leap   | Lagrange, rescaled | j, alpha    |
+
+Besides `plan(sigmas, rng)`, which draws the indices, every method has `at(sigmas, ...)`, which takes them: any published case can be
+rebuilt exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from flowbp.methods.draft_lv import DRaFTLV
+from flowbp.methods.drtune import DRTune
+from flowbp.methods.flowbp_bridge import FlowBPBridge
+from flowbp.methods.flowbp_lagrange import FlowBPLagrange
+from flowbp.methods.flowbp_sparse import FlowBPSparse
+from flowbp.methods.leapalign import LeapAlign
+from flowbp.methods.refl import ReFL
+from flowbp.plan import SurrogatePlan
+
+__all__ = ["METHODS", "DRTune", "DRaFTLV", "FlowBPBridge", "FlowBPLagrange", "FlowBPSparse", "LeapAlign", "Method", "ReFL"]
+
+
+class Method(Protocol):
+    """Anything that draws a plan. Write your own as a frozen dataclass and add it to METHODS to use it from a config."""
+
+    def plan(self, sigmas: np.ndarray, rng: np.random.Generator) -> SurrogatePlan:
+        """A plan for the noise levels `sigmas` [N + 1], strictly decreasing to 0. Raises ValueError when N is too small for the method."""
+        ...
+
+
+METHODS: dict[str, type] = {
+    "refl": ReFL,
+    "draft-lv": DRaFTLV,
+    "drtune": DRTune,
+    "leapalign": LeapAlign,
+    "flowbp-sparse": FlowBPSparse,
+    "flowbp-bridge": FlowBPBridge,
+    "flowbp-lagrange": FlowBPLagrange,
+}

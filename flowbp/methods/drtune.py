@@ -1,0 +1,39 @@
+"""DRTune: a few equally spaced steps, network inputs detached, with an early stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from flowbp.active_sets import check_count, equally_spaced
+from flowbp.plan import PosteriorMean, SurrogatePlan
+from flowbp.quadrature import check_sigmas, euler, leap
+
+
+@dataclass(frozen=True)
+class DRTune:
+    """Deep reward tuning (Wu et al. 2024, arXiv 2405.00760): K equally spaced nodes up to an early stop e.
+
+    The stop is drawn among the last round(N early_stop_ratio) nodes (0: always the last one) and its posterior mean is rewarded. The sum of
+    Euler steps carries gradient, the network's inputs do not.
+    """
+
+    num_active: int = 3
+    early_stop_ratio: float = 0.4
+
+    def plan(self, sigmas, rng) -> SurrogatePlan:
+        num_steps = len(sigmas) - 1
+        check_count(self.num_active, num_steps)
+        if not 0.0 <= self.early_stop_ratio <= 1.0:
+            raise ValueError(f"early_stop_ratio must lie in [0, 1], got {self.early_stop_ratio}: 0 never stops early")
+        latest = round(num_steps * self.early_stop_ratio)
+        stop = num_steps - (int(rng.integers(1, latest + 1)) if latest else 1)
+        return self.at(sigmas, stop, equally_spaced(stop + 1, self.num_active, rng))
+
+    def at(self, sigmas, stop: int, active) -> SurrogatePlan:
+        sigmas = check_sigmas(sigmas)
+        nodes = np.arange(stop + 1)
+        weights = euler(sigmas, nodes)
+        weights[stop] = leap(sigmas, stop, -1)
+        return SurrogatePlan(nodes, weights, np.where(np.isin(nodes, active), weights, 0.0), reward_input=PosteriorMean(stop))

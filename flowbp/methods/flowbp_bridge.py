@@ -1,0 +1,39 @@
+"""FlowBP-Bridge: sparse Euler steps on both sides of a gated bridge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flowbp.active_sets import PairSampler, UniformPair, bridge_allocation, check_count, late_biased, train_window
+from flowbp.methods.flowbp_sparse import sparse_euler
+from flowbp.plan import Bridge, SurrogatePlan
+
+
+@dataclass(frozen=True)
+class FlowBPBridge:
+    """FlowBP-Sparse with one Jacobian factor: the gradient at node j also flows into its input, through the gate alpha, and on to the active
+    nodes before j (Wang et al. 2026, arXiv 2606.11075).
+
+    j comes from `pairs`; the other num_active - 1 nodes are shared out in proportion to the lengths of the two sides.
+    """
+
+    num_active: int = 5
+    late_bias: float = 4.0
+    rescale: float = 0.0
+    alpha: float = 0.5
+    pairs: PairSampler = UniformPair()
+    tail_ratio: float = 1.0
+
+    def plan(self, sigmas, rng) -> SurrogatePlan:
+        num_steps = len(sigmas) - 1
+        start, stop = train_window(num_steps, self.tail_ratio, min_length=3)
+        check_count(self.num_active, stop - start)
+        _, j = self.pairs(num_steps, start, rng)
+        num_pre, num_post = bridge_allocation(self.num_active, j - start, stop - j)
+        pre = late_biased(range(start, j), num_pre, self.late_bias, rng)
+        post = late_biased(range(j + 1, stop), num_post - 1, self.late_bias, rng) if num_post > 1 else ()
+        return self.at(sigmas, j, (*pre, j, *post))
+
+    def at(self, sigmas, j: int, active) -> SurrogatePlan:
+        nodes, weights, grad_weights = sparse_euler(sigmas, active, self.rescale, self.tail_ratio, min_window=3)
+        return SurrogatePlan(nodes, weights, grad_weights, bridge=Bridge(j, self.alpha))

@@ -1,0 +1,44 @@
+"""FlowBP-Sparse: a late-biased random subset of the solver's own steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from flowbp.active_sets import late_biased, train_window
+from flowbp.plan import SurrogatePlan
+from flowbp.quadrature import check_sigmas, euler, rescale_factor
+
+
+@dataclass(frozen=True)
+class FlowBPSparse:
+    """The Euler sum over all steps, of which `num_active` carry gradient (Wang et al. 2026, arXiv 2606.11075).
+
+    Nodes are drawn without replacement from the last `tail_ratio` of the trajectory, with probability ~ (i + 1)^late_bias. `rescale` in
+    [0, 1] makes up for the steps that are left out, by the factor 1 + rescale (T / A - 1) on every gradient.
+    """
+
+    num_active: int = 4
+    late_bias: float = 1.0
+    rescale: float = 0.5
+    tail_ratio: float = 1.0
+
+    def plan(self, sigmas, rng) -> SurrogatePlan:
+        start, stop = train_window(len(sigmas) - 1, self.tail_ratio)
+        return self.at(sigmas, late_biased(range(start, stop), self.num_active, self.late_bias, rng, first_weight=start + 1))
+
+    def at(self, sigmas, active) -> SurrogatePlan:
+        nodes, weights, grad_weights = sparse_euler(sigmas, active, self.rescale, self.tail_ratio, min_window=1)
+        return SurrogatePlan(nodes, weights, grad_weights)
+
+
+def sparse_euler(sigmas, active, rescale: float, tail_ratio: float, min_window: int):
+    """Nodes, Euler weights and gradient weights (rescaled on `active`, zero elsewhere) of a rollout; T is summed over the train window."""
+    sigmas = check_sigmas(sigmas)
+    nodes = np.arange(len(sigmas) - 1)
+    weights = euler(sigmas, nodes)
+    is_active = np.isin(nodes, active)
+    window = slice(*train_window(len(nodes), tail_ratio, min_window))
+    rho = rescale_factor(np.abs(weights[window]).sum(), np.abs(weights[is_active]).sum(), rescale)
+    return nodes, weights, np.where(is_active, rho * weights, 0.0)

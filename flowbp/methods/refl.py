@@ -1,0 +1,29 @@
+"""ReFL: reward the one-step prediction from a late node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flowbp.plan import PosteriorMean, SurrogatePlan
+from flowbp.quadrature import check_sigmas, leap
+
+
+@dataclass(frozen=True)
+class ReFL:
+    """Reward feedback learning (Xu et al. 2023, arXiv 2304.05977): the posterior mean of one node among the last `last_n`.
+
+    One leap to the clean end, one VJP, and a rollout that stops at the node.
+    """
+
+    last_n: int = 11
+
+    def plan(self, sigmas, rng) -> SurrogatePlan:
+        num_steps = len(sigmas) - 1
+        if not 1 <= self.last_n <= num_steps:
+            raise ValueError(f"last_n must lie in [1, {num_steps}], the steps of the rollout, got {self.last_n}")
+        return self.at(sigmas, num_steps - int(rng.integers(1, self.last_n + 1)))
+
+    def at(self, sigmas, node: int) -> SurrogatePlan:
+        sigmas = check_sigmas(sigmas)
+        weight = leap(sigmas, node, -1)
+        return SurrogatePlan((node,), (weight,), (weight,), start=node, reward_input=PosteriorMean(node))

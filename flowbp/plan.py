@@ -1,0 +1,153 @@
+"""A surrogate plan: one point of the design space of reward backpropagation, as a flat table of numbers.
+
+A rollout visits latents x_0 ... x_N at noise levels sigma_0 > ... > sigma_N = 0 with velocities v_0 ... v_{N-1}. A plan says how a
+reward gradient travels back through the *cached* rollout without the chain of Jacobians. Its four axes (Wang et al. 2026,
+arXiv 2606.11075):
+
+    reward-model input   the sampled image x_N, or the posterior mean x_e - sigma_e v_e of an earlier node
+    active set           the nodes that are re-forwarded with gradient: those whose gradient weight is not zero
+    integration weights  `weights` give the surrogate its value, `grad_weights` scale each active node's VJP
+    bridge coupling      at most one node j whose network input also carries gradient, through a gate alpha
+
+A method draws a plan from the noise levels and a random generator; `flowbp.surrogate` runs any plan. NumPy and torch are not needed here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["Bridge", "PosteriorMean", "Similarity", "SurrogatePlan"]
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """Two quadratures joined at `node` j: the latent x_j that the first one predicts is fed again to the network.
+
+    alpha in [0, 1] scales the gradient that enters the network's input at j, never a value. alpha = 0 cuts that path (no input gradient
+    is computed), alpha = 1 keeps it whole. The identity path into x_j is never damped.
+    """
+
+    node: int
+    alpha: float
+
+    def __post_init__(self):
+        if not 0.0 <= self.alpha <= 1.0:  # also refuses NaN
+            raise ValueError(f"bridge alpha must lie in [0, 1], got {self.alpha}: 0 cuts the cross-node path, 1 keeps it whole")
+
+
+@dataclass(frozen=True)
+class PosteriorMean:
+    """Reward-model input x_at - sigma_at v_at, the network's one-step prediction of the clean sample at node `at`."""
+
+    at: int
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Per-sample weight 1 / (max(d_j, tau) + max(d_0, tau)) from the residuals of the plan's two quadratures (LeapAlign, eq. 9).
+
+    Samples whose raw residual exceeds `max_dj` or `max_d0` are dropped from the loss (None keeps all).
+    """
+
+    tau: float
+    max_dj: float | None = None
+    max_d0: float | None = None
+
+    def __post_init__(self):
+        if not self.tau > 0:
+            raise ValueError(f"similarity tau must be positive, got {self.tau}: it is the floor under each residual")
+
+
+@dataclass(frozen=True)
+class SurrogatePlan:
+    """Nodes and weights of a surrogate backward trajectory. All sequences run from the noise end to the clean end.
+
+    nodes         indices into the rollout, strictly increasing: active nodes and the supports of the quadrature
+    weights       value weights, signed, in sigma units: x_hat = x_start + sum_k weights[k] v_{nodes[k]} approximates the reward input
+    grad_weights  weight of each node's VJP (rescaling and damping folded in); 0 means the node is only read from the cache
+    start         the latent that the quadrature starts from
+    reward_input  None: the sampled image x_N, value exact and gradient the surrogate's (straight-through); or a PosteriorMean
+    bridge        the node where the quadrature is split in two, with its gradient gate
+    similarity    how residuals weigh the samples; None weighs them equally
+    num_renoised  extra copies of the sample, re-noised to the last noise level and denoised in one step (DRaFT-LV)
+
+    Its gradient, with g = dR/dx_hat and every node input detached:
+
+        dR/dtheta = sum_i grad_weights_i (dv_i/dtheta)^T c_i
+        c_i = g                                          i >= j, or no bridge
+        c_i = g + alpha grad_weights_j (dv_j/dx)^T g     i <  j
+    """
+
+    nodes: tuple[int, ...]
+    weights: tuple[float, ...]
+    grad_weights: tuple[float, ...]
+    start: int = 0
+    reward_input: PosteriorMean | None = None
+    bridge: Bridge | None = None
+    similarity: Similarity | None = None
+    num_renoised: int = 0
+
+    def __post_init__(self):
+        for name in ("nodes", "weights", "grad_weights"):  # accept any sequence, NumPy scalars included; store hashable Python numbers
+            convert = int if name == "nodes" else float
+            object.__setattr__(self, name, tuple(convert(value) for value in getattr(self, name)))
+        sizes = (len(self.nodes), len(self.weights), len(self.grad_weights))
+        if len(set(sizes)) != 1 or not self.nodes:
+            raise ValueError(f"a plan needs as many weights and grad_weights as nodes, and at least one node; got {sizes}")
+        if any(a >= b for a, b in zip(self.nodes, self.nodes[1:], strict=False)) or self.nodes[0] < 0:
+            raise ValueError(f"plan nodes must be non-negative and strictly increasing, got {self.nodes}: sort them, drop repeats")
+        for name in ("weights", "grad_weights"):
+            if not all(map(math.isfinite, getattr(self, name))):
+                raise ValueError(f"plan {name} must be finite, got {getattr(self, name)}")
+        if not self.active:
+            raise ValueError(f"no node of {self.nodes} has a gradient weight: give at least one node a non-zero grad_weight")
+        if not 0 <= self.start <= self.nodes[0]:
+            raise ValueError(f"plan start must lie in [0, {self.nodes[0]}], at or before the first node, got {self.start}")
+        if self.bridge is not None and self.bridge.node not in self.nodes:
+            raise ValueError(f"bridge node {self.bridge.node} must be a node of the plan; its nodes are {self.nodes}")
+        if self.reward_input is not None and self.reward_input.at != self.nodes[-1]:
+            raise ValueError(f"the posterior mean must be taken at the plan's last node {self.nodes[-1]}, got {self.reward_input.at}")
+        if self.similarity is not None and self.bridge is None:
+            raise ValueError("similarity weights compare two joined quadratures: give the plan a bridge, or similarity=None")
+        if self.num_renoised < 0:
+            raise ValueError(f"num_renoised must be 0 or more, got {self.num_renoised}")
+
+    @property
+    def active(self) -> tuple[tuple[int, float], ...]:
+        """(node, gradient weight) of the active set, noise end first."""
+        return tuple((i, w) for i, w in zip(self.nodes, self.grad_weights, strict=True) if w != 0.0)
+
+    @property
+    def active_bridge(self) -> Bridge | None:
+        """The bridge if any gradient crosses it: its gate is open, its node is active, and an earlier active node receives it."""
+        active = dict(self.active)
+        crosses = self.bridge and self.bridge.alpha > 0 and self.bridge.node in active and min(active) < self.bridge.node
+        return self.bridge if crosses else None
+
+    def num_steps(self, total: int) -> int:
+        """Network steps that the rollout must take: all `total`, or up to the node of the posterior mean."""
+        return total if self.reward_input is None else self.reward_input.at + 1
+
+    @property
+    def cached_latents(self) -> frozenset[int]:
+        """Nodes whose latent the sweep, the reward input or the residuals read (x_N is always kept)."""
+        read = {i for i, _ in self.active}
+        if self.reward_input is not None:
+            read.add(self.reward_input.at)
+        if self.similarity is not None:
+            read |= {self.start, self.bridge.node}
+        return frozenset(read)
+
+    @property
+    def cached_velocities(self) -> frozenset[int]:
+        """Nodes whose velocity the reward input or the residuals read."""
+        read = set() if self.reward_input is None else {self.reward_input.at}
+        return frozenset(read | set(self.nodes)) if self.similarity is not None else frozenset(read)
+
+    def check(self, total: int) -> None:
+        """Raise ValueError unless every index exists in a rollout of `total` steps."""
+        if self.nodes[-1] >= total:
+            raise ValueError(f"plan node {self.nodes[-1]} lies outside a rollout of {total} steps: nodes run from 0 to {total - 1}")
+        if self.num_renoised and self.nodes[-1] != total - 1:
+            raise ValueError(f"re-noised copies are denoised from the last node {total - 1}, but the plan ends at {self.nodes[-1]}")

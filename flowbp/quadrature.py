@@ -1,0 +1,89 @@
+"""Quadrature rules for integrating a velocity over an interval of noise levels.
+
+A rule on nodes i_1 < ... < i_K of the steps [start, stop) returns weights w with
+    sum_k w_k v(sigma_{i_k})  ~  integral of v from sigma_start to sigma_stop.
+Weights are in sigma units and signed (sigma decreases towards the clean end, so a positive rule has negative weights), and always sum to
+sigma_stop - sigma_start. Everything is computed in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+__all__ = ["check_sigmas", "euler", "lagrange", "lagrange_supports", "leap", "rescale_factor", "uniform"]
+
+
+def check_sigmas(sigmas: Sequence[float]) -> np.ndarray:
+    """The noise levels [N + 1] as float64; ValueError unless they are finite, strictly decreasing, and end at 0."""
+    levels = np.asarray(sigmas, dtype=np.float64)
+    if levels.ndim != 1 or len(levels) < 2:
+        raise ValueError(f"sigmas must be a vector of at least two noise levels, got shape {levels.shape}")
+    if not np.all(np.isfinite(levels)):
+        raise ValueError(f"sigmas must be finite, got {levels.tolist()}")
+    rising = np.flatnonzero(np.diff(levels) >= 0)
+    if len(rising):
+        i = int(rising[0])
+        raise ValueError(f"sigmas must strictly decrease, but sigmas[{i}] = {levels[i]:.6g} and sigmas[{i + 1}] = {levels[i + 1]:.6g}")
+    if levels[-1] != 0.0:
+        raise ValueError(f"sigmas must end at the clean end, 0, got {levels[-1]:.6g}: append a final 0")
+    return levels
+
+
+def euler(sigmas: np.ndarray, nodes: Sequence[int]) -> np.ndarray:
+    """The solver's own step at each node, h_i = sigma_{i+1} - sigma_i: exact for the Euler rollout when the nodes are all its steps."""
+    nodes = np.asarray(nodes, dtype=int)
+    return sigmas[nodes + 1] - sigmas[nodes]
+
+
+def leap(sigmas: np.ndarray, start: int, stop: int) -> float:
+    """The one-node rule at `start`: the whole signed length sigma_stop - sigma_start on one velocity."""
+    return float(sigmas[stop] - sigmas[start])
+
+
+def uniform(sigmas: np.ndarray, nodes: Sequence[int], start: int, stop: int) -> np.ndarray:
+    """Equal weights. First order only, but every weight keeps the sign of the interval."""
+    return np.full(len(nodes), leap(sigmas, start, stop) / len(nodes))
+
+
+def lagrange(sigmas: np.ndarray, nodes: Sequence[int], start: int, stop: int) -> np.ndarray:
+    """Interpolatory quadrature: w_m = integral from sigma_start to sigma_stop of the m-th Lagrange basis polynomial on the nodes' sigmas.
+
+    Exact for velocities polynomial in sigma of degree < K. On uneven nodes a weight may take the sign opposite to the interval's; its
+    node's gradient then points away from that of the full chain. `uniform` never does. Source: arXiv 2606.11075, eq. for FlowBP-Lagrange.
+    """
+    x = sigmas[np.asarray(nodes, dtype=int)]
+    middle, half = (sigmas[stop] + sigmas[start]) / 2, (sigmas[stop] - sigmas[start]) / 2
+    points, point_weights = np.polynomial.legendre.leggauss(len(x) // 2 + 1)  # exact for the basis, of degree K - 1
+    t = middle + half * points
+    weights = []
+    for m in range(len(x)):
+        others = np.delete(x, m)
+        basis = np.prod((t[:, None] - others) / (x[m] - others), axis=1)
+        weights.append(half * point_weights @ basis)
+    return np.array(weights)
+
+
+def lagrange_supports(start: int, stop: int, order: int) -> tuple[int, ...]:
+    """At most `order` nodes spread evenly over the steps [start, stop), the first and the last step included; `stop` never is one.
+
+    start + round(m (L - 1) / (order - 1)), m = 0 ... order - 1, rounding half to even; all steps when L = stop - start <= order.
+    """
+    if order < 1:
+        raise ValueError(f"quadrature order must be at least 1, got {order}")
+    length = stop - start
+    if length <= order:
+        return tuple(range(start, stop))
+    if order == 1:
+        return (start,)
+    return tuple(sorted({start + round(m * (length - 1) / (order - 1)) for m in range(order)}))
+
+
+def rescale_factor(total: float, active: float, strength: float) -> float:
+    """rho = 1 + strength (total / active - 1): makes up for the share of the interval that the active nodes do not cover.
+
+    total and active are sums of absolute weights; strength 0 leaves the gradient as it is, 1 restores the full length. It multiplies
+    gradients only, never a value.
+    """
+    return 1.0 + strength * (total / active - 1.0) if strength > 0 and active > 1e-8 else 1.0
