@@ -1,0 +1,43 @@
+"""Backbones: diffusers pipelines behind one protocol. They talk diffusers and never see a method.
+
+A backbone is chosen by the pipeline class that a checkpoint names in its model_index.json; adding one is one file and one line here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from flowbp.backbones.base import Backbone
+from flowbp.backbones.sd3 import SD3Backbone
+
+__all__ = ["BACKBONES", "KNOWN_MODELS", "Backbone", "load_backbone"]
+
+BACKBONES: dict[str, type] = {"StableDiffusion3Pipeline": SD3Backbone}
+
+KNOWN_MODELS = {"sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium"}
+
+
+def load_backbone(name: str, dtype: str = "float32", device: str = "cpu") -> Backbone:
+    """The backbone of `name`: "shapes" (the embedded model), a known model, a local pipeline folder, or a Hub id.
+
+    dtype: of the weights, "float32", "bfloat16" or "float16". Raises ValueError for a folder that is no pipeline or whose class has no
+    backbone here.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    if name == "shapes":
+        from flowbp.shapes import PIPELINE
+
+        location = str(PIPELINE)
+    else:
+        location = KNOWN_MODELS.get(name, name)
+        if os.path.isdir(location) and not Path(location, "model_index.json").is_file():
+            raise ValueError(f"{location} holds no model_index.json: pass the folder of a diffusers pipeline")
+    offline = os.path.isdir(location)
+    class_name = DiffusionPipeline.load_config(location, local_files_only=offline)["_class_name"]
+    if class_name not in BACKBONES:
+        raise ValueError(f"no backbone for {class_name} ({location}); there is one for {', '.join(BACKBONES)}")
+    pipe = DiffusionPipeline.from_pretrained(location, torch_dtype=getattr(torch, dtype), local_files_only=offline)
+    return BACKBONES[class_name](pipe.to(device))

@@ -1,0 +1,177 @@
+"""The command line: train, sample, eval, plan, doctor."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Align text-to-image flow models by reward backpropagation.")
+console = Console()
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value overrides, such as method.alpha=0.3")]
+
+
+def main() -> None:
+    """Run the command line; errors of the user's making end with one clear message instead of a traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="a YAML file, or a preset such as demo")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="go on from the run's last checkpoint")] = False,
+    overwrite: Annotated[bool, typer.Option(help="delete the run that the output folder holds")] = False,
+) -> None:
+    """Fine-tune a backbone; writes weights, metrics, samples and report.html into the config's output folder."""
+    from flowbp.config import load
+    from flowbp.trainer import train as run
+
+    output = run(load(config, overrides or ()), resume, overwrite)
+    if (output / "evaluation.json").is_file():
+        console.print(comparison_table(output))
+    console.print(f"report: {(output / 'report.html').resolve()}", soft_wrap=True)
+
+
+@app.command()
+def sample(
+    config: Annotated[str, typer.Argument(help="the config.yaml of a run, or a preset")],
+    prompts: Annotated[list[str], typer.Argument(help="prompts to draw")],
+    weights: Annotated[Path | None, typer.Option(help="folder of a finished run; without it the base model is drawn")] = None,
+    out: Annotated[Path, typer.Option(help="PNG to write")] = Path("samples.png"),
+    seed: Annotated[int, typer.Option(help="seed of the initial noise")] = 0,
+) -> None:
+    """Draw prompts with the base or the tuned model."""
+    from flowbp import checkpoint, evaluation, figures
+    from flowbp.backbones import load_backbone
+    from flowbp.config import load
+    from flowbp.data import sample_seeds
+
+    run = load(config)
+    backbone = load_backbone(run.backbone.name, run.backbone.dtype)
+    if weights is not None:
+        checkpoint.load_weights(backbone, weights)
+    images = evaluation.generate(backbone, prompts, sample_seeds(seed, count=len(prompts)), run.rollout, run.guidance)
+    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+    figures.sample_grid(pixels, prompts, [None] * len(prompts), columns=min(4, len(prompts))).savefig(out, dpi=110)
+    console.print(f"wrote {out}")
+
+
+@app.command("eval")
+def evaluate(
+    config: Annotated[str, typer.Argument(help="the config.yaml of a run, or a preset")],
+    overrides: Overrides = None,
+    weights: Annotated[Path | None, typer.Option(help="folder of a finished run; without it the base model is scored")] = None,
+    csv: Annotated[Path | None, typer.Option(help="write one row an image")] = None,
+) -> None:
+    """Score the base or the tuned model: reward, monitors and checker, by category."""
+    from tqdm import tqdm
+
+    from flowbp import checkpoint, evaluation
+    from flowbp.backbones import load_backbone
+    from flowbp.config import ConfigError, load
+    from flowbp.data import load_prompts
+    from flowbp.rewards import load_reward
+
+    run = load(config, overrides or ())
+    if run.evaluation is None:
+        raise ConfigError("this config has no evaluation: add evaluation.prompts=... to say what to score")
+    prompts = load_prompts(run.evaluation.prompts)
+    backbone = load_backbone(run.backbone.name, run.backbone.dtype)
+    if weights is not None:
+        checkpoint.load_weights(backbone, weights)
+    named = evaluation.scorers(load_reward(run.reward.name, run.reward.model), run.evaluation)
+    with tqdm(total=run.evaluation.samples, desc="evaluate", unit="image") as bar:
+        scores = evaluation.evaluate(backbone, prompts, run.evaluation, run.rollout, run.guidance, named, bar.update)
+    if csv is not None:
+        scores.write_csv(csv)
+    table = Table("metric", "category", "images", "mean", title=f"{weights or 'base'} on {run.evaluation.prompts}")
+    for metric, category, count, mean in evaluation.summarise(scores):
+        table.add_row(metric if category == "all" else "", category, str(count), f"{mean:.4f}", end_section=False)
+    console.print(table)
+
+
+@app.command()
+def plan(
+    method: Annotated[str, typer.Argument(help="a method's name, such as flowbp-lagrange")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="field=value of the method, such as alpha=0.3")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="rollout steps")] = 25,
+    shift: Annotated[float, typer.Option(help="timestep shift of the noise schedule")] = 3.0,
+    seed: Annotated[int, typer.Option(help="seed of the draw")] = 0,
+    png: Annotated[Path | None, typer.Option(help="also draw the plan")] = None,
+) -> None:
+    """Draw one plan of a method and print its nodes, noise levels, weights and bridge."""
+    import numpy as np
+
+    from flowbp.config import build_method, parse_overrides
+
+    u = 1.0 - np.arange(steps) / steps
+    sigmas = np.append(shift * u / (1.0 + (shift - 1.0) * u), 0.0)
+    drawn = build_method({"name": method} | parse_overrides(overrides or ())).plan(sigmas, np.random.default_rng(seed))
+    console.print(plan_table(drawn, sigmas, f"{method}, {steps} steps, seed {seed}"))
+    sees = "the sample" if drawn.reward_input is None else f"the posterior mean at node {drawn.reward_input.at}"
+    console.print(f"reward sees {sees}; bridge: {drawn.bridge or 'none'}; re-noised copies: {drawn.num_renoised}", highlight=False)
+    if png is not None:
+        from flowbp.figures import draw_plan
+
+        draw_plan(drawn, sigmas, f"{method}: one plan of {steps} steps").savefig(png, dpi=130)
+        console.print(f"wrote {png}")
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, the device, and which kernels run and why."""
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    import flowbp
+    from flowbp_kernels import backend
+
+    table = Table("what", "found", title="flowbp doctor")
+    table.add_row("flowbp", flowbp.__version__)
+    table.add_row("python", platform.python_version())
+    for package in ("torch", "diffusers", "transformers", "peft", "accelerate", "triton"):
+        try:
+            table.add_row(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(package, "not installed")
+    cuda = torch.cuda.is_available()
+    table.add_row("device", torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads")
+    table.add_row("kernels", backend.describe())
+    console.print(table)
+
+
+def plan_table(drawn, sigmas, title: str) -> Table:
+    """The plan's nodes as a table; active nodes in bold."""
+    table = Table("node", "sigma", "value weight", "gradient weight", "role", title=title)
+    for node, weight, grad_weight in zip(drawn.nodes, drawn.weights, drawn.grad_weights, strict=True):
+        roles = ["active"] if grad_weight else ["cached"]
+        if drawn.bridge is not None and node == drawn.bridge.node:
+            roles.append("bridge")
+        gradient = f"{grad_weight:+.4f}" if grad_weight else ""
+        table.add_row(str(node), f"{sigmas[node]:.4f}", f"{weight:+.4f}", gradient, ", ".join(roles), style="bold" if grad_weight else "dim")
+    return table
+
+
+def comparison_table(output: Path) -> Table:
+    """The before/after table of a finished run."""
+    import json
+
+    table = Table("metric", "category", "images", "before", "after", "change, paired 95 %", title=f"{output}: same prompts and seeds")
+    for row in json.loads((output / "evaluation.json").read_text()):
+        whole = row["category"] == "all"
+        change = f"{row['mean']:+.3f} ± {row['half_width']:.3f}"
+        cells = (row["metric"] if whole else "", row["category"], str(row["count"]), f"{row['before']:.3f}", f"{row['after']:.3f}", change)
+        table.add_row(*cells, style="bold" if whole else None)
+    return table

@@ -1,0 +1,248 @@
+"""Typed, strict configuration of a run. Unknown keys and names are errors that name the nearest known one.
+
+A config is a YAML file, or the name of a preset shipped in `flowbp/presets/`, with `key.path=value` overrides. Method, pair sampler,
+guidance and objective are built straight from their constructors: their fields are their configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError, model_validator
+
+from flowbp.active_sets import PAIR_SAMPLERS, PairSampler
+from flowbp.guidance import Guidance
+from flowbp.methods import METHODS
+from flowbp.objective import Objective
+
+__all__ = ["ConfigError", "RunConfig", "build_method", "dump", "load", "parse_overrides"]
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. Its message names the key, the value and the way out."""
+
+
+# -- constructors as configuration -------------------------------------------------------------------------------------------------
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that does not exist, with the nearest one that does."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return ConfigError(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}")
+
+
+def build(cls: type, values: Mapping[str, Any]) -> Any:
+    """cls(**values) for a dataclass, each value validated against its field's type."""
+    hints, names = get_type_hints(cls), [field.name for field in dataclasses.fields(cls)]
+    arguments = {}
+    for key, value in values.items():
+        if key not in names:
+            raise unknown(f"{cls.__name__} key", key, names)
+        if hints[key] is PairSampler:
+            arguments[key] = build_named("pair sampler", PAIR_SAMPLERS, value)
+        else:
+            try:
+                arguments[key] = TypeAdapter(hints[key]).validate_python(value)
+            except ValidationError as error:
+                raise ConfigError(f"{key} = {value!r}: {error.errors()[0]['msg']}") from None
+    return cls(**arguments)
+
+
+def build_named(kind: str, registry: Mapping[str, type], spec: Any) -> Any:
+    """Build from "name" or {name: ..., **fields}. A name "module:Class" imports a class of your own."""
+    if not isinstance(spec, (str, Mapping)):
+        return spec  # already built
+    fields = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = fields.pop("name", None)
+    if isinstance(name, str) and ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            return build(getattr(importlib.import_module(module), attribute), fields)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"cannot import {kind} {name!r}: {error}") from error
+    if name not in registry:
+        raise unknown(kind, name, registry)
+    return build(registry[name], fields)
+
+
+def describe(built: Any, registry: Mapping[str, type]) -> dict[str, Any]:
+    """The inverse of `build_named`: {name: ..., **fields}."""
+    names = {cls: name for name, cls in registry.items()}
+    name = names.get(type(built), f"{type(built).__module__}:{type(built).__qualname__}")
+    fields = {field.name: getattr(built, field.name) for field in dataclasses.fields(built)}
+    return {"name": name} | {k: describe(v, PAIR_SAMPLERS) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
+
+
+def build_method(spec: Any) -> Any:
+    """The method that `spec` ("name" or {name: ..., **fields}) describes."""
+    return build_named("method", METHODS, spec)
+
+
+def from_mapping(cls: type) -> BeforeValidator:
+    return BeforeValidator(lambda value: build(cls, value) if isinstance(value, Mapping) else value)
+
+
+MethodField = Annotated[Any, BeforeValidator(build_method), PlainSerializer(lambda method: describe(method, METHODS))]
+
+# -- the run -----------------------------------------------------------------------------------------------------------------------
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys_only(cls, values: Any) -> Any:
+        for key in values if isinstance(values, Mapping) else ():
+            if key not in cls.model_fields:
+                raise unknown("key", key, cls.model_fields)
+        return values
+
+
+class BackboneConfig(Strict):
+    name: str = Field(description='"shapes", a known model, a local diffusers folder or a Hub id')
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class RolloutConfig(Strict):
+    num_steps: int = Field(25, ge=1)
+    height: int = Field(512, ge=8)
+    width: int = Field(512, ge=8)
+
+
+class SmoothingConfig(Strict):
+    copies: int = Field(2, ge=1)
+    shift: int = Field(1, ge=0, description="pixels")
+    noise: float = Field(0.02, ge=0, description="standard deviation, images in [0, 1]")
+
+
+class RewardConfig(Strict):
+    name: str = "clip"
+    model: str = Field(description='"shapes", "shapes-monitor", a local folder or a Hub id')
+    smooth: SmoothingConfig | None = None
+
+
+class DataConfig(Strict):
+    prompts: str = Field(description='a text file, one prompt a line, or "shapes:train"')
+    batch_size: int = Field(8, ge=1)
+    accumulate: int = Field(1, ge=1, description="micro-batches an optimizer step")
+
+
+class TuningConfig(Strict):
+    mode: Literal["lora", "full"] = "lora"
+    rank: int = Field(16, ge=1)
+    alpha: float | None = Field(None, description="LoRA scale numerator; null means equal to rank")
+    targets: list[str] | None = Field(None, description="module names; null means the backbone's default")
+
+
+class OptimizerConfig(Strict):
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_sample_grad_norm: float | None = Field(None, gt=0, description="clip each sample's reward gradient at the reward input")
+
+
+class EvaluationConfig(Strict):
+    prompts: str
+    samples: int = Field(256, ge=1)
+    batch_size: int = Field(64, ge=1)
+    seed: int = 1234
+    monitors: dict[str, RewardConfig] = Field(default_factory=dict, description="scored, never trained on")
+    checker: Literal["shapes"] | None = None
+    grid: int = Field(16, ge=1, description="images in the before/after grids")
+
+
+class RunConfig(Strict):
+    """Everything a run needs; a resolved copy is written beside its results."""
+
+    output: Path
+    seed: int = 42
+    steps: int = Field(300, ge=1)
+    checkpoint_every: int = Field(100, ge=1)
+    backbone: BackboneConfig
+    rollout: RolloutConfig = RolloutConfig()
+    guidance: Annotated[Guidance, from_mapping(Guidance)] = Guidance()
+    method: MethodField
+    reward: RewardConfig
+    objective: Annotated[Objective, from_mapping(Objective)] = Objective()
+    data: DataConfig
+    tuning: TuningConfig = TuningConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: float | None = Field(None, gt=0, lt=1)
+    evaluation: EvaluationConfig | None = None
+
+
+def load(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """The config of a YAML file or preset, with `key.path=value` overrides applied. Raises ConfigError."""
+    path = Path(name)
+    if not path.is_file():
+        path = PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"no config file {name!r}, and {unknown('preset', str(name), (p.stem for p in PRESETS.glob('*.yaml')))}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys, got {type(values).__name__}")
+    merge(values, parse_overrides(overrides))
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_readable(e) for e in error.errors())) from None
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """["method.alpha=0.3", ...] -> {"method": {"alpha": 0.3}}; values are YAML."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} must read key.path=value, such as method.alpha=0.3")
+        for part in reversed(key.split(".")):
+            value = {part: value if isinstance(value, dict) else _number_or_yaml(value)}
+        merge(values, value)
+    return values
+
+
+def merge(base: dict[str, Any], extra: Mapping[str, Any]) -> None:
+    """Merge nested mappings in place. A mapping that changes its `name` replaces the old one: fields of another class do not carry over."""
+    for key, value in extra.items():
+        old = base.get(key)
+        renamed = isinstance(value, Mapping) and isinstance(old, dict) and "name" in value and value["name"] != old.get("name")
+        if isinstance(value, Mapping) and isinstance(old, dict) and not renamed:
+            merge(old, value)
+        else:
+            base[key] = value
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML, which `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _number_or_yaml(text: str) -> Any:
+    try:
+        return float(text) if "e" in text.lower() and "." not in text else yaml.safe_load(text)  # YAML reads 1e-4 as a string
+    except (ValueError, yaml.YAMLError):
+        return yaml.safe_load(text)
+
+
+def _readable(error: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "config"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if error["type"] in ("value_error", "missing") else f", got {error['input']!r}"
+    return f"{where}: {message}{given}"

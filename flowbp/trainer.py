@@ -1,0 +1,236 @@
+"""The training loop: one for every method, backbone and reward.
+
+    plan -> rollout without gradient -> reward input -> decode -> reward -> loss -> g = dloss/d(reward input) -> sweep -> AdamW
+
+The VAE and the reward are differentiated first, with nothing else in memory; then the sweep replays the plan's active nodes one at a time.
+Every random draw of a step comes from (seed, step, micro-batch): a resumed run repeats what an unbroken one would have done.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from flowbp import checkpoint, evaluation, report
+from flowbp.backbones import load_backbone
+from flowbp.config import RunConfig, TuningConfig, dump
+from flowbp.data import PromptStream, load_prompts, sample_seeds
+from flowbp.objective import sample_weights
+from flowbp.rewards import Smoothed, load_reward
+from flowbp.surrogate import backward, residuals, reward_input
+from flowbp.trajectory import rollout
+
+__all__ = ["Trainer", "train"]
+
+
+def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:
+    """Run `config` to its last step, evaluate it against the base weights and write the report. Returns the run's folder.
+
+    All input is checked before the folder is touched. Raises ValueError or FileExistsError on bad input.
+    """
+    checkpoint.check_run(config.output, dump(config), resume, overwrite)
+    trainer = Trainer(config)
+    checkpoint.open_run(config.output, dump(config), overwrite)
+    trainer.run()
+    return config.output
+
+
+class Trainer:
+    """One run: its models, its trainable parameters, and the step that updates them."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.prompts = PromptStream(load_prompts(config.data.prompts), config.seed)
+        torch.manual_seed(config.seed)  # LoRA's initial weights
+        self.accelerator = Accelerator(log_with="tensorboard", project_dir=config.output)
+        device = str(self.accelerator.device)
+        self.backbone = load_backbone(config.backbone.name, config.backbone.dtype, device)
+        self.reward = load_reward(config.reward.name, config.reward.model, device)
+        size = config.rollout
+        self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width)
+        config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(0))  # a method that does not fit says so now
+
+        self.parameters = trainable_parameters(self.backbone, config.tuning)
+        self.base = {name: p.detach().clone() for name, p in self.parameters.items()}
+        options = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
+        )
+        self.ema = None
+        if config.ema is not None:
+            from diffusers.training_utils import EMAModel
+
+            self.ema = EMAModel(self.parameters.values(), decay=config.ema)
+
+    def run(self) -> None:
+        config, done = self.config, 0
+        found = checkpoint.latest_checkpoint(config.output)
+        if found is not None:
+            done = checkpoint.load_checkpoint(found, self.parameters, self.optimizer, self.ema)
+        metrics_path = config.output / "metrics.jsonl"
+        keep_first_lines(metrics_path, done)
+        self.accelerator.init_trackers("tensorboard")
+        with metrics_path.open("a") as metrics, tqdm(initial=done, total=config.steps, desc="train", unit="step") as bar:
+            for step in range(done, config.steps):
+                row = {"step": step + 1} | self.step(step)
+                metrics.write(json.dumps(row) + "\n")
+                metrics.flush()
+                self.accelerator.log({key: value for key, value in row.items() if key not in ("step", "nodes")}, step=step + 1)
+                bar.set_postfix_str(f"reward {row['reward']:.4f}, {row['seconds']:.2f} s/step, peak {row['peak_mb']:.0f} MB")
+                bar.update()
+                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                    checkpoint.save_checkpoint(config.output, step + 1, self.parameters, self.optimizer, self.ema)
+        self.accelerator.end_training()
+        with self.weights(self.tuned):
+            checkpoint.save_weights(self.backbone, config.output)
+        self.report()
+
+    def report(self) -> None:
+        """Score base and tuned weights on the same prompts and seeds, draw both, and write everything into the run's folder."""
+        config = self.config
+        plan = config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(config.seed))
+        pages = report.Report(config.output, dump(config), plan, self.sigmas.tolist())
+        if config.evaluation is not None:
+            prompts = load_prompts(config.evaluation.prompts)
+            named = evaluation.scorers(self.reward, config.evaluation)
+            scores = []
+            with tqdm(total=2 * config.evaluation.samples, desc="evaluate", unit="image") as bar:
+                for name, weights in (("before", self.base), ("after", self.tuned)):
+                    with self.weights(weights):
+                        arguments = (self.backbone, prompts, config.evaluation, config.rollout, config.guidance)
+                        scores.append(evaluation.evaluate(*arguments, named, progress=bar.update))
+                        pages.add_grid(name, evaluation.first_images(*arguments), scores[-1])
+                    scores[-1].write_csv(config.output / f"scores_{name}.csv")
+            pages.add_comparison(evaluation.compare(*scores))
+        pages.write()
+
+    # -- one optimizer step --------------------------------------------------------------------------------------------------------
+
+    def step(self, step: int) -> dict:
+        """One optimizer step over `data.accumulate` micro-batches; returns what is logged."""
+        began = time.perf_counter()
+        rows = [self.accumulate_gradient(step, micro) for micro in range(self.config.data.accumulate)]
+        row = {key: float(np.mean([r[key] for r in rows])) for key in rows[0] if key != "nodes"} | {"nodes": rows[-1]["nodes"]}
+        options = self.config.optimizer
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm).item()
+        lr = options.lr * min(1.0, (step + 1) / (options.warmup + 1))
+        if np.isfinite(norm):  # never a step from a broken gradient
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.step(self.parameters.values())
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - began
+        return row | {"grad_norm": norm, "skipped": not np.isfinite(norm), "lr": lr, "seconds": seconds, "peak_mb": peak_memory_mb()}
+
+    def accumulate_gradient(self, step: int, micro: int) -> dict:
+        """Add one micro-batch's gradient to the parameters' .grad."""
+        config, data, size = self.config, self.config.data, self.config.rollout
+        key = (config.seed, step, micro)
+        plan = config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(key))
+        texts = [prompt.text for prompt in self.prompts.batch(step * data.accumulate + micro, data.batch_size)]
+        generators = [torch.Generator().manual_seed(seed) for seed in sample_seeds(*key, count=data.batch_size)]
+        velocity = evaluation.bind_velocity(self.backbone, texts, config.guidance)
+        noise = self.backbone.noise(size.height, size.width, generators)
+        renoise = [self.backbone.noise(size.height, size.width, generators) for _ in range(plan.num_renoised)]
+
+        trajectory = rollout(velocity, noise, self.sigmas, plan, renoise)
+        z = reward_input(plan, trajectory).requires_grad_()
+        rewards = self.training_reward(generators[0])(self.backbone.decode(z), texts * (1 + plan.num_renoised))
+        logged, weights, keep = {}, None, None
+        if plan.similarity is not None:
+            d_j, d_0 = residuals(plan, trajectory)
+            weights, keep = sample_weights(plan.similarity, d_j, d_0)
+            logged = {"d_j": d_j.mean().item(), "d_0": d_0.mean().item(), "kept": keep.float().mean().item()}
+        loss = config.objective.loss(rewards, weights, keep)
+        (g,) = torch.autograd.grad(loss / (config.guidance.divisor * data.accumulate), z)
+        norms = g.flatten(1).norm(dim=1) * len(g)
+        g = clip_samples(g, config.optimizer.max_sample_grad_norm)
+        backward(plan, trajectory, velocity.replay, g)
+        return logged | {
+            "reward": rewards.mean().item(),
+            "loss": loss.item(),
+            "sample_grad_norm": norms.mean().item(),
+            "nodes": [i for i, _ in plan.active],
+        }
+
+    def training_reward(self, generator: torch.Generator):
+        smooth = self.config.reward.smooth
+        return self.reward if smooth is None else Smoothed(self.reward, smooth.copies, smooth.shift, smooth.noise, generator)
+
+    # -- weights -------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def tuned(self) -> dict[str, Tensor]:
+        """The weights that a run delivers: the moving average if there is one, else the last ones."""
+        if self.ema is None:
+            return {name: p.detach().clone() for name, p in self.parameters.items()}
+        return dict(zip(self.parameters, self.ema.shadow_params, strict=True))
+
+    @contextmanager
+    def weights(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Run the block with the trainable parameters set to `values`."""
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        try:
+            assign(self.parameters, values)
+            yield
+        finally:
+            assign(self.parameters, kept)
+
+
+def trainable_parameters(backbone, tuning: TuningConfig) -> dict[str, Tensor]:
+    """Adds a LoRA adapter to the denoiser, or unfreezes it whole; returns the parameters to train by name."""
+    denoiser = backbone.denoiser
+    if tuning.mode == "lora":
+        from peft import LoraConfig
+
+        denoiser.add_adapter(
+            LoraConfig(
+                r=tuning.rank,
+                lora_alpha=tuning.rank if tuning.alpha is None else tuning.alpha,
+                target_modules=tuning.targets or backbone.lora_targets,
+            )
+        )
+    else:
+        denoiser.requires_grad_(True)
+    return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+
+
+def clip_samples(g: Tensor, largest: float | None) -> Tensor:
+    """Scale each sample's gradient [R, *S] so that R times its norm is at most `largest` (the loss is a mean over R samples)."""
+    if largest is None:
+        return g
+    norms = g.flatten(1).norm(dim=1) * len(g)
+    return g * (largest / norms.clamp(min=largest)).view(-1, *[1] * (g.dim() - 1))
+
+
+@torch.no_grad()
+def assign(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def keep_first_lines(path: Path, count: int) -> None:
+    """Drop lines that were logged after the checkpoint a run resumes from."""
+    if path.is_file():
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
+
+
+def peak_memory_mb() -> float:
+    """Peak memory so far: the GPU's allocated bytes where there is one, else the process's resident set. MB = 1e6 bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1024 if sys.platform != "darwin" else 1) / 1e6

@@ -1,0 +1,265 @@
+"""The sweep: equal to its autograd graph for any plan, bounded in memory, sparing with network calls, and loud when nothing is learned."""
+
+import gc
+import weakref
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from toy import ToyField, toy_reward, toy_rollout, toy_sigmas, toy_velocity
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flowbp.active_sets import stratified
+from flowbp.guidance import Guidance, GuidedVelocity
+from flowbp.methods import METHODS, FlowBPSparse, LeapAlign
+from flowbp.objective import Objective, sample_weights
+from flowbp.plan import Bridge, PosteriorMean, Similarity, SurrogatePlan
+from flowbp.surrogate import as_graph, backward, residuals, reward_input
+from flowbp.trajectory import rollout, rollout_with_graph
+
+GUIDANCES = {"none": Guidance(), "detached": Guidance(3.5), "both branches": Guidance(3.5, detach_negative=False)}
+
+
+def sweep_gradient(plan, num_steps=12, guidance=Guidance()):
+    field = ToyField()
+    trajectory = toy_rollout(field, plan, num_steps, guidance=guidance)
+    z = reward_input(plan, trajectory).requires_grad_()
+    (g,) = torch.autograd.grad(toy_reward(z).mean(), z)
+    backward(plan, trajectory, toy_velocity(field, guidance=guidance).replay, g)
+    return field.gradient()
+
+
+def graph_gradient(plan, num_steps=12, guidance=Guidance()):
+    field = ToyField()
+    trajectory = toy_rollout(field, plan, num_steps, guidance=guidance)
+    z = as_graph(plan, trajectory, toy_velocity(field, guidance=guidance).replay)
+    assert torch.equal(z, reward_input(plan, trajectory))
+    toy_reward(z).mean().backward()
+    return field.gradient()
+
+
+@pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
+@pytest.mark.parametrize("name", METHODS)
+def test_sweep_matches_autograd_graph(name, guidance):
+    plan = METHODS[name]().plan(toy_sigmas(12).numpy(), np.random.default_rng(5)) if name != "refl" else METHODS[name](5).plan(
+        toy_sigmas(12).numpy(), np.random.default_rng(5)
+    )
+    torch.testing.assert_close(sweep_gradient(plan, guidance=guidance), graph_gradient(plan, guidance=guidance), rtol=1e-12, atol=1e-14)
+
+
+def test_one_step_of_everything_is_the_true_gradient():
+    """With one step there is nothing to approximate: the surrogate is full backpropagation."""
+    plan = FlowBPSparse(1, rescale=0.0).at(toy_sigmas(1).numpy(), [0])
+    field = ToyField()
+    noise = torch.randn(3, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    toy_reward(rollout_with_graph(toy_velocity(field), noise, toy_sigmas(1))).mean().backward()
+    torch.testing.assert_close(sweep_gradient(plan, num_steps=1), field.gradient(), rtol=1e-12, atol=0)
+
+
+def test_two_steps_with_an_open_bridge_are_the_true_gradient():
+    """Two Euler steps hold one Jacobian; a bridge with alpha = 1 chains exactly that one."""
+    sigmas = toy_sigmas(2)
+    h = torch.diff(sigmas).tolist()
+    plan = SurrogatePlan((0, 1), h, h, bridge=Bridge(1, 1.0))
+    field = ToyField()
+    noise = torch.randn(3, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    toy_reward(rollout_with_graph(toy_velocity(field), noise, sigmas)).mean().backward()
+    torch.testing.assert_close(sweep_gradient(plan, num_steps=2), field.gradient(), rtol=1e-12, atol=0)
+
+
+def test_alpha_zero_equals_no_bridge():
+    closed = LeapAlign(alpha=0.0).at(toy_sigmas(12).numpy(), 2, 7)
+    torch.testing.assert_close(sweep_gradient(closed), sweep_gradient(replace(closed, bridge=None, similarity=None)), rtol=0, atol=0)
+
+
+def test_alpha_scales_the_cross_node_path_linearly():
+    grads = [sweep_gradient(LeapAlign(alpha=a).at(toy_sigmas(12).numpy(), 2, 7)) for a in (0.0, 0.5, 1.0)]
+    assert (grads[2] - grads[0]).norm() > 1e-6
+    torch.testing.assert_close(grads[1] - grads[0], (grads[2] - grads[0]) / 2, rtol=1e-10, atol=1e-14)
+
+
+def test_a_free_composition_needs_no_engine_change():
+    """A posterior mean reached by an uneven rule through a bridge: no published method, the same engine."""
+    plan = SurrogatePlan(
+        (1, 4, 6, 8), (-0.2, -0.1, -0.3, -0.1), (-0.2, 0.0, -0.5, -0.1), start=1,
+        reward_input=PosteriorMean(8), bridge=Bridge(6, 0.7), similarity=Similarity(0.1),
+    )  # fmt: skip
+    torch.testing.assert_close(sweep_gradient(plan), graph_gradient(plan), rtol=1e-12, atol=1e-14)
+
+
+@dataclass(frozen=True)
+class StratifiedSparse:
+    """The README's example: inverse-probability weights."""
+
+    num_active: int = 4
+
+    def plan(self, sigmas, rng):
+        steps = np.diff(sigmas)
+        nodes, probabilities = stratified(range(len(steps)), self.num_active, rng)
+        return SurrogatePlan(nodes, steps[list(nodes)], steps[list(nodes)] / probabilities)
+
+
+def test_stratified_sparse_averages_to_the_dense_detached_gradient():
+    sigmas, rng = toy_sigmas(6).numpy(), np.random.default_rng(0)
+    dense = sweep_gradient(FlowBPSparse(6, rescale=0.0).at(sigmas, range(6)), num_steps=6)
+    draws = torch.stack([sweep_gradient(StratifiedSparse(3).plan(sigmas, rng), num_steps=6) for _ in range(300)])
+    error = draws.std(dim=0) / 300**0.5
+    assert ((draws.mean(dim=0) - dense).abs() <= 5 * error + 1e-12).all()
+
+
+def test_a_detached_negative_branch_is_not_re_forwarded():
+    plan = FlowBPSparse(4, rescale=0.0).at(toy_sigmas(12).numpy(), [1, 5, 8, 11])
+    for guidance, rows in ((GUIDANCES["detached"], 4 * 3), (GUIDANCES["both branches"], 2 * 4 * 3)):
+        field = ToyField()
+        trajectory = toy_rollout(field, plan, 12, guidance=guidance)
+        assert (field.rows, field.rows_with_graph) == (12 * 2 * 3, 0)
+        backward(plan, trajectory, toy_velocity(field, guidance=guidance).replay, torch.ones(3, 6, dtype=torch.float64))
+        assert field.rows - 12 * 2 * 3 == field.rows_with_graph == rows
+
+
+def test_the_rollout_stops_at_the_posterior_mean():
+    field = ToyField()
+    plan = METHODS["refl"](5).at(toy_sigmas(12).numpy(), 7)
+    toy_rollout(field, plan, 12)
+    assert field.rows == 8 * 3
+
+
+def test_the_guided_velocity_has_the_same_value_with_and_without_gradient():
+    for guidance in GUIDANCES.values():
+        velocity, x = toy_velocity(ToyField(), guidance=guidance), torch.randn(3, 6, dtype=torch.float64)
+        with torch.no_grad():
+            without = velocity(x, torch.tensor(0.4))
+        torch.testing.assert_close(velocity(x, torch.tensor(0.4)), without, rtol=1e-14, atol=1e-14)
+
+
+def test_residuals_vanish_when_every_step_is_a_support():
+    plan = METHODS["flowbp-bridge"]().plan(toy_sigmas(12).numpy(), np.random.default_rng(0))
+    plan = replace(plan, similarity=Similarity(0.1))
+    for d in residuals(plan, toy_rollout(ToyField(), plan, 12)):
+        assert d.shape == (3,) and d.max() < 1e-14
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Tracks the bytes of `existing` tensors and of all made inside the block; `peak` is the most that were alive at once."""
+
+    def __init__(self, existing):
+        super().__init__()
+        self.alive, self.peak, self._seen = 0, 0, {}
+        for tensor in existing:
+            self._count(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage):
+        key = storage._cdata
+        if key in self._seen or storage.nbytes() == 0:
+            return
+        size = storage.nbytes()
+        self._seen[key] = weakref.finalize(storage, self._release, key, size)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+    def _release(self, key, size):
+        self._seen.pop(key, None)
+        self.alive -= size
+
+
+class DeepField(torch.nn.Module):
+    """Activations far larger than a latent, as in a real denoiser."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(*[m for _ in range(6) for m in (torch.nn.Linear(64, 512), torch.nn.GELU(), torch.nn.Linear(512, 64))])
+
+    def forward(self, x, sigma, conditioning):
+        return self.layers(x + sigma)
+
+
+def peak_bytes(run, num_active):
+    sigmas = torch.linspace(1, 0, 13)
+    plan = FlowBPSparse(num_active, rescale=0.0).at(sigmas.double().numpy(), np.linspace(0, 11, num_active).round().astype(int))
+    velocity = GuidedVelocity(DeepField(), {"text": torch.zeros(32, 1)}, None, Guidance())
+    parameters = list(velocity.network.parameters())
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    gc.collect()
+    with LiveBytes([*parameters, *(p.grad for p in parameters)]) as live:
+        trajectory = rollout(velocity, torch.randn(32, 64), sigmas, plan)
+        run(plan, trajectory, velocity.replay)
+    return live.peak
+
+
+def run_sweep(plan, trajectory, velocity):
+    backward(plan, trajectory, velocity, torch.ones_like(trajectory.sample))
+
+
+def run_graph(plan, trajectory, velocity):
+    as_graph(plan, trajectory, velocity).sum().backward()
+
+
+def test_peak_memory_of_the_sweep_does_not_grow_with_the_active_set(record_property):
+    sweep, graph = ([peak_bytes(run, num_active) for num_active in (1, 8)] for run in (run_sweep, run_graph))
+    print(f"\npeak live bytes, K = 8 over K = 1: sweep {sweep[1] / sweep[0]:.3f}, graph {graph[1] / graph[0]:.3f}")
+    record_property("sweep_growth", sweep[1] / sweep[0])
+    assert sweep[1] <= 1.05 * sweep[0]
+    assert graph[1] > 2 * graph[0]  # the counter does see graphs
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_replay_without_gradient_raises():
+    field = ToyField().requires_grad_(False)
+    plan = FlowBPSparse(2, rescale=0.0).at(toy_sigmas(6).numpy(), [1, 4])
+    trajectory = toy_rollout(field, plan, 6)
+    with pytest.raises(RuntimeError, match="carries no gradient"):
+        backward(plan, trajectory, toy_velocity(field).replay, torch.ones(3, 6, dtype=torch.float64))
+
+
+def test_reading_an_uncached_node_says_which_are_cached():
+    field = ToyField()
+    plan = FlowBPSparse(2, rescale=0.0).at(toy_sigmas(6).numpy(), [1, 4])
+    with pytest.raises(KeyError, match=r"latents of nodes \[2\] are not cached \(cached: \(1, 4\)\)"):
+        toy_rollout(field, plan, 6).latents[2]
+
+
+def test_renoising_needs_as_much_noise_as_the_plan_has_copies():
+    plan = METHODS["draft-lv"](2).at(toy_sigmas(6).numpy())
+    with pytest.raises(ValueError, match="re-noises 2 copies"):
+        rollout(toy_velocity(ToyField()), torch.zeros(3, 6, dtype=torch.float64), toy_sigmas(6), plan)
+
+
+def test_guidance_without_a_negative_prompt_is_refused():
+    with pytest.raises(ValueError, match="needs the negative conditioning"):
+        GuidedVelocity(ToyField(), {"text": torch.zeros(3, 6)}, None, Guidance(2.0))
+
+
+# -- objective ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_hinge_has_no_gradient_from_the_target_on():
+    rewards = torch.tensor([0.2, 0.55, 0.9], requires_grad=True)
+    Objective(hinge=0.55).loss(rewards).backward()
+    assert rewards.grad.tolist() == pytest.approx([-1 / 3, 0.0, 0.0])
+
+
+def test_dropped_samples_leave_the_mean_and_its_divisor():
+    rewards = torch.tensor([1.0, 2.0, 4.0])
+    keep = torch.tensor([True, False, True])
+    assert Objective().loss(rewards, torch.ones(3), keep).item() == pytest.approx(-2.5)
+    assert Objective().loss(rewards, torch.ones(3), torch.zeros(3, dtype=torch.bool)).item() == 0.0
+
+
+def test_similarity_weights_floor_each_residual_separately():
+    weights, keep = sample_weights(Similarity(0.1, max_dj=0.5), torch.tensor([0.05, 0.6]), torch.tensor([0.3, 0.02]))
+    assert weights.tolist() == pytest.approx([1 / 0.4, 1 / 0.7]) and keep.tolist() == [True, False]

@@ -1,0 +1,51 @@
+"""A small nonlinear velocity field in float64, for tests of the engine."""
+
+import torch
+from torch import nn
+
+from flowbp.guidance import Guidance, GuidedVelocity
+from flowbp.trajectory import rollout
+
+
+class ToyField(nn.Module):
+    """v(x, sigma, c): [B, D] -> [B, D], two layers of tanh; counts its calls and the rows that recorded a graph."""
+
+    def __init__(self, size=6, hidden=9):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def matrix(*shape):
+            return nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5)
+
+        self.inner, self.level, self.text, self.outer = matrix(hidden, size), matrix(hidden), matrix(hidden, size), matrix(size, hidden)
+        self.rows, self.rows_with_graph = 0, 0
+
+    def forward(self, x, sigma, conditioning):
+        self.rows += len(x)
+        self.rows_with_graph += len(x) * torch.is_grad_enabled()
+        return torch.tanh(x @ self.inner.T + self.level * sigma + conditioning["text"] @ self.text.T) @ self.outer.T
+
+    def gradient(self):
+        return torch.cat([p.grad.flatten() for p in self.parameters()])
+
+
+def toy_velocity(field, batch=3, guidance=Guidance(), size=6):
+    generator = torch.Generator().manual_seed(1)
+    positive, negative = torch.randn(2, batch, size, generator=generator, dtype=torch.float64)
+    return GuidedVelocity(field, {"text": positive}, {"text": negative}, guidance)
+
+
+def toy_sigmas(num_steps):
+    u = 1 - torch.arange(num_steps, dtype=torch.float64) / num_steps
+    return torch.cat([3 * u / (1 + 2 * u), torch.zeros(1, dtype=torch.float64)])
+
+
+def toy_rollout(field, plan, num_steps, batch=3, guidance=Guidance()):
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(batch, 6, generator=generator, dtype=torch.float64)
+    renoise = [torch.randn(batch, 6, generator=generator, dtype=torch.float64) for _ in range(plan.num_renoised)]
+    return rollout(toy_velocity(field, batch, guidance), noise, toy_sigmas(num_steps), plan, renoise)
+
+
+def toy_reward(z):
+    return torch.sin(z).sum(dim=1) + 0.3 * (z * z).sum(dim=1)
