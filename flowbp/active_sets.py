@@ -47,7 +47,7 @@ def check_count(num_active: int, available: int) -> None:
 
 
 def late_biased(nodes: Sequence[int], num_active: int, bias: float, rng: np.random.Generator, first_weight: int = 1) -> tuple[int, ...]:
-    """`num_active` of the consecutive `nodes`, drawn one after another without replacement, with probability ~ (offset + first_weight)^bias.
+    """`num_active` of the consecutive `nodes`, drawn without replacement with probability ~ (offset + first_weight)^bias.
 
     bias 0 is uniform; a larger bias favours the clean end. Returned in increasing order.
     """
@@ -68,7 +68,7 @@ def stratified(nodes: Sequence[int], num_active: int, rng: np.random.Generator) 
 
 
 def equally_spaced(length: int, num_active: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """`num_active` of the first `length` nodes, a fixed stride length // num_active apart from a random start; all when there are too few."""
+    """`num_active` of the first `length` nodes, a stride of length // num_active apart from a random start; all if too few."""
     if num_active >= length:
         return tuple(range(length))
     stride = length // num_active
@@ -77,7 +77,7 @@ def equally_spaced(length: int, num_active: int, rng: np.random.Generator) -> tu
 
 
 def bridge_allocation(num_active: int, pre_length: int, post_length: int) -> tuple[int, int]:
-    """How many of `num_active` nodes fall before the bridge and how many at or after it: in proportion to the lengths, at least one each."""
+    """How many of `num_active` nodes fall before the bridge and how many from it on: in proportion to the lengths, at least one."""
     if not 2 <= num_active <= pre_length + post_length:
         raise ValueError(f"a bridge needs num_active in [2, {pre_length + post_length}] (one node on each side), got {num_active}")
     pre = min(max(round(num_active * pre_length / (pre_length + post_length)), 1), pre_length)

@@ -98,7 +98,9 @@ def save_weights(backbone: Backbone, output: Path) -> Path:
             type(backbone.pipe).save_lora_weights(
                 scratch,
                 transformer_lora_layers=get_peft_model_state_dict(denoiser),
-                transformer_lora_adapter_metadata=denoiser.peft_config["default"].to_dict(),  # without it load_lora_weights assumes alpha = rank
+                transformer_lora_adapter_metadata=denoiser.peft_config[
+                    "default"
+                ].to_dict(),  # without it load_lora_weights assumes alpha = rank
             )
             os.replace(scratch / LORA, output / LORA)
         shutil.rmtree(output / "lora")

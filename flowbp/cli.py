@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Align text-to-image flow models by reward backpropagation.")
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console()
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value overrides, such as method.alpha=0.3")]
@@ -23,6 +24,14 @@ def main() -> None:
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+@app.callback()
+def quiet_libraries() -> None:
+    """Align text-to-image flow models by reward backpropagation."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @app.command()
@@ -57,7 +66,7 @@ def sample(
     from flowbp.data import sample_seeds
 
     run = load(config)
-    backbone = load_backbone(run.backbone.name, run.backbone.dtype)
+    backbone = load_backbone(**run.backbone.model_dump())
     if weights is not None:
         checkpoint.load_weights(backbone, weights)
     images = evaluation.generate(backbone, prompts, sample_seeds(seed, count=len(prompts)), run.rollout, run.guidance)
@@ -74,11 +83,10 @@ def evaluate(
     csv: Annotated[Path | None, typer.Option(help="write one row an image")] = None,
 ) -> None:
     """Score the base or the tuned model: reward, monitors and checker, by category."""
-    from tqdm import tqdm
-
     from flowbp import checkpoint, evaluation
     from flowbp.backbones import load_backbone
     from flowbp.config import ConfigError, load
+    from flowbp.console import progress_bar
     from flowbp.data import load_prompts
     from flowbp.rewards import load_reward
 
@@ -86,11 +94,11 @@ def evaluate(
     if run.evaluation is None:
         raise ConfigError("this config has no evaluation: add evaluation.prompts=... to say what to score")
     prompts = load_prompts(run.evaluation.prompts)
-    backbone = load_backbone(run.backbone.name, run.backbone.dtype)
+    backbone = load_backbone(**run.backbone.model_dump())
     if weights is not None:
         checkpoint.load_weights(backbone, weights)
     named = evaluation.scorers(load_reward(run.reward.name, run.reward.model), run.evaluation)
-    with tqdm(total=run.evaluation.samples, desc="evaluate", unit="image") as bar:
+    with progress_bar("evaluate", "image", run.evaluation.samples) as bar:
         scores = evaluation.evaluate(backbone, prompts, run.evaluation, run.rollout, run.guidance, named, bar.update)
     if csv is not None:
         scores.write_csv(csv)
@@ -160,7 +168,9 @@ def plan_table(drawn, sigmas, title: str) -> Table:
         if drawn.bridge is not None and node == drawn.bridge.node:
             roles.append("bridge")
         gradient = f"{grad_weight:+.4f}" if grad_weight else ""
-        table.add_row(str(node), f"{sigmas[node]:.4f}", f"{weight:+.4f}", gradient, ", ".join(roles), style="bold" if grad_weight else "dim")
+        table.add_row(
+            str(node), f"{sigmas[node]:.4f}", f"{weight:+.4f}", gradient, ", ".join(roles), style="bold" if grad_weight else "dim"
+        )
     return table
 
 

@@ -112,6 +112,7 @@ class Strict(BaseModel):
 class BackboneConfig(Strict):
     name: str = Field(description='"shapes", a known model, a local diffusers folder or a Hub id')
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_sequence_length: int = Field(256, ge=1, description="tokens of the T5 prompt embedding; zeros when the pipeline has no T5")
 
 
 class RolloutConfig(Strict):

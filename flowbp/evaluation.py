@@ -78,7 +78,10 @@ def evaluate(
     named: dict[str, Scorer],
     progress: Callable[[int], object] = lambda done: None,
 ) -> Scores:
-    """Score config.samples images; prompts are taken in order, again from the first when they run out. Seeds depend on config.seed alone."""
+    """Score config.samples images; prompts are taken in order, and again from the first when they run out.
+
+    Seeds depend on config.seed alone. progress is called with the number of images just scored.
+    """
     chosen = [prompts[i % len(prompts)] for i in range(config.samples)]
     seeds = sample_seeds(config.seed, count=config.samples)
     values: dict[str, list[Tensor]] = {name: [] for name in named}

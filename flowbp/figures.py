@@ -35,11 +35,12 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
         path.scatter([e], [sigmas[e]], s=150, marker="*", color=REWARD, zorder=4, label=f"reward sees the posterior mean of node {e}")
     if plan.bridge is not None:
         j = plan.bridge.node
-        path.scatter([j], [sigmas[j]], s=150, facecolors="none", edgecolors=BRIDGE, lw=2, zorder=4,
-                     label=f"bridge at node {j}, alpha = {plan.bridge.alpha:g}")
+        at_j = (j, sigmas[j])
+        ring = {"s": 150, "facecolors": "none", "edgecolors": BRIDGE, "lw": 2, "zorder": 4}
+        path.scatter(*at_j, label=f"bridge at node {j}, alpha = {plan.bridge.alpha:g}", **ring)
+        arrow = {"connectionstyle": "arc3,rad=0.25", "arrowstyle": "-|>", "mutation_scale": 11, "color": BRIDGE, "shrinkA": 7, "shrinkB": 6}
         for i in (i for i in active if i < j and plan.active_bridge):
-            path.add_patch(FancyArrowPatch((j, sigmas[j]), (i, sigmas[i]), connectionstyle="arc3,rad=0.25", arrowstyle="-|>",
-                                           mutation_scale=11, color=BRIDGE, lw=1.2, shrinkA=7, shrinkB=6, zorder=2))
+            path.add_patch(FancyArrowPatch(at_j, (i, sigmas[i]), lw=1.2, **arrow))
     path.set_ylabel("noise level $\\sigma$")
     path.set_title(title, loc="left", color=INK)
     path.legend(frameon=False, fontsize=8, loc="lower left")
@@ -58,7 +59,7 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
 
 
 def curves(rows: Sequence[dict], keys: dict[str, str]) -> Figure:
-    """One panel for each of `keys` (metric -> title) found in the rows of metrics.jsonl: raw values, and their running mean over a tenth."""
+    """One panel for each of `keys` (metric -> title) that the rows of metrics.jsonl hold: values, and their running mean over a tenth."""
     shown = [key for key in keys if any(key in row for row in rows)]
     figure = Figure(figsize=(3.4 * len(shown), 2.5), layout="constrained")
     steps = [row["step"] for row in rows]

@@ -45,7 +45,7 @@ class PosteriorMean:
 
 @dataclass(frozen=True)
 class Similarity:
-    """Per-sample weight 1 / (max(d_j, tau) + max(d_0, tau)) from the residuals of the plan's two quadratures (LeapAlign, eq. 9).
+    """Per-sample weight 1 / (max(d_j, tau) + max(d_0, tau)) from the residuals of the plan's two quadratures (LeapAlign, FlowBP-Lagrange).
 
     Samples whose raw residual exceeds `max_dj` or `max_d0` are dropped from the loss (None keeps all).
     """

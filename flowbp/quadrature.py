@@ -51,7 +51,7 @@ def lagrange(sigmas: np.ndarray, nodes: Sequence[int], start: int, stop: int) ->
     """Interpolatory quadrature: w_m = integral from sigma_start to sigma_stop of the m-th Lagrange basis polynomial on the nodes' sigmas.
 
     Exact for velocities polynomial in sigma of degree < K. On uneven nodes a weight may take the sign opposite to the interval's; its
-    node's gradient then points away from that of the full chain. `uniform` never does. Source: arXiv 2606.11075, eq. for FlowBP-Lagrange.
+    node's gradient then points away from that of the full chain. `uniform` never does. Source: FlowBP-Lagrange, arXiv 2606.11075.
     """
     x = sigmas[np.asarray(nodes, dtype=int)]
     middle, half = (sigmas[stop] + sigmas[start]) / 2, (sigmas[stop] - sigmas[start]) / 2

@@ -30,7 +30,9 @@ class Report:
 
     def __init__(self, output: Path, config_text: str, plan: SurrogatePlan, sigmas: list[float]):
         self.output, self.config_text = output, config_text
-        self.method = next(line.split("name:")[1].strip() for line in config_text[config_text.index("method:") :].splitlines() if "name:" in line)
+        self.method = next(
+            line.split("name:")[1].strip() for line in config_text[config_text.index("method:") :].splitlines() if "name:" in line
+        )
         self.plan_figure = figures.draw_plan(plan, sigmas, f"{self.method}: one plan of {len(sigmas) - 1} steps")
         self.grids: dict[str, Figure] = {}
         self.differences: list[Difference] = []

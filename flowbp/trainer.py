@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from flowbp import checkpoint, evaluation, report
 from flowbp.backbones import load_backbone
 from flowbp.config import RunConfig, TuningConfig, dump
+from flowbp.console import progress_bar
 from flowbp.data import PromptStream, load_prompts, sample_seeds
 from flowbp.objective import sample_weights
 from flowbp.rewards import Smoothed, load_reward
@@ -55,7 +55,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # LoRA's initial weights
         self.accelerator = Accelerator(log_with="tensorboard", project_dir=config.output)
         device = str(self.accelerator.device)
-        self.backbone = load_backbone(config.backbone.name, config.backbone.dtype, device)
+        self.backbone = load_backbone(**config.backbone.model_dump(), device=device)
         self.reward = load_reward(config.reward.name, config.reward.model, device)
         size = config.rollout
         self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width)
@@ -81,13 +81,13 @@ class Trainer:
         metrics_path = config.output / "metrics.jsonl"
         keep_first_lines(metrics_path, done)
         self.accelerator.init_trackers("tensorboard")
-        with metrics_path.open("a") as metrics, tqdm(initial=done, total=config.steps, desc="train", unit="step") as bar:
+        with metrics_path.open("a") as metrics, progress_bar("train", "step", config.steps, done) as bar:
             for step in range(done, config.steps):
                 row = {"step": step + 1} | self.step(step)
                 metrics.write(json.dumps(row) + "\n")
                 metrics.flush()
                 self.accelerator.log({key: value for key, value in row.items() if key not in ("step", "nodes")}, step=step + 1)
-                bar.set_postfix_str(f"reward {row['reward']:.4f}, {row['seconds']:.2f} s/step, peak {row['peak_mb']:.0f} MB")
+                bar.set_postfix_str(f"reward {row['reward']:.4f}, {row['seconds']:.2f} s/step, peak {row['peak_mb']:.0f} MB", refresh=False)
                 bar.update()
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                     checkpoint.save_checkpoint(config.output, step + 1, self.parameters, self.optimizer, self.ema)
@@ -105,7 +105,7 @@ class Trainer:
             prompts = load_prompts(config.evaluation.prompts)
             named = evaluation.scorers(self.reward, config.evaluation)
             scores = []
-            with tqdm(total=2 * config.evaluation.samples, desc="evaluate", unit="image") as bar:
+            with progress_bar("evaluate", "image", 2 * config.evaluation.samples) as bar:
                 for name, weights in (("before", self.base), ("after", self.tuned)):
                     with self.weights(weights):
                         arguments = (self.backbone, prompts, config.evaluation, config.rollout, config.guidance)

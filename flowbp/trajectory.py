@@ -32,7 +32,9 @@ class NodeCache:
         """Rows of `nodes` in `self.rows`."""
         missing = [node for node in nodes if node not in self._slot]
         if missing:
-            raise KeyError(f"the {self.what} of nodes {missing} are not cached (cached: {self.nodes}); roll out with the plan that reads them")
+            raise KeyError(
+                f"the {self.what} of nodes {missing} are not cached (cached: {self.nodes}); roll out with the plan that reads them"
+            )
         return [self._slot[node] for node in nodes]
 
     def __getitem__(self, node: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Every golden case: the paper's released training step, recomputed by the sweep and by the graph.
 
-A case is NN_<method>.json (scalars) beside NN_<method>.npz (float64 arrays): the network is v(z, s, c) = W2 tanh(W1 z + b1 + c1 s + U c) + b2,
-the reward r(z) = <a, z> + sum(q z^2) / 2. FLOWBP_GOLDEN names another folder of the same format.
+A case is NN_<method>.json (scalars) beside NN_<method>.npz (float64 arrays). The network is
+v(z, s, c) = W2 tanh(W1 z + b1 + c1 s + U c) + b2, the reward r(z) = <a, z> + sum(q z^2) / 2.
+FLOWBP_GOLDEN names another folder of the same format.
 """
 
 import json
@@ -43,9 +44,7 @@ class Case:
             self.arrays = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
         self.theta = {key: self.arrays[key].clone().requires_grad_() for key in PARAMETERS}
         self.sigmas = self.arrays["sigmas"]
-        self.guidance = Guidance(
-            self.meta["cfg_guidance"], self.meta["cfg_detach_neg"], self.meta["cfg_grad_norm_compensate"]
-        )
+        self.guidance = Guidance(self.meta["cfg_guidance"], self.meta["cfg_detach_neg"], self.meta["cfg_grad_norm_compensate"])
         self.plan = rebuild_plan(self.meta, self.sigmas.numpy())
 
     def network(self, z, sigma, conditioning):
@@ -225,7 +224,9 @@ def test_pairs_are_drawn_with_the_released_frequencies(rule):
     assert_same_frequencies(frequencies([(j,) for _, j in draws], num_steps), rule["freq_j"], rule["freq_samples"])
 
 
-@pytest.mark.parametrize("rule", RULES["late_biased"], ids=lambda r: f"K{r['K']}-bias{r['late_bias']}-window{r['window'][0]}-{r['window'][1]}")
+@pytest.mark.parametrize(
+    "rule", RULES["late_biased"], ids=lambda r: f"K{r['K']}-bias{r['late_bias']}-window{r['window'][0]}-{r['window'][1]}"
+)
 def test_sparse_nodes_are_drawn_with_the_released_inclusion_frequencies(rule):
     (start, stop), rng = rule["window"], np.random.default_rng(0)
     method = FlowBPSparse(rule["K"], rule["late_bias"], tail_ratio=(stop - start) / stop)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from toy import ToyField, toy_reward, toy_rollout, toy_sigmas, toy_velocity
 from torch.utils._python_dispatch import TorchDispatchMode
+from toy import ToyField, toy_reward, toy_rollout, toy_sigmas, toy_velocity
 
 from flowbp.active_sets import stratified
 from flowbp.guidance import Guidance, GuidedVelocity
@@ -42,8 +42,10 @@ def graph_gradient(plan, num_steps=12, guidance=Guidance()):
 @pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
 @pytest.mark.parametrize("name", METHODS)
 def test_sweep_matches_autograd_graph(name, guidance):
-    plan = METHODS[name]().plan(toy_sigmas(12).numpy(), np.random.default_rng(5)) if name != "refl" else METHODS[name](5).plan(
-        toy_sigmas(12).numpy(), np.random.default_rng(5)
+    plan = (
+        METHODS[name]().plan(toy_sigmas(12).numpy(), np.random.default_rng(5))
+        if name != "refl"
+        else METHODS[name](5).plan(toy_sigmas(12).numpy(), np.random.default_rng(5))
     )
     torch.testing.assert_close(sweep_gradient(plan, guidance=guidance), graph_gradient(plan, guidance=guidance), rtol=1e-12, atol=1e-14)
 
@@ -179,7 +181,9 @@ class DeepField(torch.nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = torch.nn.Sequential(*[m for _ in range(6) for m in (torch.nn.Linear(64, 512), torch.nn.GELU(), torch.nn.Linear(512, 64))])
+        self.layers = torch.nn.Sequential(
+            *[m for _ in range(6) for m in (torch.nn.Linear(64, 512), torch.nn.GELU(), torch.nn.Linear(512, 64))]
+        )
 
     def forward(self, x, sigma, conditioning):
         return self.layers(x + sigma)

@@ -18,11 +18,11 @@ BACKBONES: dict[str, type] = {"StableDiffusion3Pipeline": SD3Backbone}
 KNOWN_MODELS = {"sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium"}
 
 
-def load_backbone(name: str, dtype: str = "float32", device: str = "cpu") -> Backbone:
+def load_backbone(name: str, dtype: str = "float32", device: str = "cpu", max_sequence_length: int = 256) -> Backbone:
     """The backbone of `name`: "shapes" (the embedded model), a known model, a local pipeline folder, or a Hub id.
 
-    dtype: of the weights, "float32", "bfloat16" or "float16". Raises ValueError for a folder that is no pipeline or whose class has no
-    backbone here.
+    dtype: of the weights, "float32", "bfloat16" or "float16". max_sequence_length: tokens of the T5 prompt embedding.
+    Raises ValueError for a folder that is no pipeline or whose class has no backbone here.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -36,8 +36,10 @@ def load_backbone(name: str, dtype: str = "float32", device: str = "cpu") -> Bac
         if os.path.isdir(location) and not Path(location, "model_index.json").is_file():
             raise ValueError(f"{location} holds no model_index.json: pass the folder of a diffusers pipeline")
     offline = os.path.isdir(location)
-    class_name = DiffusionPipeline.load_config(location, local_files_only=offline)["_class_name"]
+    index = DiffusionPipeline.load_config(location, local_files_only=offline)
+    class_name = index["_class_name"]
     if class_name not in BACKBONES:
         raise ValueError(f"no backbone for {class_name} ({location}); there is one for {', '.join(BACKBONES)}")
-    pipe = DiffusionPipeline.from_pretrained(location, torch_dtype=getattr(torch, dtype), local_files_only=offline)
-    return BACKBONES[class_name](pipe.to(device))
+    left_out = {part: None for part, value in index.items() if value in ([None, None], (None, None))}  # an SD3 without T5 says so
+    pipe = DiffusionPipeline.from_pretrained(location, dtype=getattr(torch, dtype), local_files_only=offline, **left_out)
+    return BACKBONES[class_name](pipe.to(device), max_sequence_length)

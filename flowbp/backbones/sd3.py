@@ -17,8 +17,8 @@ class SD3Backbone:
         *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"))
     ]
 
-    def __init__(self, pipe):
-        self.pipe = pipe
+    def __init__(self, pipe, max_sequence_length: int = 256):
+        self.pipe, self.max_sequence_length = pipe, max_sequence_length
         for module in pipe.components.values():
             if isinstance(module, torch.nn.Module):
                 module.eval().requires_grad_(False)
@@ -30,7 +30,12 @@ class SD3Backbone:
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, None, device=self.denoiser.device, do_classifier_free_guidance=False
+            prompts,
+            prompt_2=None,
+            prompt_3=None,
+            device=self.denoiser.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 

@@ -25,6 +25,4 @@ class DRaFTLV:
         sigmas = check_sigmas(sigmas)
         last = len(sigmas) - 2
         weight = leap(sigmas, last, -1)
-        return SurrogatePlan(
-            (last,), (weight,), (weight,), start=last, reward_input=PosteriorMean(last), num_renoised=self.num_renoised
-        )
+        return SurrogatePlan((last,), (weight,), (weight,), start=last, reward_input=PosteriorMean(last), num_renoised=self.num_renoised)

@@ -22,7 +22,7 @@ class CLIPReward:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         local = os.path.isdir(model)
-        self.model = CLIPModel.from_pretrained(model, local_files_only=local, torch_dtype=torch.float32).eval().requires_grad_(False)
+        self.model = CLIPModel.from_pretrained(model, local_files_only=local, dtype=torch.float32).eval().requires_grad_(False)
         self.model.to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=local)
         processor = AutoImageProcessor.from_pretrained(model, local_files_only=local)

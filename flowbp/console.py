@@ -1,0 +1,14 @@
+"""Progress on the terminal."""
+
+from __future__ import annotations
+
+import sys
+
+from tqdm import tqdm
+
+__all__ = ["progress_bar"]
+
+
+def progress_bar(what: str, unit: str, total: int, done: int = 0) -> tqdm:
+    """A bar that redraws often on a terminal, and prints rarely where the output goes to a file."""
+    return tqdm(desc=what, unit=unit, total=total, initial=done, mininterval=0.2 if sys.stderr.isatty() else 20.0)

@@ -1,0 +1,40 @@
+"""Prompts: reading, and an order that depends on the seed and the position alone."""
+
+import pytest
+
+from flowbp.data import Prompt, PromptStream, load_prompts, sample_seeds
+
+
+def test_a_text_file_holds_one_prompt_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle\n\n  a blue square \n")
+    assert load_prompts(str(path)) == [Prompt("a red circle"), Prompt("a blue square")]
+
+
+def test_a_missing_or_empty_file_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_prompts(str(tmp_path / "none.txt"))
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        load_prompts(str(tmp_path / "empty.txt"))
+
+
+def test_an_epoch_serves_every_prompt_once_and_epochs_differ():
+    prompts = [Prompt(str(i)) for i in range(12)]
+    stream = PromptStream(prompts, seed=0)
+    first = [p for i in range(3) for p in stream.batch(i, 4)]
+    second = [p for i in range(3, 6) for p in stream.batch(i, 4)]
+    assert sorted(first) == sorted(prompts) == sorted(second) and first != second
+
+
+def test_any_batch_can_be_asked_for_directly():
+    prompts = [Prompt(str(i)) for i in range(7)]
+    in_order = PromptStream(prompts, seed=3)
+    batches = [in_order.batch(i, 4) for i in range(9)]
+    assert PromptStream(prompts, seed=3).batch(8, 4) == batches[8]
+
+
+def test_sample_seeds_differ_by_sample_and_by_key():
+    seeds = sample_seeds(1, 2, count=100) + sample_seeds(1, 3, count=100)
+    assert len(set(seeds)) == 200 and min(seeds) >= 0
+    assert sample_seeds(1, 2, count=5) == sample_seeds(1, 2, count=100)[:5]

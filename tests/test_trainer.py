@@ -1,0 +1,276 @@
+"""The trainer, on the embedded model: every method trains it, runs resume exactly, and nothing is lost or half-written."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from flowbp import checkpoint, evaluation
+from flowbp.backbones import load_backbone
+from flowbp.cli import app
+from flowbp.config import dump, load
+from flowbp.data import Prompt, sample_seeds
+from flowbp.evaluation import Scores, bind_velocity, compare
+from flowbp.guidance import Guidance
+from flowbp.methods import METHODS
+from flowbp.rewards import Smoothed, load_reward
+from flowbp.surrogate import as_graph, backward, reward_input
+from flowbp.trainer import Trainer, clip_samples, train
+from flowbp.trajectory import rollout
+
+TINY = ["steps=2", "data.batch_size=2", "rollout.num_steps=12", "checkpoint_every=1", "evaluation=null"]
+
+
+def tiny(tmp_path, *overrides):
+    return load("demo", [f"output={tmp_path / 'run'}", *TINY, *overrides])
+
+
+def lora_file(output):
+    from safetensors.torch import load_file
+
+    return load_file(output / "pytorch_lora_weights.safetensors")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_the_embedded_model(name, tmp_path):
+    extra = ["method.last_n=4"] if name == "refl" else []
+    trainer = Trainer(tiny(tmp_path, f"method.name={name}", *extra))
+    row = trainer.step(0)
+    assert np.isfinite(row["grad_norm"]) and row["grad_norm"] > 0 and not row["skipped"]
+    changed = [not torch.equal(trainer.parameters[key], trainer.base[key]) for key in trainer.parameters]
+    assert all(changed[1::2])  # LoRA's B starts at zero: every one has moved
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(3.0)], ids=["unguided", "guided"])
+def test_sweep_equals_graph_on_the_embedded_model(guidance):
+    backbone = load_backbone("shapes", max_sequence_length=1)
+    backbone.denoiser.requires_grad_(True)
+    parameters = list(backbone.denoiser.parameters())
+    sigmas = backbone.sigmas(8, 32, 32)
+    plan = METHODS["flowbp-bridge"](num_active=3, alpha=0.7).plan(sigmas.double().numpy(), np.random.default_rng(0))
+    velocity = bind_velocity(backbone, ["a red circle", "two blue stars"], guidance)
+    noise = backbone.noise(32, 32, [torch.Generator().manual_seed(s) for s in (0, 1)])
+    trajectory = rollout(velocity, noise, sigmas, plan)
+
+    z = reward_input(plan, trajectory).requires_grad_()
+    (g,) = torch.autograd.grad(backbone.decode(z).square().mean(), z)
+    backward(plan, trajectory, velocity.replay, g)
+    by_sweep = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    for p in parameters:
+        p.grad = None
+    backbone.decode(as_graph(plan, trajectory, velocity.replay)).square().mean().backward()
+    by_graph = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    assert (by_sweep - by_graph).norm() <= 1e-4 * by_graph.norm()
+
+
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
+    whole = tiny(tmp_path / "whole", "steps=3", "method.name=draft-lv")
+    train(whole)
+    broken = tiny(tmp_path / "broken", "steps=3", "method.name=draft-lv")
+    stopped = Trainer(broken)
+    stopped_at = 2
+    checkpoint.open_run(broken.output, dump(broken), overwrite=False)
+    rows = [{"step": s + 1} | stopped.step(s) for s in range(stopped_at)]
+    lines = [json.dumps(row) for row in rows] + ['{"step": 3, "lost": true}']  # logged after the checkpoint, before the kill
+    (broken.output / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    checkpoint.save_checkpoint(broken.output, stopped_at, stopped.parameters, stopped.optimizer, stopped.ema)
+    train(broken, resume=True)
+    expected, got = lora_file(whole.output), lora_file(broken.output)
+    assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
+    logged = [json.loads(line) for line in (broken.output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged] == [1, 2, 3] and "lost" not in logged[2]
+
+
+def test_lora_weights_load_into_a_fresh_diffusers_pipeline(tmp_path):
+    config = tiny(tmp_path, "tuning.alpha=8")
+    trainer = Trainer(config)
+    checkpoint.open_run(config.output, dump(config), overwrite=False)
+    trainer.run()
+    arguments = (["a red circle"], [7], config.rollout, config.guidance)
+    with trainer.weights(trainer.tuned):
+        expected = evaluation.generate(trainer.backbone, *arguments)
+    fresh = load_backbone("shapes", max_sequence_length=1)
+    base = evaluation.generate(fresh, *arguments)
+    checkpoint.load_weights(fresh, config.output)
+    torch.testing.assert_close(evaluation.generate(fresh, *arguments), expected, rtol=0, atol=0)
+    assert not torch.equal(base, expected)
+
+
+def test_full_weights_are_saved_as_a_folder_that_loads_back(tmp_path):
+    config = tiny(tmp_path, "tuning.mode=full", "optimizer.lr=1e-4", "steps=1")
+    trainer = Trainer(config)
+    checkpoint.open_run(config.output, dump(config), overwrite=False)
+    trainer.run()
+    fresh = load_backbone("shapes", max_sequence_length=1)
+    checkpoint.load_weights(fresh, config.output)
+    for name, value in trainer.tuned.items():
+        assert torch.equal(fresh.denoiser.get_parameter(name), value)
+
+
+def test_a_broken_gradient_changes_nothing(tmp_path):
+    trainer = Trainer(tiny(tmp_path))
+    reward = trainer.reward
+    trainer.reward = lambda images, prompts: reward(images, prompts) * float("nan")
+    row = trainer.step(0)
+    assert row["skipped"] and all(torch.equal(trainer.parameters[key], trainer.base[key]) for key in trainer.base)
+
+
+def test_accumulated_micro_batches_are_averaged(tmp_path):
+    trainer = Trainer(tiny(tmp_path, "data.accumulate=2", "reward.smooth=null"))
+    trainer.accumulate_gradient(0, 0)
+    first = {key: p.grad.clone() for key, p in trainer.parameters.items()}
+    trainer.optimizer.zero_grad()
+    trainer.accumulate_gradient(0, 1)
+    second = {key: p.grad.clone() for key, p in trainer.parameters.items()}
+    trainer.accumulate_gradient(0, 0)
+    for key, p in trainer.parameters.items():
+        torch.testing.assert_close(p.grad, first[key] + second[key], rtol=1e-4, atol=1e-7)
+
+
+def test_clipping_bounds_each_sample_and_leaves_small_ones():
+    g = torch.tensor([[3.0, 4.0], [0.03, 0.04]])
+    clipped = clip_samples(g, largest=1.0)
+    assert (clipped.norm(dim=1) * 2).tolist() == pytest.approx([1.0, 0.1])
+    assert clip_samples(g, None) is g
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_a_run_is_not_touched_without_being_told(tmp_path):
+    config = tiny(tmp_path)
+    config.output.mkdir()
+    (config.output / "config.yaml").write_text("another: run")
+    with pytest.raises(FileExistsError, match="already holds a run: pass --resume to go on, --overwrite"):
+        train(config)
+    with pytest.raises(ValueError, match="must keep its config"):
+        train(config, resume=True)
+    with pytest.raises(ValueError, match="exclude each other"):
+        train(config, resume=True, overwrite=True)
+    assert (config.output / "config.yaml").read_text() == "another: run"
+
+
+def test_a_folder_of_other_files_is_never_deleted(tmp_path):
+    config = tiny(tmp_path)
+    config.output.mkdir()
+    (config.output / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="is not a run of flowbp"):
+        train(config, overwrite=True)
+    assert (config.output / "thesis.tex").exists()
+
+
+def test_bad_input_is_found_before_an_old_run_is_overwritten(tmp_path):
+    config = tiny(tmp_path, "method.num_active=13")
+    config.output.mkdir()
+    (config.output / "config.yaml").write_text("old: run")
+    with pytest.raises(ValueError, match=r"num_active must lie in \[1, 12\]"):
+        train(config, overwrite=True)
+    assert (config.output / "config.yaml").read_text() == "old: run"
+
+
+def test_loading_weights_from_nowhere_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="pass the folder of a finished run"):
+        checkpoint.load_weights(load_backbone("shapes", max_sequence_length=1), tmp_path)
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no model_index.json"):
+        load_backbone(str(tmp_path))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "LTXPipeline"}')
+    with pytest.raises(ValueError, match="no backbone for LTXPipeline"):
+        load_backbone(str(tmp_path))
+
+
+# -- evaluation and report ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_paired_interval_excludes_zero_only_for_a_real_change():
+    rng = np.random.default_rng(0)
+    prompts, seeds = [Prompt("a"), Prompt("b", "two")] * 500, list(range(1000))
+    luck = rng.normal(size=1000)
+    before = Scores(prompts, seeds, {"reward": luck, "checker": luck})
+    after = Scores(prompts, seeds, {"reward": luck + 0.1 + 0.1 * rng.normal(size=1000), "checker": luck + 0.1 * rng.normal(size=1000)})
+    real, none = compare(before, after)
+    assert real.mean > real.half_width and abs(none.mean) < 2 * none.half_width
+    assert real.half_width == pytest.approx(1.96 * 0.1 / 1000**0.5, rel=0.1)  # the luck of a seed cancels in pairs
+    with pytest.raises(ValueError, match="same prompts and seeds"):
+        compare(before, Scores(prompts, seeds[::-1], after.values))
+
+
+def test_the_same_seed_gives_the_same_image_in_any_batch():
+    backbone, size = load_backbone("shapes", max_sequence_length=1), load("demo").rollout
+    seeds = sample_seeds(5, count=3)
+    texts = ["a red circle", "two blue stars", "a green square"]
+    together = evaluation.generate(backbone, texts, seeds, size, Guidance())
+    alone = evaluation.generate(backbone, texts[1:2], seeds[1:2], size, Guidance())
+    torch.testing.assert_close(alone[0], together[1], rtol=1e-4, atol=1e-4)
+
+
+def test_smoothing_keeps_a_constant_reward_and_reaches_the_pixels():
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    smoothed = Smoothed(lambda x, _: x.mean(dim=(1, 2, 3)), 4, 1, 0.0, torch.Generator().manual_seed(0))
+    flat = torch.full((2, 3, 32, 32), 0.25)
+    torch.testing.assert_close(smoothed(flat, []), torch.tensor([0.25, 0.25]))
+    smoothed(images, []).sum().backward()
+    assert images.grad.abs().sum() > 0
+
+
+def test_clip_reward_is_differentiable_at_any_size_and_independent_of_the_batch():
+    reward = load_reward("clip", "shapes")
+    texts = ["a red circle", "two blue stars"]
+    for shape in ((32, 32), (48, 64)):
+        images = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        scores = reward(images, texts)
+        assert scores.shape == (2,) and scores.abs().max() <= 1
+        (gradient,) = torch.autograd.grad(scores.sum(), images)
+        assert gradient.abs().sum() > 0
+        torch.testing.assert_close(reward(images[1:], texts[1:])[0], scores[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_command_line_trains_reports_samples_and_scores(tmp_path):
+    run = tmp_path / "run"
+    overrides = [*TINY[:-1], f"output={run}", "evaluation.samples=12", "evaluation.grid=4"]
+    cli = CliRunner()
+    result = cli.invoke(app, ["train", "demo", *overrides])
+    assert result.exit_code == 0, result.output
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "pytorch_lora_weights.safetensors",
+        "samples_before.png",
+        "samples_after.png",
+        "plan.png",
+        "evaluation.json",
+        "scores_before.csv",
+        "scores_after.csv",
+        "report.html",
+    ):
+        assert (run / name).stat().st_size > 0, name
+    assert list(run.glob("tensorboard/**/events.*"))
+    page = (run / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page must stand alone"
+    metrics = {row["metric"] for row in json.loads((run / "evaluation.json").read_text())}
+    assert metrics == {"reward", "monitor", "checker"}
+    assert yaml.safe_load((run / "config.yaml").read_text())["steps"] == 2
+
+    picture, table = tmp_path / "drawn.png", tmp_path / "scores.csv"
+    result = cli.invoke(app, ["sample", str(run / "config.yaml"), "a red circle", "--weights", str(run), "--out", str(picture)])
+    assert result.exit_code == 0 and picture.stat().st_size > 0, result.output
+    result = cli.invoke(app, ["eval", str(run / "config.yaml"), "--weights", str(run), "--csv", str(table)])
+    assert result.exit_code == 0 and len(table.read_text().splitlines()) == 13, result.output
+    assert table.read_text() == (run / "scores_after.csv").read_text()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_plan_command_prints_and_draws_every_method(name, tmp_path):
+    result = CliRunner().invoke(app, ["plan", name, "--steps", "25", "--png", str(tmp_path / "plan.png")])
+    assert result.exit_code == 0 and "active" in result.output and (tmp_path / "plan.png").stat().st_size > 0
+
+
+def test_doctor_names_versions_and_kernels():
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0 and "torch" in result.output and "reference" in result.output
