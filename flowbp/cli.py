@@ -156,7 +156,8 @@ def doctor() -> None:
             table.add_row(package, "not installed")
     cuda = torch.cuda.is_available()
     table.add_row("device", torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads")
-    table.add_row("kernels", backend.describe())
+    for name, runs, why in backend.report():
+        table.add_row(f"kernels: {name}", f"{'runs' if runs else 'cannot run'}: {why}")
     console.print(table)
 
 

@@ -1,0 +1,42 @@
+# make demo: from a fresh checkout to a trained model and its report in runs/demo. No GPU, no root.
+#
+#   make install PYTHON=python3.12                   another interpreter (3.10 to 3.13), for a new .venv
+#   make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"      another build of torch
+#   FLOWBP_BUILD=0 make install                      no C++ compiler: the ops run on plain PyTorch
+
+PYTHON ?= python3
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test lint clean
+
+install: $(INSTALLED)
+
+# torch comes first because the build needs it, and its pin is lifted after that so that TORCH may name another version.
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | $(BIN)/python
+	$(BIN)/python -m pip install --upgrade "pip>=23.1" "setuptools>=77" wheel ninja pybind11
+	$(BIN)/python -m pip install $(TORCH)
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --no-build-isolation -e ".[train,test]" -c $(VENV)/constraints.txt
+	touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("flowbp needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# Nothing is downloaded at run time.
+demo test: export HF_HUB_OFFLINE = 1
+
+demo: install
+	$(BIN)/flowbp train demo --overwrite
+
+test: install
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf build dist *.egg-info flowbp_kernels/_C.* $(INSTALLED)

@@ -1,0 +1,288 @@
+"""Selective recompute: the value of a cached endpoint, the gradient of the velocities that led there.
+
+For a training loop that keeps its own loss.backward(). The rollout runs under no_grad and caches its latents; backward
+re-forwards the active nodes one at a time, clean end to noise end, so that one network graph is alive at any moment:
+
+    dR/dtheta = sum_i w_i (dv_i/dtheta)^T c_i         g = dR/dvalue, all latents detached
+          c_i = g                                     i >= j, or no bridge     (j = bridge node)
+          c_i = g + alpha * w_j (dv_j/dx)^T g         i <  j
+"""
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from flowbp_kernels.reference import accumulation_dtype
+
+
+@dataclass(frozen=True)
+class RngState:
+    """State of the random number generators that a network on `device` draws from (dropout): the CPU's and its own."""
+
+    device: torch.device
+    states: tuple[Tensor, ...]
+
+    @classmethod
+    def capture(cls, device: torch.device | str = "cpu") -> "RngState":
+        device = torch.device(device)
+        states = (torch.get_rng_state(),)
+        if device.type != "cpu":
+            states += (torch.get_device_module(device).get_rng_state(device),)
+        return cls(device, states)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.states[0])
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).set_rng_state(self.states[1], self.device)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RngState) and all(map(torch.equal, self.states, other.states))
+
+
+@torch.compiler.disable(reason="selective_recompute replays a Python callable in backward, which no graph can hold")
+def selective_recompute(
+    value: Tensor,
+    velocity: Callable[[Tensor, float | Tensor], Tensor],
+    latents: Sequence[Tensor],
+    sigmas: Sequence[float] | Tensor,
+    grad_weights: Sequence[float],
+    bridge: tuple[int, float] | None = None,
+    *,
+    params: Iterable[Tensor],
+    rng_states: Sequence[RngState] | None = None,
+    reduces_gradients: bool = False,
+) -> Tensor:
+    """`value`, whose backward replays the active nodes and gives their gradient to `params`.
+
+    value: [B, *S], the cached endpoint (detached).  velocity(x, sigma) -> [B, *S]: the network, as in the rollout.
+    latents: K inputs [B, *S] of the active nodes (detached), noise end first.
+    sigmas: [K], not increasing, handed to velocity as given.
+    grad_weights: K numbers, sigma units; a node of weight 0 is not replayed.
+    bridge: (position in latents, alpha in [0, 1]); the nodes before that position also get the pullback through it.
+    params: what the velocity is differentiated with respect to; each must get a gradient from some node.
+    rng_states: RngState.capture(device) from before each node of the rollout, so that dropout draws its mask again.
+    reduces_gradients: with several ranks and no DistributedDataParallel, states that the loop reduces gradients itself.
+
+    Gradient: sum_i w_i (dv_i/dparams)^T c_i (see the module) to params, summed in float32 (float64 for a float64 value)
+    and cast to each parameter's dtype; none to value, latents and weights. The replay runs under the autocast state of
+    this call and leaves the random state as it finds it. retain_graph replays again. Under torch.compile this call is
+    a graph break (an error with fullgraph=True); a compiled velocity is fine.
+    Raises ValueError for inputs outside this contract; RuntimeError, in backward, for create_graph=True, a parameter
+    changed since this call, left without gradient or with a gradient hook, random numbers drawn without rng_states, or
+    gradients that no rank would reduce.
+
+        x_hat = selective_recompute(x_hat, velocity, latents, sigmas, weights, params=adapter_params)
+        (-reward(decode(x_hat)).mean()).backward()
+    """
+    params, latents, grad_weights = tuple(params), tuple(latents), tuple(float(w) for w in grad_weights)
+    _check_params(params)
+    _check_nodes(value, latents, sigmas, grad_weights, rng_states)
+    if bridge is not None:
+        position, alpha = bridge
+        if not 0 <= position < len(latents):
+            raise ValueError(f"bridge position {position} is not a node; there are {len(latents)}, counted from 0")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"bridge alpha must lie in [0, 1], not {alpha}")
+    sweep = _Sweep(
+        velocity=velocity,
+        sigmas=sigmas,
+        grad_weights=grad_weights,
+        bridge=bridge if bridge is not None and bridge[1] != 0 else None,
+        rng_states=rng_states,
+        autocast=_autocast_state(value.device.type),
+        needs_ddp=not reduces_gradients and _world_size() > 1,
+        params=params,
+        versions=tuple(p._version for p in params),
+    )
+    return _SelectiveRecompute.apply(sweep, value, len(latents), *latents, *params)
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """What backward needs to know beside the latents."""
+
+    velocity: Callable[[Tensor, float | Tensor], Tensor]
+    sigmas: Sequence[float] | Tensor
+    grad_weights: tuple[float, ...]
+    bridge: tuple[int, float] | None
+    rng_states: Sequence[RngState] | None
+    autocast: tuple[dict, ...]
+    needs_ddp: bool
+    params: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+
+class _SelectiveRecompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sweep, value, num_nodes, *latents_and_params):
+        ctx.sweep = sweep
+        ctx.save_for_backward(*latents_and_params[:num_nodes])
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, g):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "selective_recompute has no second derivative: its graph is gone once a node is replayed. "
+                "Call backward without create_graph=True."
+            )
+        latents = ctx.saved_tensors
+        gradients = _replay(ctx.sweep, latents, g)
+        return (None, None, None, *(None for _ in latents), *gradients)
+
+
+def _replay(sweep: _Sweep, latents: tuple[Tensor, ...], g: Tensor) -> list[Tensor]:
+    """The sweep: pulls g back through the active nodes; one network graph is alive at a time."""
+    params = sweep.params
+    if tuple(p._version for p in params) != sweep.versions:
+        raise RuntimeError(
+            "a parameter was changed in place between selective_recompute and its backward, so value and gradient "
+            "would belong to different networks: call backward before optimizer.step()."
+        )
+    if any(p._backward_hooks for p in params):
+        raise RuntimeError(
+            "a parameter has a gradient hook (Tensor.register_hook), which would run once a node and again on the sum: "
+            "use register_post_accumulate_grad_hook, which runs once."
+        )
+    cotangent = g.to(accumulation_dtype(g))
+    totals: list[Tensor | None] = [None] * len(params)
+    with _keep_rng(g.device), _require_ddp(sweep.needs_ddp):
+        for i in reversed(range(len(latents))):
+            weight = sweep.grad_weights[i]
+            if weight == 0:
+                continue
+            at_bridge = sweep.bridge is not None and i == sweep.bridge[0]
+            x = latents[i].detach().requires_grad_(at_bridge)
+            v = _forward(sweep, x, i)
+            wanted = (*params, x) if at_bridge else params
+            gradients = torch.autograd.grad(v, wanted, (weight * cotangent).to(v.dtype), allow_unused=True)
+            del v
+            for k, gradient in enumerate(gradients[: len(params)]):
+                if gradient is not None:
+                    gradient = gradient.to(accumulation_dtype(gradient))
+                    totals[k] = gradient if totals[k] is None else totals[k] + gradient
+            if at_bridge:
+                if gradients[-1] is None:
+                    raise RuntimeError(
+                        "velocity at the bridge node does not depend on its input x: is x detached in it?"
+                    )
+                cotangent = cotangent + sweep.bridge[1] * gradients[-1].to(cotangent.dtype)
+    missing = [tuple(p.shape) for p, total in zip(params, totals, strict=True) if total is None]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} of {len(params)} params took no part in the replayed velocities; the first has shape "
+            f"{missing[0]}. Pass only parameters that velocity uses; a sharded or copied parameter is not in its graph."
+        )
+    return [total.to(p.dtype) for p, total in zip(params, totals, strict=True)]
+
+
+def _forward(sweep: _Sweep, x: Tensor, i: int) -> Tensor:
+    """v(x, sigma_i) with its graph, under the rollout's autocast and random state."""
+    if sweep.rng_states is not None:
+        sweep.rng_states[i].restore()
+    before = RngState.capture(x.device)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        for state in sweep.autocast:
+            stack.enter_context(torch.autocast(**state))
+        v = sweep.velocity(x, sweep.sigmas[i])
+    if sweep.rng_states is None and RngState.capture(x.device) != before:
+        raise RuntimeError(
+            "velocity drew random numbers (dropout?) in the replay, and the rollout drew others: value and gradient "
+            "would disagree. Pass rng_states=[RngState.capture(device) before each node], or put the network in eval()."
+        )
+    if v.shape != x.shape:
+        raise RuntimeError(f"velocity returned shape {tuple(v.shape)} for a latent of shape {tuple(x.shape)}")
+    if not v.requires_grad:
+        raise RuntimeError("velocity returned a tensor without graph: is it decorated with no_grad, or detached?")
+    return v
+
+
+def _check_params(params: tuple[Tensor, ...]) -> None:
+    if not params:
+        raise ValueError("params is empty: nothing would be trained")
+    if len({id(p) for p in params}) < len(params):
+        raise ValueError("params names a parameter twice, which would double its gradient; pass each once")
+    frozen = [tuple(p.shape) for p in params if not p.requires_grad]
+    if frozen:
+        raise ValueError(f"{len(frozen)} of {len(params)} params do not require grad, as {frozen[0]}; leave them out")
+    dtensor = sys.modules.get("torch.distributed.tensor")  # loaded wherever a DTensor exists
+    if dtensor is not None and any(isinstance(p, dtensor.DTensor) for p in params):
+        raise ValueError(
+            "params are sharded (DTensor, FSDP2): the replayed graph holds their unsharded copies, so no gradient "
+            "would reach them. Run the sweep with ordinary backward calls instead: flowbp.surrogate.backward."
+        )
+
+
+def _check_nodes(value, latents, sigmas, grad_weights, rng_states) -> None:
+    counts = {"latents": len(latents), "sigmas": len(sigmas), "grad_weights": len(grad_weights)}
+    if rng_states is not None:
+        counts["rng_states"] = len(rng_states)
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"each needs one entry a node; got {counts}")
+    if not all(map(math.isfinite, grad_weights)):
+        raise ValueError(f"grad_weights must be finite, not {list(grad_weights)}")
+    if not any(grad_weights):
+        raise ValueError(f"no node has a weight: grad_weights is {list(grad_weights)}, so nothing would be trained")
+    levels = [float(sigma) for sigma in sigmas]
+    if any(later > earlier for earlier, later in zip(levels, levels[1:], strict=False)):
+        raise ValueError(f"nodes must run from the noise end to the clean end; sigmas increase: {levels}")
+    for name, tensor in (("value", value), *((f"latents[{i}]", x) for i, x in enumerate(latents))):
+        if tensor.requires_grad:
+            raise ValueError(f"{name} requires grad, and that graph would be cut in silence: pass {name}.detach()")
+        if tensor.shape != value.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the endpoint {tuple(value.shape)}")
+
+
+def _autocast_state(device_type: str) -> tuple[dict, ...]:
+    return tuple(
+        {
+            "device_type": kind,
+            "enabled": torch.is_autocast_enabled(kind),
+            "dtype": torch.get_autocast_dtype(kind),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+        for kind in sorted({device_type, "cpu"})
+    )
+
+
+def _world_size() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def _keep_rng(device: torch.device):
+    state = RngState.capture(device)
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+@contextlib.contextmanager
+def _require_ddp(required: bool):
+    """Raises unless the replay goes through a DistributedDataParallel wrapper, whose forward arms the reduction."""
+    if not required:
+        yield
+        return
+    entered = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: entered.append(True) if isinstance(module, DistributedDataParallel) else None
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+    if not entered:
+        raise RuntimeError(
+            f"there are {_world_size()} ranks and velocity did not call the network through DistributedDataParallel: "
+            "the gradients would not be reduced and the ranks would drift apart. Call the wrapper, not its .module; "
+            "or, if your loop reduces gradients itself, say so with reduces_gradients=True."
+        )

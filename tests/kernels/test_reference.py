@@ -1,0 +1,180 @@
+"""The references: their formulas against float64, their gradients against finite differences, their contracts."""
+
+import math
+
+import pytest
+import torch
+
+from flowbp_kernels import bridge_cotangents, cfg_euler_step, leap_residuals, straight_through
+from flowbp_kernels.reference import quadrature_update
+
+LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1), (3, 41), (2, 3, 5, 7), (5, 4097), (0, 4), (3, 0)]
+NAN = math.nan
+
+
+def draw(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_rounded_once(result, exact):
+    """`result` is `exact` (float64) up to float32 sums and one rounding to result's dtype."""
+    torch.testing.assert_close(result.double(), exact, rtol=torch.finfo(result.dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_quadrature_update_matches_its_formula(dtype, shape):
+    x, cache = draw(*shape, dtype=dtype), draw(4, *shape, dtype=dtype, seed=1)
+    weights = torch.tensor([-0.25, 0.5, -0.75], dtype=torch.float64)
+    result = quadrature_update(x, cache, [3, 1, 1], weights)
+    assert result.dtype == dtype
+    assert_rounded_once(result, x.double() + torch.einsum("k,k...->...", weights, cache.double()[[3, 1, 1]]))
+
+
+def test_float64_stays_float64():
+    x, cache = draw(2, 9), draw(3, 2, 9, seed=1)
+    exact = x - cache[0] / 3
+    torch.testing.assert_close(quadrature_update(x, cache, [0], [-1 / 3]), exact, rtol=1e-15, atol=1e-15)
+    torch.testing.assert_close(cfg_euler_step(x, cache[0], cache[0], 2.0, -1 / 3)[0], exact, rtol=1e-15, atol=1e-15)
+    torch.testing.assert_close(bridge_cotangents(x, x, [1 / 3], [0.0])[0], x / 3, rtol=1e-15, atol=1e-15)
+    assert leap_residuals(x, x.float()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_cfg_euler_step_matches_its_formula(dtype, shape):
+    x, v_cond, v_uncond = draw(*shape), draw(*shape, dtype=dtype, seed=1), draw(*shape, dtype=dtype, seed=2)
+    x = x.float()
+    x_next, velocity = cfg_euler_step(x, v_cond, v_uncond, 4.5, torch.tensor(-0.04))
+    assert (x_next.dtype, velocity.dtype) == (torch.float32, dtype)
+    assert_rounded_once(velocity, v_uncond.double() + 4.5 * (v_cond.double() - v_uncond.double()))
+    assert_rounded_once(x_next, x.double() - 0.04 * velocity.double())
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_a_replay_from_the_cached_velocity_meets_the_same_latent(dtype):
+    x, v_cond, v_uncond = draw(3, 41).float(), draw(3, 41, dtype=dtype, seed=1), draw(3, 41, dtype=dtype, seed=2)
+    x_next, velocity = cfg_euler_step(x, v_cond, v_uncond, 4.5, -0.04)
+    assert torch.equal(quadrature_update(x, velocity[None], [0], [-0.04]), x_next)
+
+
+def test_guidance_of_one_is_the_conditional_velocity():
+    x, v_cond, v_uncond = draw(3, 41), draw(3, 41, seed=1), draw(3, 41, seed=2)
+    torch.testing.assert_close(cfg_euler_step(x, v_cond, v_uncond, 1.0, -0.1)[1], v_cond)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_bridge_cotangents_match_their_formula(dtype):
+    g, g_x = draw(2, 3, 5, dtype=torch.float32), draw(2, 3, 5, dtype=dtype, seed=1)
+    weights, alphas = draw(4, 2, seed=2), torch.tensor([0.3, 1.0, 0.0, 0.0], dtype=torch.float64)
+    result = bridge_cotangents(g, g_x, weights, alphas, dtype=dtype)
+    assert (result.shape, result.dtype) == ((4, 2, 3, 5), dtype)
+    exact = weights[:, :, None, None] * (g.double() + alphas[:, None, None, None] * g_x.double())
+    assert_rounded_once(result, exact)
+    assert bridge_cotangents(g, g_x, [], []).shape == (0, 2, 3, 5)
+
+
+def test_zero_coefficients_cut_instead_of_scaling():
+    g, poison = draw(2, 3), torch.full((2, 3), NAN, dtype=torch.float64)
+    assert torch.equal(quadrature_update(g, poison[None], [0], [0.0]), g)
+    assert torch.equal(bridge_cotangents(g, poison, [1.0], [0.0])[0], g)
+    assert torch.equal(bridge_cotangents(poison, g, [0.0], [1.0])[0], torch.zeros(2, 3, dtype=torch.float64))
+    leaf = g.clone().requires_grad_()
+    straight_through(g, leaf, scale=0.0).backward(poison)
+    assert torch.equal(leaf.grad, torch.zeros_like(g))
+
+
+def test_zero_weights_cut_the_gradient_too():
+    cache = draw(2, 2, 3).requires_grad_()
+    quadrature_update(draw(2, 3), cache, [0, 1], [0.0, 0.5]).backward(torch.full((2, 3), NAN, dtype=torch.float64))
+    assert torch.equal(cache.grad[0], torch.zeros(2, 3, dtype=torch.float64))
+    assert cache.grad[1].isnan().all()
+
+
+def test_straight_through_has_one_value_and_another_gradient():
+    value = torch.tensor([1.0, -0.0, math.inf, NAN, 1e-30])
+    surrogate = torch.full((5,), 6e4, dtype=torch.float16).requires_grad_()
+    out = straight_through(value.requires_grad_(), surrogate, scale=0.5)
+    assert torch.equal(out.view(torch.int32), value.view(torch.int32))
+    out.backward(torch.arange(5.0))
+    assert value.grad is None
+    assert surrogate.grad.dtype == torch.float16
+    assert torch.equal(surrogate.grad, 0.5 * torch.arange(5.0).half())
+
+
+def test_leap_residuals_are_the_mean_gap_of_each_sample():
+    prediction, latent = draw(3, 4, 5, dtype=torch.bfloat16), draw(3, 4, 5, seed=1).float()
+    exact = (prediction.double() - latent.double()).abs().mean((1, 2))
+    residuals = leap_residuals(prediction, latent)
+    assert residuals.dtype == torch.float32
+    assert_rounded_once(residuals, exact)
+    assert leap_residuals(prediction[:0], latent[:0]).shape == (0,)
+
+
+def test_gradients_match_finite_differences():
+    x, y, z = (draw(2, 3, seed=seed).requires_grad_() for seed in range(3))
+    cache = draw(3, 2, 3, seed=3).requires_grad_()
+    per_sample = torch.tensor([[2, 0], [1, 1], [2, 2]])
+    check = torch.autograd.gradcheck
+    assert check(lambda x, cache: quadrature_update(x, cache, [2, 0, 2], [0.5, -1.0, 0.25]), (x, cache))
+    assert check(lambda x, cache: quadrature_update(x, cache, per_sample, draw(3, 2, seed=4)), (x, cache))
+    assert check(lambda x, y, z: cfg_euler_step(x, y, z, 4.5, -0.1), (x, y, z))
+    assert check(lambda x, y: bridge_cotangents(x, y, [0.5, -1.0], [0.3, 0.0]), (x, y))
+    assert check(leap_residuals, (x, y))
+
+
+def test_weights_get_no_gradient():
+    weights, h = draw(1).requires_grad_(), torch.tensor(-0.1, requires_grad=True)
+    x = draw(2, 3)
+    assert not quadrature_update(x, x[None], [0], weights).requires_grad
+    assert not bridge_cotangents(x, x, weights, weights).requires_grad
+    assert not cfg_euler_step(x, x, x, 1.0, h)[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    "op, arguments",
+    [
+        (cfg_euler_step, (draw(2, 3), draw(2, 3), draw(2, 3, seed=1), 4.5, torch.tensor(-0.1))),
+        (bridge_cotangents, (draw(2, 3), draw(2, 3, seed=1), draw(4), draw(4))),
+        (straight_through, (draw(2, 3), draw(2, 3, seed=1).requires_grad_(), 0.5)),
+        (leap_residuals, (draw(2, 3), draw(2, 3, seed=1))),
+    ],
+    ids=lambda part: getattr(part, "__name__", ""),
+)
+def test_references_compile_without_graph_breaks(op, arguments):
+    compiled = torch.compile(op, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), op(*arguments), rtol=0, atol=0)
+
+
+x, cache, integers = torch.zeros(2, 3), torch.zeros(4, 2, 3), torch.zeros(2, 3, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: quadrature_update(x, cache[:, :1], [0], [1.0]), r"velocities must be \[N, \*x.shape\].*\(4, 1, 3\)"),
+        (lambda: quadrature_update(torch.tensor(1.0), torch.zeros(4), [0], [1.0]), "velocities must be"),
+        (lambda: quadrature_update(integers, cache, [0], [1.0]), "x must have a float dtype, not torch.int32"),
+        (lambda: quadrature_update(x, cache, [4], [1.0]), "node 4 is not in the cache; its 4 velocities"),
+        (lambda: quadrature_update(x, cache, [-1], [1.0]), "node -1 is not in the cache"),
+        (lambda: quadrature_update(x, cache, [0.0], [1.0]), "nodes must be integers"),
+        (lambda: quadrature_update(x, cache, [0, 1], [1.0]), "nodes has 2 rows and weights 1"),
+        (lambda: quadrature_update(x, cache, [0], [[1.0, 2.0, 3.0]]), r"weights must be \[K\] or \[K, B\] with B = 2"),
+        (lambda: quadrature_update(x, cache, [0], torch.ones(1, device="meta")), r"pass weights.cpu\(\)"),
+        (lambda: quadrature_update(x, cache.to("meta"), [0], [1.0]), "x is on cpu and velocities on meta"),
+        (lambda: cfg_euler_step(x, x[:1], x, 1.0, -0.1), r"v_cond has shape \(1, 3\) and x \(2, 3\)"),
+        (lambda: cfg_euler_step(x, x, x.double(), 1.0, -0.1), "must share one dtype"),
+        (lambda: cfg_euler_step(x, x, x, 1.0, torch.zeros(2)), "h must be a number"),
+        (lambda: bridge_cotangents(x, x[:1], [1.0], [0.0]), "g_x has shape"),
+        (lambda: bridge_cotangents(x, x, [1.0], [0.0, 0.0]), "weights has 1 rows and alphas 2"),
+        (lambda: bridge_cotangents(x, x, [1.0], [0.0], dtype=torch.int32), "dtype must be a float dtype"),
+        (lambda: straight_through(x, x[:1]), "they must be equal"),
+        (lambda: straight_through(x, integers), "surrogate must have a float dtype"),
+        (lambda: leap_residuals(x, x[:1]), "they must be equal"),
+        (lambda: leap_residuals(x[:, :0], x[:, :0]), "no elements to take a mean over"),
+    ],
+)
+def test_inputs_outside_the_contract_raise_and_say_why(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
