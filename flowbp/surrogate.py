@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowbp.plan import SurrogatePlan
 from flowbp.trajectory import Trajectory
-from flowbp_kernels import quadrature_update, straight_through
+from flowbp_kernels import leap_residuals, quadrature_update, straight_through
 
 __all__ = ["as_graph", "backward", "residuals", "reward_input"]
 
@@ -91,10 +91,9 @@ def residuals(plan: SurrogatePlan, trajectory: Trajectory) -> tuple[Tensor, Tens
         (plan.start, trajectory.latents[j], slice(None, split)),
         (j, trajectory.sample, slice(split, None)),
     ):
-        nodes = torch.tensor(trajectory.velocities.slots(plan.nodes[part]), dtype=torch.int32)
-        weights = torch.tensor(plan.weights[part], dtype=torch.float64)
-        prediction = quadrature_update(trajectory.latents[start], trajectory.velocities.rows, nodes, weights)
-        gaps.append((_wide(prediction) - _wide(target)).abs().flatten(1).mean(dim=1))
+        slots = trajectory.velocities.slots(plan.nodes[part])
+        prediction = quadrature_update(trajectory.latents[start], trajectory.velocities.rows, slots, plan.weights[part])
+        gaps.append(leap_residuals(prediction, target))
     return gaps[0], gaps[1]
 
 
