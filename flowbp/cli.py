@@ -97,7 +97,8 @@ def evaluate(
     backbone = load_backbone(**run.backbone.model_dump())
     if weights is not None:
         checkpoint.load_weights(backbone, weights)
-    named = evaluation.scorers(load_reward(run.reward.name, run.reward.model), run.evaluation)
+    monitors = {name: load_reward(spec.name, spec.model) for name, spec in run.evaluation.monitors.items()}
+    named = evaluation.scorers(load_reward(run.reward.name, run.reward.model), monitors, run.evaluation.checker)
     with progress_bar("evaluate", "image", run.evaluation.samples) as bar:
         scores = evaluation.evaluate(backbone, prompts, run.evaluation, run.rollout, run.guidance, named, bar.update)
     if csv is not None:

@@ -185,6 +185,10 @@ class RunConfig(Strict):
     ema: float | None = Field(None, gt=0, lt=1)
     evaluation: EvaluationConfig | None = None
 
+    @property
+    def method_name(self) -> str:
+        return describe(self.method, METHODS)["name"]
+
 
 def load(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """The config of a YAML file or preset, with `key.path=value` overrides applied. Raises ConfigError."""

@@ -15,7 +15,7 @@ from flowbp.backbones import Backbone
 from flowbp.config import EvaluationConfig, RolloutConfig
 from flowbp.data import Prompt, sample_seeds
 from flowbp.guidance import Guidance, GuidedVelocity
-from flowbp.rewards import Reward, load_reward
+from flowbp.rewards import Reward
 from flowbp.trajectory import rollout
 
 __all__ = ["Difference", "Scores", "bind_velocity", "compare", "evaluate", "first_images", "generate", "scorers", "summarise"]
@@ -40,11 +40,10 @@ def generate(backbone: Backbone, texts: list[str], seeds: Sequence[int], size: R
     return backbone.decode(rollout(bind_velocity(backbone, texts, guidance), noise, sigmas).sample)
 
 
-def scorers(reward: Reward, config: EvaluationConfig) -> dict[str, Scorer]:
+def scorers(reward: Reward, monitors: dict[str, Reward], checker: str | None) -> dict[str, Scorer]:
     """The reward, the monitors and the checker of a run, by name, in the order in which they are reported."""
-    named: dict[str, Scorer] = {"reward": reward}
-    named |= {name: load_reward(spec.name, spec.model) for name, spec in config.monitors.items()}
-    if config.checker == "shapes":
+    named: dict[str, Scorer] = {"reward": reward, **monitors}
+    if checker == "shapes":
         from flowbp.shapes.checker import check_batch
 
         named["checker"] = lambda images, texts: torch.from_numpy(np.asarray(check_batch(images.cpu(), texts), dtype=np.float32))

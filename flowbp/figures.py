@@ -61,7 +61,7 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
 def curves(rows: Sequence[dict], keys: dict[str, str]) -> Figure:
     """One panel for each of `keys` (metric -> title) that the rows of metrics.jsonl hold: values, and their running mean over a tenth."""
     shown = [key for key in keys if any(key in row for row in rows)]
-    figure = Figure(figsize=(3.4 * len(shown), 2.5), layout="constrained")
+    figure = Figure(figsize=(3.3 * len(shown), 2.5), layout="constrained")
     steps = [row["step"] for row in rows]
     window = max(1, len(rows) // 10)
     for axes, key in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from flowbp import figures
+from flowbp.config import RunConfig, dump
 from flowbp.plan import SurrogatePlan
 
 if TYPE_CHECKING:
@@ -22,18 +23,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Report"]
 
-CURVES = {"reward": "training reward", "loss": "loss", "grad_norm": "gradient norm", "d_j": "residual d_j", "d_0": "residual d_0"}
+CURVES = {"reward": "training reward", "grad_norm": "gradient norm", "d_j": "residual d_j", "d_0": "residual d_0"}
 
 
 class Report:
     """Collects what a run has to show; `write` puts it into the run's folder."""
 
-    def __init__(self, output: Path, config_text: str, plan: SurrogatePlan, sigmas: list[float]):
-        self.output, self.config_text = output, config_text
-        self.method = next(
-            line.split("name:")[1].strip() for line in config_text[config_text.index("method:") :].splitlines() if "name:" in line
-        )
-        self.plan_figure = figures.draw_plan(plan, sigmas, f"{self.method}: one plan of {len(sigmas) - 1} steps")
+    def __init__(self, config: RunConfig, plan: SurrogatePlan, sigmas: list[float]):
+        self.output, self.config = config.output, config
+        self.plan_figure = figures.draw_plan(plan, sigmas, f"{config.method_name}: one plan of {len(sigmas) - 1} steps")
         self.grids: dict[str, Figure] = {}
         self.differences: list[Difference] = []
 
@@ -58,14 +56,14 @@ class Report:
         environment = jinja2.Environment(loader=jinja2.PackageLoader("flowbp"), autoescape=True)
         page = environment.get_template("report.html").render(
             name=self.output.name,
-            method=self.method,
+            method=self.config.method_name,
             rows=rows,
             seconds=sum(row["seconds"] for row in rows),
             differences=self.differences,
             plan=as_data_uri(self.plan_figure),
-            curves=as_data_uri(figures.curves(rows, CURVES)),
+            curves=as_data_uri(figures.curves(rows, CURVES | {d.metric: d.metric for d in self.differences if d.metric not in CURVES})),
             grids={name: as_data_uri(figure) for name, figure in self.grids.items()},
-            config=self.config_text,
+            config=dump(self.config),
         )
         path = self.output / "report.html"
         scratch = path.with_suffix(".partial")

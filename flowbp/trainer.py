@@ -57,6 +57,8 @@ class Trainer:
         device = str(self.accelerator.device)
         self.backbone = load_backbone(**config.backbone.model_dump(), device=device)
         self.reward = load_reward(config.reward.name, config.reward.model, device)
+        watched = config.evaluation.monitors if config.evaluation else {}
+        self.monitors = {name: load_reward(spec.name, spec.model, device) for name, spec in watched.items()}
         size = config.rollout
         self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width)
         config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(0))  # a method that does not fit says so now
@@ -100,10 +102,10 @@ class Trainer:
         """Score base and tuned weights on the same prompts and seeds, draw both, and write everything into the run's folder."""
         config = self.config
         plan = config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(config.seed))
-        pages = report.Report(config.output, dump(config), plan, self.sigmas.tolist())
+        pages = report.Report(config, plan, self.sigmas.tolist())
         if config.evaluation is not None:
             prompts = load_prompts(config.evaluation.prompts)
-            named = evaluation.scorers(self.reward, config.evaluation)
+            named = evaluation.scorers(self.reward, self.monitors, config.evaluation.checker)
             scores = []
             with progress_bar("evaluate", "image", 2 * config.evaluation.samples) as bar:
                 for name, weights in (("before", self.base), ("after", self.tuned)):
@@ -148,23 +150,30 @@ class Trainer:
 
         trajectory = rollout(velocity, noise, self.sigmas, plan, renoise)
         z = reward_input(plan, trajectory).requires_grad_()
-        rewards = self.training_reward(generators[0])(self.backbone.decode(z), texts * (1 + plan.num_renoised))
-        logged, weights, keep = {}, None, None
+        images = self.backbone.decode(z)
+        rewards = self.training_reward(generators[0])(images, texts * (1 + plan.num_renoised))
+        logged = self.watch(images.detach()[: len(texts)], texts)
+        weights, keep = None, None
         if plan.similarity is not None:
             d_j, d_0 = residuals(plan, trajectory)
             weights, keep = sample_weights(plan.similarity, d_j, d_0)
-            logged = {"d_j": d_j.mean().item(), "d_0": d_0.mean().item(), "kept": keep.float().mean().item()}
+            logged |= {"d_j": d_j.mean().item(), "d_0": d_0.mean().item(), "kept": keep.float().mean().item()}
         loss = config.objective.loss(rewards, weights, keep)
-        (g,) = torch.autograd.grad(loss / (config.guidance.divisor * data.accumulate), z)
+        (g,) = torch.autograd.grad(loss / config.guidance.divisor, z)
         norms = g.flatten(1).norm(dim=1) * len(g)
         g = clip_samples(g, config.optimizer.max_sample_grad_norm)
-        backward(plan, trajectory, velocity.replay, g)
+        backward(plan, trajectory, velocity.replay, g / data.accumulate)
         return logged | {
             "reward": rewards.mean().item(),
             "loss": loss.item(),
             "sample_grad_norm": norms.mean().item(),
             "nodes": [i for i, _ in plan.active],
         }
+
+    @torch.no_grad()
+    def watch(self, images: Tensor, texts: list[str]) -> dict[str, float]:
+        """Mean score of each monitor on the training images: what is never trained on, watched at every step."""
+        return {name: monitor(images, texts).mean().item() for name, monitor in self.monitors.items()}
 
     def training_reward(self, generator: torch.Generator):
         smooth = self.config.reward.smooth
