@@ -14,4 +14,6 @@ def load_reward(name: str, model: str, device: str = "cpu") -> Reward:
     """The reward class `name` with the weights of `model`: a local folder, a Hub id, or "shapes" / "shapes-monitor" (embedded)."""
     from flowbp import shapes
 
+    if name not in REWARDS:
+        raise ValueError(f"unknown reward {name!r}; known: {', '.join(REWARDS)}")
     return REWARDS[name](str({"shapes": shapes.REWARD, "shapes-monitor": shapes.MONITOR}.get(model, model)), device)
