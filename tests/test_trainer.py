@@ -41,8 +41,8 @@ def test_every_method_trains_the_embedded_model(name, tmp_path):
     trainer = Trainer(tiny(tmp_path, f"method.name={name}", *extra))
     row = trainer.step(0)
     assert np.isfinite(row["grad_norm"]) and row["grad_norm"] > 0 and not row["skipped"]
-    changed = [not torch.equal(trainer.parameters[key], trainer.base[key]) for key in trainer.parameters]
-    assert all(changed[1::2])  # LoRA's B starts at zero: every one has moved
+    still = [key for key in trainer.parameters if "lora_B" in key and torch.equal(trainer.parameters[key], trainer.base[key])]
+    assert all("transformer_blocks.3.attn.add_q_proj" in key for key in still)  # the last block drops what the text queries attend to
 
 
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(3.0)], ids=["unguided", "guided"])
