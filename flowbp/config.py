@@ -224,11 +224,12 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], extra: Mapping[str, Any]) -> None:
-    """Merge nested mappings in place. A mapping that changes its `name` replaces the old one: fields of another class do not carry over."""
+    """Merge nested mappings in place. A method or pair sampler of another name starts afresh: its fields are those of another class."""
     for key, value in extra.items():
         old = base.get(key)
-        renamed = isinstance(value, Mapping) and isinstance(old, dict) and "name" in value and value["name"] != old.get("name")
-        if isinstance(value, Mapping) and isinstance(old, dict) and not renamed:
+        both = isinstance(value, Mapping) and isinstance(old, dict)
+        renamed = both and key in ("method", "pairs") and value.get("name", old.get("name")) != old.get("name")
+        if both and not renamed:
             merge(old, value)
         else:
             base[key] = value
