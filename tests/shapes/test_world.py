@@ -1,0 +1,113 @@
+"""Truths of the world of `shapes`: captions, scenes, checker and splits. No model is loaded."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from flowbp.shapes import check, check_batch, prompts
+from flowbp.shapes.checker import find_objects
+from flowbp.shapes.prompts import SPLITS, pools, sample_negative, sample_spec, texts
+from flowbp.shapes.world import CATEGORIES, NUMBERS, Spec, parse, render, sample_scene, satisfies, true_specs
+
+
+def drawn(n, seed=0):
+    rng = np.random.default_rng(seed)
+    specs = [sample_spec(rng) for _ in range(n)]
+    scenes = [sample_scene(spec, rng) for spec in specs]
+    return specs, scenes, np.stack([render(scene, rng) for scene in scenes]), rng
+
+
+def test_checker_accepts_renderings_of_the_caption():
+    specs, _, images, _ = drawn(600)
+    assert check_batch(images, [spec.text for spec in specs]).mean() > 0.99
+
+
+def test_checker_rejects_hard_negatives():
+    specs, scenes, images, rng = drawn(600, seed=1)
+    true = [frozenset(s.text for s in true_specs(scene)) for scene in scenes]
+    wrong = [sample_negative(spec, rng, t, known=False).text for spec, t in zip(specs, true, strict=True)]
+    assert check_batch(images, wrong).mean() < 0.01
+
+
+def test_checker_survives_noise_and_blur_of_a_decoder():
+    specs, _, images, rng = drawn(200, seed=2)
+    x = images / 255.0
+    x = 0.9 * x + 0.1 * np.roll(x, 1, axis=1) + rng.normal(0, 0.02, x.shape)
+    assert check_batch(x.transpose(0, 3, 1, 2), [spec.text for spec in specs]).mean() > 0.97
+
+
+def test_checker_rejects_objects_of_two_colours_and_merged_objects():
+    _, _, images, _ = drawn(300, seed=3)
+    one = [image for image in images if len(find_objects(image)) == 1]
+    for image in one[:20]:
+        (found,) = find_objects(image)
+        halved, doubled = image.copy(), np.minimum(image, np.roll(image, 5, axis=1))
+        halved[:, : int(found.x)] = halved[:, : int(found.x), [1, 2, 0]]
+        assert find_objects(halved) is None
+        assert find_objects(doubled) is None
+
+
+def test_checker_is_blind_to_the_form_of_the_image():
+    torch = pytest.importorskip("torch")
+    specs, _, images, _ = drawn(5, seed=4)
+    for spec, image in zip(specs, images, strict=True):
+        tensor = torch.from_numpy(image).permute(2, 0, 1) / 255
+        assert check(image, spec.text) and check(tensor, spec.text) and check(tensor.double(), spec.text)
+    with pytest.raises(ValueError, match="resize"):
+        check(np.zeros((64, 64, 3), np.uint8), "a circle")
+
+
+def test_every_true_caption_of_a_scene_passes_its_rendering():
+    _, scenes, images, _ = drawn(100, seed=5)
+    for scene, image in zip(scenes, images, strict=True):
+        assert all(check(image, spec.text) for spec in true_specs(scene, margin=2.0))
+
+
+def test_parse_inverts_text_for_every_caption():
+    every = [spec for split in SPLITS for lists in pools(split).values() for pool in lists for spec in pool]
+    assert all(parse(spec.text) == spec for spec in every)
+    assert all(len(spec.text.split()) <= 10 for spec in every)
+
+
+def test_parse_names_what_is_not_a_caption():
+    with pytest.raises(ValueError, match="dog"):
+        parse("a red dog")
+
+
+def test_relations_have_direction():
+    scene = sample_scene(parse("a red circle left of a blue square"), np.random.default_rng(0))
+    assert satisfies(scene, parse("a blue square right of a red circle"))
+    assert not satisfies(scene, parse("a blue square left of a red circle"))
+    assert not satisfies(scene, parse("a red circle above a blue square"))
+
+
+def test_splits_are_deterministic_balanced_and_disjoint_where_large():
+    for split in SPLITS:
+        listed = prompts(split)
+        assert listed == prompts(split)
+        assert [p.category for p in listed[:6]] == list(CATEGORIES)
+        assert all(parse(p.text).category == p.category for p in listed)
+    for category, lists in pools("train").items():
+        for i, pool in enumerate(lists):
+            others = {spec.text for split in ("dev", "test") for spec in pools(split)[category][i]}
+            shared = len(pool) < 34
+            assert others == {spec.text for spec in pool} if shared else not others & {spec.text for spec in pool}
+    assert not {spec.text for p in pools("dev")["position"] for spec in p} & {spec.text for p in pools("test")["position"] for spec in p}
+
+
+def test_unknown_split_is_named():
+    with pytest.raises(ValueError, match="validation"):
+        prompts("validation")
+
+
+def test_known_negatives_are_train_captions():
+    rng = np.random.default_rng(0)
+    assert all(sample_negative(sample_spec(rng), rng).text in texts("train") for _ in range(300))
+    assert Spec(((None, "cross"),) * NUMBERS["two"]).text == "two crosses"
+
+
+def test_import_is_light():
+    code = "import sys, flowbp.shapes; print([m for m in ('torch', 'diffusers', 'transformers', 'scipy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
