@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 
+import flowbp_kernels
 from flowbp_kernels._triton.bridge_cotangents import bridge_cotangents
 from flowbp_kernels._triton.cfg_euler_step import cfg_euler_step
 from flowbp_kernels._triton.leap_residuals import leap_residuals
@@ -226,6 +227,20 @@ def test_leap_residuals_give_the_same_bits_every_time():
     arguments = leaps((2, 3000))
     first = leap_residuals(*arguments)
     assert all(torch.equal(leap_residuals(*arguments), first) for _ in range(2 if INTERPRETED else 20))
+
+
+def test_the_public_ops_reach_these_launchers(monkeypatch):
+    monkeypatch.setenv("FLOWBP_KERNELS", "triton")
+    x_k, x_j, x_end, velocities, nodes, weights = leaps((2, 41))
+    velocities = velocities.nan_to_num()
+    first = weights[0]
+    for mine, expected in (
+        (flowbp_kernels.quadrature_update(x_k, velocities, nodes[:, 0], first[:, 0]), quadrature_update(x_k, velocities, nodes, first)),
+        (flowbp_kernels.cfg_euler_step(x_k, x_j, x_end, 4.5, -0.1)[0], cfg_euler_step(x_k, x_j, x_end, 4.5, -0.1)[0]),
+        (flowbp_kernels.bridge_cotangents(x_k, x_j, first[:, 0], first[:, 0]), bridge_cotangents(x_k, x_j, first, first)),
+        (flowbp_kernels.leap_residuals(x_k, x_j, x_end, velocities, nodes[:, 0], weights[..., 0]), leap_residuals(*leaps((2, 41)))),
+    ):
+        assert torch.equal(mine, expected)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="a CUDA graph needs a GPU; test_triton.py runs this file on one under -m gpu")
