@@ -31,6 +31,6 @@ def test_the_kernels_on_the_gpu():
     run_cases(interpreted=False)
 
 
-def test_importing_the_package_imports_no_triton():
-    script = "import sys, flowbp_kernels; sys.exit('triton' in sys.modules or 'flowbp_kernels._triton' in sys.modules)"
+def test_importing_the_package_imports_no_kernel():
+    script = "import sys, flowbp_kernels; sys.exit(any(name.startswith('flowbp_kernels._triton') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
