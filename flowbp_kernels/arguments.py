@@ -96,6 +96,6 @@ def _on_cpu(name: str, values: Tensor) -> Tensor:
 def _columns(name: str, table: Tensor, batch: int) -> Tensor:
     if table.dim() == 1:
         table = table[:, None]
-    elif table.dim() != 2 or table.shape[1] != batch:
+    elif table.dim() != 2 or table.shape[1] not in (1, batch):
         raise ValueError(f"{name} must be [K] or [K, B] with B = {batch}, not of shape {tuple(table.shape)}")
     return table.contiguous()
