@@ -102,7 +102,7 @@ def compiled_ops() -> dict:
         CPU_SOURCES,
         define_macros=macros,
         # No contraction: where a product and a sum are fused, the source says so, and every backend does.
-        extra_compile_args=["-O3", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi", "-Wno-maybe-uninitialized"],
+        extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi", "-Wno-maybe-uninitialized"],
         extra_link_args=cuda_link,
         depends=[str(path) for path in Path("csrc").rglob("*")],
         py_limited_api=True,

@@ -15,6 +15,8 @@ inline void store(float16* p, Floats v) {
   for (int e = 0; e < kLanes; ++e) p[e] = from_float<float16>(v[e]);
 }
 
+inline Int widen(const float8* p) { return Int{p[0].bits, p[1].bits, p[2].bits, p[3].bits}; }
+
 #include "kernels.inc"
 
 }  // namespace
