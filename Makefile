@@ -14,11 +14,13 @@ INSTALLED := $(VENV)/.installed
 
 install: $(INSTALLED)
 
-# torch comes first because the build needs it, and its pin is lifted after that so that TORCH may name another version.
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | $(BIN)/python
+# torch comes first because the build needs it, and its pin is lifted after that so that TORCH may name another version;
+# so is Triton's where that torch has brought its own (a build for GPUs does).
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f) | $(BIN)/python
 	$(BIN)/python -m pip install --upgrade "pip>=23.1" "setuptools>=77" wheel ninja pybind11
 	$(BIN)/python -m pip install $(TORCH)
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	if $(BIN)/python -c 'import triton' 2>/dev/null; then sed -i '/^triton==/d' $(VENV)/constraints.txt; fi
 	$(BIN)/python -m pip install --no-build-isolation -e ".[train,test]" -c $(VENV)/constraints.txt
 	touch $@
 

@@ -1,4 +1,4 @@
-"""The command line: train, sample, eval, plan, doctor."""
+"""The command line: train, sample, eval, plan, doctor, bench."""
 
 from __future__ import annotations
 
@@ -187,3 +187,11 @@ def comparison_table(output: Path) -> Table:
         cells = (row["metric"] if whole else "", row["category"], str(row["count"]), f"{row['before']:.3f}", f"{row['after']:.3f}", change)
         table.add_row(*cells, style="bold" if whole else None)
     return table
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Time the kernels beside eager PyTorch and torch.compile (options: flowbp bench --help)."""
+    from flowbp_kernels.bench import main as run
+
+    run(context.args)

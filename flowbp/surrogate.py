@@ -28,7 +28,8 @@ def reward_input(plan: SurrogatePlan, trajectory: Trajectory) -> Tensor:
         base = trajectory.sample
     else:
         e = plan.reward_input.at
-        base = trajectory.latents[e] - trajectory.sigmas[e].item() * trajectory.velocities[e]
+        velocities = trajectory.velocities
+        base = quadrature_update(trajectory.latents[e], velocities.rows, velocities.slots([e]), [-trajectory.sigmas[e].item()])
     copies = trajectory.renoised - trajectory.sigmas[-2].item() * trajectory.renoised_velocities
     return torch.cat([base[None], copies]).flatten(0, 1)
 
@@ -85,16 +86,10 @@ def residuals(plan: SurrogatePlan, trajectory: Trajectory) -> tuple[Tensor, Tens
     if plan.similarity is None:
         raise ValueError("residuals need a plan with similarity: without it the rollout does not cache the velocities they read")
     j = plan.bridge.node
-    split = plan.nodes.index(j)
-    gaps = []
-    for start, target, part in (
-        (plan.start, trajectory.latents[j], slice(None, split)),
-        (j, trajectory.sample, slice(split, None)),
-    ):
-        slots = trajectory.velocities.slots(plan.nodes[part])
-        prediction = quadrature_update(trajectory.latents[start], trajectory.velocities.rows, slots, plan.weights[part])
-        gaps.append(leap_residuals(prediction, target))
-    return gaps[0], gaps[1]
+    to_j = [weight if node < j else 0.0 for node, weight in zip(plan.nodes, plan.weights, strict=True)]
+    to_end = [weight if node >= j else 0.0 for node, weight in zip(plan.nodes, plan.weights, strict=True)]
+    x, velocities = trajectory.latents, trajectory.velocities
+    return tuple(leap_residuals(x[plan.start], x[j], trajectory.sample, velocities.rows, velocities.slots(plan.nodes), (to_j, to_end)))
 
 
 def _pull_back(velocity: ReplayedVelocity, x: Tensor, sigma: Tensor, seed: Tensor) -> None:

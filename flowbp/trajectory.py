@@ -23,10 +23,9 @@ class NodeCache:
         self._slot = {node: slot for slot, node in enumerate(self.nodes)}
         self.rows = like.new_empty(len(self.nodes), *like.shape)
 
-    def offer(self, node: int, value: Tensor) -> None:
-        """Keep the value if the plan reads this node."""
-        if node in self._slot:
-            self.rows[self._slot[node]] = value
+    def row(self, node: int) -> Tensor | None:
+        """Where to write this node's value; None if the plan does not read it."""
+        return self.rows[self._slot[node]] if node in self._slot else None
 
     def slots(self, nodes: Sequence[int]) -> list[int]:
         """Rows of `nodes` in `self.rows`."""
@@ -80,10 +79,12 @@ def rollout(
     device_sigmas, steps = sigmas.to(noise.device), torch.diff(sigmas).tolist()
 
     x = noise
+    if latents.row(0) is not None:
+        latents.row(0).copy_(noise)
     for i in range(plan.num_steps(total) if plan else total):
-        latents.offer(i, x)
-        x, v = cfg_euler_step(x, *velocity.branches(x, device_sigmas[i]), velocity.guidance.scale, steps[i])
-        velocities.offer(i, v)
+        branches = velocity.branches(x, device_sigmas[i])
+        slots = {"velocity_out": velocities.row(i), "out": latents.row(i + 1)}
+        x, _ = cfg_euler_step(x, *branches, velocity.guidance.scale, steps[i], **slots)
 
     copies, copy_velocities = noise.new_empty(wanted, *noise.shape), noise.new_empty(wanted, *noise.shape)
     for m in range(wanted):

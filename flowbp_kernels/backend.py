@@ -1,38 +1,41 @@
 """Which backend runs an op, and why: the fastest that can take the tensors at hand, or the one FLOWBP_KERNELS names.
 
-FLOWBP_KERNELS=auto (default) | cpu (compiled, from csrc/) | reference (plain PyTorch, runs everything).
+FLOWBP_KERNELS=auto (default) | cuda | cpu (compiled, from csrc/) | triton | reference (plain PyTorch, runs everything).
 A backend named there runs or raises with the cause; only `auto` falls back. The extension is loaded at the first call.
-torch.compile settles the choice while it traces.
+FLOWBP_ISA=avx512 | avx2 | baseline names the instruction set of the compiled CPU ops; unset, the best there is.
+The choice is made whenever an op runs, also inside a graph of torch.compile.
 """
 
 import functools
+import importlib
+import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-BACKENDS = ("cpu", "reference")  # in the order in which `auto` tries them
+from flowbp_kernels.arguments import COMPILED_DTYPES
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # in the order in which `auto` tries them
+MAX_NODES = 256  # rows of a rule that fit a kernel's parameters: kMaxTerms in csrc/ops.h
 
 
-def select(**why_not: str) -> str:
-    """The backend to run. why_not: by backend, what keeps it from these tensors, or "" if nothing does."""
+def select(op: str, num_nodes: int = 0, **tensors: Tensor | None) -> str:
+    """The backend that runs `op` on these tensors (by the names of its contract), with a rule of num_nodes rows."""
     wanted = requested()
     for name in BACKENDS if wanted == "auto" else (wanted,):
-        if name == "reference":
-            return name
-        cause = unavailable(name) or why_not.get(name, "this op has no such kernel")
+        cause = _unsuited(name, op, num_nodes, tensors)
         if not cause:
             return name
         if wanted == name:
-            raise RuntimeError(
-                f"FLOWBP_KERNELS={name} cannot run: {cause}. FLOWBP_KERNELS=auto picks a backend that can."
-            )
+            raise RuntimeError(f"FLOWBP_KERNELS={name} cannot run {op}: {cause}. FLOWBP_KERNELS=auto picks a backend that can.")
     raise AssertionError("the reference runs everything")
 
 
-@torch.compiler.assume_constant_result
 def requested() -> str:
     """The value of FLOWBP_KERNELS, checked."""
     wanted = os.environ.get("FLOWBP_KERNELS", "auto")
@@ -41,10 +44,77 @@ def requested() -> str:
     return wanted
 
 
-@torch.compiler.assume_constant_result
 def unavailable(name: str) -> str:
-    """Why this installation cannot run a backend at all; "" if it can."""
-    return _load_extension() if name == "cpu" else ""
+    """Why a backend runs no op at all in this installation; "" if it can run some."""
+    if name == "cpu":
+        return _load_extension()
+    if name == "triton":
+        return _import_triton()
+    if name == "cuda":
+        return _load_extension() or _no_cuda()
+    return ""
+
+
+def triton_op(op: str) -> Callable:
+    """The Triton launcher of an op."""
+    return getattr(importlib.import_module(f"flowbp_kernels._triton.{op}"), op)
+
+
+def report() -> list[tuple[str, bool, str]]:
+    """(backend, whether it runs here, why not or what it is) for every backend, in the order in which `auto` tries them."""
+    good = {
+        "cuda": lambda: f"compiled for {', '.join(f'sm_{arch}' for arch in cuda_archs())} and PTX",
+        "triton": lambda: f"triton {importlib.import_module('triton').__version__}",
+        "cpu": lambda: f"{isa()} (of {', '.join(isas())} on this processor), {extension_path()}",
+        "reference": lambda: "plain PyTorch, any device and dtype",
+    }
+    return [(name, not unavailable(name), unavailable(name) or good[name]()) for name in BACKENDS]
+
+
+def isa() -> str:
+    """The instruction set that the compiled CPU ops use."""
+    return _compiled("isa")
+
+
+def isas() -> list[str]:
+    """The instruction sets of the compiled CPU ops that this processor has, best first; none without the extension."""
+    return _compiled("isas").split()
+
+
+def cuda_archs() -> list[str]:
+    """The compute capabilities that the compiled CUDA ops were built for; none without CUDA or without the extension."""
+    return _compiled("cuda_archs").split()
+
+
+def extension_path() -> str | None:
+    """Where the compiled extension lies, beside this file; None if it was not built."""
+    spec = PathFinder.find_spec("_C", [str(Path(__file__).parent)])
+    return spec.origin if spec else None
+
+
+def _unsuited(name: str, op: str, num_nodes: int, tensors: dict[str, Tensor | None]) -> str:
+    """What keeps a backend from running `op` on these tensors; "" if nothing does."""
+    if name == "reference":
+        return ""
+    first, device = next((label, tensor.device) for label, tensor in tensors.items())
+    home = "cpu" if name == "cpu" else "cuda"
+    if device.type != home and not (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"{first} is on {device}"
+    cause = unavailable(name)
+    if cause:
+        return cause
+    if name == "triton" and importlib.util.find_spec(f"flowbp_kernels._triton.{op}") is None:
+        return f"flowbp_kernels/_triton/{op}.py does not exist"
+    if num_nodes > MAX_NODES:
+        return f"its {num_nodes} nodes exceed the {MAX_NODES} that fit a kernel's parameters"
+    for label, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in COMPILED_DTYPES and not (label == "velocities" and tensor.dtype == torch.float8_e4m3fn):
+            return f"{label} is {tensor.dtype}; it takes float32, bfloat16 and float16, and float8_e4m3fn for a cache"
+        if not tensor.is_contiguous():
+            return f"{label} is not contiguous"
+    return ""
 
 
 @functools.cache
@@ -61,17 +131,24 @@ def _load_extension() -> str:
     return ""
 
 
-def report() -> list[tuple[str, bool, str]]:
-    """(backend, whether it runs here, why or from where) for every backend, in the order in which `auto` tries them."""
-    rows = []
-    for name in BACKENDS:
-        cause = unavailable(name)
-        good = "plain PyTorch, any device and dtype" if name == "reference" else extension_path()
-        rows.append((name, not cause, cause or good))
-    return rows
+@functools.cache
+def _import_triton() -> str:
+    if importlib.util.find_spec("flowbp_kernels._triton") is None:
+        return "flowbp_kernels/_triton does not exist"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"importing triton failed: {error}"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "torch sees no CUDA device"
+    return ""
 
 
-def extension_path() -> str | None:
-    """Where the compiled extension lies, beside this file; None if it was not built."""
-    spec = PathFinder.find_spec("_C", [str(Path(__file__).parent)])
-    return spec.origin if spec else None
+def _no_cuda() -> str:
+    if not cuda_archs():
+        return "the extension was built without CUDA (no toolkit was found, or FLOWBP_CUDA=0)"
+    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def _compiled(question: str) -> str:
+    return "" if _load_extension() else getattr(torch.ops.flowbp_compiled, question)()

@@ -6,67 +6,91 @@ import torch
 from torch import Tensor
 
 from flowbp_kernels import backend, reference
-
-OP = "flowbp_kernels::quadrature_update"
-COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from flowbp_kernels.arguments import check_cache, check_float, check_nodes, check_out, check_rows, node_table, weight_table
 
 
 def quadrature_update(
-    x: Tensor, velocities: Tensor, nodes: Tensor | Sequence[int], weights: Tensor | Sequence[float]
+    x: Tensor,
+    velocities: Tensor,
+    nodes: Tensor | Sequence[int],
+    weights: Tensor | Sequence[float],
+    *,
+    scales: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """x + sum_k weights[k] velocities[nodes[k]], accumulated in float32 (float64 if a tensor is float64).
+    """x + sum_k weights[k] scales[nodes[k]] velocities[nodes[k]], accumulated in float32 (float64 if a tensor is float64).
 
-    x: [B, *S], any float dtype.  velocities: [N, B, *S], any float dtype, on x's device.
+    x: [B, *S], any float dtype.  velocities: [N, B, *S], any float dtype (float8_e4m3fn too), on x's device.
     nodes: [K] or [K, B] integers in [0, N), repeats allowed.  weights: [K] or [K, B], sigma units.
     Both are numbers or CPU tensors: they travel by value. [K, B] holds one rule a sample.
+    scales: [N, B] float32 on x's device, what each cached sample was divided by when it was stored; None for ones.
+    out: [B, *S] contiguous, x.dtype: written and returned, without gradient.
     Returns [B, *S] in x.dtype, rounded once. A velocity of weight zero is not read: it may hold NaN.
-    Gradient: 1 to x, weights[k] to velocities[nodes[k]]; none to nodes and weights.
+    Gradient: 1 to x, weights[k] scales[nodes[k]] to velocities[nodes[k]] (not to float8); none to nodes, weights, scales.
+    A strided x is made contiguous; a strided cache runs on the reference.
     Raises ValueError for shapes, dtypes, devices or nodes outside this contract.
     Equivalent to  (x.float() + torch.einsum("k,k...->...", weights, velocities[nodes].float())).to(x.dtype)
     """
-    nodes, weights = reference.quadrature_tables(x, velocities, nodes, weights)
-    if backend.select(cpu=_why_not_cpu(x, velocities)) == "reference":
-        return reference.quadrature_update(x, velocities, nodes, weights)
-    return torch.ops.flowbp_kernels.quadrature_update(x, velocities, nodes, weights.float())
+    check_float("x", x)
+    check_cache(velocities, x, scales)
+    nodes, weights = node_table(nodes, x.shape[0]), weight_table("weights", weights, x.shape[0])
+    check_rows("nodes", nodes, weights, "weights")
+    check_out("out", out, x.shape, (x.dtype,), (x, velocities))
+    if out is None:
+        return _op(x.contiguous(), velocities, nodes, weights, scales)
+    _op_out(x.contiguous(), velocities, nodes, weights, scales, out)
+    return out
 
 
-def _why_not_cpu(x: Tensor, velocities: Tensor) -> str:
-    """What keeps the compiled CPU op from these tensors; empty if nothing does."""
-    if x.device.type != "cpu":
-        return f"x is on {x.device}"
-    if x.dtype not in COMPILED_DTYPES or velocities.dtype not in COMPILED_DTYPES:
-        return f"x is {x.dtype} and velocities {velocities.dtype}; it takes float32, bfloat16 and float16"
-    if not (x.is_contiguous() and velocities.is_contiguous()):
-        return "x and velocities must be contiguous"
-    return ""
+def _run(x, velocities, nodes, weights, scales, out) -> None:
+    check_nodes(nodes, velocities)
+    runs = backend.select("quadrature_update", len(nodes), x=x, velocities=velocities)
+    if runs == "reference":
+        out.copy_(reference.quadrature_update(x, velocities, nodes, weights, scales))
+    elif runs == "triton":
+        backend.triton_op("quadrature_update")(x, velocities, nodes, weights, scales=scales, out=out)
+    else:
+        torch.ops.flowbp_compiled.quadrature_update(x, velocities, nodes, weights[None].float(), scales, out)
 
 
-# The operator exists with or without a compiled backend; csrc/ registers one kernel for it per kind of device.
-torch.library.define(
-    OP, "(Tensor x, Tensor velocities, Tensor nodes, Tensor weights) -> Tensor", tags=torch.Tag.pt2_compliant_tag
-)
+@torch.library.custom_op("flowbp_kernels::quadrature_update_out", mutates_args=("out",))
+def _op_out(x: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, scales: Tensor | None, out: Tensor) -> None:
+    _run(x, velocities, nodes, weights, scales, out)
 
 
-@torch.library.register_fake(OP)
-def _fake(x, velocities, nodes, weights):
+@torch.library.custom_op("flowbp_kernels::quadrature_update", mutates_args=())
+def _op(x: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, scales: Tensor | None) -> Tensor:
+    out = torch.empty_like(x)
+    _run(x, velocities, nodes, weights, scales, out)
+    return out
+
+
+@_op.register_fake
+def _(x, velocities, nodes, weights, scales):
     return torch.empty_like(x)
 
 
 def _setup_context(ctx, inputs, output):
-    x, velocities, nodes, weights = inputs
-    ctx.save_for_backward(nodes, weights)
+    _, velocities, nodes, weights, scales = inputs
+    ctx.save_for_backward(nodes, weights, scales)
     ctx.cache_shape, ctx.cache_dtype = velocities.shape, velocities.dtype
 
 
-def _backward(ctx, gradient):
-    """Gradient 1 to x; velocity n of sample b gets the sum of the weights with which that sample's rule reads it."""
+def _backward(ctx, g):
+    """Velocity n of sample b gets g times the sum of the weights with which that sample's rule reads it."""
     of_velocities = None
     if ctx.needs_input_grad[1]:
-        nodes, weights = (t if t.dim() == 2 else t[:, None].expand(-1, gradient.shape[0]) for t in ctx.saved_tensors)
-        total = weights.new_zeros(ctx.cache_shape[:2]).scatter_add(0, nodes, weights).to(gradient.device)
-        total = total.reshape(total.shape + (1,) * (gradient.dim() - 1))
-        of_velocities = (total * torch.where(total == 0, 0, gradient.float())).to(ctx.cache_dtype)
-    return gradient, of_velocities, None, None
+        nodes, weights, scales = ctx.saved_tensors
+        num_cached, batch = ctx.cache_shape[:2]
+        nodes, weights = nodes.expand(-1, batch), weights.expand(-1, batch)
+        totals = weights.new_zeros(num_cached, batch).scatter_add(0, nodes, weights)
+        of_velocities = bridge_cotangents(g, g, totals, torch.zeros_like(totals), dtype=ctx.cache_dtype)
+        if scales is not None:
+            of_velocities = of_velocities * scales.reshape(scales.shape + (1,) * (g.dim() - 1)).to(ctx.cache_dtype)
+    return g, of_velocities, None, None, None
 
 
-torch.library.register_autograd(OP, _backward, setup_context=_setup_context)
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+# The two sums of this package are each other's gradient; imported last, since each needs the other.
+from flowbp_kernels.bridge_cotangents import bridge_cotangents  # noqa: E402

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from flowbp_kernels.reference import accumulation_dtype
+from flowbp_kernels.arguments import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,7 @@ def _replay(sweep: _Sweep, latents: tuple[Tensor, ...], g: Tensor) -> list[Tenso
                     totals[k] = gradient if totals[k] is None else totals[k] + gradient
             if at_bridge:
                 if gradients[-1] is None:
-                    raise RuntimeError(
-                        "velocity at the bridge node does not depend on its input x: is x detached in it?"
-                    )
+                    raise RuntimeError("velocity at the bridge node does not depend on its input x: is x detached in it?")
                 cotangent = cotangent + sweep.bridge[1] * gradients[-1].to(cotangent.dtype)
     missing = [tuple(p.shape) for p, total in zip(params, totals, strict=True) if total is None]
     if missing:

@@ -22,6 +22,7 @@ from flowbp.plan import Similarity
 from flowbp.quadrature import lagrange_supports
 from flowbp.surrogate import as_graph, backward, residuals, reward_input
 from flowbp.trajectory import rollout, rollout_with_graph
+from flowbp_kernels import backend
 
 BUNDLED = Path(__file__).parent / "golden"
 BESIDE = Path(__file__).parents[2] / "shared" / "golden"
@@ -29,6 +30,7 @@ FOLDER = Path(os.environ.get("FLOWBP_GOLDEN") or (BESIDE if BESIDE.is_dir() else
 CASES = sorted(path.stem for path in FOLDER.glob("[0-9]*_*.json"))
 PARAMETERS = ("W1", "b1", "c1", "U", "W2", "b2")
 TOLERANCE = 1e-9  # relative, on all parameters' gradients concatenated, float64
+SINGLE = 1e-5  # the same in float32
 
 
 def test_the_folder_holds_cases():
@@ -38,12 +40,12 @@ def test_the_folder_holds_cases():
 class Case:
     """One stored training step, with its plan rebuilt by the method from the stored hyperparameters and indices."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, dtype=torch.float64, device="cpu"):
         self.meta = json.loads((FOLDER / f"{name}.json").read_text())
         with np.load(FOLDER / f"{name}.npz") as arrays:
-            self.arrays = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+            self.sigmas = torch.from_numpy(arrays["sigmas"])
+            self.arrays = {key: torch.from_numpy(arrays[key]).to(device, dtype) for key in arrays.files}
         self.theta = {key: self.arrays[key].clone().requires_grad_() for key in PARAMETERS}
-        self.sigmas = self.arrays["sigmas"]
         self.guidance = Guidance(self.meta["cfg_guidance"], self.meta["cfg_detach_neg"], self.meta["cfg_grad_norm_compensate"])
         self.plan = rebuild_plan(self.meta, self.sigmas.numpy())
 
@@ -70,10 +72,10 @@ class Case:
     def loss(self, z, trajectory):
         return Objective(self.meta["loss_relu_clip"]).loss(self.reward(z), *self.weights(trajectory))
 
-    def check_gradients(self, prefix="grad_"):
+    def check_gradients(self, prefix="grad_", tolerance=TOLERANCE):
         ours = torch.cat([self.theta[key].grad.flatten() for key in PARAMETERS])
         theirs = torch.cat([self.arrays[prefix + key].flatten() for key in PARAMETERS])
-        assert (ours - theirs).norm() <= TOLERANCE * theirs.norm()
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
 def rebuild_plan(meta, sigmas):
@@ -143,6 +145,37 @@ def test_value_residuals_and_gradients_match_the_released_code(case):
     assert torch.allclose(g, case.arrays["g"], rtol=TOLERANCE, atol=1e-14)
     backward(case.plan, trajectory, case.velocity().replay, g)
     case.check_gradients()
+
+
+def check_single_precision(case):
+    trajectory = case.rollout()
+    leaf = reward_input(case.plan, trajectory).requires_grad_()
+    torch.testing.assert_close(leaf.detach(), case.arrays["reward_input"], rtol=SINGLE, atol=SINGLE)
+    if case.plan.similarity is not None:
+        for d, stored in zip(residuals(case.plan, trajectory), ("d_j", "d_0"), strict=True):
+            torch.testing.assert_close(d, case.arrays[stored], rtol=SINGLE, atol=SINGLE)
+    (g,) = torch.autograd.grad(case.loss(leaf, trajectory) / case.guidance.divisor, leaf)
+    backward(case.plan, trajectory, case.velocity().replay, g)
+    case.check_gradients(tolerance=SINGLE)
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_backend_matches_the_released_code_in_float32(name, kernels, monkeypatch):
+    if backend.unavailable(kernels):
+        pytest.skip(backend.unavailable(kernels))
+    monkeypatch.setenv("FLOWBP_KERNELS", kernels)
+    check_single_precision(Case(name, torch.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["cuda", "triton"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_gpu_backend_matches_the_released_code_in_float32(name, kernels, monkeypatch):
+    if backend.unavailable(kernels):
+        pytest.skip(backend.unavailable(kernels))
+    monkeypatch.setenv("FLOWBP_KERNELS", kernels)
+    check_single_precision(Case(name, torch.float32, "cuda"))
 
 
 def test_graph_gradients_match_the_released_code(case):

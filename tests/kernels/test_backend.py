@@ -38,29 +38,30 @@ def extension_at(monkeypatch):
 def test_auto_takes_the_compiled_kernel_where_it_can(choose):
     choose("auto")
     expected = "cpu" if backend.extension_path() else "reference"
-    assert backend.select(cpu="") == expected
-    assert backend.select(cpu="these tensors do not suit it") == "reference"
+    assert backend.select("quadrature_update", x=torch.ones(2)) == expected
+    assert backend.select("quadrature_update", x=torch.ones(2, dtype=torch.float64)) == "reference"
+    assert backend.select("quadrature_update", num_nodes=backend.MAX_NODES + 1, x=torch.ones(2)) == "reference"
 
 
 def test_the_reference_runs_where_it_is_asked_for(choose):
     choose("reference")
-    assert backend.select(cpu="") == "reference"
+    assert backend.select("quadrature_update", x=torch.ones(2)) == "reference"
     assert (quadrature_update(*UPDATE) == 1.5).all()
 
 
 def test_an_explicit_choice_never_falls_back(choose, extension_at):
     choose("cpu")
     if backend.extension_path() is not None:
-        with pytest.raises(RuntimeError, match="FLOWBP_KERNELS=cpu cannot run: x is torch.float64"):
+        with pytest.raises(RuntimeError, match="FLOWBP_KERNELS=cpu cannot run quadrature_update: x is torch.float64"):
             quadrature_update(UPDATE[0].double(), *UPDATE[1:])
     extension_at(None)
-    with pytest.raises(RuntimeError, match="FLOWBP_KERNELS=cpu cannot run: its extension is not built"):
+    with pytest.raises(RuntimeError, match="FLOWBP_KERNELS=cpu cannot run quadrature_update: its extension is not built"):
         quadrature_update(*UPDATE)
 
 
 def test_an_unknown_choice_raises_and_lists_the_known_ones(choose):
     choose("gpu")
-    with pytest.raises(ValueError, match="one of auto, cpu, reference; not 'gpu'"):
+    with pytest.raises(ValueError, match="one of auto, cuda, triton, cpu, reference; not 'gpu'"):
         quadrature_update(*UPDATE)
 
 
@@ -74,6 +75,33 @@ def test_a_broken_extension_is_named_and_auto_goes_on(choose, extension_at, tmp_
     choose("cpu")
     with pytest.raises(RuntimeError, match="_C.abi3.so failed"):
         quadrature_update(*UPDATE)
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_choice_without_its_device_says_so(choose, name):
+    choose(name)
+    with pytest.raises(RuntimeError, match=f"FLOWBP_KERNELS={name} cannot run quadrature_update: x is on cpu"):
+        quadrature_update(*UPDATE)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused(choose, monkeypatch):
+    if backend.extension_path() is None:
+        pytest.skip(backend.unavailable("cpu"))
+    choose("cpu")
+    monkeypatch.setenv("FLOWBP_ISA", "avx1024")
+    with pytest.raises(RuntimeError, match="FLOWBP_ISA=avx1024 is not an instruction set of this processor"):
+        quadrature_update(*UPDATE)
+    for isa in backend.isas():
+        monkeypatch.setenv("FLOWBP_ISA", isa)
+        assert backend.isa() == isa and (quadrature_update(*UPDATE) == 1.5).all()
+
+
+def test_the_report_has_a_row_a_backend():
+    rows = {name: (runs, why) for name, runs, why in backend.report()}
+    assert tuple(rows) == backend.BACKENDS and rows["reference"][0]
+    assert all(why for _, why in rows.values())
+    if rows["cpu"][0]:
+        assert backend.isa() in rows["cpu"][1]
 
 
 def test_the_package_works_without_its_extension(tmp_path):
@@ -100,7 +128,9 @@ def test_the_table_of_ops_names_every_op():
     "environment, message",
     [
         ({"CXX": "no-such-compiler"}, "no C.. compiler: 'no-such-compiler'(.|\n)*FLOWBP_BUILD=0"),
-        ({"FLOWBP_BUILD": "yes"}, "FLOWBP_BUILD must be 1 .* or 0 .*, not 'yes'"),
+        ({"FLOWBP_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "FLOWBP_CUDA=1, but no CUDA toolkit(.|\n)*FLOWBP_CUDA=0"),
+        ({"FLOWBP_CUDA": "maybe"}, "FLOWBP_CUDA must be one of auto, 0, 1; not 'maybe'"),
+        ({"FLOWBP_BUILD": "yes"}, "FLOWBP_BUILD must be one of 0, 1; not 'yes'"),
     ],
 )
 def test_a_build_that_cannot_run_says_what_is_missing(monkeypatch, environment, message):

@@ -5,12 +5,16 @@ import math
 import pytest
 import torch
 
-from flowbp_kernels import bridge_cotangents, cfg_euler_step, leap_residuals, straight_through
-from flowbp_kernels.reference import quadrature_update
+from flowbp_kernels import bridge_cotangents, cfg_euler_step, leap_residuals, quadrature_update, straight_through
 
 LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 41), (2, 3, 5, 7), (5, 4097), (0, 4), (3, 0)]
 NAN = math.nan
+
+
+@pytest.fixture(autouse=True)
+def on_the_reference(monkeypatch):
+    monkeypatch.setenv("FLOWBP_KERNELS", "reference")
 
 
 def draw(*shape, dtype=torch.float64, seed=0):
@@ -38,7 +42,7 @@ def test_float64_stays_float64():
     torch.testing.assert_close(quadrature_update(x, cache, [0], [-1 / 3]), exact, rtol=1e-15, atol=1e-15)
     torch.testing.assert_close(cfg_euler_step(x, cache[0], cache[0], 2.0, -1 / 3)[0], exact, rtol=1e-15, atol=1e-15)
     torch.testing.assert_close(bridge_cotangents(x, x, [1 / 3], [0.0])[0], x / 3, rtol=1e-15, atol=1e-15)
-    assert leap_residuals(x, x.float()).dtype == torch.float64
+    assert leap_residuals(x, x, x, cache.float(), [0], ([1.0], [1.0])).dtype == torch.float64
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -103,13 +107,22 @@ def test_straight_through_has_one_value_and_another_gradient():
     assert torch.equal(surrogate.grad, 0.5 * torch.arange(5.0).half())
 
 
-def test_leap_residuals_are_the_mean_gap_of_each_sample():
-    prediction, latent = draw(3, 4, 5, dtype=torch.bfloat16), draw(3, 4, 5, seed=1).float()
-    exact = (prediction.double() - latent.double()).abs().mean((1, 2))
-    residuals = leap_residuals(prediction, latent)
-    assert residuals.dtype == torch.float32
-    assert_rounded_once(residuals, exact)
-    assert leap_residuals(prediction[:0], latent[:0]).shape == (0,)
+def test_leap_residuals_are_the_mean_gaps_of_both_leaps():
+    x_k, x_j, x_end = (draw(3, 4, 5, seed=seed) for seed in range(3))
+    cache, weights = draw(4, 3, 4, 5, seed=3), ([-0.2, 0.0, -0.5], [0.0, -0.4, -0.1])
+    landings = torch.empty(2, 3, 4, 5, dtype=torch.float64)
+    residuals = leap_residuals(x_k, x_j, x_end, cache, [0, 2, 3], weights, predictions_out=landings)
+    for leap, (start, target) in enumerate([(x_k, x_j), (x_j, x_end)]):
+        landing = quadrature_update(start, cache, [0, 2, 3], weights[leap])
+        torch.testing.assert_close(landings[leap], landing, rtol=1e-15, atol=1e-15)
+        torch.testing.assert_close(residuals[leap], (landing - target).abs().mean((1, 2)), rtol=1e-14, atol=0)
+    assert leap_residuals(x_k[:0], x_j[:0], x_end[:0], cache[:, :0], [0], ([1.0], [1.0])).shape == (2, 0)
+
+
+def test_leap_residuals_have_no_gradient_and_say_so():
+    x = draw(2, 3).requires_grad_()
+    with pytest.raises(RuntimeError, match="leap_residuals has no gradient"):
+        leap_residuals(x, x, x, draw(1, 2, 3), [0], ([1.0], [1.0])).sum().backward()
 
 
 def test_gradients_match_finite_differences():
@@ -121,7 +134,17 @@ def test_gradients_match_finite_differences():
     assert check(lambda x, cache: quadrature_update(x, cache, per_sample, draw(3, 2, seed=4)), (x, cache))
     assert check(lambda x, y, z: cfg_euler_step(x, y, z, 4.5, -0.1), (x, y, z))
     assert check(lambda x, y: bridge_cotangents(x, y, [0.5, -1.0], [0.3, 0.0]), (x, y))
-    assert check(leap_residuals, (x, y))
+    per_sample = draw(2, 2, seed=5)
+    assert check(lambda x, y: bridge_cotangents(x, y, per_sample, [0.3, 0.0]), (x, y))
+    assert check(lambda x, cache: quadrature_update(x, cache, [0, 1], [0.5, 1.0], scales=draw(3, 2, seed=6).float()), (x, cache))
+
+
+def test_second_derivatives_match_finite_differences():
+    x, y = (draw(2, 3, seed=seed).requires_grad_() for seed in range(2))
+    cache = draw(3, 2, 3, seed=3).requires_grad_()
+    check = torch.autograd.gradgradcheck
+    assert check(lambda x, cache: quadrature_update(x, cache, [2, 0], [0.5, -1.0]), (x, cache))
+    assert check(lambda x, y: bridge_cotangents(x, y, [0.5, -1.0], [0.3, 0.0]), (x, y))
 
 
 def test_weights_get_no_gradient():
@@ -135,10 +158,11 @@ def test_weights_get_no_gradient():
 @pytest.mark.parametrize(
     "op, arguments",
     [
-        (cfg_euler_step, (draw(2, 3), draw(2, 3), draw(2, 3, seed=1), 4.5, torch.tensor(-0.1))),
+        (cfg_euler_step, (draw(2, 3), draw(2, 3), draw(2, 3, seed=1), 4.5, -0.1)),
+        (quadrature_update, (draw(2, 3), draw(4, 2, 3, seed=1), [0, 3], [0.5, -1.0])),
         (bridge_cotangents, (draw(2, 3), draw(2, 3, seed=1), draw(4), draw(4))),
         (straight_through, (draw(2, 3), draw(2, 3, seed=1).requires_grad_(), 0.5)),
-        (leap_residuals, (draw(2, 3), draw(2, 3, seed=1))),
+        (leap_residuals, (draw(2, 3), draw(2, 3), draw(2, 3), draw(4, 2, 3, seed=1), [0, 3], ([0.5, 0.0], [0.0, 1.0]))),
     ],
     ids=lambda part: getattr(part, "__name__", ""),
 )
@@ -171,8 +195,19 @@ x, cache, integers = torch.zeros(2, 3), torch.zeros(4, 2, 3), torch.zeros(2, 3, 
         (lambda: bridge_cotangents(x, x, [1.0], [0.0], dtype=torch.int32), "dtype must be a float dtype"),
         (lambda: straight_through(x, x[:1]), "they must be equal"),
         (lambda: straight_through(x, integers), "surrogate must have a float dtype"),
-        (lambda: leap_residuals(x, x[:1]), "they must be equal"),
-        (lambda: leap_residuals(x[:, :0], x[:, :0]), "no elements to take a mean over"),
+        (lambda: leap_residuals(x, x[:1], x, cache, [0], ([1.0], [1.0])), r"x_j has shape \(1, 3\) and x_k \(2, 3\)"),
+        (lambda: leap_residuals(x, x.double(), x, cache, [0], ([1.0], [1.0])), "they must share one dtype"),
+        (lambda: leap_residuals(x, x, x, cache, [0], ([1.0],)), "weights must hold two rows"),
+        (lambda: leap_residuals(x, x, x, cache, [0], ([1.0], [1.0, 2.0])), r"nodes has 1 rows and weights\[1\] 2"),
+        (lambda: leap_residuals(x, x, x, cache, [4], ([1.0], [1.0])), "node 4 is not in the cache"),
+        (lambda: leap_residuals(*[x[:, :0]] * 3, cache[:, :, :0], [0], ([1.0], [1.0])), "no elements to take a mean over"),
+        (lambda: quadrature_update(x, cache, [0], [1.0], scales=torch.ones(4)), r"scales must be float32 \[N, B\] = \[4, 2\]"),
+        (lambda: quadrature_update(x, cache, [0], [1.0], out=torch.zeros(3, 2).T), "out must be contiguous.*strides"),
+        (lambda: quadrature_update(x, cache, [0], [1.0], out=x.double()), "out must be contiguous.*torch.float32"),
+        (lambda: quadrature_update(x.clone().requires_grad_(), cache, [0], [1.0], out=x.clone()), "writing into out records no gradient"),
+        (lambda: cfg_euler_step(x, x, x, 1.0, -0.1, velocity_out=x[:1]), "velocity_out must be contiguous"),
+        (lambda: cfg_euler_step(x, x, None, 1.0, torch.ones((), device="meta")), "0-dimensional CPU tensor"),
+        (lambda: bridge_cotangents(x, x, [1.0], [0.0], out=x), r"out must be contiguous, of shape \[1, 2, 3\]"),
     ],
 )
 def test_inputs_outside_the_contract_raise_and_say_why(call, message):

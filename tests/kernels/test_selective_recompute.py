@@ -70,9 +70,7 @@ def test_gradient_equals_that_of_the_graph(bridge):
 
 def test_the_bridge_matters_and_alpha_zero_cuts_it():
     network, value, latents = problem()
-    plain, cut, bridged = (
-        gradients(recompute(network, value, latents, bridge=b), network)[0] for b in (None, (3, 0), (3, 1))
-    )
+    plain, cut, bridged = (gradients(recompute(network, value, latents, bridge=b), network)[0] for b in (None, (3, 0), (3, 1)))
     assert torch.equal(plain, cut)
     assert not torch.allclose(plain, bridged, rtol=1e-3)
 
@@ -165,9 +163,7 @@ def test_autocast_of_the_call_is_entered_again_in_backward():
 def test_low_precision_parameters_accumulate_in_float32():
     parameter = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
     latents = [torch.full((1, 1), 2.0**-9, dtype=torch.bfloat16) for _ in range(64)] + [torch.ones(1, 1).bfloat16()]
-    endpoint = selective_recompute(
-        torch.ones(1, 1), lambda x, sigma: parameter * x, latents, [0.5] * 65, [1.0] * 65, params=[parameter]
-    )
+    endpoint = selective_recompute(torch.ones(1, 1), lambda x, sigma: parameter * x, latents, [0.5] * 65, [1.0] * 65, params=[parameter])
     endpoint.sum().backward()
     assert parameter.grad.dtype == torch.bfloat16
     assert parameter.grad.item() == 1.125  # bfloat16 sums would stay at 1
@@ -184,9 +180,7 @@ def test_gradients_of_parameters_that_share_storage_of_a_gradient_stay_apart():
 def test_a_parameter_that_only_some_nodes_use_gets_their_gradient():
     a, b = (torch.ones(1, 1, requires_grad=True) for _ in range(2))
     x = torch.ones(1, 1)
-    endpoint = selective_recompute(
-        x, lambda x, sigma: a * x if sigma > 0.5 else b * x, [x, x], [0.9, 0.1], [2.0, 3.0], params=[a, b]
-    )
+    endpoint = selective_recompute(x, lambda x, sigma: a * x if sigma > 0.5 else b * x, [x, x], [0.9, 0.1], [2.0, 3.0], params=[a, b])
     endpoint.sum().backward()
     assert (a.grad.item(), b.grad.item()) == (2.0, 3.0)
 
@@ -351,9 +345,7 @@ dist.destroy_process_group()
 def test_ddp_reduces_the_replayed_gradients_and_ways_round_it_are_refused(tmp_path):
     command = [sys.executable, "-c", DISTRIBUTED]
     ranks = [
-        subprocess.Popen(
-            [*command, str(r), str(tmp_path / "store")], env={**os.environ}, stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([*command, str(r), str(tmp_path / "store")], env={**os.environ}, stderr=subprocess.PIPE, text=True)
         for r in range(2)
     ]
     try:

@@ -1,0 +1,300 @@
+// The compiled ops as operators of torch: torch.ops.flowbp_compiled.*, against LibTorch's stable ABI.
+//
+// They write into tensors that they are given and know no gradient: flowbp_kernels/<op>.py owns contract, fake and
+// autograd, calls them from inside its own operator, and allocates what they write. What would lead out of bounds is
+// checked here again. Coefficients are CPU tensors; they become part of the kernel's parameters.
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "rules.h"
+
+#ifndef FLOWBP_CUDA_ARCHS
+#define FLOWBP_CUDA_ARCHS ""
+#endif
+
+// Null where torch was built without CUDA, so that one binary loads everywhere.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace {
+
+using namespace flowbp;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kElementsPerTask = 1 << 15;  // what one thread reads before a second one is worth waking
+
+// -- arguments ---------------------------------------------------------------------------------------------------------
+
+Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    case ScalarType::Float8_e4m3fn: return Dtype::kFloat8;
+    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16, not ", toString(t.scalar_type()));
+  }
+}
+
+// A contiguous tensor of `elements` elements where `like` lies.
+void check(const Tensor& t, const char* name, const Tensor& like, int64_t elements, bool is_cache = false) {
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  STD_TORCH_CHECK(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), name,
+                  " lies on another device");
+  STD_TORCH_CHECK(t.numel() == elements, name, " has ", t.numel(), " elements, not ", elements);
+  STD_TORCH_CHECK(is_cache || dtype_of(t, name) != Dtype::kFloat8, name, " must not be float8");
+}
+
+Input input(const Tensor& t, const char* name, const Tensor& like, int64_t elements, bool is_cache = false) {
+  check(t, name, like, elements, is_cache);
+  return {t.const_data_ptr(), dtype_of(t, name)};
+}
+
+Output output(const Tensor& t, const char* name, const Tensor& like, int64_t elements) {
+  check(t, name, like, elements);
+  return {t.mutable_data_ptr(), dtype_of(t, name)};
+}
+
+void check_same(Dtype a, Dtype b, const char* name, const char* other) {
+  STD_TORCH_CHECK(a == b, name, " must have the dtype of ", other);
+}
+
+template <class T>
+T* float32(const Tensor& t, const char* name, const Tensor& like, int64_t elements) {
+  check(t, name, like, elements);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32");
+  return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
+}
+
+int64_t samples_in(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() >= 1, "a batch of samples has at least one dimension");
+  return x.size(0);
+}
+
+int64_t rows_in(const Tensor& velocities, const Tensor& x) {
+  STD_TORCH_CHECK(velocities.dim() == x.dim() + 1, "velocities must be [N, *x.shape]");
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    STD_TORCH_CHECK(velocities.size(d + 1) == x.size(d), "velocities must be [N, *x.shape]; dimension ", d, " differs");
+  }
+  return velocities.size(0);
+}
+
+// Checks nodes [K, 1 or B] int64 (null where node k is k) and weights [num_sums, K, 1 or B] float32, both on the CPU.
+Tables tables(const Tensor* nodes, const Tensor& weights, int64_t num_sums, int64_t batch) {
+  STD_TORCH_CHECK(weights.is_cpu() && weights.is_contiguous() && weights.scalar_type() == ScalarType::Float,
+                  "weights must be a contiguous float32 CPU tensor");
+  STD_TORCH_CHECK(weights.dim() == 3 && weights.size(0) == num_sums && (weights.size(2) == 1 || weights.size(2) == batch),
+                  "weights must be [", num_sums, ", K, 1 or B]");
+  const int64_t num_nodes = weights.size(1);
+  if (!nodes) return {num_nodes, nullptr, 1, weights.const_data_ptr<float>(), weights.size(2)};
+  STD_TORCH_CHECK(nodes->is_cpu() && nodes->is_contiguous() && nodes->scalar_type() == ScalarType::Long,
+                  "nodes must be a contiguous int64 CPU tensor");
+  STD_TORCH_CHECK(nodes->dim() == 2 && nodes->size(0) == num_nodes && (nodes->size(1) == 1 || nodes->size(1) == batch),
+                  "nodes must be [", num_nodes, ", 1 or B]");
+  return {num_nodes, nodes->const_data_ptr<int64_t>(), nodes->size(1), weights.const_data_ptr<float>(), weights.size(2)};
+}
+
+// -- where it runs -----------------------------------------------------------------------------------------------------
+
+struct InstructionSet {
+  const char* name;
+  const CpuKernels* kernels;
+  bool runs;
+};
+
+// Best first.
+const auto& instruction_sets() {
+  static const InstructionSet sets[] = {
+#if defined(__x86_64__)
+      {"avx512", &kAvx512,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl")},
+      {"avx2", &kAvx2,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+#endif
+      {"baseline", &kBaseline, true},
+  };
+  return sets;
+}
+
+const InstructionSet& instruction_set() {
+  const char* wanted = std::getenv("FLOWBP_ISA");
+  for (const InstructionSet& set : instruction_sets()) {
+    if (wanted && *wanted ? wanted == std::string(set.name) && set.runs : set.runs) return set;
+  }
+  STD_TORCH_CHECK(false, "FLOWBP_ISA=", wanted, " is not an instruction set of this processor and build (avx512, avx2 "
+                  "or baseline); unset it to use the best there is");
+}
+
+template <class Op>
+void on_cpu(const Op& op, void (*kernel)(const Op&, int64_t, int64_t), int64_t tasks, int64_t reads_per_task) {
+  const int64_t grain = std::max<int64_t>(1, kElementsPerTask / reads_per_task);
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
+}
+
+template <class Op>
+void on_cuda(const Op& op, const char* (*launch)(const Op&, void*), const Tensor& x) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch was built without CUDA");
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == 0, "no CUDA stream");
+  const char* error = launch(op, stream);
+  STD_TORCH_CHECK(error == nullptr, "CUDA: ", error);
+}
+
+int64_t tiles(const Samples& s, int64_t tile) { return s.samples * ((s.size + tile - 1) / tile); }
+
+// -- ops ---------------------------------------------------------------------------------------------------------------
+
+template <bool kCuda>
+void quadrature_update(const Tensor& x, const Tensor& velocities, const Tensor& nodes, const Tensor& weights,
+                       const std::optional<Tensor>& scales, const Tensor& out) {
+  const int64_t batch = samples_in(x), rows = rows_in(velocities, x), total = x.numel();
+  QuadratureUpdate op{};
+  op.x = input(x, "x", x, total);
+  op.velocities = input(velocities, "velocities", x, rows * total, true);
+  op.out = output(out, "out", x, total);
+  check_same(op.out.dtype, op.x.dtype, "out", "x");
+  if (scales) op.scales = float32<const float>(*scales, "scales", x, rows * batch);
+  const int64_t size = batch ? total / batch : 0;
+  for_each_launch<1>(tables(&nodes, weights, 1, batch), batch, size, rows, [&](Samples s, const Rule<1>& rule) {
+    op.s = s;
+    op.rule = rule;
+    if constexpr (kCuda) {
+      on_cuda(op, quadrature_update_cuda, x);
+    } else {
+      const CpuKernels& cpu = *instruction_set().kernels;
+      on_cpu(op, cpu.quadrature_update, tiles(s, cpu.tile), cpu.tile * (weights.size(1) + 1));
+    }
+  });
+}
+
+template <bool kCuda>
+void leap_residuals(const Tensor& x_k, const Tensor& x_j, const Tensor& x_end, const Tensor& velocities,
+                    const Tensor& nodes, const Tensor& weights, const std::optional<Tensor>& scales,
+                    const std::optional<Tensor>& predictions, const Tensor& partials, const Tensor& residuals) {
+  const int64_t batch = samples_in(x_k), rows = rows_in(velocities, x_k), total = x_k.numel();
+  const int64_t size = batch ? total / batch : 0;
+  LeapResiduals op{};
+  op.x_k = input(x_k, "x_k", x_k, total);
+  op.x_j = input(x_j, "x_j", x_k, total);
+  op.x_end = input(x_end, "x_end", x_k, total);
+  check_same(op.x_j.dtype, op.x_k.dtype, "x_j", "x_k");
+  check_same(op.x_end.dtype, op.x_k.dtype, "x_end", "x_k");
+  op.velocities = input(velocities, "velocities", x_k, rows * total, true);
+  if (scales) op.scales = float32<const float>(*scales, "scales", x_k, rows * batch);
+  if (predictions) op.predictions = output(*predictions, "predictions", x_k, 2 * total);
+  op.partials = float32<float>(partials, "partials", x_k, 2 * batch * chunks(size));
+  op.residuals = float32<float>(residuals, "residuals", x_k, 2 * batch);
+  for_each_launch<2>(tables(&nodes, weights, 2, batch), batch, size, rows, [&](Samples s, const Rule<2>& rule) {
+    op.s = s;
+    op.rule = rule;
+    if constexpr (kCuda) {
+      on_cuda(op, leap_residuals_cuda, x_k);
+    } else {
+      on_cpu(op, instruction_set().kernels->leap_residuals, s.samples * chunks(size), kChunk * (weights.size(1) + 3));
+      sum_chunks(op);
+    }
+  });
+}
+
+template <bool kCuda>
+void cfg_euler_step(const Tensor& x, const Tensor& v_cond, const std::optional<Tensor>& v_uncond, double guidance,
+                    double h, const std::optional<Tensor>& velocity, const Tensor& out) {
+  const int64_t total = x.numel();
+  CfgEulerStep op{};
+  op.elements = total;
+  op.x = input(x, "x", x, total);
+  op.v_cond = input(v_cond, "v_cond", x, total);
+  if (v_uncond) {
+    op.v_uncond = input(*v_uncond, "v_uncond", x, total);
+    check_same(op.v_uncond.dtype, op.v_cond.dtype, "v_uncond", "v_cond");
+  }
+  op.velocity = velocity ? output(*velocity, "velocity", x, total) : Output{nullptr, op.v_cond.dtype};
+  op.out = output(out, "out", x, total);
+  check_same(op.out.dtype, op.x.dtype, "out", "x");
+  op.guidance = static_cast<float>(guidance);
+  op.h = static_cast<float>(h);
+  if (total == 0) return;
+  if constexpr (kCuda) {
+    on_cuda(op, cfg_euler_step_cuda, x);
+  } else {
+    const CpuKernels& cpu = *instruction_set().kernels;
+    on_cpu(op, cpu.cfg_euler_step, (total + cpu.tile - 1) / cpu.tile, cpu.tile * 3);
+  }
+}
+
+template <bool kCuda>
+void bridge_cotangents(const Tensor& g, const Tensor& g_x, const Tensor& weights, const Tensor& out) {
+  const int64_t batch = samples_in(g), total = g.numel();
+  STD_TORCH_CHECK(weights.dim() == 3, "weights must be [2, K, 1 or B]");
+  BridgeCotangents op{};
+  op.g = input(g, "g", g, total);
+  op.g_x = input(g_x, "g_x", g, total);
+  op.out = output(out, "out", g, weights.size(1) * total);
+  const int64_t size = batch ? total / batch : 0, num_nodes = weights.size(1);
+  for_each_launch<2>(tables(nullptr, weights, 2, batch), batch, size, num_nodes, [&](Samples s, const Rule<2>& rule) {
+    op.s = s;
+    op.rule = rule;
+    if constexpr (kCuda) {
+      on_cuda(op, bridge_cotangents_cuda, g);
+    } else {
+      const CpuKernels& cpu = *instruction_set().kernels;
+      on_cpu(op, cpu.bridge_cotangents, tiles(s, cpu.tile), cpu.tile * (num_nodes + 2));
+    }
+  });
+}
+
+std::string isa() { return instruction_set().name; }
+std::string isas() {  // those that run here, best first
+  std::string names;
+  for (const InstructionSet& set : instruction_sets()) {
+    if (set.runs) names += (names.empty() ? "" : " ") + std::string(set.name);
+  }
+  return names;
+}
+std::string cuda_archs() { return FLOWBP_CUDA_ARCHS; }  // empty: built without CUDA
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(flowbp_compiled, m) {
+  m.def("quadrature_update(Tensor x, Tensor velocities, Tensor nodes, Tensor weights, Tensor? scales, Tensor(a!) out)"
+        " -> ()");
+  m.def("leap_residuals(Tensor x_k, Tensor x_j, Tensor x_end, Tensor velocities, Tensor nodes, Tensor weights,"
+        " Tensor? scales, Tensor(a!)? predictions, Tensor(b!) partials, Tensor(c!) residuals) -> ()");
+  m.def("cfg_euler_step(Tensor x, Tensor v_cond, Tensor? v_uncond, float guidance, float h, Tensor(a!)? velocity,"
+        " Tensor(b!) out) -> ()");
+  m.def("bridge_cotangents(Tensor g, Tensor g_x, Tensor weights, Tensor(a!) out) -> ()");
+  m.def("isa() -> str");
+  m.def("isas() -> str");
+  m.def("cuda_archs() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CPU, m) {
+  m.impl("quadrature_update", TORCH_BOX(&quadrature_update<false>));
+  m.impl("leap_residuals", TORCH_BOX(&leap_residuals<false>));
+  m.impl("cfg_euler_step", TORCH_BOX(&cfg_euler_step<false>));
+  m.impl("bridge_cotangents", TORCH_BOX(&bridge_cotangents<false>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("isas", TORCH_BOX(&isas));
+  m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
+}
+
+#ifdef FLOWBP_CUDA
+STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CUDA, m) {
+  m.impl("quadrature_update", TORCH_BOX(&quadrature_update<true>));
+  m.impl("leap_residuals", TORCH_BOX(&leap_residuals<true>));
+  m.impl("cfg_euler_step", TORCH_BOX(&cfg_euler_step<true>));
+  m.impl("bridge_cotangents", TORCH_BOX(&bridge_cotangents<true>));
+}
+#endif

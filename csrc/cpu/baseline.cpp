@@ -1,0 +1,43 @@
+// The CPU kernels for any processor, and what all instruction sets share. Without a fused multiply-add in hardware a
+// product is rounded before it is added: results differ from the others' in the last bits.
+#include "../ops.h"
+
+namespace flowbp {
+namespace {
+
+constexpr int kLanes = 4;
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
+
+inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+inline Floats load(const float16* p) { return Floats{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+inline void store(float16* p, Floats v) {
+  for (int e = 0; e < kLanes; ++e) p[e] = from_float<float16>(v[e]);
+}
+
+inline Int widen(const float8* p) { return Int{p[0].bits, p[1].bits, p[2].bits, p[3].bits}; }
+
+#include "kernels.inc"
+
+}  // namespace
+
+const CpuKernels kBaseline = {kTile, quadrature_update, leap_residuals, cfg_euler_step, bridge_cotangents};
+
+void sum_chunks(const LeapResiduals& op) {
+  const int64_t num_chunks = chunks(op.s.size);
+  for (int l = 0; l < 2; ++l) {
+    for (int64_t b = op.s.first_sample; b < op.s.first_sample + op.s.samples; ++b) {
+      const int64_t row = l * op.s.batch + b;
+      double sums[kThreads] = {};
+      for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+        sums[chunk % kThreads] += op.partials[row * num_chunks + chunk];
+      }
+      for (int half = kThreads / 2; half > 0; half /= 2) {
+        for (int t = 0; t < half; ++t) sums[t] += sums[t + half];
+      }
+      op.residuals[row] = static_cast<float>(sums[0] / static_cast<double>(op.s.size));
+    }
+  }
+}
+
+}  // namespace flowbp

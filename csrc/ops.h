@@ -1,0 +1,129 @@
+// The ops as their kernels see them: plain structs, no torch. bindings.cpp fills them, cpu/ and cuda/ compute them.
+//
+// A batch of B samples, each of `size` elements in a row; a cache holds row n of sample b at (n * B + b) * size.
+// Sums run in float32 by fused multiply-add in the order of the terms, and are rounded once, at the store.
+#pragma once
+
+#include <cstdint>
+
+#include "convert.h"
+
+namespace flowbp {
+
+enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16, kFloat8 };
+
+struct Input {
+  const void* data;  // null: absent
+  Dtype dtype;
+};
+struct Output {
+  void* data;  // null: not wanted
+  Dtype dtype;
+};
+
+// One cached row and its weight in each of L sums.
+template <int L>
+struct Term {
+  int32_t node;
+  float weight[L];
+};
+
+constexpr int kMaxTerms = 256;    // of one launch; Python's backend.MAX_NODES
+constexpr int kMaxSamples = 128;  // of one launch with a rule a sample
+
+// What each sample sums. It travels by value, as a kernel parameter: no copy to the device, no synchronisation.
+template <int L>
+struct Rule {
+  Term<L> terms[kMaxTerms];
+  int16_t first[kMaxSamples + 1];  // sample s has the terms first[s] .. first[s + 1]
+  bool shared;                     // all samples have those of sample 0
+
+  FLOWBP_HD int begin(int64_t sample) const { return first[shared ? 0 : sample]; }
+  FLOWBP_HD int end(int64_t sample) const { return first[shared ? 1 : sample + 1]; }
+};
+
+// The samples of one launch: first_sample .. first_sample + samples of a batch. rule's sample s is first_sample + s.
+struct Samples {
+  int64_t batch, size, first_sample, samples;
+};
+
+// out = x + sum over terms of weight * scales[node, b] * velocities[node, b]
+struct QuadratureUpdate {
+  Samples s;
+  Input x, velocities;
+  const float* scales;  // [N, B], or null for ones
+  Output out;           // x's dtype
+  Rule<1> rule;
+};
+
+// The same sum twice, from x_k (weight[0]) and from x_j (weight[1]), and its mean distance from x_j and from x_end.
+struct LeapResiduals {
+  Samples s;
+  Input x_k, x_j, x_end, velocities;  // the latents share a dtype
+  const float* scales;
+  Output predictions;  // [2, B, size], or null
+  float* partials;     // [2, B, chunks]
+  float* residuals;    // [2, B]
+  Rule<2> rule;
+};
+
+// v = v_uncond + guidance (v_cond - v_uncond), or v_cond;  velocity = v;  out = x + h velocity, as velocity was rounded
+struct CfgEulerStep {
+  int64_t elements;
+  Input x, v_cond, v_uncond;  // v_uncond of v_cond's dtype, or null
+  float guidance, h;
+  Output velocity, out;  // velocity.dtype rounds v even if velocity.data is null; out of x's dtype
+};
+
+// out[node, b] = weight[0] (g + weight[1] g_x); a weight of zero cuts what it multiplies
+struct BridgeCotangents {
+  Samples s;
+  Input g, g_x;
+  Output out;  // [K, B, size]
+  Rule<2> rule;
+};
+
+// The order in which a residual is summed, on every backend: the gaps of a chunk by kThreads threads, kWidth
+// neighbours each, then by halves across the threads; the chunks by kThreads threads in float64, then by halves.
+constexpr int kThreads = 256, kWidth = 8;
+constexpr int64_t kChunk = kThreads * kWidth;
+FLOWBP_HD int64_t chunks(int64_t size) { return (size + kChunk - 1) / kChunk; }
+
+template <class F>
+void with_type(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::kFloat32: return f(float{});
+    case Dtype::kBFloat16: return f(bfloat16{});
+    case Dtype::kFloat16: return f(float16{});
+    case Dtype::kFloat8: return;  // only caches hold it: with_cache_type
+  }
+}
+
+template <class F>
+void with_cache_type(Dtype dtype, F f) {
+  if (dtype == Dtype::kFloat8) return f(float8{});
+  with_type(dtype, f);
+}
+
+// The CPU kernels of one instruction set. A task is a tile of one sample (of a chunk, for leap_residuals).
+struct CpuKernels {
+  int64_t tile;
+  void (*quadrature_update)(const QuadratureUpdate&, int64_t first_task, int64_t last_task);
+  void (*leap_residuals)(const LeapResiduals&, int64_t first_task, int64_t last_task);
+  void (*cfg_euler_step)(const CfgEulerStep&, int64_t first_task, int64_t last_task);
+  void (*bridge_cotangents)(const BridgeCotangents&, int64_t first_task, int64_t last_task);
+};
+extern const CpuKernels kAvx512, kAvx2, kBaseline;
+
+// The second stage of leap_residuals on the CPU.
+void sum_chunks(const LeapResiduals&);
+
+static_assert(sizeof(LeapResiduals) <= 4096, "the parameters of a CUDA kernel");
+
+// The CUDA kernels; each returns null or what went wrong. `stream` is a cudaStream_t.
+const char* quadrature_update_cuda(const QuadratureUpdate&, void* stream);
+const char* leap_residuals_cuda(const LeapResiduals&, void* stream);
+const char* cfg_euler_step_cuda(const CfgEulerStep&, void* stream);
+const char* bridge_cotangents_cuda(const BridgeCotangents&, void* stream);
+
+}  // namespace flowbp

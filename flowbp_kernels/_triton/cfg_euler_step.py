@@ -1,0 +1,51 @@
+"""cfg_euler_step in Triton."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024  # with 4 warps: one 16-byte load of bfloat16 a thread, two of float32
+
+
+@triton.jit
+def kernel(x, v_cond, v_uncond, guidance, h, velocity, out, size, BLOCK: tl.constexpr):
+    """velocity[i] = v_u[i] + guidance (v_c[i] - v_u[i]);  out[i] = x[i] + h velocity[i], with the velocity as it was stored."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    v = tl.load(v_cond + i, inside)
+    if v_uncond is not None:
+        v_u = tl.load(v_uncond + i, inside).to(tl.float32)
+        v = tl.fma(v.to(tl.float32) - v_u, tl.cast(guidance, tl.float32), v_u)
+    if velocity is not None:
+        v = v.to(velocity.dtype.element_ty)
+        tl.store(velocity + i, v, inside)
+    end = tl.fma(v.to(tl.float32), tl.cast(h, tl.float32), tl.load(x + i, inside).to(tl.float32))
+    tl.store(out + i, end.to(out.dtype.element_ty), inside)
+
+
+def cfg_euler_step(
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None,
+    guidance: float,
+    h: float,
+    velocity_out: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """v = v_uncond + guidance (v_cond - v_uncond) and x + h v, in one pass, both in float32; x + h v uses v as rounded to its dtype.
+
+    x, v_cond, v_uncond: [B, *S] float32, bfloat16 or float16, contiguous, on one device. v_uncond None: v = v_cond, without a copy.
+    guidance, h: numbers, which travel by value.
+    Returns (x + h v, v): `out` and `velocity_out`, or new tensors in the dtypes of x and v_cond. `out` may be x.
+    """
+    out = torch.empty_like(x) if out is None else out
+    velocity = velocity_out
+    if velocity is None and v_uncond is not None:
+        velocity = torch.empty_like(v_cond)
+    assert all(t.is_contiguous() for t in (x, v_cond, v_uncond, velocity, out) if t is not None)
+    if x.numel() > 0:
+        with torch.cuda.device_of(x):
+            grid = (triton.cdiv(x.numel(), BLOCK),)
+            kernel[grid](x, v_cond, v_uncond, float(guidance), float(h), velocity, out, x.numel(), BLOCK)
+    return out, v_cond if velocity is None else velocity

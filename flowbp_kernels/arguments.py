@@ -1,0 +1,101 @@
+"""What the ops accept: one check for each kind of argument. Each error names the value, the rule and the way out."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if a tensor is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if not tensor.dtype.is_floating_point:
+        raise ValueError(f"{name} must have a float dtype, not {tensor.dtype}; convert it with .float()")
+
+
+def check_like(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
+    """A float tensor of other's shape, on its device."""
+    check_float(name, tensor)
+    if tensor.shape != other.shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)} and {other_name} {tuple(other.shape)}; they must be equal")
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} and {other_name} on {other.device}; move them together")
+
+
+def check_cache(velocities: Tensor, x: Tensor, scales: Tensor | None) -> None:
+    """velocities [N, B, *S] float, for x [B, *S]; scales None or [N, B] float32."""
+    check_float("velocities", velocities)
+    if x.dim() < 1 or velocities.shape[1:] != x.shape:
+        raise ValueError(
+            f"velocities must be [N, *x.shape], the cache of a rollout of x; got {tuple(velocities.shape)} for x of shape {tuple(x.shape)}"
+        )
+    if velocities.device != x.device:
+        raise ValueError(f"x is on {x.device} and velocities on {velocities.device}; move them together")
+    if velocities.dtype.itemsize == 1 and velocities.requires_grad:
+        raise ValueError(f"a {velocities.dtype} cache cannot hold a gradient: pass velocities.detach()")
+    if scales is not None and (scales.shape != velocities.shape[:2] or scales.dtype != torch.float32 or scales.device != x.device):
+        raise ValueError(
+            f"scales must be float32 [N, B] = {list(velocities.shape[:2])} on {x.device}, one a step and sample; "
+            f"got {scales.dtype} {list(scales.shape)} on {scales.device}"
+        )
+
+
+def node_table(nodes: Tensor | Sequence, batch: int) -> Tensor:
+    """Integers as an int64 CPU tensor [K, 1] or [K, B]."""
+    table = _on_cpu("nodes", nodes) if isinstance(nodes, Tensor) else torch.tensor(nodes)
+    if table.dtype.is_floating_point and table.numel():
+        raise ValueError(f"nodes must be integers, not {table.dtype}")
+    return _columns("nodes", table.long(), batch)
+
+
+def weight_table(name: str, weights: Tensor | Sequence, batch: int) -> Tensor:
+    """Numbers as a float64 CPU tensor [K, 1] or [K, B], without gradient."""
+    table = _on_cpu(name, weights) if isinstance(weights, Tensor) else torch.tensor(weights, dtype=torch.float64)
+    return _columns(name, table.double(), batch)
+
+
+def check_rows(name: str, table: Tensor, other: Tensor, other_name: str) -> None:
+    if table.shape[0] != other.shape[0]:
+        raise ValueError(f"{name} has {table.shape[0]} rows and {other_name} {other.shape[0]}; each needs one row a node")
+
+
+def check_nodes(nodes: Tensor, velocities: Tensor) -> None:
+    """Every node is a row of the cache. Reads values, so it belongs where an op runs, not where it is traced."""
+    if nodes.numel():
+        low, high = (int(bound) for bound in nodes.aminmax())
+        if low < 0 or high >= len(velocities):
+            bad = low if low < 0 else high
+            raise ValueError(f"node {bad} is not in the cache; its {len(velocities)} velocities count from 0")
+
+
+def check_out(name: str, out: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype], inputs: Sequence[Tensor | None]) -> None:
+    """`out` can be written into: contiguous, of this shape, one of these dtypes, where the inputs are, and no gradient is asked for."""
+    if out is None:
+        return
+    if out.shape != torch.Size(shape) or out.dtype not in dtypes or out.device != inputs[0].device or not out.is_contiguous():
+        allowed = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(
+            f"{name} must be contiguous, of shape {list(shape)} and {allowed}, on {inputs[0].device}; "
+            f"got {list(out.shape)} {out.dtype} on {out.device}, strides {list(out.stride())}"
+        )
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, out)):
+        raise ValueError(f"writing into {name} records no gradient: run under torch.no_grad(), detach the inputs, or leave {name} out")
+
+
+def _on_cpu(name: str, values: Tensor) -> Tensor:
+    if values.device.type != "cpu":
+        raise ValueError(f"{name} is on {values.device}; it travels by value, without a sync: pass {name}.cpu()")
+    return values.detach()
+
+
+def _columns(name: str, table: Tensor, batch: int) -> Tensor:
+    if table.dim() == 1:
+        table = table[:, None]
+    elif table.dim() != 2 or table.shape[1] not in (1, batch):  # [K, 1] is what one op's backward hands to another
+        raise ValueError(f"{name} must be [K] or [K, B] with B = {batch}, not of shape {tuple(table.shape)}")
+    return table.contiguous()

@@ -1,0 +1,236 @@
+"""What is measured: each op on the latents of real models, beside the PyTorch that trainers write today."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from torch import Tensor
+
+import flowbp_kernels
+
+# One sample's latent. The video is 21 latent frames of 720 x 1280 pixels.
+LATENTS = {
+    "tiny": (3, 7, 41),  # odd, for tests and sanitizers; only where asked for
+    "sd3.5-512": (16, 64, 64),
+    "sd3.5-1024": (16, 128, 128),
+    "flux-1024": (4096, 64),
+    "video-720p": (16, 21, 90, 160),
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    latent: str
+    batch: int
+    steps: int  # N: rows of the cache, all of which are read; 1 for an op of no cache
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.batch, *LATENTS[self.latent])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An op's inputs at hand, and every way to compute it.
+
+    ours(*inputs): through flowbp_kernels, with gradient.  ours_into(*inputs): the same into tensors made before, as a trainer would.
+    baselines: by name, of the same inputs.  to_compile: the formula written for torch.compile, float32 sums and no more casts than needed.
+    leaves: positions of the inputs that backward differentiates; none for an op without gradient.
+    traffic: bytes that must be read and written at least, by mode.
+    """
+
+    inputs: tuple[Tensor, ...]
+    ours: Callable
+    ours_into: Callable
+    to_compile: Callable
+    baselines: dict[str, Callable]
+    leaves: tuple[int, ...]
+    traffic: dict[str, int] = field(default_factory=dict)
+
+
+def cases(ops, latents, batches, steps, dtypes) -> Iterator[Case]:
+    for op, latent, batch, num_steps, dtype in product(ops, latents, batches, steps, dtypes):
+        if has_rows(op) or num_steps == steps[0]:
+            yield Case(op, latent, batch, num_steps if has_rows(op) else 1, dtype)
+
+
+def has_rows(op: str) -> bool:
+    """Whether the op's size depends on the number of steps."""
+    return op not in ("cfg_euler_step", "straight_through")
+
+
+def footprint(case: Case) -> int:
+    """Bytes that measuring a case takes, about: its tensors, their gradients, and the copy it is compared with."""
+    copies = 12 if case.op == "bridge_cotangents" else 4  # its outputs are as large as a cache, and every provider's graph keeps its own
+    return copies * (case.steps + 6) * torch.Size(case.shape).numel() * DTYPES[case.dtype].itemsize
+
+
+def problem(case: Case, device: str) -> Problem:
+    return OPS[case.op](case, device)
+
+
+def quadrature_update(case: Case, device: str) -> Problem:
+    x, velocities = _draw(case, device), _draw(case, device, case.steps)
+    nodes, weights = list(range(case.steps)), _weights(case)
+    out = torch.empty_like(x)
+
+    def eager(x, velocities):
+        for node, weight in zip(nodes, weights, strict=True):
+            x = x + weight * velocities[node]
+        return x
+
+    def einsum(x, velocities):
+        return x + torch.einsum("k,k...->...", torch.tensor(weights, dtype=x.dtype, device=x.device), velocities)
+
+    def baddbmm(x, velocities):
+        row = torch.tensor(weights, dtype=x.dtype, device=x.device).reshape(1, 1, -1)
+        return torch.baddbmm(x.reshape(1, 1, -1), row, velocities.reshape(1, len(nodes), -1)).reshape(x.shape)
+
+    def fused(x, velocities):
+        total = x.float()
+        for node, weight in zip(nodes, weights, strict=True):
+            total = total + weight * velocities[node].float()
+        return total.to(x.dtype)
+
+    return Problem(
+        inputs=(x, velocities),
+        ours=lambda x, velocities: flowbp_kernels.quadrature_update(x, velocities, nodes, weights),
+        ours_into=lambda x, velocities: flowbp_kernels.quadrature_update(x, velocities, nodes, weights, out=out),
+        to_compile=fused,
+        baselines={"eager": eager, "einsum": einsum, "baddbmm": baddbmm},
+        leaves=(0, 1),
+        traffic=_traffic(x, forward=case.steps + 2, backward=case.steps + 1),  # backward: g is x's gradient; it scales into every row
+    )
+
+
+def leap_residuals(case: Case, device: str) -> Problem:
+    x_k, x_j, x_end, velocities = (*(_draw(case, device) for _ in range(3)), _draw(case, device, case.steps))
+    nodes, weights, split = list(range(case.steps)), _weights(case), case.steps // 2
+    leaps = weights[:split] + [0.0] * (case.steps - split), [0.0] * split + weights[split:]
+
+    def eager(x_k, x_j, x_end, velocities):
+        gaps = []
+        for x, target, part in ((x_k, x_j, nodes[:split]), (x_j, x_end, nodes[split:])):
+            for node in part:
+                x = x + weights[node] * velocities[node]
+            gaps.append((x.float() - target.float()).abs().flatten(1).mean(1))
+        return torch.stack(gaps)
+
+    def einsum(x_k, x_j, x_end, velocities):
+        table = torch.tensor(weights, dtype=x_k.dtype, device=x_k.device)
+        first = x_k + torch.einsum("k,k...->...", table[:split], velocities[:split])
+        second = x_j + torch.einsum("k,k...->...", table[split:], velocities[split:])
+        return torch.stack([(a.float() - b.float()).abs().flatten(1).mean(1) for a, b in ((first, x_j), (second, x_end))])
+
+    def fused(x_k, x_j, x_end, velocities):
+        gaps = []
+        for x, target, part in ((x_k, x_j, nodes[:split]), (x_j, x_end, nodes[split:])):
+            total = x.float()
+            for node in part:
+                total = total + weights[node] * velocities[node].float()
+            gaps.append((total - target.float()).abs().flatten(1).mean(1))
+        return torch.stack(gaps)
+
+    def ours(x_k, x_j, x_end, velocities):
+        return flowbp_kernels.leap_residuals(x_k, x_j, x_end, velocities, nodes, leaps)
+
+    return Problem(
+        inputs=(x_k, x_j, x_end, velocities),
+        ours=ours,
+        ours_into=ours,
+        to_compile=fused,
+        baselines={"eager": eager, "einsum": einsum},
+        leaves=(),
+        traffic=_traffic(x_k, forward=case.steps + 3),
+    )
+
+
+def cfg_euler_step(case: Case, device: str) -> Problem:
+    x, v_cond, v_uncond = (_draw(case, device) for _ in range(3))
+    guidance, h = 4.5, -0.04
+    latent_slot, velocity_slot = torch.empty_like(x), torch.empty_like(x)
+
+    def eager(x, v_cond, v_uncond):
+        v = v_uncond + guidance * (v_cond - v_uncond)
+        x_next = x + h * v
+        if not v.requires_grad:
+            velocity_slot.copy_(v), latent_slot.copy_(x_next)  # the two caches
+        return x_next, v
+
+    def fused(x, v_cond, v_uncond):
+        v = (v_uncond.float() + guidance * (v_cond.float() - v_uncond.float())).to(v_cond.dtype)
+        return (x.float() + h * v.float()).to(x.dtype), v
+
+    return Problem(
+        inputs=(x, v_cond, v_uncond),
+        ours=lambda *tensors: flowbp_kernels.cfg_euler_step(*tensors, guidance, h),
+        ours_into=lambda *tensors: flowbp_kernels.cfg_euler_step(*tensors, guidance, h, velocity_out=velocity_slot, out=latent_slot),
+        to_compile=fused,
+        baselines={"eager": eager},
+        leaves=(0, 1, 2),
+        traffic=_traffic(x, forward=5, backward=4),
+    )
+
+
+def bridge_cotangents(case: Case, device: str) -> Problem:
+    g, g_x = _draw(case, device), _draw(case, device)
+    weights, alphas = _weights(case), [0.3] * (case.steps // 2) + [0.0] * (case.steps - case.steps // 2)
+    out = g.new_empty(case.steps, *g.shape)
+
+    def eager(g, g_x):
+        return torch.stack([weight * (g + alpha * g_x) for weight, alpha in zip(weights, alphas, strict=True)])
+
+    def fused(g, g_x):
+        wide, wide_x = g.float(), g_x.float()
+        return torch.stack([(weight * (wide + alpha * wide_x)).to(g.dtype) for weight, alpha in zip(weights, alphas, strict=True)])
+
+    return Problem(
+        inputs=(g, g_x),
+        ours=lambda g, g_x: flowbp_kernels.bridge_cotangents(g, g_x, weights, alphas),
+        ours_into=lambda g, g_x: flowbp_kernels.bridge_cotangents(g, g_x, weights, alphas, out=out),
+        to_compile=fused,
+        baselines={"eager": eager},
+        leaves=(0, 1),
+        traffic=_traffic(g, forward=case.steps + 2, backward=case.steps + 2),
+    )
+
+
+def straight_through(case: Case, device: str) -> Problem:
+    value, surrogate = _draw(case, device), _draw(case, device)
+
+    def eager(value, surrogate):
+        return value.detach() + 0.3 * (surrogate - surrogate.detach())
+
+    def ours(value, surrogate):
+        return flowbp_kernels.straight_through(value, surrogate, 0.3)
+
+    return Problem(
+        inputs=(value, surrogate),
+        ours=ours,
+        ours_into=ours,
+        to_compile=eager,
+        baselines={"eager": eager},
+        leaves=(1,),
+        traffic=_traffic(value, forward=2, backward=2),
+    )
+
+
+OPS = {op.__name__: op for op in (quadrature_update, leap_residuals, cfg_euler_step, bridge_cotangents, straight_through)}
+
+
+def _draw(case: Case, device: str, *rows: int) -> Tensor:
+    return torch.randn(*rows, *case.shape, dtype=DTYPES[case.dtype], device=device)
+
+
+def _weights(case: Case) -> list[float]:
+    return [-(1 + k % 3) / (2 * case.steps) for k in range(case.steps)]
+
+
+def _traffic(x: Tensor, **tensors_by_mode: int) -> dict[str, int]:
+    """Bytes by mode, from the number of tensors like x that each one reads and writes; full: both."""
+    by_mode = {mode: count * x.nbytes for mode, count in tensors_by_mode.items()}
+    return by_mode | ({"full": sum(by_mode.values())} if "backward" in by_mode else {})

@@ -1,0 +1,126 @@
+"""How far a surrogate's two leaps land from the trajectory that they stand for, in one pass over the cache."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowbp_kernels import backend, reference
+from flowbp_kernels.arguments import (
+    accumulation_dtype,
+    check_cache,
+    check_float,
+    check_like,
+    check_nodes,
+    check_out,
+    check_rows,
+    node_table,
+    weight_table,
+)
+
+CHUNK = 2048  # elements whose gaps make one partial sum: kChunk in csrc/ops.h
+
+
+def leap_residuals(
+    x_k: Tensor,
+    x_j: Tensor,
+    x_end: Tensor,
+    velocities: Tensor,
+    nodes: Tensor | Sequence[int],
+    weights: Sequence[Tensor | Sequence[float]],
+    *,
+    scales: Tensor | None = None,
+    predictions_out: Tensor | None = None,
+) -> Tensor:
+    """d_j and d_0, the mean absolute gap of each sample between where a leap lands and the cached latent it aims at.
+
+        d_j = mean |x_k + sum_i weights[0][i] v_i - x_j|        d_0 = mean |x_j + sum_i weights[1][i] v_i - x_end|
+
+    with v_i = scales[nodes[i]] velocities[nodes[i]], summed in float32 (float64 if a tensor is float64).
+    x_k, x_j, x_end: [B, *S], one float dtype, S not empty.  velocities, nodes, scales: as in quadrature_update.
+    weights: two rows [K] or [K, B] of numbers or CPU tensors, sigma units. A weight of zero skips: each leap reads its own
+    nodes, and a node outside both is not read.
+    predictions_out: [2, B, *S] contiguous, float32, bfloat16 or float16 (float64 with float64): gets both landings.
+    Returns [2, B] float32 (float64), whose sums run in one fixed order: equal inputs give equal bits.
+    Gradient: none. A residual weights a loss and is not part of one; backward raises RuntimeError.
+    Strided latents are made contiguous; a strided cache runs on the reference.
+    Raises ValueError for shapes, dtypes, devices or nodes outside this contract.
+    Equivalent to  (quadrature_update(x_k, velocities, nodes, weights[0]).float() - x_j.float()).abs().flatten(1).mean(1), and
+    the same from x_j to x_end
+    """
+    check_float("x_k", x_k)
+    check_like("x_j", x_j, x_k, "x_k")
+    check_like("x_end", x_end, x_k, "x_k")
+    if not x_k.dtype == x_j.dtype == x_end.dtype:
+        raise ValueError(f"x_k, x_j and x_end are {x_k.dtype}, {x_j.dtype} and {x_end.dtype}; they must share one dtype: cast them")
+    check_cache(velocities, x_k, scales)
+    if x_k.shape[1:].numel() == 0:
+        raise ValueError(f"a sample of shape {tuple(x_k.shape[1:])} has no elements to take a mean over")
+    if len(weights) != 2:
+        raise ValueError(f"weights must hold two rows, one a leap; got {len(weights)}")
+    nodes = node_table(nodes, x_k.shape[0])
+    first, second = (weight_table(f"weights[{leap}]", row, x_k.shape[0]) for leap, row in enumerate(weights))
+    check_rows("nodes", nodes, first, "weights[0]")
+    check_rows("nodes", nodes, second, "weights[1]")
+    inputs = (x_k, x_j, x_end, velocities)
+    dtypes = (torch.float64,) if accumulation_dtype(*inputs) == torch.float64 else (torch.float32, torch.bfloat16, torch.float16)
+    check_out("predictions_out", predictions_out, (2, *x_k.shape), dtypes, inputs)
+    table = torch.stack(torch.broadcast_tensors(first, second))
+    arguments = (x_k.contiguous(), x_j.contiguous(), x_end.contiguous(), velocities, nodes, table, scales)
+    return _op(*arguments) if predictions_out is None else _op_out(*arguments, predictions_out)
+
+
+def _run(x_k, x_j, x_end, velocities, nodes, weights, scales, predictions) -> Tensor:
+    check_nodes(nodes, velocities)
+    latents = {"x_k": x_k, "x_j": x_j, "x_end": x_end}
+    runs = backend.select("leap_residuals", len(nodes), **latents, velocities=velocities, predictions_out=predictions)
+    if runs == "reference":
+        residuals, landings = reference.leap_residuals(*latents.values(), velocities, nodes, weights, scales)
+        if predictions is not None:
+            predictions.copy_(landings)
+        return residuals
+    if runs == "triton":
+        launch = backend.triton_op("leap_residuals")
+        return launch(*latents.values(), velocities, nodes, weights, scales=scales, predictions_out=predictions)
+    residuals = _empty(*latents.values(), velocities)
+    chunks = -(-x_k.shape[1:].numel() // CHUNK)
+    partials = residuals.new_empty(2, len(x_k), chunks)
+    torch.ops.flowbp_compiled.leap_residuals(
+        *latents.values(), velocities, nodes, weights.float(), scales, predictions, partials, residuals
+    )
+    return residuals
+
+
+def _empty(x_k, x_j, x_end, velocities, *_) -> Tensor:
+    return x_k.new_empty(2, x_k.shape[0], dtype=accumulation_dtype(x_k, x_j, x_end, velocities))
+
+
+@torch.library.custom_op("flowbp_kernels::leap_residuals_out", mutates_args=("predictions",))
+def _op_out(
+    x_k: Tensor,
+    x_j: Tensor,
+    x_end: Tensor,
+    velocities: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    scales: Tensor | None,
+    predictions: Tensor,
+) -> Tensor:
+    return _run(x_k, x_j, x_end, velocities, nodes, weights, scales, predictions)
+
+
+@torch.library.custom_op("flowbp_kernels::leap_residuals", mutates_args=())
+def _op(x_k: Tensor, x_j: Tensor, x_end: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, scales: Tensor | None) -> Tensor:
+    return _run(x_k, x_j, x_end, velocities, nodes, weights, scales, None)
+
+
+_op.register_fake(_empty)
+_op_out.register_fake(_empty)
+
+
+@_op.register_autograd
+def _backward(ctx, *_):
+    raise RuntimeError(
+        "leap_residuals has no gradient: a residual weights a loss. Detach its inputs; for a gap to descend on, take "
+        "(quadrature_update(...) - target).abs().mean()."
+    )

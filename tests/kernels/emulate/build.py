@@ -1,0 +1,68 @@
+"""Compiles csrc/cuda/*.cu with g++ against cuda_on_cpu.h, by ninja: into a Python module, or into a program under a sanitizer."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[2] / "csrc"
+KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
+FLAGS = ["-std=c++20", "-g", "-fPIC", "-ffp-contract=off", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi", f"-I{CSRC}", "-pthread"]
+
+
+def missing() -> str:
+    """What this machine lacks for it; "" if nothing."""
+    lacking = [tool for tool in ("g++", "ninja") if shutil.which(tool, path=_path()) is None]
+    lacking += [] if importlib.util.find_spec("pybind11") else ["pybind11"]
+    return f"{' and '.join(lacking)} not found" if lacking else ""
+
+
+def module(folder: Path) -> Path:
+    """The emulated kernels as a Python module; returns its path."""
+    import pybind11
+
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    return _build(folder, "emulated.so", [*KERNELS, HERE / "module.cpp"], ["-O2", "-fvisibility=hidden", *includes], ["-shared"])
+
+
+# Bugs that a sanitizer must find, and the source whose behaviour each changes.
+PLANTS = {"PLANT_OUT_OF_BOUNDS": "sanitize", "PLANT_NO_SYNCTHREADS": "leap_residuals"}
+
+
+def program(folder: Path, sanitizer: str, plant: str = "") -> Path:
+    """sanitize.cpp and all kernels under `address` or `thread`; returns the program's path. What a plant leaves alone is built once."""
+    sources = [*KERNELS, CSRC / "cpu" / "avx2.cpp", CSRC / "cpu" / "baseline.cpp", HERE / "sanitize.cpp"]
+    check = f"-fsanitize={sanitizer}"
+    return _build(folder, f"sanitized{plant}", sources, ["-O1", check], [check], plant)
+
+
+def _build(folder: Path, target: str, sources: list[Path], flags: list[str], link: list[str], plant: str = "") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"rule compile\n  command = g++ {' '.join(FLAGS + flags)} $extra -c $in -o $out",
+        f"rule link\n  command = g++ -pthread {' '.join(link)} $in -o $out",
+    ]
+    objects = []
+    for source in sources:
+        planted = source.stem == PLANTS.get(plant)
+        extra = f"-D{plant} " if planted else ""
+        extra += f"-include {HERE / 'cuda_on_cpu.h'} -x c++" if source.suffix == ".cu" else ""
+        objects.append(f"{source.stem}{plant if planted else ''}.o")
+        lines.append(f"build {objects[-1]}: compile {source}\n  extra = {extra}")
+    lines.append(f"build {target}: link {' '.join(objects)}\n")
+    (folder / "build.ninja").write_text("\n".join(lines))
+    ninja = shutil.which("ninja", path=_path())
+    run = subprocess.run([ninja, "-C", str(folder), target], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"the emulated kernels do not compile:\n{run.stdout}{run.stderr}")
+    return folder / target
+
+
+def _path() -> str:
+    """PATH, and where the ninja of this interpreter's environment lies."""
+
+    return os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])

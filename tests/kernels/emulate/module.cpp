@@ -1,0 +1,73 @@
+// The emulated CUDA kernels as a Python module: NumPy arrays in, written into NumPy arrays. A dtype is its number in
+// ops.h and an array its bytes; nodes and weights are tables as in rules.h.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "rules.h"
+
+namespace py = pybind11;
+using namespace flowbp;
+
+namespace {
+
+using Tensor = std::pair<py::array, int>;  // bytes, dtype
+using Nodes = py::array_t<int64_t, py::array::c_style>;
+using Floats = py::array_t<float, py::array::c_style>;
+
+Input input(const std::optional<Tensor>& t) {
+  return t ? Input{t->first.data(), static_cast<Dtype>(t->second)} : Input{};
+}
+Output output(const std::optional<Tensor>& t, int dtype = 0) {
+  return t ? Output{const_cast<void*>(t->first.data()), static_cast<Dtype>(t->second)} : Output{nullptr, static_cast<Dtype>(dtype)};
+}
+const float* data(const std::optional<Floats>& t) { return t ? t->data() : nullptr; }
+float* written(const Floats& t) { return const_cast<float*>(t.data()); }
+
+Tables tables(const std::optional<Nodes>& nodes, const Floats& weights) {
+  return {weights.shape(1), nodes ? nodes->data() : nullptr, nodes ? nodes->shape(1) : 1, weights.data(), weights.shape(2)};
+}
+
+void quadrature_update(Tensor x, Tensor velocities, Nodes nodes, Floats weights, std::optional<Floats> scales, Tensor out,
+                       int64_t rows, int64_t batch, int64_t size) {
+  QuadratureUpdate op = {{}, input(x), input(velocities), data(scales), output(out), {}};
+  for_each_launch<1>(tables(nodes, weights), batch, size, rows, [&](Samples s, const Rule<1>& rule) {
+    op.s = s, op.rule = rule;
+    quadrature_update_cuda(op, nullptr);
+  });
+}
+
+void leap_residuals(Tensor x_k, Tensor x_j, Tensor x_end, Tensor velocities, Nodes nodes, Floats weights,
+                    std::optional<Floats> scales, std::optional<Tensor> predictions, Floats partials, Floats residuals,
+                    int64_t rows, int64_t batch, int64_t size) {
+  LeapResiduals op = {{}, input(x_k), input(x_j), input(x_end), input(velocities), data(scales), output(predictions),
+                      written(partials), written(residuals), {}};
+  for_each_launch<2>(tables(nodes, weights), batch, size, rows, [&](Samples s, const Rule<2>& rule) {
+    op.s = s, op.rule = rule;
+    leap_residuals_cuda(op, nullptr);
+  });
+}
+
+void cfg_euler_step(Tensor x, Tensor v_cond, std::optional<Tensor> v_uncond, float guidance, float h,
+                    std::optional<Tensor> velocity, Tensor out, int64_t elements) {
+  cfg_euler_step_cuda({elements, input(x), input(v_cond), input(v_uncond), guidance, h, output(velocity, v_cond.second),
+                       output(out)}, nullptr);
+}
+
+void bridge_cotangents(Tensor g, Tensor g_x, Floats weights, Tensor out, int64_t batch, int64_t size) {
+  BridgeCotangents op = {{}, input(g), input(g_x), output(out), {}};
+  for_each_launch<2>(tables({}, weights), batch, size, weights.shape(1), [&](Samples s, const Rule<2>& rule) {
+    op.s = s, op.rule = rule;
+    bridge_cotangents_cuda(op, nullptr);
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(emulated, m) {
+  m.def("quadrature_update", &quadrature_update);
+  m.def("leap_residuals", &leap_residuals);
+  m.def("cfg_euler_step", &cfg_euler_step);
+  m.def("bridge_cotangents", &bridge_cotangents);
+  m.attr("chunk") = kChunk;
+}

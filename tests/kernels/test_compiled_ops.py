@@ -1,0 +1,208 @@
+"""Every op on the compiled CPU kernels of each instruction set, against float64 and against what one writes without it."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels.cases import DTYPES, NUM_CACHED, OPS, SHAPES, draw, rule
+
+from flowbp_kernels import backend, bridge_cotangents, cfg_euler_step, leap_residuals, quadrature_update
+
+ISAS = backend.isas()
+
+pytestmark = pytest.mark.skipif(not ISAS, reason=backend.unavailable("cpu"))
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
+    monkeypatch.setenv("FLOWBP_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def nan_filled():
+    """Fresh tensors hold NaN, so that an element left unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def exact(op, arguments, monkeypatch):
+    """In float64, on the reference; rules keep their values."""
+    with monkeypatch.context() as patch:
+        patch.setenv("FLOWBP_KERNELS", "reference")
+        return op.call(*(a.double() if a.is_floating_point() else a for a in arguments))
+
+
+@pytest.mark.parametrize("num_nodes, per_sample", [(0, False), (1, False), (5, False), (5, True)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_kernel_error_is_at_most_twice_eager(name, dtype, shape, num_nodes, per_sample, isa, nan_filled, monkeypatch):
+    if name == "leap_residuals" and shape == (3, 0):
+        return  # outside its contract: there is no mean over nothing
+    op, arguments = OPS[name], OPS[name].arguments(shape, num_nodes, dtype, per_sample)
+    for result, eager, truth in zip(op.call(*arguments), op.eager(*arguments), exact(op, arguments, monkeypatch), strict=True):
+        assert result.shape == truth.shape and result.isfinite().all()
+        error, allowed = (result.double() - truth).abs(), 2 * (eager.double() - truth).abs()
+        tiny = 1e-7 * truth.abs().max() if truth.numel() else 0  # eager may hit the truth by luck
+        assert error.sum() <= allowed.sum() + tiny * truth.numel()
+        assert not error.numel() or error.max() <= allowed.max() + tiny
+
+
+@pytest.mark.parametrize("cache_dtype", [*DTYPES, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mixed_dtypes_agree_with_the_reference(dtype, cache_dtype, isa, monkeypatch):
+    x, cache, (nodes, weights) = draw(3, 4097, dtype=dtype), draw(5, 3, 4097, seed=1).to(cache_dtype), rule(4, 3, True)
+    scales = draw(5, 3, seed=2).abs()
+    calls = {
+        "update": lambda: quadrature_update(x, cache, nodes, weights, scales=scales),
+        "leaps": lambda: leap_residuals(x, -x, x / 2, cache, nodes, (weights, weights), scales=scales),
+    }
+    if cache_dtype.itemsize > 1:
+        slots = torch.empty(3, 4097, dtype=torch.float32), torch.empty_like(x)
+        calls["guided step"] = lambda: torch.cat(cfg_euler_step(x, cache[0], cache[1], 4.5, -0.04))
+        calls["step into slots"] = lambda: cfg_euler_step(x, cache[0], None, 1.0, -0.04, velocity_out=slots[0], out=slots[1])[0].clone()
+        calls["seeds"] = lambda: bridge_cotangents(x, cache[0], weights, weights, dtype=cache_dtype)
+    for call in calls.values():
+        monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
+        result = call()
+        monkeypatch.setenv("FLOWBP_KERNELS", "reference")
+        roundings = {dtype, cache_dtype} - {torch.float8_e4m3fn}  # a stored velocity may fall on either side of a tie
+        eps = max(1e-6, *(torch.finfo(rounding).eps for rounding in roundings))
+        torch.testing.assert_close(result.float(), call().float(), rtol=2 * eps, atol=eps)
+
+
+def test_every_float8_value_is_read_exactly(isa):
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    assert torch.equal(quadrature_update(torch.zeros(1, 256), values[None, None], [0], [1.0])[0].nan_to_num(), values.float().nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_precision_value_is_kept(dtype, isa):
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[None]
+    kept = quadrature_update(values, values[None], [0], [0.0])
+    assert torch.equal(kept.isnan(), values.isnan())
+    assert torch.equal(kept.nan_to_num(nan=1.0), values.nan_to_num(nan=1.0))
+
+
+@pytest.mark.skipif(len(ISAS) < 3, reason=f"this processor has {ISAS} only")
+@pytest.mark.parametrize("name", OPS)
+def test_instruction_sets_with_fused_multiply_add_agree_bit_for_bit(name, monkeypatch):
+    monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
+    arguments = OPS[name].arguments((3, 4097), 5, torch.float32, True)
+    results = []
+    for isa in ("avx512", "avx2"):
+        monkeypatch.setenv("FLOWBP_ISA", isa)
+        results.append(OPS[name].call(*arguments))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("choice", ["cpu", "reference"])
+def test_zero_coefficients_cut(choice, monkeypatch):
+    monkeypatch.setenv("FLOWBP_KERNELS", choice)
+    x, cache = draw(2, 41), draw(3, 2, 41, seed=1)
+    cache[1] = torch.nan
+    assert leap_residuals(x, x, x, cache, [0, 1, 2], ([0.5, 0.0, 0.0], [0.0, 0.0, 1.0])).isfinite().all()
+    mixed = leap_residuals(x, x, x, cache, [0, 1], ([0.5, 0.0], [0.0, 1.0]))
+    assert mixed[0].isfinite().all() and mixed[1].isnan().all()
+    seeds = bridge_cotangents(x, cache[1], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0])
+    assert torch.equal(seeds[0], x) and not seeds[1].any() and seeds[2].isnan().all()
+    assert not bridge_cotangents(cache[1], x, [0.0], [1.0]).any()
+
+
+@pytest.mark.parametrize("batch", [1, 129, 300])
+def test_a_batch_of_rules_may_exceed_one_launch(batch, isa):
+    x, cache, (nodes, weights) = draw(batch, 7), draw(NUM_CACHED, batch, 7, seed=1), rule(9, batch, True)
+    together = quadrature_update(x, cache, nodes, weights)
+    for b in {0, batch // 2, batch - 1}:
+        one = slice(b, b + 1)
+        assert torch.equal(together[one], quadrature_update(x[one], cache[:, one].contiguous(), nodes[:, b], weights[:, b]))
+
+
+def test_more_than_2_to_the_31_elements_are_addressed(isa):
+    """A cache of 2^32 float8 zeros that no memory backs, but for its last page."""
+    if isa == "baseline":
+        return
+    size = 2**20
+    cache = torch.from_numpy(np.zeros((2**12, 1, size), dtype=np.uint8))
+    cache[-1, 0, -1] = 0x38  # 1.0
+    result = quadrature_update(torch.zeros(1, size), cache.view(torch.float8_e4m3fn), [2**12 - 1], [2.0])
+    assert result[0, -1] == 2 and result.sum() == 2
+
+
+@given(
+    shape=st.lists(st.integers(1, 20), min_size=1, max_size=4).map(tuple),
+    num_nodes=st.integers(0, 6),
+    dtype=st.sampled_from(DTYPES),
+    per_sample=st.booleans(),
+    strided=st.booleans(),
+    name=st.sampled_from(list(OPS)),
+)
+@settings(max_examples=80, deadline=None, database=None)
+def test_every_plan_stride_and_dtype_is_within_rounding_of_float64(shape, num_nodes, dtype, per_sample, strided, name):
+    arguments = OPS[name].arguments(shape, num_nodes, dtype, per_sample)
+    if strided:
+        arguments = [a.transpose(0, -1).contiguous().transpose(0, -1) for a in arguments]
+    results = OPS[name].call(*arguments)
+    for result, truth in zip(results, OPS[name].call(*(a.double() if a.is_floating_point() else a for a in arguments)), strict=True):
+        assert result.shape == truth.shape
+        torch.testing.assert_close(result.double(), truth, rtol=2 * torch.finfo(result.dtype).eps, atol=max(2e-5, torch.finfo(dtype).eps))
+
+
+# -- registration ------------------------------------------------------------------------------------------------------------------
+
+
+def operator_calls():
+    x, y, z, cache = (t.requires_grad_() for t in (draw(3, 41), draw(3, 41, seed=1), draw(3, 41, seed=2), draw(5, 3, 41, seed=3)))
+    nodes, weights = rule(4, 3, True)
+    weights, scales, seeds = weights.double(), draw(5, 3).abs(), torch.empty(4, 3, 41)
+    detached = [t.detach() for t in (x, y, z, cache)]
+    x0, y0, z0, cache0 = detached
+    ops = torch.ops.flowbp_kernels
+    return {
+        "quadrature_update": (ops.quadrature_update, (x, cache, nodes, weights, scales)),
+        "quadrature_update_out": (ops.quadrature_update_out, (x0, cache0, nodes, weights, None, torch.empty_like(x0))),
+        "leap_residuals": (ops.leap_residuals, (x0, y0, z0, cache0, nodes, torch.stack([weights, weights]), None)),
+        "leap_residuals_out": (
+            ops.leap_residuals_out,
+            (x0, y0, z0, cache0, nodes, torch.stack([weights, weights]), scales, torch.empty(2, 3, 41)),
+        ),
+        "cfg_euler_step": (ops.cfg_euler_step, (x, y, z, 4.5, -0.1)),
+        "cfg_euler_step_out": (ops.cfg_euler_step_out, (x0, y0, None, 1.0, -0.1, torch.empty_like(x0), torch.empty_like(x0))),
+        "bridge_cotangents": (ops.bridge_cotangents, (x, y, weights, weights, torch.bfloat16)),
+        "bridge_cotangents_out": (ops.bridge_cotangents_out, (x0, y0, weights, weights, seeds)),
+        "straight_through": (ops.straight_through, (x0, y, 0.5)),
+    }
+
+
+@pytest.mark.parametrize("choice", ["cpu", "reference"])
+@pytest.mark.parametrize("name", operator_calls())
+def test_the_operator_is_registered_correctly(name, choice, monkeypatch):
+    monkeypatch.setenv("FLOWBP_KERNELS", choice)
+    operator, arguments = operator_calls()[name]
+    torch.library.opcheck(operator.default, arguments)
+
+
+def test_every_operator_is_checked():
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("flowbp_kernels::")}
+    assert registered == set(operator_calls())
+
+
+def test_a_step_with_slots_compiles_without_graph_breaks(monkeypatch):
+    monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
+
+    def two_steps(x, v_cond, v_uncond, velocities, latents):
+        for i in range(2):
+            x, v = cfg_euler_step(x, v_cond, v_uncond, 4.5, -0.04, velocity_out=velocities[i], out=latents[i])
+        return x, leap_residuals(latents[0], x, v, velocities, [0, 1], ([0.5, 0.0], [0.0, -1.0]))
+
+    arguments = [draw(3, 41, seed=seed) for seed in range(3)]
+    caches = [[torch.empty(2, 3, 41) for _ in range(2)] for _ in range(2)]
+    compiled = torch.compile(two_steps, backend="aot_eager", fullgraph=True)
+    for mine, theirs in zip(compiled(*arguments, *caches[0]), two_steps(*arguments, *caches[1]), strict=True):
+        assert torch.equal(mine, theirs)
+    assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))

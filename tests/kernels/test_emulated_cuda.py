@@ -1,0 +1,113 @@
+"""The CUDA kernels, unchanged, on the CPU: bit for bit the compiled CPU ops, and clean under two sanitizers."""
+
+import importlib.util
+import platform
+import subprocess
+
+import pytest
+import torch
+from kernels.cases import draw
+from kernels.emulate import build
+
+from flowbp_kernels import backend, bridge_cotangents, cfg_euler_step, leap_residuals, quadrature_update
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}  # Dtype in csrc/ops.h
+SHAPES = [(1, 1), (3, 41), (1, 4097), (3, 2056)]
+
+pytestmark = [
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="built with AVX2 and FMA"),
+    pytest.mark.skipif(bool(build.missing()), reason=build.missing()),
+]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    spec = importlib.util.spec_from_file_location("emulated", build.module(tmp_path_factory.mktemp("emulated")))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def against_the_compiled_ops(monkeypatch):
+    if not {"avx512", "avx2"} & set(backend.isas()):
+        pytest.skip(backend.unavailable("cpu") or "this processor has no fused multiply-add")
+    monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
+
+
+def raw(tensor):
+    """A tensor as the emulated kernels take it: its bytes, in place, and its dtype."""
+    return tensor.view(torch.uint8).numpy(), DTYPES[tensor.dtype]
+
+
+def unwritten(*shape, dtype):
+    return torch.full(shape, torch.nan, dtype=dtype)
+
+
+def same_bits(a, b):
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def rule(num_nodes, columns):
+    generator = torch.Generator().manual_seed(7)
+    weights = torch.randn(2, num_nodes, columns, generator=generator)
+    weights[0, -1] = weights[1, 0] = 0
+    return torch.randint(5, (num_nodes, columns), generator=generator), weights
+
+
+@pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sums_over_a_cache_have_the_same_bits(emulated, shape, cache_dtype):
+    batch, size = shape
+    for dtype in (torch.float32, torch.bfloat16) if cache_dtype != torch.float16 else (torch.float16,):
+        x_k, x_j, x_end = (draw(*shape, dtype=dtype, seed=seed) for seed in range(3))
+        cache, scales = draw(5, *shape, seed=3).to(cache_dtype), draw(5, batch, seed=4)
+        for (nodes, weights), factors in ((rule(11, 1), None), (rule(3, batch), scales)):
+            table = (nodes, *weights) if batch == 1 or nodes.shape[1] > 1 else (nodes[:, 0], *weights[:, :, 0])
+            factor = None if factors is None else factors.numpy()
+            out = unwritten(*shape, dtype=dtype)
+            emulated.quadrature_update(
+                raw(x_k), raw(cache), nodes.numpy(), weights[:1].contiguous().numpy(), factor, raw(out), 5, batch, size
+            )
+            assert same_bits(out, quadrature_update(x_k, cache, *table[:2], scales=factors))
+
+            landings, expected = (unwritten(2, *shape, dtype=torch.float32) for _ in range(2))
+            partials, residuals = torch.empty(2, batch, -(-size // emulated.chunk)), unwritten(2, batch, dtype=torch.float32)
+            emulated.leap_residuals(
+                *map(raw, (x_k, x_j, x_end, cache)), nodes.numpy(), weights.numpy(), factor,
+                raw(landings), partials.numpy(), residuals.numpy(), 5, batch, size,
+            )  # fmt: skip
+            result = leap_residuals(x_k, x_j, x_end, cache, table[0], table[1:], scales=factors, predictions_out=expected)
+            assert same_bits(residuals, result) and same_bits(landings, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_elementwise_ops_have_the_same_bits(emulated, shape, dtype):
+    batch, size = shape
+    x, y, z = draw(*shape), draw(*shape, dtype=dtype, seed=1), draw(*shape, dtype=dtype, seed=2)
+    for v_uncond, slot in ((z, None), (z, torch.float32), (None, torch.bfloat16)):
+        out, velocity, mine = unwritten(*shape, dtype=x.dtype), *(unwritten(*shape, dtype=slot or dtype) for _ in range(2))
+        emulated.cfg_euler_step(raw(x), raw(y), None if v_uncond is None else raw(z), 4.5, -0.04, raw(mine), raw(out), x.numel())
+        x_next, v = cfg_euler_step(x, y, v_uncond, 4.5, -0.04, velocity_out=velocity)
+        assert same_bits(out, x_next) and same_bits(mine, v)
+
+    _, weights = rule(4, batch)
+    seeds = unwritten(4, *shape, dtype=dtype)
+    emulated.bridge_cotangents(raw(x), raw(y), weights.numpy(), raw(seeds), batch, size)
+    assert same_bits(seeds, bridge_cotangents(x, y, *weights, dtype=dtype))
+
+
+def run(program):
+    return subprocess.run([program], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("sanitizer, planted, finding", [
+    ("address", "PLANT_OUT_OF_BOUNDS", "heap-buffer-overflow"),
+    ("thread", "PLANT_NO_SYNCTHREADS", "data race"),
+])  # fmt: skip
+def test_the_sanitizer_finds_a_planted_bug_and_nothing_else(sanitizer, planted, finding, tmp_path):
+    clean = run(build.program(tmp_path, sanitizer))
+    assert clean.returncode == 0 and clean.stdout == "equal\n", clean.stdout + clean.stderr
+    broken = run(build.program(tmp_path, sanitizer, planted))
+    assert broken.returncode != 0 and finding in broken.stderr

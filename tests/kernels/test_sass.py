@@ -1,0 +1,56 @@
+"""What nvcc makes of the CUDA kernels, read off their machine code: no spills, 16-byte loads, few enough registers."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[2] / "csrc"
+KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
+MAX_REGISTERS = 128  # of a thread: at least two blocks of 256 on an SM
+
+
+def find_nvcc():
+    """The compiler of a toolkit that has its headers."""
+    for candidate in (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
+        if candidate and Path(candidate).exists():
+            return candidate
+    return None
+
+
+def find_cuobjdump():
+    """In a toolkit, or in the wheel of triton."""
+    spec = importlib.util.find_spec("triton")
+    wheel = [Path(folder) / "backends/nvidia/bin/cuobjdump" for folder in spec.submodule_search_locations] if spec else []
+    for candidate in (shutil.which("cuobjdump"), "/usr/local/cuda/bin/cuobjdump", *wheel):
+        if candidate and Path(candidate).exists():
+            return str(candidate)
+    return None
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH nor in /usr/local/cuda")
+@pytest.mark.skipif(find_cuobjdump() is None, reason="cuobjdump is not on PATH, in /usr/local/cuda/bin nor in a triton wheel")
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+def test_machine_code_is_within_its_budget(source, arch, tmp_path):
+    cubin = tmp_path / "kernel.cubin"
+    command = [find_nvcc(), "-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{arch}", "-cubin", "-o", cubin, source]
+    subprocess.run(command, check=True, capture_output=True)
+    usage = subprocess.run([find_cuobjdump(), "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
+    functions = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    assert functions
+    for name, registers, stack, local in functions:
+        assert int(registers) <= MAX_REGISTERS, f"{name} takes {registers} registers"
+        assert int(stack) == int(local) == 0, f"{name} keeps {stack} + {local} bytes in local memory"
+    sass = subprocess.run([find_cuobjdump(), "-sass", cubin], check=True, capture_output=True, text=True).stdout
+    bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.DOTALL))
+    assert bodies.keys() >= {name for name, *_ in functions}
+    for name, body in bodies.items():
+        assert not re.search(r"\b(LDL|STL)\b", body), f"{name} spills"
+        if "Lb1E" in name and "float8" not in name:  # kWide; eight float8 are 8 bytes
+            assert re.search(r"LDG\.E\.128", body), f"{name} has no 16-byte load"
+        if "Lb1E" in name:
+            assert re.search(r"STG\.E\S*\.128", body) and not re.search(r"STG\.E\.U16", body), f"{name} stores piecemeal"
