@@ -159,23 +159,16 @@ def check_single_precision(case):
     case.check_gradients(tolerance=SINGLE)
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+ON_GPU = [pytest.param(kernels, "cuda", marks=pytest.mark.gpu) for kernels in ("cuda", "triton")]
+
+
+@pytest.mark.parametrize(("kernels", "device"), [("cpu", "cpu"), ("reference", "cpu"), *ON_GPU])
 @pytest.mark.parametrize("name", CASES)
-def test_every_backend_matches_the_released_code_in_float32(name, kernels, monkeypatch):
+def test_every_backend_matches_the_released_code_in_float32(name, kernels, device, monkeypatch):
     if backend.unavailable(kernels):
         pytest.skip(backend.unavailable(kernels))
     monkeypatch.setenv("FLOWBP_KERNELS", kernels)
-    check_single_precision(Case(name, torch.float32))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kernels", ["cuda", "triton"])
-@pytest.mark.parametrize("name", CASES)
-def test_every_gpu_backend_matches_the_released_code_in_float32(name, kernels, monkeypatch):
-    if backend.unavailable(kernels):
-        pytest.skip(backend.unavailable(kernels))
-    monkeypatch.setenv("FLOWBP_KERNELS", kernels)
-    check_single_precision(Case(name, torch.float32, "cuda"))
+    check_single_precision(Case(name, torch.float32, device))
 
 
 def test_graph_gradients_match_the_released_code(case):
