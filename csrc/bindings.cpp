@@ -29,6 +29,7 @@ using namespace flowbp;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kCacheBytes = 1 << 22;        // a write of more than this goes past the caches
 constexpr int64_t kElementsPerTask = 1 << 15;  // what one thread reads before a second one is worth waking
 
 // -- arguments ---------------------------------------------------------------------------------------------------------
@@ -157,8 +158,6 @@ void on_cuda(const Op& op, const char* (*launch)(const Op&, void*), const Tensor
   STD_TORCH_CHECK(error == nullptr, "CUDA: ", error);
 }
 
-int64_t tiles(const Samples& s, int64_t tile) { return s.samples * ((s.size + tile - 1) / tile); }
-
 // -- ops ---------------------------------------------------------------------------------------------------------------
 
 template <bool kCuda>
@@ -179,8 +178,7 @@ void quadrature_update(const Tensor& x, const Tensor& velocities, const Tensor& 
     if constexpr (kCuda) {
       on_cuda(op, quadrature_update_cuda, x);
     } else {
-      const CpuKernels& cpu = *instruction_set().kernels;
-      on_cpu(op, cpu.quadrature_update, tiles(s, cpu.tile), cpu.tile * (terms + 1));
+      on_cpu(op, instruction_set().kernels->quadrature_update, s.samples * tiles(size), kTile * (terms + 1));
     }
   });
 }
@@ -237,8 +235,7 @@ void cfg_euler_step(const Tensor& x, const Tensor& v_cond, const std::optional<T
   if constexpr (kCuda) {
     on_cuda(op, cfg_euler_step_cuda, x);
   } else {
-    const CpuKernels& cpu = *instruction_set().kernels;
-    on_cpu(op, cpu.cfg_euler_step, (total + cpu.tile - 1) / cpu.tile, cpu.tile * 3);
+    on_cpu(op, instruction_set().kernels->cfg_euler_step, tiles(total), kTile * 3);
   }
 }
 
@@ -249,6 +246,7 @@ void bridge_cotangents(const Tensor& g, const Tensor& g_x, const Tensor& weights
   op.g = input(g, "g", g, total);
   op.g_x = input(g_x, "g_x", g, total);
   op.out = output(out, "out", g, num_nodes * total);
+  op.past_cache = num_nodes * total * (op.out.dtype == Dtype::kFloat32 ? 4 : 2) > kCacheBytes;
   const int64_t size = batch ? total / batch : 0;
   const Tables<2> tables = {num_nodes, {nullptr, 1}, {weights_of(weights, num_nodes, batch), weights_of(alphas, num_nodes, batch)}};
   for_each_launch(tables, batch, size, num_nodes, [&](Samples s, const Rule<2>& rule) {
@@ -257,8 +255,7 @@ void bridge_cotangents(const Tensor& g, const Tensor& g_x, const Tensor& weights
     if constexpr (kCuda) {
       on_cuda(op, bridge_cotangents_cuda, g);
     } else {
-      const CpuKernels& cpu = *instruction_set().kernels;
-      on_cpu(op, cpu.bridge_cotangents, tiles(s, cpu.tile), cpu.tile * (num_nodes + 2));
+      on_cpu(op, instruction_set().kernels->bridge_cotangents, s.samples * chunks(size), kChunk * (num_nodes + 2));
     }
   });
 }

@@ -234,3 +234,13 @@ def test_fake_tensors_pass_through_every_op():
             rules = {"quadrature_update": ([0, 1], [0.5, 1.0]), "leap_residuals": ([0, 1], [0.5, 0], [0, 1.0])}
             rule_of = rules.get(name, ([0.5, 1.0], [0.1, 0]) if name == "bridge_cotangents" else ())
             assert all(isinstance(result, FakeTensor) for result in op.call(*fake, *caches, *rule_of))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_seeds_past_the_caches_have_the_bits_of_seeds_in_them(dtype, isa):
+    g, g_x = draw(2, 65552, dtype=dtype), draw(2, 65552, dtype=dtype, seed=1)
+    weights, alphas = draw(17), draw(17, seed=1)
+    together = bridge_cotangents(g, g_x, weights, alphas)
+    assert together.nbytes > 2**22
+    apart = [bridge_cotangents(g, g_x, weights[k : k + 1], alphas[k : k + 1]) for k in range(17)]
+    assert apart[0].nbytes < 2**22 and torch.equal(together, torch.cat(apart))

@@ -59,7 +59,7 @@ void cfg_euler_step(Tensor x, Tensor v_cond, std::optional<Tensor> v_uncond, flo
 }
 
 void bridge_cotangents(Tensor g, Tensor g_x, Weights weights, Tensor out, int64_t batch, int64_t size) {
-  BridgeCotangents op = {{}, input(g), input(g_x), output(out), {}};
+  BridgeCotangents op = {{}, input(g), input(g_x), output(out), false, {}};
   for_each_launch(tables<2>(nullptr, weights), batch, size, weights.shape(1), [&](Samples s, const Rule<2>& rule) {
     op.s = s, op.rule = rule;
     bridge_cotangents_cuda(op, nullptr);
