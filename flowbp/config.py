@@ -112,7 +112,8 @@ class Strict(BaseModel):
 class BackboneConfig(Strict):
     name: str = Field(description='"shapes", a known model, a local diffusers folder or a Hub id')
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_sequence_length: int = Field(256, ge=1, description="tokens of the T5 prompt embedding; zeros when the pipeline has no T5")
+    precision: Literal["pipeline", "float32"] = Field("float32", description="of the latents between network calls")
+    max_sequence_length: int | None = Field(None, ge=1, description="tokens of the prompt embedding; null means the pipeline's default")
 
 
 class RolloutConfig(Strict):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowbp.backbones import Backbone
+from flowbp.backbones import Backbone, check_guidance
 from flowbp.config import EvaluationConfig, RolloutConfig
 from flowbp.data import Prompt, sample_seeds
 from flowbp.guidance import Guidance, GuidedVelocity
@@ -24,11 +24,17 @@ Scorer = Callable[[Tensor, list[str]], Tensor]  # (images [B, 3, H, W] in [0, 1]
 
 
 def bind_velocity(backbone: Backbone, texts: list[str], guidance: Guidance) -> GuidedVelocity:
-    """The guided velocity of a batch of prompts; the negative prompt is empty."""
+    """The guided velocity of a batch of prompts; the negative prompt is empty. Raises ValueError where the network cannot be guided so."""
+    check_guidance(backbone, guidance)
+    embedded = {}
+    if guidance.embedded is not None:
+        embedded["guidance"] = torch.full((len(texts),), guidance.embedded, device=backbone.denoiser.device)
     negative = None
     if guidance.active:
-        negative = {name: value.expand(len(texts), *value.shape[1:]) for name, value in backbone.encode([""]).items()}
-    return GuidedVelocity(backbone.velocity, backbone.encode(texts), negative, guidance)
+        negative = {name: value.expand(len(texts), *value.shape[1:]) for name, value in backbone.encode([""]).items()} | embedded
+    return GuidedVelocity(
+        backbone.velocity, backbone.encode(texts) | embedded, negative, guidance, backbone.guidance_branches == "batched"
+    )
 
 
 @torch.no_grad()
