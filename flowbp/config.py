@@ -138,6 +138,10 @@ class DataConfig(Strict):
     prompts: str = Field(description='a text file, one prompt a line, or "shapes:train"')
     batch_size: int = Field(8, ge=1)
     accumulate: int = Field(1, ge=1, description="micro-batches an optimizer step")
+    embeddings: Literal["cached", "live"] = Field(
+        "cached", description="cached: embed all prompts first, keep them on disk, release the text encoders; live: encode every batch"
+    )
+    cache: Path | None = Field(None, description="folder of cached embeddings; null means $FLOWBP_CACHE, else ~/.cache/flowbp")
 
 
 class TuningConfig(Strict):

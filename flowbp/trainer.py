@@ -22,10 +22,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from flowbp import checkpoint, evaluation, report
-from flowbp.backbones import load_backbone
+from flowbp.backbones import bind_velocity, load_backbone
 from flowbp.config import RunConfig, TuningConfig, dump
 from flowbp.console import progress_bar
 from flowbp.data import PromptStream, load_prompts, sample_seeds
+from flowbp.embeddings import embed_once
 from flowbp.objective import sample_weights
 from flowbp.rewards import Smoothed, load_reward
 from flowbp.surrogate import backward, residuals, reward_input
@@ -56,6 +57,8 @@ class Trainer:
         self.accelerator = Accelerator(log_with="tensorboard", project_dir=config.output)
         device = str(self.accelerator.device)
         self.backbone = load_backbone(**config.backbone.model_dump(), device=device)
+        if config.data.embeddings == "cached":
+            embed_once(self.backbone, self.texts(), config.data.cache)
         self.reward = load_reward(config.reward.name, config.reward.model, device)
         watched = config.evaluation.monitors if config.evaluation else {}
         self.monitors = {name: load_reward(spec.name, spec.model, device) for name, spec in watched.items()}
@@ -74,6 +77,14 @@ class Trainer:
             from diffusers.training_utils import EMAModel
 
             self.ema = EMAModel(self.parameters.values(), decay=config.ema)
+
+    def texts(self) -> list[str]:
+        """Every prompt that the run will draw, in training and in evaluation."""
+        config = self.config
+        texts = self.prompts.texts(config.steps * config.data.accumulate * config.data.batch_size)
+        if config.evaluation is not None:
+            texts += [prompt.text for prompt in load_prompts(config.evaluation.prompts)[: config.evaluation.samples]]
+        return texts
 
     def run(self) -> None:
         config, done = self.config, 0
@@ -144,7 +155,7 @@ class Trainer:
         plan = config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(key))
         texts = [prompt.text for prompt in self.prompts.batch(step * data.accumulate + micro, data.batch_size)]
         generators = [torch.Generator().manual_seed(seed) for seed in sample_seeds(*key, count=data.batch_size)]
-        velocity = evaluation.bind_velocity(self.backbone, texts, config.guidance)
+        velocity = bind_velocity(self.backbone, texts, config.guidance)
         noise = self.backbone.noise(size.height, size.width, generators)
         renoise = [self.backbone.noise(size.height, size.width, generators) for _ in range(plan.num_renoised)]
 

@@ -10,11 +10,11 @@ import yaml
 from typer.testing import CliRunner
 
 from flowbp import checkpoint, evaluation
-from flowbp.backbones import load_backbone
+from flowbp.backbones import bind_velocity, load_backbone
 from flowbp.cli import app
 from flowbp.config import dump, load
 from flowbp.data import Prompt, sample_seeds
-from flowbp.evaluation import Scores, bind_velocity, compare
+from flowbp.evaluation import Scores, compare
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
 from flowbp.rewards import Smoothed, load_reward
@@ -86,7 +86,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
 
 
 def test_lora_weights_load_into_a_fresh_diffusers_pipeline(tmp_path):
-    config = tiny(tmp_path, "tuning.alpha=8")
+    config = tiny(tmp_path, "tuning.alpha=8", "data.embeddings=live")
     trainer = Trainer(config)
     checkpoint.open_run(config.output, dump(config), overwrite=False)
     trainer.run()

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from flowbp.backbones.base import Backbone, DiffusersBackbone, Precision, check_guidance
+from flowbp.backbones.base import Backbone, DiffusersBackbone, Precision, bind_velocity, check_guidance
 from flowbp.backbones.flux import FluxBackbone
 from flowbp.backbones.flux2 import Flux2Backbone
 from flowbp.backbones.sd3 import SD3Backbone
 
-__all__ = ["BACKBONES", "KNOWN_MODELS", "Backbone", "DiffusersBackbone", "Precision", "check_guidance", "load_backbone"]
+__all__ = ["BACKBONES", "KNOWN_MODELS", "Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "check_guidance", "load_backbone"]
 
 BACKBONES: dict[str, type[DiffusersBackbone]] = {
     "StableDiffusion3Pipeline": SD3Backbone,

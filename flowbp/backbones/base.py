@@ -14,9 +14,9 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from flowbp.guidance import Conditioning, Guidance
+from flowbp.guidance import Conditioning, Guidance, GuidedVelocity
 
-__all__ = ["Backbone", "DiffusersBackbone", "Precision", "check_guidance", "grid_ids"]
+__all__ = ["Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "check_guidance", "grid_ids"]
 
 Precision = Literal["pipeline", "float32"]
 
@@ -27,11 +27,12 @@ class Backbone(Protocol):
     pipe: DiffusionPipeline  # for saving and loading weights in its own format
     denoiser: nn.Module  # the network that gives the velocity: the trainable part
     lora_targets: list[str]  # modules of the denoiser that LoRA adapts by default
+    text_options: dict[str, Any]  # what its prompt embeddings depend on besides the text encoders
     guidance_branches: Literal["batched", "separate", "none"]  # how classifier-free guidance calls the network; none: distilled away
     embeds_guidance: bool  # the network reads conditioning["guidance"] [B] float32, a guidance scale
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Text conditioning of `prompts`, without gradient."""
+        """Text conditioning of `prompts`, without gradient. `flowbp.embeddings.embed_once` puts files in the place of the text encoders."""
         ...
 
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
@@ -144,3 +145,16 @@ def check_guidance(backbone: Backbone, guidance: Guidance) -> None:
         raise ValueError(f"this {name} was distilled with a guidance scale as input: set guidance.embedded (FLUX.1-dev: 3.5)")
     if guidance.embedded is not None and not backbone.embeds_guidance:
         raise ValueError(f"this {name} takes no guidance scale as input: set guidance.embedded to null, not {guidance.embedded}")
+
+
+def bind_velocity(backbone: Backbone, prompts: list[str], guidance: Guidance) -> GuidedVelocity:
+    """The guided velocity of a batch of prompts; the negative prompt is empty. Raises ValueError where the network cannot be guided so."""
+    check_guidance(backbone, guidance)
+    embedded = {}
+    if guidance.embedded is not None:
+        embedded["guidance"] = torch.full((len(prompts),), guidance.embedded, device=backbone.denoiser.device)
+    negative = None
+    if guidance.active:
+        negative = {name: value.expand(len(prompts), *value.shape[1:]) for name, value in backbone.encode([""]).items()} | embedded
+    batched = backbone.guidance_branches == "batched"
+    return GuidedVelocity(backbone.velocity, backbone.encode(prompts) | embedded, negative, guidance, batched)
