@@ -16,4 +16,4 @@ def load_reward(name: str, model: str, device: str = "cpu") -> Reward:
 
     if name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}; known: {', '.join(REWARDS)}")
-    return REWARDS[name](str({"shapes": shapes.REWARD, "shapes-monitor": shapes.MONITOR}.get(model, model)), device)
+    return REWARDS[name](str({"shapes": shapes.REWARD, "shapes-monitor": shapes.MONITOR}.get(model, model)), device=device)
