@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowbp.rewards.preprocessing import CLIP_MEAN, CLIP_STD, fit_short_side, normalise
+from flowbp.rewards.preprocessing import fit_short_side, normalise
 
 __all__ = ["CLIPReward", "PickScore", "cosine_similarity"]
 
@@ -18,18 +18,19 @@ class CLIPReward:
 
     This is CLIPScore (Hessel et al. 2021, arXiv 2104.08718) without its factor of 2.5 and its cut at 0.
 
-    model: a folder with model and image processor; tokenizer: a folder with the tokenizer. dtype: of the weights; the score is float32.
+    model: a folder with model, tokenizer and image processor. dtype: of the weights; the score is float32.
     Images are resized so that the short side fits the model, centre-cropped and normalised, as the model's processor does on 8-bit images.
     """
 
-    def __init__(self, model: str | Path, tokenizer: str | Path | None = None, device: str = "cpu", dtype: str = "float32"):
-        from transformers import AutoTokenizer, CLIPModel
+    def __init__(self, model: str | Path, device: str = "cpu", dtype: str = "float32"):
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         self.model = CLIPModel.from_pretrained(model, local_files_only=True, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
         self.model.to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or model, local_files_only=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         self.size = self.model.config.vision_config.image_size
-        self.mean, self.std = image_statistics(model)
+        processor = AutoImageProcessor.from_pretrained(model, local_files_only=True)
+        self.mean, self.std = tuple(processor.image_mean), tuple(processor.image_std)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         return cosine_similarity(self.model, self.tokenizer, self.preprocess(images), prompts)
@@ -42,7 +43,7 @@ class CLIPReward:
 class PickScore(CLIPReward):
     """PickScore v1 (Kirstain et al. 2023, arXiv 2305.01569): exp(logit_scale) times the cosine, about 17 to 25 for a logit scale of ln 100.
 
-    A ViT-H/14 `CLIPModel` fine-tuned on human choices; the tokenizer is that of the CLIP it started from.
+    A ViT-H/14 `CLIPModel` fine-tuned on human choices. The real checkpoint was not loaded here.
     """
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -57,13 +58,3 @@ def cosine_similarity(model, tokenizer, pixels: Tensor, prompts: list[str]) -> T
     image = model.get_image_features(pixel_values=pixels.to(model.dtype)).pooler_output
     precision = torch.promote_types(image.dtype, torch.float32)
     return F.cosine_similarity(image.to(precision), text.to(precision), dim=-1)
-
-
-def image_statistics(folder: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the folder's image processor; those of OpenAI's CLIP where it has none."""
-    from transformers import AutoImageProcessor
-
-    if not Path(folder, "preprocessor_config.json").is_file():
-        return CLIP_MEAN, CLIP_STD
-    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    return tuple(processor.image_mean), tuple(processor.image_std)

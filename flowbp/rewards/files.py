@@ -28,7 +28,8 @@ class HubFiles:
     def download_command(self, folder: str | Path) -> str:
         """The shell line that puts these files into `folder`."""
         revision = f" --revision {self.revision}" if self.revision else ""
-        wanted = " ".join(f'--include "{name}"' for name in self.names) if any("*" in n for n in self.names) else " ".join(self.names)
+        patterns = any("*" in name for name in self.names)
+        wanted = " ".join(f'--include "{name}"' if patterns else name for name in self.names)
         return f"hf download {self.repository} {wanted}{revision} --local-dir {folder}"
 
 
