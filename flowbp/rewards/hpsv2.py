@@ -30,12 +30,12 @@ class HPSv2:
     CHECKPOINTS = ("HPS_v2.1_compressed", "HPS_v2_compressed")
     HEADS = 16  # of ViT-H/14, image and text alike; the one size that the weights' shapes do not tell
 
-    def __init__(self, model: str | Path, tokenizer: str | Path | None = None, device: str = "cpu", dtype: str = "float32"):
+    def __init__(self, model: str | Path, tokenizer: str | Path, device: str = "cpu", dtype: str = "float32"):
         from transformers import AutoTokenizer
 
         state = read_state_dict(model, *self.CHECKPOINTS)
         self.model = clip_from_open_clip(state.get("state_dict", state), self.HEADS, getattr(torch, dtype)).to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or model, local_files_only=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         pixels = normalise(fit_long_side(images, self.model.config.vision_config.image_size))

@@ -74,6 +74,29 @@ REWARDS: dict[str, RewardSource] = {
         hinge=0.55,
         paper="arXiv 2306.09341",
     ),
+    "aesthetic": RewardSource(
+        target="aesthetic:AestheticReward",
+        files={
+            "model": HubFiles("camenduru/improved-aesthetic-predictor", ("sac+logos+ava1-l14-linearMSE.pth",)),
+            "clip": HubFiles("openai/clip-vit-large-patch14", ("model.safetensors", "config.json")),
+        },
+        parameters=428_544_482,
+        licence="Apache-2.0",
+        scores="1 to 10, mostly 4 to 7",
+        sha256="21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+        paper="LAION-Aesthetics v2",
+    ),
+    "imagereward": RewardSource(
+        target="imagereward:ImageReward",
+        files={
+            "model": HubFiles("THUDM/ImageReward", ("ImageReward.pt",)),
+            "tokenizer": HubFiles("google-bert/bert-base-uncased", TOKENIZER),
+        },
+        parameters=446_206_689,
+        licence="Apache-2.0",
+        scores="mostly -2 to 2",
+        paper="arXiv 2304.05977",
+    ),
 }
 
 

@@ -37,6 +37,13 @@ def test_the_digest_of_a_checkpoint_is_checked_before_it_is_read(folder, caplog)
         load_reward("hpsv2", str(folder), sha256="0" * 64)
 
 
+def test_a_published_digest_is_checked_without_being_asked(tmp_path):
+    tiny.clip_folder(tmp_path)
+    torch.save({}, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+    with pytest.raises(ValueError, match="not 21dd590f3ccdc646"):
+        load_reward("aesthetic", str(tmp_path))
+
+
 def test_a_folder_that_lacks_a_file_says_which_command_fetches_it(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         load_reward("hpsv2", str(tmp_path))
@@ -69,7 +76,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
         def __reduce__(self):
             return print, ("code ran",)
 
-    (tmp_path / "weights.pt").write_bytes(pickle.dumps(Malicious()))
+    (tmp_path / "weights.pt").write_bytes(pickle.dumps(Malicious(), protocol=2))
     with pytest.raises(ValueError, match="could run code: convert it to .safetensors"):
         read_state_dict(tmp_path, "weights")
 

@@ -3,14 +3,21 @@
 import pytest
 import tiny_rewards as tiny
 import torch
+from safetensors.torch import load_file
 from tiny_rewards import PROMPTS, images
 
+from flowbp.rewards import load_reward
 from flowbp.rewards.clip import CLIPReward, PickScore
 from flowbp.rewards.hpsv2 import HPSv2, clip_from_open_clip
 from flowbp.rewards.preprocessing import fit_long_side, normalise
 
-FOLDERS = {"clip": tiny.clip_folder, "hpsv2": tiny.hpsv2_folder}
-CLASSES = {"clip": ("clip", CLIPReward), "pickscore": ("clip", PickScore), "hpsv2": ("hpsv2", HPSv2)}
+FOLDERS = {
+    "clip": tiny.clip_folder,
+    "pickscore": tiny.clip_folder,
+    "hpsv2": tiny.hpsv2_folder,
+    "aesthetic": tiny.aesthetic_folder,
+    "imagereward": tiny.imagereward_folder,
+}
 
 
 @pytest.fixture(scope="session")
@@ -20,11 +27,10 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def reward(request, folders):
-    folder, cls = CLASSES[request.param]
-    return lambda **options: cls(folders[folder], **options)
+    return lambda **options: load_reward(request.param, str(folders[request.param]), **options)
 
 
-every_reward = pytest.mark.parametrize("reward", CLASSES, indirect=True)
+every_reward = pytest.mark.parametrize("reward", FOLDERS, indirect=True)
 
 
 # -- what holds for all --------------------------------------------------------------------------------------------------------------
@@ -93,12 +99,30 @@ def test_hpsv2_equals_the_open_clip_model_whose_weights_it_reads(folders):
     ids = tokens.input_ids * tokens.attention_mask  # open_clip pads with 0, transformers with the end token
     x = images(40, 30)
     expected = model.score(normalise(fit_long_side(x, 28)), ids, last)
-    torch.testing.assert_close(HPSv2(folders["hpsv2"])(x, PROMPTS), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(HPSv2(folders["hpsv2"], folders["hpsv2"])(x, PROMPTS), expected, rtol=0, atol=1e-6)
+
+
+def test_the_aesthetic_rating_is_a_linear_function_of_the_unit_image_embedding(folders):
+    from transformers import CLIPModel
+
+    folder, x = folders["aesthetic"], images(28, 28)
+    embedding = CLIPModel.from_pretrained(folder).get_image_features(pixel_values=normalise(x)).pooler_output
+    weights = load_file(folder / "sac+logos+ava1-l14-linearMSE.safetensors")
+    expected = tiny.rate(weights, embedding / embedding.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(load_reward("aesthetic", str(folder))(x, PROMPTS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_imagereward_equals_the_blip_model_whose_weights_it_reads(folders):
+    tokenizer = tiny.bert_tokenizer()
+    tokens = tokenizer(PROMPTS, padding="max_length", max_length=35, return_tensors="pt")
+    x = images(28, 28)
+    expected = tiny.BLIP(len(tokenizer)).score(normalise(x), tokens.input_ids, tokens.attention_mask)
+    torch.testing.assert_close(load_reward("imagereward", str(folders["imagereward"]))(x, PROMPTS), expected, rtol=0, atol=2e-6)
 
 
 def test_hpsv2_sees_the_ends_of_a_wide_picture(folders):
     x = images(20, 60).requires_grad_()
-    (g,) = torch.autograd.grad(HPSv2(folders["hpsv2"])(x, PROMPTS).sum(), x)
+    (g,) = torch.autograd.grad(HPSv2(folders["hpsv2"], folders["hpsv2"])(x, PROMPTS).sum(), x)
     assert g[..., :5].abs().max() > 0 and g[..., -5:].abs().max() > 0
     (g,) = torch.autograd.grad(CLIPReward(folders["clip"])(x, PROMPTS).sum(), x)
     assert g[..., :5].abs().max() == 0, "CLIP's own transform crops them away"
