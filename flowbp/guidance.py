@@ -46,7 +46,7 @@ class Guidance:
 
 
 class GuidedVelocity:
-    """The velocity of one batch: (x [B, *S], sigma [] or [B]) -> [B, *S], with its conditioning bound. Value and gradient follow `guidance`.
+    """The velocity of one batch: (x [B, *S], sigma [] or [B]) -> [B, *S], its conditioning bound, value and gradient as `guidance` says.
 
     batched: whether the two branches share a network call where both record a graph or neither does.
     """

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from flowbp import checkpoint, evaluation, report
-from flowbp.backbones import bind_velocity, load_backbone
+from flowbp.backbones import bind_velocity, check_guidance, load_backbone
 from flowbp.config import RunConfig, TuningConfig, dump
 from flowbp.console import progress_bar
 from flowbp.data import PromptStream, load_prompts, sample_seeds
@@ -57,6 +57,7 @@ class Trainer:
         self.accelerator = Accelerator(log_with="tensorboard", project_dir=config.output)
         device = str(self.accelerator.device)
         self.backbone = load_backbone(**config.backbone.model_dump(), device=device)
+        check_guidance(self.backbone, config.guidance)
         if config.data.embeddings == "cached":
             embed_once(self.backbone, self.texts(), config.data.cache)
         self.reward = load_reward(config.reward.name, config.reward.model, device)

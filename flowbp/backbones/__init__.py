@@ -12,6 +12,7 @@ from flowbp.backbones.base import Backbone, DiffusersBackbone, Precision, bind_v
 from flowbp.backbones.flux import FluxBackbone
 from flowbp.backbones.flux2 import Flux2Backbone
 from flowbp.backbones.sd3 import SD3Backbone
+from flowbp.backbones.zimage import ZImageBackbone
 
 __all__ = ["BACKBONES", "KNOWN_MODELS", "Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "check_guidance", "load_backbone"]
 
@@ -19,6 +20,7 @@ BACKBONES: dict[str, type[DiffusersBackbone]] = {
     "StableDiffusion3Pipeline": SD3Backbone,
     "FluxPipeline": FluxBackbone,
     "Flux2KleinPipeline": Flux2Backbone,
+    "ZImagePipeline": ZImageBackbone,
 }
 
 KNOWN_MODELS = {
@@ -27,6 +29,7 @@ KNOWN_MODELS = {
     "flux.1-dev": "black-forest-labs/FLUX.1-dev",
     "flux.2-klein-base-4b": "black-forest-labs/FLUX.2-klein-base-4B",
     "flux.2-klein-base-9b": "black-forest-labs/FLUX.2-klein-base-9B",
+    "z-image": "Tongyi-MAI/Z-Image",
 }
 
 

@@ -1,7 +1,7 @@
 """What the engine asks of a backbone, and what the pipelines of diffusers share.
 
-The state of a trajectory is always spatial, [B, C, h, w]: whether a network wants it as a sequence of patches is known inside `velocity`
-alone. Packing permutes entries and an Euler step acts on each entry alone, so a rollout of spatial states is the pipeline's own, bit for bit.
+The state of a trajectory is always spatial, [B, C, h, w]; that a network reads it as a sequence of patches is known to `velocity` alone.
+Packing permutes entries and an Euler step acts on each by itself, so a rollout of spatial states is the pipeline's own, bit for bit.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ class DiffusersBackbone(ABC):
         scheduler = pipe.scheduler
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.stochastic_sampling:
             raise ValueError(
-                f"{type(pipe).__name__} samples by {type(scheduler).__name__}; only deterministic FlowMatchEulerDiscreteScheduler steps are "
-                "differentiated here: set pipe.scheduler to one made from its config, with stochastic_sampling off"
+                f"{type(pipe).__name__} samples by {type(scheduler).__name__}; a rollout takes the deterministic steps of "
+                "FlowMatchEulerDiscreteScheduler: give the pipeline one made from its config, with stochastic_sampling off"
             )
         if precision not in ("pipeline", "float32"):
             raise ValueError(f"precision must be 'pipeline' or 'float32', not {precision!r}")
         self.pipe = pipe
-        self.latents_dtype = pipe.transformer.dtype if precision == "pipeline" else torch.float32
+        self.latents_dtype = self.pipeline_dtype if precision == "pipeline" else torch.float32
         self.text_options = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
         for module in pipe.components.values():
             if isinstance(module, nn.Module):
@@ -83,6 +83,11 @@ class DiffusersBackbone(ABC):
     @property
     def denoiser(self) -> nn.Module:
         return self.pipe.transformer
+
+    @property
+    def pipeline_dtype(self) -> torch.dtype:
+        """The dtype in which the pipeline keeps its latents."""
+        return self.denoiser.dtype
 
     @property
     @abstractmethod
@@ -115,8 +120,9 @@ class DiffusersBackbone(ABC):
 
     def decode(self, x: Tensor) -> Tensor:
         vae = self.pipe.vae
-        images = vae.decode(self.vae_latents(x).to(vae.dtype), return_dict=False)[0].to(x.dtype)
-        return self.pipe.image_processor.postprocess(images, output_type="pt").to(torch.promote_types(x.dtype, torch.float32))
+        images = vae.decode(self.vae_latents(x).to(vae.dtype), return_dict=False)[0]
+        images = self.pipe.image_processor.postprocess(images, output_type="pt")
+        return images.to(torch.promote_types(images.dtype, torch.float32))
 
     def vae_latents(self, x: Tensor) -> Tensor:
         """Clean latents x in the units and the shape of the VAE."""

@@ -18,7 +18,7 @@ __all__ = ["Flux2Backbone"]
 
 
 class Flux2Backbone(DiffusersBackbone):
-    """`Flux2KleinPipeline`: `Flux2Transformer2DModel`, `AutoencoderKLFlux2` and Qwen3, whose hidden states 9, 18 and 27 are concatenated."""
+    """`Flux2KleinPipeline`: `Flux2Transformer2DModel`, `AutoencoderKLFlux2` and Qwen3, hidden states 9, 18 and 27."""
 
     @property
     def guidance_branches(self) -> str:

@@ -22,6 +22,8 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import AddedToken
 from transformers import (
@@ -32,6 +34,7 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -124,10 +127,23 @@ def flux2() -> Flux2KleinPipeline:
     )  # fmt: skip
 
 
+def zimage() -> ZImagePipeline:
+    tokenizer = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=CHANNELS, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH, axes_dims=[4, 4, 8],
+        axes_lens=[256, 64, 64],
+    )  # fmt: skip
+    return ZImagePipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), vae=vae(),
+        text_encoder=Qwen3Model(qwen_config(tokenizer, layers=2)), tokenizer=tokenizer,
+    )  # fmt: skip
+
+
 TINY_PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "StableDiffusion3Pipeline": sd3,
     "FluxPipeline": flux,
     "Flux2KleinPipeline": flux2,
+    "ZImagePipeline": zimage,
 }
 
 # -- the parts ---------------------------------------------------------------------------------------------------------------------
