@@ -45,9 +45,10 @@ def test_every_method_trains_the_embedded_model(name, tmp_path):
     assert all("transformer_blocks.3.attn.add_q_proj" in key for key in still)  # the last block drops what the text queries attend to
 
 
-@pytest.mark.parametrize("guidance", [Guidance(), Guidance(3.0)], ids=["unguided", "guided"])
-def test_sweep_equals_graph_on_the_embedded_model(guidance):
-    backbone = load_backbone("shapes", max_sequence_length=1)
+@pytest.mark.parametrize("scale", [1.0, 3.0], ids=["unguided", "guided"])
+def test_sweep_equals_graph_on_every_backbone(scale, backbone_overrides, tmp_path):
+    config = tiny(tmp_path, *backbone_overrides, f"guidance.scale={scale}")
+    backbone, guidance = load_backbone(**config.backbone.model_dump()), config.guidance
     backbone.denoiser.requires_grad_(True)
     parameters = list(backbone.denoiser.parameters())
     sigmas = backbone.sigmas(8, 32, 32)
@@ -67,10 +68,10 @@ def test_sweep_equals_graph_on_the_embedded_model(guidance):
     assert (by_sweep - by_graph).norm() <= 1e-4 * by_graph.norm()
 
 
-def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
-    whole = tiny(tmp_path / "whole", "steps=3", "method.name=draft-lv")
+def test_a_resumed_run_equals_an_unbroken_one(backbone_overrides, tmp_path):
+    whole = tiny(tmp_path / "whole", "steps=3", "method.name=draft-lv", *backbone_overrides)
     train(whole)
-    broken = tiny(tmp_path / "broken", "steps=3", "method.name=draft-lv")
+    broken = tiny(tmp_path / "broken", "steps=3", "method.name=draft-lv", *backbone_overrides)
     stopped = Trainer(broken)
     stopped_at = 2
     checkpoint.open_run(broken.output, dump(broken), overwrite=False)
