@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowbp.backbones import load_backbone
+from flowbp.backbones import bind_velocity, load_backbone
 from flowbp.data import load_prompts, sample_seeds
-from flowbp.evaluation import bind_velocity
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
 from flowbp.objective import Objective, sample_weights

@@ -1,4 +1,4 @@
-"""The command line: train, sample, eval, plan, doctor, bench."""
+"""The command line: train, sample, eval, plan, rewards, doctor, bench."""
 
 from __future__ import annotations
 
@@ -134,6 +134,23 @@ def plan(
 
         draw_plan(drawn, sigmas, f"{method}: one plan of {steps} steps").savefig(png, dpi=130)
         console.print(f"wrote {png}")
+
+
+@app.command()
+def rewards(name: Annotated[str | None, typer.Argument(help="tell more of one reward, and how to fetch it")] = None) -> None:
+    """List the rewards: their checkpoints, licences, scores and usual hinges."""
+    from flowbp.rewards.registry import REWARDS, find_source, how_to_fetch
+
+    table = Table("name", "checkpoint", "parameters", "licence", "scores", "hinge", "paper", title="flowbp rewards")
+    for key, source in REWARDS.items() if name is None else [(name, find_source(name))]:
+        size = f"{source.parameters / 1e6:,.0f} M" if source.parameters else ""
+        hinge = "" if source.hinge is None else f"{source.hinge:g}"
+        table.add_row(key, source.files["model"].repository, size, source.licence, source.scores, hinge, source.paper)
+    console.print(table)
+    if name is None:
+        console.print("flowbp rewards NAME says how to fetch one; a function of your own is reward.name=module:function", highlight=False)
+    else:
+        console.print(how_to_fetch(name, find_source(name).files, f"rewards/{name}"), highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -112,7 +112,8 @@ class Strict(BaseModel):
 class BackboneConfig(Strict):
     name: str = Field(description='"shapes", a known model, a local diffusers folder or a Hub id')
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_sequence_length: int = Field(256, ge=1, description="tokens of the T5 prompt embedding; zeros when the pipeline has no T5")
+    precision: Literal["pipeline", "float32"] = Field("float32", description="of the latents between network calls")
+    max_sequence_length: int | None = Field(None, ge=1, description="tokens of the prompt embedding; null means the pipeline's default")
 
 
 class RolloutConfig(Strict):
@@ -137,6 +138,19 @@ class DataConfig(Strict):
     prompts: str = Field(description='a text file, one prompt a line, or "shapes:train"')
     batch_size: int = Field(8, ge=1)
     accumulate: int = Field(1, ge=1, description="micro-batches an optimizer step")
+    embeddings: Literal["cached", "live"] = Field(
+        "cached", description="cached: embed all prompts first, keep them on disk, release the text encoders; live: encode every batch"
+    )
+    cache: Path | None = Field(None, description="folder of cached embeddings; null means $FLOWBP_CACHE, else ~/.cache/flowbp")
+
+
+class MemoryConfig(Strict):
+    """Where the memory of a step goes, and what it buys in time. None of it changes the gradient."""
+
+    recompute: Literal["always", "never", "auto"] = Field("always", description="replay active nodes, keep their graphs, or keep what fits")
+    budget_gb: float | None = Field(None, ge=0, description="recompute: auto only: 1e9 bytes for kept graphs; null measures what is free")
+    nodes_per_forward: int = Field(1, ge=1, description="active nodes replayed in one batched forward pass")
+    reward_batch: int | None = Field(None, ge=1, description="samples decoded and scored at a time; null takes the whole batch")
 
 
 class TuningConfig(Strict):
@@ -180,6 +194,7 @@ class RunConfig(Strict):
     reward: RewardConfig
     objective: Annotated[Objective, from_mapping(Objective)] = Objective()
     data: DataConfig
+    memory: MemoryConfig = MemoryConfig()
     tuning: TuningConfig = TuningConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: float | None = Field(None, gt=0, lt=1)

@@ -27,7 +27,10 @@ def load_prompts(source: str) -> list[Prompt]:
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"prompt file {source!r} does not exist; pass a text file with one prompt a line, or shapes:train")
-    texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt file {source!r} is not UTF-8 text ({error}): save it as UTF-8, one prompt a line") from error
     prompts = [Prompt(text) for text in texts if text]
     if not prompts:
         raise ValueError(f"prompt file {source!r} holds no prompt; write one a line")
@@ -44,6 +47,10 @@ class PromptStream:
     def batch(self, index: int, size: int) -> list[Prompt]:
         """The `index`-th batch of `size` prompts; any index can be asked for directly."""
         return [self._at(position) for position in range(index * size, (index + 1) * size)]
+
+    def texts(self, count: int) -> list[str]:
+        """The different texts among the first `count` prompts of the stream, in order of appearance."""
+        return list(dict.fromkeys(self._at(position).text for position in range(count)))
 
     def _at(self, position: int) -> Prompt:
         epoch, offset = divmod(position, len(self.prompts))

@@ -11,24 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowbp.backbones import Backbone
+from flowbp.backbones import Backbone, bind_velocity
 from flowbp.config import EvaluationConfig, RolloutConfig
 from flowbp.data import Prompt, sample_seeds
-from flowbp.guidance import Guidance, GuidedVelocity
+from flowbp.guidance import Guidance
 from flowbp.rewards import Reward
 from flowbp.trajectory import rollout
 
-__all__ = ["Difference", "Scores", "bind_velocity", "compare", "evaluate", "first_images", "generate", "scorers", "summarise"]
+__all__ = ["Difference", "Scores", "compare", "evaluate", "first_images", "generate", "scorers", "summarise"]
 
 Scorer = Callable[[Tensor, list[str]], Tensor]  # (images [B, 3, H, W] in [0, 1], prompts) -> [B]
-
-
-def bind_velocity(backbone: Backbone, texts: list[str], guidance: Guidance) -> GuidedVelocity:
-    """The guided velocity of a batch of prompts; the negative prompt is empty."""
-    negative = None
-    if guidance.active:
-        negative = {name: value.expand(len(texts), *value.shape[1:]) for name, value in backbone.encode([""]).items()}
-    return GuidedVelocity(backbone.velocity, backbone.encode(texts), negative, guidance)
 
 
 @torch.no_grad()

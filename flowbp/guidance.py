@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ["Conditioning", "Guidance", "GuidedVelocity", "NetworkVelocity"]
 
 Conditioning = Mapping[str, Tensor]  # named tensors, each [B, ...]
-NetworkVelocity = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x [B, *S], sigma [], conditioning) -> velocity [B, *S]
+NetworkVelocity = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x [B, *S], sigma [] or [B], conditioning) -> velocity [B, *S]
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,13 @@ class Guidance:
     scale             weight of the positive branch; 1 or less runs the positive branch alone
     detach_negative   the negative branch is a constant in the backward pass
     compensate        divide the gradient by `scale`, which otherwise multiplies it
+    embedded          guidance scale fed to a guidance-distilled network as an input (FLUX.1-dev: 3.5); None for every other network
     """
 
     scale: float = 1.0
     detach_negative: bool = True
     compensate: bool = False
+    embedded: float | None = None
 
     @property
     def active(self) -> bool:
@@ -44,32 +46,62 @@ class Guidance:
 
 
 class GuidedVelocity:
-    """The velocity of one batch: (x [B, *S], sigma []) -> [B, *S], with its conditioning bound. Value and gradient follow `guidance`."""
+    """The velocity of one batch: (x [B, *S], sigma [] or [B]) -> [B, *S], its conditioning bound, value and gradient as `guidance` says.
 
-    def __init__(self, network: NetworkVelocity, positive: Conditioning, negative: Conditioning | None, guidance: Guidance):
+    batched: whether the two branches share a network call where both record a graph or neither does.
+    """
+
+    def __init__(
+        self,
+        network: NetworkVelocity,
+        positive: Conditioning,
+        negative: Conditioning | None,
+        guidance: Guidance,
+        batched: bool = True,
+    ):
         if guidance.active and negative is None:
             raise ValueError(f"guidance scale {guidance.scale} needs the negative conditioning: encode the empty prompt, or set scale to 1")
         self.network, self.positive, self.negative, self.guidance = network, positive, negative, guidance
-        if guidance.active:
+        self.batched = batched
+        if guidance.active and batched:
             self._both = {name: torch.cat([negative[name], positive[name]]) for name in positive}
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         positive, negative = self.branches(x, sigma)
         return positive if negative is None else negative + self.guidance.scale * (positive - negative)
 
-    def branches(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(v_pos, v_neg), in one batched network call unless only v_pos records a graph; v_neg is None without guidance."""
+    def branches(self, x: Tensor, sigma: Tensor, replayed: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(v_pos, v_neg); v_neg is None without guidance, and records no graph when it is detached.
+
+        replayed: `replay` will be called here too, so v_pos comes from the very call that it makes, with the same random numbers.
+        """
         if not self.guidance.active:
             return self.network(x, sigma, self.positive), None
-        if torch.is_grad_enabled() and self.guidance.detach_negative:
-            with torch.no_grad():
-                negative = self.network(x, sigma, self.negative)
-            return self.network(x, sigma, self.positive), negative
-        negative, positive = self.network(torch.cat([x, x]), sigma, self._both).chunk(2)
-        return positive, negative
+        alone = self.guidance.detach_negative and (replayed or torch.is_grad_enabled())
+        if self.batched and not alone:
+            sigmas = torch.cat([sigma, sigma]) if sigma.dim() else sigma
+            negative, positive = self.network(torch.cat([x, x]), sigmas, self._both).chunk(2)
+            return positive, negative
+        positive = self.network(x, sigma, self.positive)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.guidance.detach_negative):
+            return positive, self.network(x, sigma, self.negative)
 
     def replay(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """A tensor with the guided velocity's VJP. Its value differs from the velocity's when the negative branch is a constant."""
+        """A tensor with the guided velocity's VJP. Its value differs from the velocity's when the negative branch is a constant.
+
+        x may hold the batch at several nodes, [n B, *S] with sigma [n B].
+        """
+        copies = len(x) // len(next(iter(self.positive.values())))
+        if copies > 1:
+            return self._repeated(copies).replay(x, sigma)
         if self.guidance.active and self.guidance.detach_negative:
             return self.guidance.scale * self.network(x, sigma, self.positive)
         return self(x, sigma)
+
+    def _repeated(self, copies: int) -> GuidedVelocity:
+        """The velocity of a batch that holds this one `copies` times."""
+        positive, negative = (
+            conditioning and {name: torch.cat([value] * copies) for name, value in conditioning.items()}
+            for conditioning in (self.positive, self.negative)
+        )
+        return GuidedVelocity(self.network, positive, negative, self.guidance, self.batched)

@@ -22,11 +22,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from flowbp import checkpoint, evaluation, report
-from flowbp.backbones import load_backbone
+from flowbp.backbones import bind_velocity, check_guidance, load_backbone
 from flowbp.config import RunConfig, TuningConfig, dump
 from flowbp.console import progress_bar
 from flowbp.data import PromptStream, load_prompts, sample_seeds
-from flowbp.objective import sample_weights
+from flowbp.embeddings import embed_once
+from flowbp.objective import loss_factors, reward_gradient, sample_weights
+from flowbp.replay import Recompute
 from flowbp.rewards import Smoothed, load_reward
 from flowbp.surrogate import backward, residuals, reward_input
 from flowbp.trajectory import rollout
@@ -56,6 +58,9 @@ class Trainer:
         self.accelerator = Accelerator(log_with="tensorboard", project_dir=config.output)
         device = str(self.accelerator.device)
         self.backbone = load_backbone(**config.backbone.model_dump(), device=device)
+        check_guidance(self.backbone, config.guidance)
+        if config.data.embeddings == "cached":
+            embed_once(self.backbone, self.texts(), config.data.cache)
         self.reward = load_reward(config.reward.name, config.reward.model, device)
         watched = config.evaluation.monitors if config.evaluation else {}
         self.monitors = {name: load_reward(spec.name, spec.model, device) for name, spec in watched.items()}
@@ -65,6 +70,8 @@ class Trainer:
 
         self.parameters = trainable_parameters(self.backbone, config.tuning)
         self.base = {name: p.detach().clone() for name, p in self.parameters.items()}
+        budget = config.memory.budget_gb
+        self.recompute = Recompute(config.memory.recompute, None if budget is None else int(budget * 1e9))
         options = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
@@ -74,6 +81,14 @@ class Trainer:
             from diffusers.training_utils import EMAModel
 
             self.ema = EMAModel(self.parameters.values(), decay=config.ema)
+
+    def texts(self) -> list[str]:
+        """Every prompt that the run will draw, in training and in evaluation."""
+        config = self.config
+        texts = self.prompts.texts(config.steps * config.data.accumulate * config.data.batch_size)
+        if config.evaluation is not None:
+            texts += [prompt.text for prompt in load_prompts(config.evaluation.prompts)[: config.evaluation.samples]]
+        return texts
 
     def run(self) -> None:
         config, done = self.config, 0
@@ -144,25 +159,31 @@ class Trainer:
         plan = config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(key))
         texts = [prompt.text for prompt in self.prompts.batch(step * data.accumulate + micro, data.batch_size)]
         generators = [torch.Generator().manual_seed(seed) for seed in sample_seeds(*key, count=data.batch_size)]
-        velocity = evaluation.bind_velocity(self.backbone, texts, config.guidance)
+        velocity = bind_velocity(self.backbone, texts, config.guidance)
         noise = self.backbone.noise(size.height, size.width, generators)
         renoise = [self.backbone.noise(size.height, size.width, generators) for _ in range(plan.num_renoised)]
 
-        trajectory = rollout(velocity, noise, self.sigmas, plan, renoise)
-        z = reward_input(plan, trajectory).requires_grad_()
-        images = self.backbone.decode(z)
-        rewards = self.training_reward(generators[0])(images, texts * (1 + plan.num_renoised))
-        logged = self.watch(images.detach()[: len(texts)], texts)
-        weights, keep = None, None
+        trajectory = rollout(velocity, noise, self.sigmas, plan, renoise, self.recompute)
+        z, copies, logged = reward_input(plan, trajectory), 1 + plan.num_renoised, {}
+        weights, keep = torch.ones(len(noise), device=z.device), torch.ones(len(noise), dtype=torch.bool, device=z.device)
         if plan.similarity is not None:
             d_j, d_0 = residuals(plan, trajectory)
             weights, keep = sample_weights(plan.similarity, d_j, d_0)
-            logged |= {"d_j": d_j.mean().item(), "d_0": d_0.mean().item(), "kept": keep.float().mean().item()}
-        loss = config.objective.loss(rewards, weights, keep)
-        (g,) = torch.autograd.grad(loss / config.guidance.divisor, z)
+            logged = {"d_j": d_j.mean().item(), "d_0": d_0.mean().item(), "kept": keep.float().mean().item()}
+        watched = []
+
+        def score(part_of_z: Tensor, part: slice) -> Tensor:
+            images, prompts = self.backbone.decode(part_of_z), (texts * copies)[part]
+            own = max(0, min(part.stop, len(texts)) - part.start)  # images of the samples themselves; re-noised copies are not watched
+            watched.append(self.watch(images.detach()[:own], prompts[:own]))
+            return self.training_reward(key, part, copies)(images, prompts)
+
+        rewards, loss, g = reward_gradient(config.objective, score, z, loss_factors(weights, keep, copies), config.memory.reward_batch)
+        g = g / config.guidance.divisor
         norms = g.flatten(1).norm(dim=1) * len(g)
         g = clip_samples(g, config.optimizer.max_sample_grad_norm)
-        backward(plan, trajectory, velocity.replay, g / data.accumulate)
+        backward(plan, trajectory, velocity.replay, g / data.accumulate, nodes_per_forward=config.memory.nodes_per_forward)
+        logged |= {name: torch.cat([scores[name] for scores in watched]).mean().item() for name in self.monitors}
         return logged | {
             "reward": rewards.mean().item(),
             "loss": loss.item(),
@@ -171,13 +192,18 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def watch(self, images: Tensor, texts: list[str]) -> dict[str, float]:
-        """Mean score of each monitor on the training images: what is never trained on, watched at every step."""
-        return {name: monitor(images, texts).mean().item() for name, monitor in self.monitors.items()}
+    def watch(self, images: Tensor, texts: list[str]) -> dict[str, Tensor]:
+        """Scores [B] by each monitor of the training images: what is never trained on, watched at every step."""
+        return {name: monitor(images, texts) if texts else images.new_empty(0) for name, monitor in self.monitors.items()}
 
-    def training_reward(self, generator: torch.Generator):
+    def training_reward(self, key: tuple[int, ...], part: slice, copies: int):
+        """The reward of a part of the R = copies * batch_size images; perturbations belong to an image, not to the part it comes in."""
         smooth = self.config.reward.smooth
-        return self.reward if smooth is None else Smoothed(self.reward, smooth.copies, smooth.shift, smooth.noise, generator)
+        if smooth is None:
+            return self.reward
+        seeds = [seed for copy in range(copies) for seed in sample_seeds(*key, 1 + copy, count=self.config.data.batch_size)]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        return Smoothed(self.reward, smooth.copies, smooth.shift, smooth.noise, generators)
 
     # -- weights -------------------------------------------------------------------------------------------------------------------
 

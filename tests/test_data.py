@@ -38,3 +38,15 @@ def test_sample_seeds_differ_by_sample_and_by_key():
     seeds = sample_seeds(1, 2, count=100) + sample_seeds(1, 3, count=100)
     assert len(set(seeds)) == 200 and min(seeds) >= 0
     assert sample_seeds(1, 2, count=5) == sample_seeds(1, 2, count=100)[:5]
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        load_prompts(str(tmp_path / "latin.txt"))
+
+
+def test_the_texts_of_a_stream_are_those_that_its_batches_serve():
+    stream = PromptStream([Prompt(str(i)) for i in range(7)], seed=3)
+    assert sorted(stream.texts(6)) == sorted(p.text for i in range(3) for p in stream.batch(i, 2))
+    assert len(stream.texts(20)) == 7

@@ -8,20 +8,37 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from flowbp.backbones.base import Backbone
+from flowbp.backbones.base import Backbone, DiffusersBackbone, Precision, bind_velocity, check_guidance
+from flowbp.backbones.flux import FluxBackbone
+from flowbp.backbones.flux2 import Flux2Backbone
 from flowbp.backbones.sd3 import SD3Backbone
+from flowbp.backbones.zimage import ZImageBackbone
 
-__all__ = ["BACKBONES", "KNOWN_MODELS", "Backbone", "load_backbone"]
+__all__ = ["BACKBONES", "KNOWN_MODELS", "Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "check_guidance", "load_backbone"]
 
-BACKBONES: dict[str, type] = {"StableDiffusion3Pipeline": SD3Backbone}
+BACKBONES: dict[str, type[DiffusersBackbone]] = {
+    "StableDiffusion3Pipeline": SD3Backbone,
+    "FluxPipeline": FluxBackbone,
+    "Flux2KleinPipeline": Flux2Backbone,
+    "ZImagePipeline": ZImageBackbone,
+}
 
-KNOWN_MODELS = {"sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium"}
+KNOWN_MODELS = {
+    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
+    "flux.1-dev": "black-forest-labs/FLUX.1-dev",
+    "flux.2-klein-base-4b": "black-forest-labs/FLUX.2-klein-base-4B",
+    "flux.2-klein-base-9b": "black-forest-labs/FLUX.2-klein-base-9B",
+    "z-image": "Tongyi-MAI/Z-Image",
+}
 
 
-def load_backbone(name: str, dtype: str = "float32", device: str = "cpu", max_sequence_length: int = 256) -> Backbone:
+def load_backbone(
+    name: str, dtype: str = "float32", device: str = "cpu", precision: Precision = "float32", max_sequence_length: int | None = None
+) -> Backbone:
     """The backbone of `name`: "shapes" (the embedded model), a known model, a local pipeline folder, or a Hub id.
 
-    dtype: of the weights, "float32", "bfloat16" or "float16". max_sequence_length: tokens of the T5 prompt embedding.
+    dtype: of the weights, "float32", "bfloat16" or "float16". precision, max_sequence_length: see `DiffusersBackbone`.
     Raises ValueError for a folder that is no pipeline or whose class has no backbone here.
     """
     import torch
@@ -42,4 +59,4 @@ def load_backbone(name: str, dtype: str = "float32", device: str = "cpu", max_se
         raise ValueError(f"no backbone for {class_name} ({location}); there is one for {', '.join(BACKBONES)}")
     left_out = {part: None for part, value in index.items() if value in ([None, None], (None, None))}  # an SD3 without T5 says so
     pipe = DiffusionPipeline.from_pretrained(location, dtype=getattr(torch, dtype), local_files_only=offline, **left_out)
-    return BACKBONES[class_name](pipe.to(device), max_sequence_length)
+    return BACKBONES[class_name](pipe.to(device), precision, max_sequence_length)

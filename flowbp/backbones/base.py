@@ -1,26 +1,38 @@
-"""What the trainer asks of a backbone."""
+"""What the engine asks of a backbone, and what the pipelines of diffusers share.
+
+The state of a trajectory is always spatial, [B, C, h, w]; that a network reads it as a sequence of patches is known to `velocity` alone.
+Packing permutes entries and an Euler step acts on each by itself, so a rollout of spatial states is the pipeline's own, bit for bit.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import Any, Literal, Protocol
 
 import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from flowbp.guidance import Conditioning
+from flowbp.guidance import Conditioning, Guidance, GuidedVelocity
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "check_guidance", "grid_ids"]
+
+Precision = Literal["pipeline", "float32"]
 
 
 class Backbone(Protocol):
-    """A text-to-image flow model in five verbs. Latents have the backbone's own shape [B, *S]; packing is its own affair."""
+    """A text-to-image flow model in five verbs, and what the trainer must know of its network."""
 
-    pipe: object  # the diffusers pipeline: for saving and loading weights in its own format
+    pipe: DiffusionPipeline  # for saving and loading weights in its own format
     denoiser: nn.Module  # the network that gives the velocity: the trainable part
     lora_targets: list[str]  # modules of the denoiser that LoRA adapts by default
+    text_options: dict[str, Any]  # what its prompt embeddings depend on besides the text encoders
+    guidance_branches: Literal["batched", "separate", "none"]  # how classifier-free guidance calls the network; none: distilled away
+    embeds_guidance: bool  # the network reads conditioning["guidance"] [B] float32, a guidance scale
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Text conditioning of `prompts`, without gradient."""
+        """Text conditioning of `prompts`, without gradient. `flowbp.embeddings.embed_once` puts files in the place of the text encoders."""
         ...
 
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
@@ -28,13 +40,127 @@ class Backbone(Protocol):
         ...
 
     def noise(self, height: int, width: int, generators: list[torch.Generator]) -> Tensor:
-        """Standard normal latents [B, *S] at the first noise level, one generator a sample."""
+        """Standard normal latents [B, C, h, w] at the first noise level, one generator a sample."""
         ...
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """dx/dsigma at latents x [B, *S] and noise level sigma [], in x.dtype."""
+        """dx/dsigma at latents x [B, C, h, w] and noise level sigma, [] or one a sample [B], in x.dtype."""
         ...
 
     def decode(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], differentiable in the clean latents x."""
+        """Images [B, 3, H, W] in [0, 1], float32 (or wider), differentiable in the clean latents x."""
         ...
+
+
+class DiffusersBackbone(ABC):
+    """A text-to-image pipeline of diffusers whose scheduler takes plain Euler steps of flow matching.
+
+    precision            of the latents between network calls. "pipeline": in the network's dtype, rounded after every step, as the pipeline
+                         keeps them. "float32": not rounded; only the network's input is.
+    max_sequence_length  tokens of the prompt embedding; None means the pipeline's default
+    """
+
+    guidance_branches: Literal["batched", "separate", "none"] = "separate"
+    embeds_guidance = False
+    patch = 2  # latents that one image token spans, along each side
+
+    def __init__(self, pipe: DiffusionPipeline, precision: Precision = "float32", max_sequence_length: int | None = None):
+        scheduler = pipe.scheduler
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.stochastic_sampling:
+            raise ValueError(
+                f"{type(pipe).__name__} samples by {type(scheduler).__name__}; a rollout takes the deterministic steps of "
+                "FlowMatchEulerDiscreteScheduler: give the pipeline one made from its config, with stochastic_sampling off"
+            )
+        if precision not in ("pipeline", "float32"):
+            raise ValueError(f"precision must be 'pipeline' or 'float32', not {precision!r}")
+        self.pipe = pipe
+        self.latents_dtype = self.pipeline_dtype if precision == "pipeline" else torch.float32
+        self.text_options = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+        for module in pipe.components.values():
+            if isinstance(module, nn.Module):
+                module.eval().requires_grad_(False)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.pipe.transformer
+
+    @property
+    def pipeline_dtype(self) -> torch.dtype:
+        """The dtype in which the pipeline keeps its latents."""
+        return self.denoiser.dtype
+
+    @property
+    @abstractmethod
+    def lora_targets(self) -> list[str]: ...
+
+    @abstractmethod
+    def encode(self, prompts: list[str]) -> Conditioning: ...
+
+    @abstractmethod
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
+
+    @abstractmethod
+    def schedule(self, num_steps: int, num_tokens: int) -> dict[str, Any]:
+        """The arguments of the scheduler's `set_timesteps` for an image of num_tokens tokens."""
+
+    def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
+        rows, columns = self.token_grid(height, width)
+        scheduler = self.pipe.scheduler
+        scheduler.set_timesteps(**self.schedule(num_steps, rows * columns))
+        return scheduler.sigmas.cpu().clone()  # the scheduler counts the steps it takes: its levels are read, and it is never stepped
+
+    def noise(self, height: int, width: int, generators: list[torch.Generator]) -> Tensor:
+        rows, columns = self.token_grid(height, width)
+        shape = (len(generators), *self.latent_shape(rows, columns))
+        return randn_tensor(shape, generator=generators, device=self.denoiser.device, dtype=self.latents_dtype)
+
+    def latent_shape(self, rows: int, columns: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of rows x columns image tokens."""
+        return self.pipe.vae.config.latent_channels, rows * self.patch, columns * self.patch
+
+    def decode(self, x: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        images = vae.decode(self.vae_latents(x).to(vae.dtype), return_dict=False)[0]
+        images = self.pipe.image_processor.postprocess(images, output_type="pt")
+        return images.to(torch.promote_types(images.dtype, torch.float32))
+
+    def vae_latents(self, x: Tensor) -> Tensor:
+        """Clean latents x in the units and the shape of the VAE."""
+        vae = self.pipe.vae
+        return x / vae.config.scaling_factor + vae.config.shift_factor
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Image tokens along each side. Raises ValueError for a size that they do not tile."""
+        side = self.pipe.vae_scale_factor * self.patch
+        if height % side or width % side:
+            raise ValueError(f"{type(self.pipe).__name__} draws images whose sides are multiples of {side} pixels, not {height} x {width}")
+        return height // side, width // side
+
+
+def grid_ids(*sizes: int, device: torch.device) -> Tensor:
+    """Every position of a grid, the last coordinate fastest: [product of sizes, number of sizes] int64."""
+    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
+
+
+def check_guidance(backbone: Backbone, guidance: Guidance) -> None:
+    """Raise ValueError when the network cannot be guided as `guidance` says."""
+    name = type(backbone.pipe).__name__
+    if guidance.active and backbone.guidance_branches == "none":
+        raise ValueError(f"this {name} is distilled to run without a negative prompt: set guidance.scale to 1, not {guidance.scale}")
+    if backbone.embeds_guidance and guidance.embedded is None:
+        raise ValueError(f"this {name} was distilled with a guidance scale as input: set guidance.embedded (FLUX.1-dev: 3.5)")
+    if guidance.embedded is not None and not backbone.embeds_guidance:
+        raise ValueError(f"this {name} takes no guidance scale as input: set guidance.embedded to null, not {guidance.embedded}")
+
+
+def bind_velocity(backbone: Backbone, prompts: list[str], guidance: Guidance) -> GuidedVelocity:
+    """The guided velocity of a batch of prompts; the negative prompt is empty. Raises ValueError where the network cannot be guided so."""
+    check_guidance(backbone, guidance)
+    embedded = {}
+    if guidance.embedded is not None:
+        embedded["guidance"] = torch.full((len(prompts),), guidance.embedded, device=backbone.denoiser.device)
+    negative = None
+    if guidance.active:
+        negative = {name: value.expand(len(prompts), *value.shape[1:]) for name, value in backbone.encode([""]).items()} | embedded
+    batched = backbone.guidance_branches == "batched"
+    return GuidedVelocity(backbone.velocity, backbone.encode(prompts) | embedded, negative, guidance, batched)

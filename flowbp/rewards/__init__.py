@@ -1,19 +1,9 @@
-"""Rewards: image-text scorers behind one protocol, [B] scores differentiable in the pixels, higher is better."""
+"""Rewards: image-text scorers behind one protocol, [B] scores differentiable in the pixels, higher is better.
 
-from __future__ import annotations
+A reward model is one file here, on transformers alone, and one entry of `registry.REWARDS`, which says where its checkpoint is.
+"""
 
 from flowbp.rewards.base import Reward, Smoothed
-from flowbp.rewards.clip import CLIPReward
+from flowbp.rewards.registry import REWARDS, RewardSource, load_reward
 
-__all__ = ["REWARDS", "CLIPReward", "Reward", "Smoothed", "load_reward"]
-
-REWARDS: dict[str, type] = {"clip": CLIPReward}
-
-
-def load_reward(name: str, model: str, device: str = "cpu") -> Reward:
-    """The reward class `name` with the weights of `model`: a local folder, a Hub id, or "shapes" / "shapes-monitor" (embedded)."""
-    from flowbp import shapes
-
-    if name not in REWARDS:
-        raise ValueError(f"unknown reward {name!r}; known: {', '.join(REWARDS)}")
-    return REWARDS[name](str({"shapes": shapes.REWARD, "shapes-monitor": shapes.MONITOR}.get(model, model)), device)
+__all__ = ["REWARDS", "Reward", "RewardSource", "Smoothed", "load_reward"]

@@ -1,49 +1,60 @@
-"""Rewards of the CLIP class: the similarity of an image and its prompt in a joint embedding space (CLIPScore, PickScore, HPS)."""
+"""Rewards of the CLIP class: the similarity of an image and its prompt in a joint embedding space (CLIPScore, PickScore)."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["CLIPReward"]
+from flowbp.rewards.preprocessing import fit_short_side, normalise
+
+__all__ = ["CLIPReward", "PickScore", "cosine_similarity"]
 
 
 class CLIPReward:
     """Cosine similarity of a `CLIPModel`'s image and text embeddings, in [-1, 1]; frozen, differentiable in the pixels.
 
-    model: a local folder or Hub id with model, tokenizer and image processor. Images are resized (bicubic, antialiased) so that the short
-    side fits the model, centre-cropped and normalised, all in float32, as the model's own processor does on 8-bit images.
+    This is CLIPScore (Hessel et al. 2021, arXiv 2104.08718) without its factor of 2.5 and its cut at 0.
+
+    model: a folder with model, tokenizer and image processor. dtype: of the weights; the score is float32.
+    Images are resized so that the short side fits the model, centre-cropped and normalised, as the model's processor does on 8-bit images.
     """
 
-    def __init__(self, model: str, device: str = "cpu"):
-        import os
-
+    def __init__(self, model: str | Path, device: str = "cpu", dtype: str = "float32"):
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        local = os.path.isdir(model)
-        self.model = CLIPModel.from_pretrained(model, local_files_only=local, dtype=torch.float32).eval().requires_grad_(False)
+        self.model = CLIPModel.from_pretrained(model, local_files_only=True, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
         self.model.to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=local)
-        processor = AutoImageProcessor.from_pretrained(model, local_files_only=local)
-        self.mean = torch.tensor(processor.image_mean, device=device).view(3, 1, 1)
-        self.std = torch.tensor(processor.image_std, device=device).view(3, 1, 1)
+        self.tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         self.size = self.model.config.vision_config.image_size
+        processor = AutoImageProcessor.from_pretrained(model, local_files_only=True)
+        self.mean, self.std = tuple(processor.image_mean), tuple(processor.image_std)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.mean.device)
-        text = self.model.get_text_features(**tokens).pooler_output
-        image = self.model.get_image_features(pixel_values=self.preprocess(images)).pooler_output
-        return F.cosine_similarity(image, text, dim=-1)
+        return cosine_similarity(self.model, self.tokenizer, self.preprocess(images), prompts)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, 3, size, size], normalised."""
-        images = images.float()
-        height, width = images.shape[-2:]
-        if (height, width) != (self.size, self.size):
-            scale = self.size / min(height, width)
-            shape = (max(round(height * scale), self.size), max(round(width * scale), self.size))
-            images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-            top, left = (shape[0] - self.size) // 2, (shape[1] - self.size) // 2
-            images = images[..., top : top + self.size, left : left + self.size]
-        return (images - self.mean) / self.std
+        return normalise(fit_short_side(images, self.size), self.mean, self.std)
+
+
+class PickScore(CLIPReward):
+    """PickScore v1 (Kirstain et al. 2023, arXiv 2305.01569): exp(logit_scale) times the cosine, about 17 to 25 for a logit scale of ln 100.
+
+    A ViT-H/14 `CLIPModel` fine-tuned on human choices. The real checkpoint was not loaded here.
+    """
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.model.logit_scale.exp() * super().__call__(images, prompts)
+
+
+def cosine_similarity(model, tokenizer, pixels: Tensor, prompts: list[str]) -> Tensor:
+    """[B] in [-1, 1], float32 or the model's float64, of normalised pixels [B, 3, size, size] and their prompts under a `CLIPModel`."""
+    length = model.config.text_config.max_position_embeddings
+    tokens = tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(model.device)
+    text = model.get_text_features(**tokens).pooler_output
+    image = model.get_image_features(pixel_values=pixels.to(model.dtype)).pooler_output
+    precision = torch.promote_types(image.dtype, torch.float32)
+    return F.cosine_similarity(image.to(precision), text.to(precision), dim=-1)

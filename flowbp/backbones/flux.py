@@ -1,0 +1,54 @@
+"""FLUX.1: latents [B, 16, H/8, W/8], which the network reads as 2 x 2 patches; a guidance scale may be an input of the network.
+
+FLUX.1-dev was distilled from a guided model and takes the scale as `guidance.embedded`; FLUX.1-schnell takes none.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowbp.backbones.base import DiffusersBackbone, grid_ids
+from flowbp.guidance import Conditioning
+
+__all__ = ["FluxBackbone"]
+
+
+class FluxBackbone(DiffusersBackbone):
+    """`FluxPipeline`: `FluxTransformer2DModel`, `AutoencoderKL`, a CLIP encoder (pooled) and T5."""
+
+    lora_targets = [
+        *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    ]
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return self.denoiser.config.guidance_embeds
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        embeds, pooled, _ = self.pipe.encode_prompt(prompts, prompt_2=None, device=self.denoiser.device, **self.text_options)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def schedule(self, num_steps: int, num_tokens: int) -> dict:
+        config = self.pipe.scheduler.config
+        mu = calculate_shift(num_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        dtype, text = self.denoiser.dtype, conditioning["encoder_hidden_states"]
+        patches = F.pixel_unshuffle(x.to(dtype), 2)  # [B, 4 C, h / 2, w / 2]
+        rows, columns = patches.shape[2:]
+        v = self.denoiser(
+            hidden_states=patches.flatten(2).mT.contiguous(),  # strides choose the kernel of a bfloat16 matrix product
+            timestep=(sigma * 1000).expand(len(x)).to(dtype) / 1000,  # the pipeline rounds 1000 sigma, not sigma
+            img_ids=grid_ids(1, rows, columns, device=x.device),
+            txt_ids=torch.zeros(text.shape[1], 3, dtype=torch.int64, device=x.device),
+            return_dict=False,
+            **conditioning,
+        )[0]
+        return F.pixel_shuffle(v.mT.unflatten(2, (rows, columns)), 2).to(x.dtype)

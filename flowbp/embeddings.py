@@ -1,0 +1,176 @@
+"""Text embeddings, computed once: one safetensors file a prompt, in a folder that all runs share.
+
+    <cache>/embeddings/<what embeds>/<prompt>.safetensors
+
+Both names are hashes. The first covers all that determines an embedding beside the prompt: the backbone class and its text options, the
+text encoders' configs and weights, the tokenizers' files, and the versions of the libraries that run them. Every file carries the SHA-256
+of its tensors; one that does not match it is computed again. The cache is $FLOWBP_CACHE, else $XDG_CACHE_HOME/flowbp or ~/.cache/flowbp.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flowbp.backbones import Backbone
+from flowbp.console import progress_bar
+from flowbp.guidance import Conditioning
+
+__all__ = ["EmbeddingCache", "default_cache", "embed_once", "encoder_hash"]
+
+BATCH = 32  # prompts that are encoded together
+
+Encode = Callable[[list[str]], Conditioning]
+Signature = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+log = logging.getLogger(__name__)
+
+
+def embed_once(backbone: Backbone, prompts: Iterable[str], cache: Path | None = None) -> None:
+    """Embed `prompts` and the empty prompt, unless `cache` has them; then release the text encoders and let `backbone.encode` read files.
+
+    The processes of a distributed run share the work. Raises OSError when the disk is too small.
+    """
+    embeddings = EmbeddingCache((cache or default_cache()) / "embeddings" / encoder_hash(backbone), backbone.denoiser.device)
+    state = PartialState()
+    texts = list(dict.fromkeys(["", *prompts]))
+    embeddings.fill(backbone.encode, [""])
+    share = texts[state.process_index :: state.num_processes]
+    with progress_bar("embed", "prompt", len(share)) as bar:
+        embeddings.fill(backbone.encode, share, embeddings.signature(""), bar.update)
+    state.wait_for_everyone()
+    for name in backbone.pipe.components:
+        if name.startswith("text_encoder"):
+            setattr(backbone.pipe, name, None)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    backbone.encode = embeddings
+
+
+def default_cache() -> Path:
+    """$FLOWBP_CACHE, else flowbp in the user's cache folder."""
+    named = os.environ.get("FLOWBP_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowbp"
+
+
+class EmbeddingCache:
+    """Called with prompts, gives their conditioning from the files of `folder`, on `device`; an `encode` without text encoders."""
+
+    def __init__(self, folder: Path, device: torch.device):
+        self.folder, self.device = folder, device
+
+    def __call__(self, prompts: list[str]) -> Conditioning:
+        """Named tensors [B, ...]. Raises ValueError for a prompt that was never embedded."""
+        try:
+            rows = [load_file(self.path(prompt)) for prompt in prompts]
+        except (FileNotFoundError, SafetensorError) as error:
+            raise ValueError(
+                f"the text encoders were released and a prompt of {prompts} is not in {self.folder}, or was removed since ({error}): "
+                "start again with --resume, or keep the encoders with data.embeddings=live"
+            ) from error
+        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+
+    def path(self, prompt: str) -> Path:
+        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
+
+    def fill(
+        self, encode: Encode, prompts: list[str], like: Signature | None = None, progress: Callable[[int], object] = lambda done: None
+    ) -> None:
+        """Embed those of `prompts` that have no undamaged file, or one of another signature than `like` (None accepts any)."""
+        missing = []
+        for prompt in prompts:
+            signature = self.signature(prompt)
+            if signature is None or signature != (like or signature):
+                missing.append(prompt)
+            else:
+                progress(1)
+        damaged = sum(self.path(prompt).exists() for prompt in missing)
+        if damaged:
+            log.warning("%d of %d cached embeddings in %s are damaged: computing them again", damaged, len(prompts), self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_space(len(missing))
+        chunks = -(-len(missing) // BATCH)
+        for i in range(chunks):
+            chunk = missing[i::chunks]  # even sizes
+            embedded = encode(chunk)
+            for row, prompt in enumerate(chunk):
+                self._write(prompt, {name: value[row].contiguous().cpu() for name, value in embedded.items()})
+            progress(len(chunk))
+
+    def signature(self, prompt: str) -> Signature | None:
+        """Dtype and shape of the prompt's tensors by name; None when the file is absent or damaged."""
+        try:
+            with safe_open(self.path(prompt), "pt") as file:
+                tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return None
+        whole = about.get("prompt") == prompt and about.get("sha256") == _digest(tensors)
+        return {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()} if whole else None
+
+    def _write(self, prompt: str, tensors: dict[str, Tensor]) -> None:
+        """Whole or not at all; of several processes that write the same prompt, one wins."""
+        scratch = self.folder / f".{uuid.uuid4().hex}.partial"
+        save_file(tensors, scratch, metadata={"prompt": prompt, "sha256": _digest(tensors)})
+        os.replace(scratch, self.path(prompt))
+
+    def _check_space(self, count: int) -> None:
+        one = self.path("")
+        needed = count * one.stat().st_size if one.exists() else 0
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(
+                f"{count} embeddings need {needed / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB: name a larger disk with "
+                "data.cache=FOLDER or FLOWBP_CACHE, or keep the text encoders in memory with data.embeddings=live"
+            )
+
+
+def encoder_hash(backbone: Backbone) -> str:
+    """Hash of all that determines an embedding beside the prompt; weights are represented by 64 evenly spaced values of each tensor."""
+    digest = hashlib.sha256()
+    versions = [importlib.metadata.version(package) for package in ("flowbp", "diffusers", "transformers")]
+    digest.update(repr((type(backbone).__qualname__, backbone.text_options, versions)).encode())
+    for name, part in sorted(backbone.pipe.components.items()):
+        if name.startswith("text_encoder") and isinstance(part, nn.Module):
+            digest.update(json.dumps([name, part.config.to_dict()], sort_keys=True, default=str).encode())
+            for key, value in part.state_dict().items():
+                sample = value.flatten()[:: max(1, value.numel() // 64)].double().cpu().numpy()
+                digest.update(repr((key, value.dtype, tuple(value.shape))).encode() + sample.tobytes())
+        elif name.startswith("tokenizer") and part is not None:
+            for file, content in _tokenizer_files(part).items():
+                digest.update(file.encode() + content)
+    return digest.hexdigest()[:32]
+
+
+def _tokenizer_files(tokenizer) -> dict[str, bytes]:
+    """What `save_pretrained` writes, by name, less the padding and truncation of the last call."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        contents = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
+    if "tokenizer.json" in contents:
+        kept = json.loads(contents["tokenizer.json"]) | {"padding": None, "truncation": None}
+        contents["tokenizer.json"] = json.dumps(kept, sort_keys=True).encode()
+    return contents
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,83 @@
+"""Where a reward's files are: a local folder first, else the Hub at a pinned revision; read without running any code of theirs."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+__all__ = ["HubFiles", "check_sha256", "find_file", "locate", "read_state_dict"]
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """Files of one Hub repository: names or glob patterns, each of which must be there. revision: a commit, None for the newest."""
+
+    repository: str
+    names: tuple[str, ...]
+    revision: str | None = None
+
+    def missing(self, folder: Path) -> list[str]:
+        """The names of which `folder` holds nothing. A checkpoint may stand in another format: x.safetensors for x.pt."""
+        return [name for name in self.names if not any(any(folder.glob(other)) for other in _formats(name))]
+
+    def download_command(self, folder: str | Path) -> str:
+        """The shell line that puts these files into `folder`."""
+        revision = f" --revision {self.revision}" if self.revision else ""
+        patterns = any("*" in name for name in self.names)
+        wanted = " ".join(f'--include "{name}"' if patterns else name for name in self.names)
+        return f"hf download {self.repository} {wanted}{revision} --local-dir {folder}"
+
+
+def locate(files: HubFiles) -> Path:
+    """The folder of the Hub cache that holds `files`, downloaded if need be. Raises OSError when they are neither here nor reachable."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(files.repository, revision=files.revision, allow_patterns=list(files.names)))
+    if missing := files.missing(folder):
+        raise FileNotFoundError(f"{files.repository} holds no {', '.join(missing)}")
+    return folder
+
+
+def find_file(folder: str | Path, *stems: str) -> Path:
+    """The first of `stems` that stands in `folder` as .safetensors, .pt, .pth or .bin."""
+    for stem in stems:
+        for suffix in SUFFIXES:
+            if (path := Path(folder, stem + suffix)).is_file():
+                return path
+    raise FileNotFoundError(f"{folder} holds no {' or '.join(stems)} as {', '.join(SUFFIXES)}")
+
+
+def read_state_dict(folder: str | Path, *stems: str) -> dict[str, Tensor]:
+    """The tensors of the first of `stems` found in `folder`: safetensors, or a torch file read with weights_only (no code is run)."""
+    import pickle
+
+    import torch
+    from safetensors.torch import load_file
+
+    path = find_file(folder, *stems)
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors, and unpickling that could run code: convert it to .safetensors") from error
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise ValueError unless the file has this digest."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if (found := digest.hexdigest()) != expected.lower():
+        raise ValueError(f"{path} has the sha256 {found}, not {expected}: download it again, or pass the digest of the file you trust")
+
+
+def _formats(name: str) -> list[str]:
+    path = Path(name)
+    return [str(path.with_suffix(suffix)) for suffix in SUFFIXES] if path.suffix in SUFFIXES else [name]

@@ -1,0 +1,116 @@
+"""HPSv2 and HPSv2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine of a ViT-H/14 CLIP fine-tuned on human preferences.
+
+The checkpoints are open_clip's; they are renamed into transformers' `CLIPModel` on load, so that neither open_clip nor hpsv2 is needed.
+Key names and transform are from the published source; the real checkpoint was not loaded here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowbp.rewards.clip import cosine_similarity
+from flowbp.rewards.files import read_state_dict
+from flowbp.rewards.preprocessing import fit_long_side, normalise
+
+__all__ = ["HPSv2", "clip_from_open_clip"]
+
+
+class HPSv2:
+    """Cosine similarity of image and prompt, about .2 to .4; HPSv2.1's base scores of current models lie near .29.
+
+    model: a folder with HPS_v2.1_compressed.pt (or .safetensors), or HPS_v2_compressed; tokenizer: a folder with CLIP's tokenizer.
+    The transform is HPSv2's own: the LONG side is resized to the model's size and the rest padded with black before normalising, so that
+    nothing of a wide image is cropped away. (Its mask-aware normalisation leaves a fourth channel alone; for RGB it is the ordinary one.)
+    """
+
+    CHECKPOINTS = ("HPS_v2.1_compressed", "HPS_v2_compressed")
+    HEADS = 16  # of ViT-H/14, image and text alike; the one size that the weights' shapes do not tell
+
+    def __init__(self, model: str | Path, tokenizer: str | Path, device: str = "cpu", dtype: str = "float32"):
+        from transformers import AutoTokenizer
+
+        state = read_state_dict(model, *self.CHECKPOINTS)
+        self.model = clip_from_open_clip(state.get("state_dict", state), self.HEADS, getattr(torch, dtype)).to(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        pixels = normalise(fit_long_side(images, self.model.config.vision_config.image_size))
+        return cosine_similarity(self.model, self.tokenizer, pixels, prompts)
+
+
+RENAMED = (  # open_clip -> transformers, applied in order
+    (r"^module\.", ""),
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"\.ln_1\.", ".layer_norm1."),
+    (r"\.ln_2\.", ".layer_norm2."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # so spelt in transformers
+    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^text_projection$", "text_projection.weight"),
+)
+
+
+def clip_from_open_clip(state: dict[str, Tensor], heads: int, dtype: torch.dtype = torch.float32):
+    """A frozen `CLIPModel` with the weights of an open_clip ViT. Sizes are read off the weights; activations are exact GELUs.
+
+    heads: attention heads of both towers. Raises ValueError when a weight is missing or left over.
+    """
+    from transformers import CLIPConfig, CLIPModel
+
+    renamed = {}
+    for key, value in state.items():
+        for pattern, replacement in RENAMED:
+            key = re.sub(pattern, replacement, key)
+        if key in ("visual_projection.weight", "text_projection.weight"):
+            renamed[key] = value.T.contiguous()  # stored as [width, embedding]
+        elif ".in_proj_" in key:  # q, k and v in one
+            for name, part in zip("qkv", value.chunk(3), strict=True):
+                renamed[key.replace(".in_proj_", f".{name}_proj.")] = part.contiguous()
+        else:
+            renamed[key] = value
+
+    vision, text = (_sizes(renamed, tower, heads) for tower in ("vision_model", "text_model"))
+    try:
+        vocabulary, context = (len(renamed[f"text_model.embeddings.{name}_embedding.weight"]) for name in ("token", "position"))
+        patch = renamed["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+        patches = len(renamed["vision_model.embeddings.position_embedding.weight"]) - 1
+        embedding = len(renamed["visual_projection.weight"])
+    except KeyError as error:
+        raise ValueError(f"these are not the weights of an open_clip ViT: there is no {error}") from None
+    config = CLIPConfig(
+        vision_config=vision | dict(patch_size=patch, image_size=patch * round(patches**0.5)),
+        text_config=text | dict(vocab_size=vocabulary, max_position_embeddings=context, eos_token_id=vocabulary - 1),
+        projection_dim=embedding,
+    )
+    model, report = CLIPModel.from_pretrained(None, config=config, state_dict=renamed, dtype=dtype, output_loading_info=True)
+    if report["missing_keys"] or report["unexpected_keys"]:
+        raise ValueError(
+            f"these are not the weights of an open_clip ViT: missing {sorted(report['missing_keys'])[:3]}, "
+            f"left over {sorted(report['unexpected_keys'])[:3]}"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _sizes(state: dict[str, Tensor], tower: str, heads: int) -> dict:
+    """The settings that both towers share, from the shapes of their weights."""
+    layers = [key for key in state if re.fullmatch(rf"{tower}\.encoder\.layers\.\d+\.mlp\.fc1\.weight", key)]
+    if not layers:
+        raise ValueError(f"these are not the weights of an open_clip ViT: there is no {tower}")
+    intermediate, width = state[layers[0]].shape
+    return dict(
+        hidden_size=width, intermediate_size=intermediate, num_hidden_layers=len(layers), num_attention_heads=heads, hidden_act="gelu"
+    )

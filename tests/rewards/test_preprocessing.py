@@ -1,0 +1,55 @@
+"""Preprocessing on tensors: the same picture as Pillow and the Hugging Face processors make, with a gradient to every pixel."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_rewards import images
+from transformers import CLIPImageProcessor
+
+from flowbp.rewards.preprocessing import CLIP_MEAN, CLIP_STD, fit_long_side, fit_short_side, normalise, resize
+
+SIZE = 28
+TOLERANCE = {"smooth": 0.02, "noise": 0.08}  # largest difference in normalised units; Pillow rounds to 8 bits
+CASES = [(kind, *shape) for kind in TOLERANCE for shape in ((64, 64), (50, 75), (75, 50))] + [("smooth", 20, 24)]
+
+
+def picture(kind, height, width):
+    """[1, 3, H, W] in [0, 1], at 8-bit levels."""
+    x = images(height, width, batch=1) if kind == "smooth" else torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    return (x * 255).round() / 255
+
+
+def pil(x):
+    return Image.fromarray((x[0] * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize(("kind", "height", "width"), CASES)
+def test_short_side_preprocessing_equals_the_clip_image_processor(kind, height, width):
+    x = picture(kind, height, width)
+    processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    expected = processor(pil(x), return_tensors="pt").pixel_values
+    assert (normalise(fit_short_side(x, SIZE)) - expected).abs().max() < TOLERANCE[kind]
+
+
+@pytest.mark.parametrize(("kind", "height", "width"), CASES)
+def test_long_side_preprocessing_equals_pillow_on_a_black_square(kind, height, width):
+    x = picture(kind, height, width)
+    height, width = (round(side * SIZE / max(height, width)) for side in (height, width))
+    square = Image.new("RGB", (SIZE, SIZE))
+    square.paste(pil(x).resize((width, height), Image.BICUBIC), ((SIZE - width) // 2, (SIZE - height) // 2))
+    expected = (np.asarray(square) / 255 - CLIP_MEAN) / CLIP_STD
+    got = normalise(fit_long_side(x, SIZE).clamp(0, 1))[0].permute(1, 2, 0)
+    assert np.abs(got.numpy() - expected).max() < TOLERANCE[kind]
+
+
+@pytest.mark.parametrize("fit", [fit_short_side, fit_long_side])
+def test_the_gradient_of_preprocessing_is_right(fit):
+    x = images(9, 12, batch=1, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: normalise(fit(x, 7)), x)
+
+
+def test_resizing_is_done_in_float32_and_leaves_a_picture_of_the_right_size_alone():
+    x = images(28, 28)
+    assert resize(x.bfloat16(), 14, 14).dtype == torch.float32
+    assert torch.equal(resize(x, 28, 28), x) and torch.equal(fit_short_side(x, 28), x) and torch.equal(fit_long_side(x, 28), x)

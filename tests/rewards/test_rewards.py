@@ -1,0 +1,138 @@
+"""Every reward: its score by an independent formula, its gradient by finite differences, and what holds for all of them."""
+
+import pytest
+import tiny_rewards as tiny
+import torch
+from safetensors.torch import load_file
+from tiny_rewards import PROMPTS, images
+
+from flowbp.rewards import load_reward
+from flowbp.rewards.clip import CLIPReward, PickScore
+from flowbp.rewards.hpsv2 import HPSv2, clip_from_open_clip
+from flowbp.rewards.preprocessing import fit_long_side, normalise
+
+FOLDERS = {
+    "clip": tiny.clip_folder,
+    "pickscore": tiny.clip_folder,
+    "hpsv2": tiny.hpsv2_folder,
+    "aesthetic": tiny.aesthetic_folder,
+    "imagereward": tiny.imagereward_folder,
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    return {name: build(tmp_path_factory.mktemp(name)) for name, build in FOLDERS.items()}
+
+
+@pytest.fixture
+def reward(request, folders):
+    return lambda **options: load_reward(request.param, str(folders[request.param]), **options)
+
+
+every_reward = pytest.mark.parametrize("reward", FOLDERS, indirect=True)
+
+
+# -- what holds for all --------------------------------------------------------------------------------------------------------------
+
+
+@every_reward
+def test_the_gradient_equals_finite_differences_down_to_the_pixels(reward):
+    reward = reward(dtype="float64")
+    x = images(dtype=torch.float64).requires_grad_()
+    scores = reward(x, PROMPTS)
+    (g,) = torch.autograd.grad(scores.sum(), x)
+    assert scores.shape == (2,) and g.abs().amax(dim=(1, 2, 3)).min() > 0
+    direction = g / g.norm()
+    h = 1e-5
+    with torch.no_grad():
+        slope = (reward(x + h * direction, PROMPTS) - reward(x - h * direction, PROMPTS)).sum() / (2 * h)
+    assert slope.item() == pytest.approx(g.norm().item(), rel=1e-5)
+
+
+@every_reward
+def test_a_score_does_not_depend_on_its_batch(reward):
+    reward = reward(dtype="float64")
+    x = images(dtype=torch.float64)
+    together = reward(x, PROMPTS)
+    for i in (0, 1):
+        torch.testing.assert_close(reward(x[i : i + 1], PROMPTS[i : i + 1])[0], together[i], rtol=1e-10, atol=1e-10)
+    assert together[0] != together[1]
+
+
+@every_reward
+def test_bfloat16_weights_give_nearly_the_same_float32_score(reward):
+    exact, rough = reward()(images(), PROMPTS), reward(dtype="bfloat16")(images(), PROMPTS)
+    assert exact.dtype == rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.05)
+
+
+@every_reward
+def test_no_weight_of_a_reward_is_trainable(reward):
+    modules = [value for value in vars(reward()).values() if isinstance(value, torch.nn.Module)]
+    assert modules and not any(p.requires_grad or m.training for m in modules for p in m.parameters())
+
+
+# -- each by an independent formula ------------------------------------------------------------------------------------------------
+
+
+def test_clip_reward_is_the_cosine_that_transformers_own_processor_and_model_give(folders):
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    x = images(28, 28)
+    folder = folders["clip"]
+    model = CLIPModel.from_pretrained(folder)
+    tokens = CLIPTokenizer.from_pretrained(folder)(PROMPTS, padding=True, truncation=True, return_tensors="pt")
+    eight_bit = [(image * 255).round().byte().permute(1, 2, 0).numpy() for image in x]
+    pixels = CLIPImageProcessor.from_pretrained(folder)(eight_bit, return_tensors="pt").pixel_values
+    expected = model(**tokens, pixel_values=pixels).logits_per_image.diagonal()
+    scale = model.logit_scale.exp()
+    torch.testing.assert_close(CLIPReward(folder)(x, PROMPTS), expected / scale, rtol=0, atol=5e-3)  # x is not at 8-bit levels
+    torch.testing.assert_close(PickScore(folder)(x, PROMPTS), CLIPReward(folder)(x, PROMPTS) * scale)
+
+
+def test_hpsv2_equals_the_open_clip_model_whose_weights_it_reads(folders):
+    tokenizer = tiny.eos_last(tiny.build_tokenizer())
+    model = tiny.randomise(tiny.OpenCLIP(len(tokenizer)))
+    tokens = tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt")
+    last = tokens.attention_mask.sum(dim=1) - 1
+    ids = tokens.input_ids * tokens.attention_mask  # open_clip pads with 0, transformers with the end token
+    x = images(40, 30)
+    expected = model.score(normalise(fit_long_side(x, 28)), ids, last)
+    torch.testing.assert_close(HPSv2(folders["hpsv2"], folders["hpsv2"])(x, PROMPTS), expected, rtol=0, atol=1e-6)
+
+
+def test_the_aesthetic_rating_is_a_linear_function_of_the_unit_image_embedding(folders):
+    from transformers import CLIPModel
+
+    folder, x = folders["aesthetic"], images(28, 28)
+    embedding = CLIPModel.from_pretrained(folder).get_image_features(pixel_values=normalise(x)).pooler_output
+    weights = load_file(folder / "sac+logos+ava1-l14-linearMSE.safetensors")
+    expected = tiny.rate(weights, embedding / embedding.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(load_reward("aesthetic", str(folder))(x, PROMPTS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_imagereward_equals_the_blip_model_whose_weights_it_reads(folders):
+    tokenizer = tiny.bert_tokenizer()
+    tokens = tokenizer(PROMPTS, padding="max_length", max_length=35, return_tensors="pt")
+    x = images(28, 28)
+    expected = tiny.BLIP(len(tokenizer)).score(normalise(x), tokens.input_ids, tokens.attention_mask)
+    torch.testing.assert_close(load_reward("imagereward", str(folders["imagereward"]))(x, PROMPTS), expected, rtol=0, atol=2e-6)
+
+
+def test_hpsv2_sees_the_ends_of_a_wide_picture(folders):
+    x = images(20, 60).requires_grad_()
+    (g,) = torch.autograd.grad(HPSv2(folders["hpsv2"], folders["hpsv2"])(x, PROMPTS).sum(), x)
+    assert g[..., :5].abs().max() > 0 and g[..., -5:].abs().max() > 0
+    (g,) = torch.autograd.grad(CLIPReward(folders["clip"])(x, PROMPTS).sum(), x)
+    assert g[..., :5].abs().max() == 0, "CLIP's own transform crops them away"
+
+
+@pytest.mark.parametrize("key", ["visual.proj", "ln_final.bias", "visual.transformer.resblocks.0.mlp.c_fc.weight"])
+def test_weights_of_another_architecture_are_refused_with_a_name(key):
+    state = tiny.OpenCLIP(20).state_dict()
+    del state[key]
+    with pytest.raises(ValueError, match="not the weights of an open_clip ViT: "):
+        clip_from_open_clip(state, 16)
+    with pytest.raises(ValueError, match="left over .*visual.extra"):
+        clip_from_open_clip(tiny.OpenCLIP(20).state_dict() | {"visual.extra": torch.zeros(1)}, 16)
