@@ -9,7 +9,7 @@
 namespace flowbp {
 namespace {
 
-constexpr int kLanes = 8, kAccumulators = 8, kLine = 32;
+constexpr int kLanes = 8, kAccumulators = 8;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
@@ -26,8 +26,9 @@ inline Floats load(const float8* p) {
   return _mm256_blendv_ps(value, Floats{} + __builtin_nanf(""), nan);
 }
 
-inline void stream(char* to, const char* from) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+inline void stream(void* to, const void* from, int64_t bytes) {
+  if (bytes == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+  _mm_stream_si128(static_cast<__m128i*>(to), _mm_loadu_si128(static_cast<const __m128i*>(from)));
 }
 inline void finish_stream() { _mm_sfence(); }
 

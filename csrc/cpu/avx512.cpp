@@ -9,7 +9,7 @@
 namespace flowbp {
 namespace {
 
-constexpr int kLanes = 16, kAccumulators = 16, kLine = 64;
+constexpr int kLanes = 16, kAccumulators = 16;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -26,8 +26,9 @@ inline Floats load(const float8* p) {
   return _mm512_mask_mov_ps(value, nan, Floats{} + __builtin_nanf(""));
 }
 
-inline void stream(char* to, const char* from) {
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+inline void stream(void* to, const void* from, int64_t bytes) {
+  if (bytes == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+  _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
 }
 inline void finish_stream() { _mm_sfence(); }
 
