@@ -21,8 +21,8 @@ inline void store(float16* p, Floats v) {
 // By way of float16, whose exponent is one bit longer: as such the bits are 2^-8 of the value, but those of NaN 480.
 inline Floats load(const float8* p) {
   const __m256i bits = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 7);
-  const Floats value = 256 * _mm512_cvtph_ps(_mm256_and_si256(bits, _mm256_set1_epi16(static_cast<int16_t>(0xbf80))));
-  const __mmask16 nan = _mm512_cmp_ps_mask(_mm512_abs_ps(value), Floats{} + 480, _CMP_EQ_OQ);
+  const Floats value = 256.0f * _mm512_cvtph_ps(_mm256_and_si256(bits, _mm256_set1_epi16(static_cast<int16_t>(0xbf80))));
+  const __mmask16 nan = _mm512_cmp_ps_mask(_mm512_abs_ps(value), Floats{} + 480.0f, _CMP_EQ_OQ);
   return _mm512_mask_mov_ps(value, nan, Floats{} + __builtin_nanf(""));
 }
 
