@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -102,6 +103,11 @@ class DiffusersBackbone(ABC):
     @abstractmethod
     def schedule(self, num_steps: int, num_tokens: int) -> dict[str, Any]:
         """The arguments of the scheduler's `set_timesteps` for an image of num_tokens tokens."""
+
+    def resolution_shift(self, num_tokens: int) -> float:
+        """mu of the scheduler's dynamic shift, linear in the number of tokens: larger images stay noisy for longer."""
+        config = self.pipe.scheduler.config
+        return calculate_shift(num_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
 
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
         rows, columns = self.token_grid(height, width)

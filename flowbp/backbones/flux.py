@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,9 +34,7 @@ class FluxBackbone(DiffusersBackbone):
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def schedule(self, num_steps: int, num_tokens: int) -> dict:
-        config = self.pipe.scheduler.config
-        mu = calculate_shift(num_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-        return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}
+        return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": self.resolution_shift(num_tokens)}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype, text = self.denoiser.dtype, conditioning["encoder_hidden_states"]
