@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from flowbp.guidance import Conditioning, Guidance, GuidedVelocity
 
-__all__ = ["Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "check_guidance", "grid_ids"]
+__all__ = ["Backbone", "DiffusersBackbone", "JOINT_ATTENTION", "Precision", "bind_velocity", "check_guidance", "grid_ids"]
 
 Precision = Literal["pipeline", "float32"]
+
+# the attention of a block that joins image and text, as SD3 and FLUX name its layers
+JOINT_ATTENTION = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
 
 
 class Backbone(Protocol):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowbp.backbones.base import DiffusersBackbone, grid_ids
+from flowbp.backbones.base import JOINT_ATTENTION, DiffusersBackbone, grid_ids
 from flowbp.guidance import Conditioning
 
 __all__ = ["FluxBackbone"]
@@ -19,10 +19,7 @@ __all__ = ["FluxBackbone"]
 class FluxBackbone(DiffusersBackbone):
     """`FluxPipeline`: `FluxTransformer2DModel`, `AutoencoderKL`, a CLIP encoder (pooled) and T5."""
 
-    lora_targets = [
-        *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
-        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-    ]
+    lora_targets = [*JOINT_ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
 
     @property
     def embeds_guidance(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowbp.backbones.base import DiffusersBackbone
+from flowbp.backbones.base import JOINT_ATTENTION, DiffusersBackbone
 from flowbp.guidance import Conditioning
 
 __all__ = ["SD3Backbone"]
@@ -15,9 +15,7 @@ class SD3Backbone(DiffusersBackbone):
     """`StableDiffusion3Pipeline`: `SD3Transformer2DModel`, `AutoencoderKL`, two CLIP encoders and optionally T5."""
 
     guidance_branches = "batched"
-    lora_targets = [
-        *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"))
-    ]
+    lora_targets = JOINT_ATTENTION
 
     @property
     def patch(self) -> int:

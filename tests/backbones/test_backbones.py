@@ -1,5 +1,6 @@
 """What every backbone promises beside parity: noise levels of its own per sample, gradients, readable refusals, and no method in sight."""
 
+import copy
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,19 @@ def test_a_saved_pipeline_loads_offline_and_draws_the_same(name, tmp_path):
     with torch.no_grad():
         velocities = [bind_velocity(backbone, TEXTS, guidance)(x, torch.tensor(0.6)) for backbone in (loaded, built)]
     assert torch.equal(*velocities) and torch.equal(loaded.sigmas(7, 64, 64), built.sigmas(7, 64, 64))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_what_a_network_needs_is_made_on_the_device_of_the_latents(tiny_backbone, name):
+    """Tensors of the meta device meet no tensor of another one."""
+    built = tiny_backbone(name)
+    conditioning = bind_velocity(built, TEXTS, guidance_of(built)).positive
+    pipe = copy.deepcopy(built.pipe)
+    pipe.transformer.to("meta"), pipe.vae.to("meta")
+    backbone, x = BACKBONES[name](pipe), built.noise(32, 32, seeds()).to("meta")
+    lengths = {key: value if key == "lengths" else value.to("meta") for key, value in conditioning.items()}
+    assert backbone.velocity(x, torch.tensor(0.6, device="meta"), lengths).shape == x.shape
+    assert backbone.decode(x).shape == (2, 3, 32, 32)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------------------
