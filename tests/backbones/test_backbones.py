@@ -152,3 +152,11 @@ def test_backbones_name_no_method_and_methods_no_backbone():
         for path in (package / folder).glob("*.py"):
             found = re.findall(rf"\b(?:{'|'.join(map(re.escape, words))})\b", path.read_text())
             assert not found, f"{path} speaks of {found}"
+
+
+def test_the_worked_example_of_the_docs_is_the_file_itself():
+    root = Path(flowbp.__file__).parents[1]
+    page = (root / "docs/backbones.md").read_text(encoding="utf-8")
+    assert f"```python\n{(root / 'flowbp/backbones/zimage.py').read_text(encoding='utf-8')}```" in page
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page):
+        assert (root / "docs" / target).exists(), target
