@@ -50,8 +50,9 @@ def load_backbone(
     try:
         index = DiffusionPipeline.load_config(location, local_files_only=offline)
     except OSError as error:
+        cause = str(error).splitlines()[0].rstrip(".")
         raise OSError(
-            f"{location} is neither on this disk nor within reach ({str(error).splitlines()[0].rstrip(".")}). If its page on huggingface.co asks to "
+            f"{location} is neither on this disk nor within reach ({cause}). If its page on huggingface.co asks to "
             f"accept a licence, do so and run `hf auth login`. To work offline, run `hf download {location} --local-dir FOLDER` where "
             "there is a network, and set backbone.name=FOLDER"
         ) from error
