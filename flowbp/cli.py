@@ -1,4 +1,4 @@
-"""The command line: train, sample, eval, plan, rewards, doctor, bench."""
+"""The command line: train, sample, export, eval, plan, rewards, doctor, bench."""
 
 from __future__ import annotations
 
@@ -73,6 +73,18 @@ def sample(
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     figures.sample_grid(pixels, prompts, [None] * len(prompts), columns=min(4, len(prompts))).savefig(out, dpi=110)
     console.print(f"wrote {out}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="folder of a finished LoRA run")],
+    out: Annotated[Path, typer.Argument(help="file to write, such as my-lora.safetensors")],
+) -> None:
+    """Write a run's LoRA as one file for ComfyUI, with alpha / rank in the weights. (A run's own file is for diffusers.)"""
+    from flowbp import checkpoint
+
+    checkpoint.export_comfyui(run, out)
+    console.print(f"wrote {out}", soft_wrap=True)
 
 
 @app.command("eval")
