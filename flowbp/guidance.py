@@ -70,21 +70,38 @@ class GuidedVelocity:
         positive, negative = self.branches(x, sigma)
         return positive if negative is None else negative + self.guidance.scale * (positive - negative)
 
-    def branches(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(v_pos, v_neg); v_neg is None without guidance, and records no graph when it is detached."""
+    def branches(self, x: Tensor, sigma: Tensor, replayed: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(v_pos, v_neg); v_neg is None without guidance, and records no graph when it is detached.
+
+        replayed: `replay` will be called here too, so v_pos comes from the very call that it makes, with the same random numbers.
+        """
         if not self.guidance.active:
             return self.network(x, sigma, self.positive), None
-        graph_of_both = torch.is_grad_enabled() and not self.guidance.detach_negative
-        if self.batched and (graph_of_both or not torch.is_grad_enabled()):
+        alone = self.guidance.detach_negative and (replayed or torch.is_grad_enabled())
+        if self.batched and not alone:
             sigmas = torch.cat([sigma, sigma]) if sigma.dim() else sigma
             negative, positive = self.network(torch.cat([x, x]), sigmas, self._both).chunk(2)
             return positive, negative
-        with torch.set_grad_enabled(graph_of_both):
-            negative = self.network(x, sigma, self.negative)
-        return self.network(x, sigma, self.positive), negative
+        positive = self.network(x, sigma, self.positive)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.guidance.detach_negative):
+            return positive, self.network(x, sigma, self.negative)
 
     def replay(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """A tensor with the guided velocity's VJP. Its value differs from the velocity's when the negative branch is a constant."""
+        """A tensor with the guided velocity's VJP. Its value differs from the velocity's when the negative branch is a constant.
+
+        x may hold the batch at several nodes, [n B, *S] with sigma [n B].
+        """
+        copies = len(x) // len(next(iter(self.positive.values())))
+        if copies > 1:
+            return self._repeated(copies).replay(x, sigma)
         if self.guidance.active and self.guidance.detach_negative:
             return self.guidance.scale * self.network(x, sigma, self.positive)
         return self(x, sigma)
+
+    def _repeated(self, copies: int) -> GuidedVelocity:
+        """The velocity of a batch that holds this one `copies` times."""
+        positive, negative = (
+            conditioning and {name: torch.cat([value] * copies) for name, value in conditioning.items()}
+            for conditioning in (self.positive, self.negative)
+        )
+        return GuidedVelocity(self.network, positive, negative, self.guidance, self.batched)

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
-__all__ = ["Bridge", "PosteriorMean", "Similarity", "SurrogatePlan"]
+__all__ = ["Bridge", "PosteriorMean", "Replay", "Similarity", "SurrogatePlan"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,21 @@ class Similarity:
     def __post_init__(self):
         if not self.tau > 0:
             raise ValueError(f"similarity tau must be positive, got {self.tau}: it is the floor under each residual")
+
+
+class Replay(NamedTuple):
+    """One forward pass of the sweep, with gradient.
+
+    node    whose latent the network is fed; re-noised copy m is filed under N + 1 + m, past the sample's N
+    weight  of its VJP
+    gate    alpha where gradient enters the network's input (an active bridge), 0 elsewhere
+    output  the block of the reward input it feeds: 0 the sample, m + 1 copy m
+    """
+
+    node: int
+    weight: float
+    gate: float = 0.0
+    output: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +141,13 @@ class SurrogatePlan:
         crosses = self.bridge and self.bridge.alpha > 0 and self.bridge.node in active and min(active) < self.bridge.node
         return self.bridge if crosses else None
 
+    @property
+    def sweep(self) -> tuple[Replay, ...]:
+        """The active nodes, then the re-noised copies, as the backward pass reads them: from the last to the first."""
+        bridge, num_steps = self.active_bridge, self.nodes[-1] + 1
+        nodes = (Replay(i, w, bridge.alpha if bridge and i == bridge.node else 0.0) for i, w in self.active)
+        return (*nodes, *(Replay(num_steps + 1 + m, self.grad_weights[-1], output=m + 1) for m in range(self.num_renoised)))
+
     def num_steps(self, total: int) -> int:
         """Network steps that the rollout must take: all `total`, or up to the node of the posterior mean."""
         return total if self.reward_input is None else self.reward_input.at + 1
@@ -132,7 +155,7 @@ class SurrogatePlan:
     @property
     def cached_latents(self) -> frozenset[int]:
         """Nodes whose latent the sweep, the reward input or the residuals read (x_N is always kept)."""
-        read = {i for i, _ in self.active}
+        read = {replay.node for replay in self.sweep}
         if self.reward_input is not None:
             read.add(self.reward_input.at)
         if self.similarity is not None:
@@ -142,8 +165,12 @@ class SurrogatePlan:
     @property
     def cached_velocities(self) -> frozenset[int]:
         """Nodes whose velocity the reward input or the residuals read."""
-        read = set() if self.reward_input is None else {self.reward_input.at}
-        return frozenset(read | set(self.nodes)) if self.similarity is not None else frozenset(read)
+        read = {replay.node for replay in self.sweep if replay.output}
+        if self.reward_input is not None:
+            read.add(self.reward_input.at)
+        if self.similarity is not None:
+            read |= set(self.nodes)
+        return frozenset(read)
 
     def check(self, total: int) -> None:
         """Raise ValueError unless every index exists in a rollout of `total` steps."""

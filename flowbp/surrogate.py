@@ -1,7 +1,8 @@
 """The surrogate backward trajectory: pulls a reward gradient through the active nodes of a cached rollout.
 
 One engine for every plan. The reward's input is read from the cache, so its gradient g is known before anything is re-forwarded; then the
-active nodes are replayed one at a time, clean end to noise end. Peak memory is one node's graph, whatever the size of the active set.
+active nodes are replayed one at a time, clean end to noise end. Peak memory is one node's graph, whatever the size of the active set. A
+graph that the rollout kept (`flowbp.replay`) is a replay whose forward pass has already happened.
 
     dR/dtheta = sum_i w_i (dv_i/dtheta)^T c_i        c_i = g,  and past a bridge j (i < j)   c_i = g + alpha w_j (dv_j/dx)^T g
 """
@@ -13,69 +14,67 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flowbp.plan import SurrogatePlan
+from flowbp.plan import Replay, SurrogatePlan
 from flowbp.trajectory import Trajectory
 from flowbp_kernels import leap_residuals, quadrature_update, straight_through
 
 __all__ = ["as_graph", "backward", "residuals", "reward_input"]
 
-ReplayedVelocity = Callable[[Tensor, Tensor], Tensor]  # (x [B, *S], sigma []) -> a tensor [B, *S] with the velocity's VJP
+ReplayedVelocity = Callable[[Tensor, Tensor], Tensor]  # (x [n B, *S], sigma [] or [n B]) -> a tensor [n B, *S] with the velocity's VJP
 
 
 def reward_input(plan: SurrogatePlan, trajectory: Trajectory) -> Tensor:
     """What the reward model sees, [(1 + num_renoised) B, *S]: the sample or a posterior mean, then the denoised copies. No gradient."""
-    if plan.reward_input is None:
-        base = trajectory.sample
-    else:
-        e = plan.reward_input.at
-        velocities = trajectory.velocities
-        base = quadrature_update(trajectory.latents[e], velocities.rows, velocities.slots([e]), [-trajectory.sigmas[e].item()])
-    copies = trajectory.renoised - trajectory.sigmas[-2].item() * trajectory.renoised_velocities
-    return torch.cat([base[None], copies]).flatten(0, 1)
+    base = trajectory.sample if plan.reward_input is None else _posterior_mean(trajectory, plan.reward_input.at)
+    copies = [_posterior_mean(trajectory, replay.node) for replay in plan.sweep if replay.output]
+    return torch.cat([base, *copies])
 
 
-def backward(plan: SurrogatePlan, trajectory: Trajectory, velocity: ReplayedVelocity, grad_reward: Tensor) -> None:
-    """Pull dR/d(reward_input) back into the parameters' .grad; one network graph is alive at a time.
+def backward(
+    plan: SurrogatePlan,
+    trajectory: Trajectory,
+    velocity: ReplayedVelocity,
+    grad_reward: Tensor,
+    *,
+    nodes_per_forward: int = 1,
+    before_last: Callable[[Tensor], object] | None = None,
+) -> None:
+    """Pull dR/d(reward_input) back into the parameters' .grad; one network graph is alive at a time, beside those that the rollout kept.
 
-    grad_reward: shaped as `reward_input`. Cotangents are kept in float32 (or wider) and cast once a node. Raises RuntimeError when a replay
-    records no graph, because nothing would be learned from it.
+    grad_reward: shaped as `reward_input`. Cotangents are kept in float32 (or wider) and cast once a node. nodes_per_forward: nodes that one
+    batched replay takes together; a bridge node is replayed alone. before_last: called with the last velocity before its backward, the
+    moment to let a distributed wrapper reduce gradients. Raises RuntimeError when a replay reaches no parameter.
     """
-    batch = len(trajectory.sample)
-    cotangent, *copy_cotangents = _wide(grad_reward).split(batch)
-    sigmas = trajectory.sigmas.to(cotangent.device)
-
-    for x, copy_cotangent in zip(trajectory.renoised, copy_cotangents, strict=True):
-        _pull_back(velocity, x, sigmas[-2], plan.grad_weights[-1] * copy_cotangent)
-    for i, weight in reversed(plan.active):  # clean end -> noise end
-        at_bridge = plan.active_bridge is not None and i == plan.active_bridge.node
-        x = trajectory.latents[i].detach().requires_grad_(at_bridge)
-        _pull_back(velocity, x, sigmas[i], weight * cotangent)
-        if at_bridge:
-            cotangent = cotangent + plan.active_bridge.alpha * x.grad
+    cotangents = list(_wide(grad_reward).split(len(trajectory.sample)))  # dR/dx_hat [B, *S] of the sample, then of each copy
+    passes = _passes(plan, trajectory, nodes_per_forward)
+    for replays in passes:  # clean end -> noise end
+        gate, output = replays[0].gate, replays[0].output
+        x, v = trajectory.graph([replay.node for replay in replays], velocity, requires_grad=gate > 0)
+        cotangent = torch.cat([replay.weight * cotangents[replay.output] for replay in replays])
+        if before_last is not None and replays is passes[-1]:
+            before_last(v)
+        v.backward(cotangent.to(v.dtype))
+        if gate > 0:
+            cotangents[output] = cotangents[output] + gate * x.grad
 
 
 def as_graph(plan: SurrogatePlan, trajectory: Trajectory, velocity: ReplayedVelocity) -> Tensor:
     """The reward input as one ordinary autograd graph: the value of `reward_input`, the gradient of `backward`.
 
-    All active nodes' graphs live at once. The oracle of the sweep, and the mode for those with memory to spare.
+    All active nodes' graphs live at once. The oracle of the sweep.
     """
-    sigmas = trajectory.sigmas.to(trajectory.sample.device)
-    before, after = 0.0, 0.0  # sums of weight (v - v.detach()): zero in value, on either side of the bridge
+    values = reward_input(plan, trajectory).split(len(trajectory.sample))
+    before, after = 0.0, [0.0] * len(values)  # sums of weight (v - v.detach()): zero in value, on either side of the bridge
     bridge = plan.active_bridge
-    for i, weight in plan.active:
-        x = trajectory.latents[i]
-        if bridge is not None and i == bridge.node:
-            x = straight_through(x, before, bridge.alpha)
-        v = velocity(x, sigmas[i])
-        if bridge is not None and i < bridge.node:
+    for node, weight, gate, output in plan.sweep:
+        x = trajectory.latents[node]
+        v = velocity(straight_through(x, before, gate) if gate else x, trajectory.levels[node])
+        if bridge is not None and node < bridge.node:
             before = before + weight * (v - v.detach())
         else:
-            after = after + weight * (v - v.detach())
-    value, *copy_values = reward_input(plan, trajectory).split(len(trajectory.sample))
-    outputs = [straight_through(value, before + after)]
-    for x, copy_value in zip(trajectory.renoised, copy_values, strict=True):
-        outputs.append(straight_through(copy_value, plan.grad_weights[-1] * velocity(x, sigmas[-2])))
-    return torch.cat(outputs)
+            after[output] = after[output] + weight * (v - v.detach())
+    after[0] = before + after[0]
+    return torch.cat([straight_through(value, surrogate) for value, surrogate in zip(values, after, strict=True)])
 
 
 def residuals(plan: SurrogatePlan, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
@@ -92,12 +91,26 @@ def residuals(plan: SurrogatePlan, trajectory: Trajectory) -> tuple[Tensor, Tens
     return tuple(leap_residuals(x[plan.start], x[j], trajectory.sample, velocities.rows, velocities.slots(plan.nodes), (to_j, to_end)))
 
 
-def _pull_back(velocity: ReplayedVelocity, x: Tensor, sigma: Tensor, seed: Tensor) -> None:
-    with torch.enable_grad():
-        v = velocity(x, sigma)
-    if not v.requires_grad:
-        raise RuntimeError("a replayed velocity carries no gradient: no parameter of the network requires grad, or it ran under no_grad")
-    v.backward(seed.to(v.dtype))
+def _passes(plan: SurrogatePlan, trajectory: Trajectory, nodes_per_forward: int) -> list[list[Replay]]:
+    """The forward passes of the sweep, in its order: runs of at most nodes_per_forward replays; a kept or gated node stands alone."""
+    if nodes_per_forward < 1:
+        raise ValueError(f"nodes_per_forward must be at least 1, got {nodes_per_forward}")
+    passes: list[list[Replay]] = []
+    alone = True  # whether the last pass takes no other node
+    for replay in reversed(plan.sweep):
+        single = replay.gate > 0 or replay.node in trajectory.kept
+        if alone or single or len(passes[-1]) == nodes_per_forward:
+            passes.append([replay])
+        else:
+            passes[-1].append(replay)
+        alone = single
+    return passes
+
+
+def _posterior_mean(trajectory: Trajectory, node: int) -> Tensor:
+    """x - sigma v at a cached node, [B, *S]."""
+    velocities = trajectory.velocities
+    return quadrature_update(trajectory.latents[node], velocities.rows, velocities.slots([node]), [-trajectory.levels[node].item()])
 
 
 def _wide(x: Tensor) -> Tensor:

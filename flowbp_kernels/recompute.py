@@ -95,7 +95,7 @@ def selective_recompute(
         grad_weights=grad_weights,
         bridge=bridge if bridge is not None and bridge[1] != 0 else None,
         rng_states=rng_states,
-        autocast=_autocast_state(value.device.type),
+        autocast=autocast_state(value.device.type),
         needs_ddp=not reduces_gradients and _world_size() > 1,
         params=params,
         versions=tuple(p._version for p in params),
@@ -238,7 +238,8 @@ def _check_nodes(value, latents, sigmas, grad_weights, rng_states) -> None:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the endpoint {tuple(value.shape)}")
 
 
-def _autocast_state(device_type: str) -> tuple[dict, ...]:
+def autocast_state(device_type: str) -> tuple[dict, ...]:
+    """Arguments of the `torch.autocast` blocks that restore the current state, of the device's and of the CPU's."""
     return tuple(
         {
             "device_type": kind,

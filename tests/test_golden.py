@@ -17,9 +17,10 @@ import torch
 from flowbp.active_sets import DirichletPair, MidpointJPair, MidpointPair, UniformPair, bridge_allocation, train_window
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import DRaFTLV, DRTune, FlowBPBridge, FlowBPLagrange, FlowBPSparse, LeapAlign, ReFL
-from flowbp.objective import Objective, sample_weights
+from flowbp.objective import Objective, loss_factors, reward_gradient, sample_weights
 from flowbp.plan import Similarity
 from flowbp.quadrature import lagrange_supports
+from flowbp.replay import Recompute
 from flowbp.surrogate import as_graph, backward, residuals, reward_input
 from flowbp.trajectory import rollout, rollout_with_graph
 from flowbp_kernels import backend
@@ -51,7 +52,7 @@ class Case:
 
     def network(self, z, sigma, conditioning):
         t = self.theta
-        hidden = z @ t["W1"].T + t["b1"] + t["c1"] * sigma + conditioning["c"] @ t["U"].T
+        hidden = z @ t["W1"].T + t["b1"] + t["c1"] * sigma.reshape(-1, 1).to(z) + conditioning["c"] @ t["U"].T
         return torch.tanh(hidden) @ t["W2"].T + t["b2"]
 
     def reward(self, z):
@@ -61,16 +62,23 @@ class Case:
         positive, negative = {"c": self.arrays["p"]}, {"c": self.arrays["n"]}
         return GuidedVelocity(self.network, positive, negative, guidance or self.guidance)
 
-    def rollout(self, plan=None):
-        return rollout(self.velocity(), self.arrays["x_init"], self.sigmas, plan or self.plan, self.arrays.get("eps", ()))
+    def rollout(self, plan=None, recompute=None):
+        return rollout(self.velocity(), self.arrays["x_init"], self.sigmas, plan or self.plan, self.arrays.get("eps", ()), recompute)
 
     def weights(self, trajectory):
         if self.plan.similarity is None:
-            return None, None
+            return torch.ones_like(trajectory.sample[:, 0]), torch.ones_like(trajectory.sample[:, 0], dtype=torch.bool)
         return sample_weights(self.plan.similarity, *residuals(self.plan, trajectory))
 
+    def factors(self, trajectory):
+        return loss_factors(*self.weights(trajectory), 1 + self.plan.num_renoised) / self.guidance.divisor
+
+    @property
+    def objective(self):
+        return Objective(self.meta["loss_relu_clip"])
+
     def loss(self, z, trajectory):
-        return Objective(self.meta["loss_relu_clip"]).loss(self.reward(z), *self.weights(trajectory))
+        return self.objective.loss(self.reward(z), self.factors(trajectory))
 
     def check_gradients(self, prefix="grad_", tolerance=TOLERANCE):
         ours = torch.cat([self.theta[key].grad.flatten() for key in PARAMETERS])
@@ -140,10 +148,27 @@ def test_value_residuals_and_gradients_match_the_released_code(case):
 
     leaf = z.clone().requires_grad_()
     loss = case.loss(leaf, trajectory)
-    assert loss.item() == pytest.approx(case.meta["loss"], rel=TOLERANCE)
-    (g,) = torch.autograd.grad(loss / case.guidance.divisor, leaf)
+    assert loss.item() * case.guidance.divisor == pytest.approx(case.meta["loss"], rel=TOLERANCE)
+    (g,) = torch.autograd.grad(loss, leaf)
     assert torch.allclose(g, case.arrays["g"], rtol=TOLERANCE, atol=1e-14)
     backward(case.plan, trajectory, case.velocity().replay, g)
+    case.check_gradients()
+
+
+@pytest.mark.parametrize(
+    ("recompute", "nodes_per_forward"),
+    [("never", 1), ("auto", 1), ("always", 2), ("auto", 3), ("always", 100)],
+    ids=["never", "auto", "pairs", "auto-threes", "one-forward"],
+)
+def test_every_way_to_recompute_matches_the_released_code(case, recompute, nodes_per_forward):
+    policy = Recompute(recompute, budget=4000 if recompute == "auto" else None)  # bytes: one or two graphs
+    trajectory = case.rollout(recompute=policy)
+    if recompute == "never":
+        assert trajectory.kept.keys() == {replay.node for replay in case.plan.sweep}
+    z = reward_input(case.plan, trajectory)
+    _, loss, g = reward_gradient(case.objective, lambda part, _: case.reward(part), z, case.factors(trajectory), nodes_per_forward)
+    assert loss.item() * case.guidance.divisor == pytest.approx(case.meta["loss"], rel=TOLERANCE)
+    backward(case.plan, trajectory, case.velocity().replay, g, nodes_per_forward=nodes_per_forward)
     case.check_gradients()
 
 
@@ -154,7 +179,7 @@ def check_single_precision(case):
     if case.plan.similarity is not None:
         for d, stored in zip(residuals(case.plan, trajectory), ("d_j", "d_0"), strict=True):
             torch.testing.assert_close(d, case.arrays[stored], rtol=SINGLE, atol=SINGLE)
-    (g,) = torch.autograd.grad(case.loss(leaf, trajectory) / case.guidance.divisor, leaf)
+    (g,) = torch.autograd.grad(case.loss(leaf, trajectory), leaf)
     backward(case.plan, trajectory, case.velocity().replay, g)
     case.check_gradients(tolerance=SINGLE)
 
@@ -175,7 +200,7 @@ def test_graph_gradients_match_the_released_code(case):
     trajectory = case.rollout()
     z = as_graph(case.plan, trajectory, case.velocity().replay)
     assert torch.allclose(z, case.arrays["reward_input"], rtol=1e-12, atol=1e-12)
-    (case.loss(z, trajectory) / case.guidance.divisor).backward()
+    case.loss(z, trajectory).backward()
     case.check_gradients()
 
 

@@ -13,20 +13,22 @@ from toy import ToyField, toy_reward, toy_rollout, toy_sigmas, toy_velocity
 from flowbp.active_sets import stratified
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import METHODS, FlowBPSparse, LeapAlign
-from flowbp.objective import Objective, sample_weights
+from flowbp.objective import Objective, loss_factors, reward_gradient, sample_weights
 from flowbp.plan import Bridge, PosteriorMean, Similarity, SurrogatePlan
+from flowbp.replay import Recompute, spare_bytes
 from flowbp.surrogate import as_graph, backward, residuals, reward_input
 from flowbp.trajectory import rollout, rollout_with_graph
 
 GUIDANCES = {"none": Guidance(), "detached": Guidance(3.5), "both branches": Guidance(3.5, detach_negative=False)}
 
 
-def sweep_gradient(plan, num_steps=12, guidance=Guidance()):
-    field = ToyField()
-    trajectory = toy_rollout(field, plan, num_steps, guidance=guidance)
+def sweep_gradient(plan, num_steps=12, guidance=Guidance(), recompute=None, nodes_per_forward=1, field=None):
+    field = field or ToyField()
+    trajectory = toy_rollout(field, plan, num_steps, guidance=guidance, recompute=recompute)
     z = reward_input(plan, trajectory).requires_grad_()
     (g,) = torch.autograd.grad(toy_reward(z).mean(), z)
-    backward(plan, trajectory, toy_velocity(field, guidance=guidance).replay, g)
+    backward(plan, trajectory, toy_velocity(field, guidance=guidance).replay, g, nodes_per_forward=nodes_per_forward)
+    assert not trajectory.kept
     return field.gradient()
 
 
@@ -48,6 +50,16 @@ def test_sweep_matches_autograd_graph(name, guidance):
         else METHODS[name](5).plan(toy_sigmas(12).numpy(), np.random.default_rng(5))
     )
     torch.testing.assert_close(sweep_gradient(plan, guidance=guidance), graph_gradient(plan, guidance=guidance), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
+@pytest.mark.parametrize("name", ["flowbp-bridge", "flowbp-lagrange", "draft-lv"])
+def test_every_way_to_recompute_gives_the_same_gradient(name, guidance):
+    plan = METHODS[name]().plan(toy_sigmas(12).numpy(), np.random.default_rng(5))
+    replayed = sweep_gradient(plan, guidance=guidance)
+    for recompute, nodes_per_forward in ((Recompute("never"), 1), (Recompute("auto", 5000), 1), (None, 3), (Recompute("auto", 5000), 2)):
+        other = sweep_gradient(plan, guidance=guidance, recompute=recompute, nodes_per_forward=nodes_per_forward)
+        torch.testing.assert_close(other, replayed, rtol=1e-12, atol=1e-14)
 
 
 def test_one_step_of_everything_is_the_true_gradient():
@@ -118,6 +130,19 @@ def test_a_detached_negative_branch_is_not_re_forwarded():
         assert (field.rows, field.rows_with_graph) == (12 * 2 * 3, 0)
         backward(plan, trajectory, toy_velocity(field, guidance=guidance).replay, torch.ones(3, 6, dtype=torch.float64))
         assert field.rows - 12 * 2 * 3 == field.rows_with_graph == rows
+
+
+@pytest.mark.parametrize(("guidance", "calls"), [("none", (12, 4)), ("detached", (12 + 4, 4)), ("both branches", (12, 4))])
+def test_a_replay_costs_one_call_and_a_kept_graph_none(guidance, calls):
+    """N rollout steps cost N calls, batched over both branches (two at an active node whose negative branch is a constant)."""
+    plan = FlowBPSparse(4, rescale=0.0).at(toy_sigmas(12).numpy(), [1, 5, 8, 11])
+    for recompute, nodes_per_forward, expected in (("always", 1, calls), ("always", 3, (calls[0], 2)), ("never", 1, (calls[0], 0))):
+        field = ToyField()
+        trajectory = toy_rollout(field, plan, 12, guidance=GUIDANCES[guidance], recompute=Recompute(recompute))
+        rolled_out = field.calls
+        replay = toy_velocity(field, guidance=GUIDANCES[guidance]).replay
+        backward(plan, trajectory, replay, torch.ones(3, 6, dtype=torch.float64), nodes_per_forward=nodes_per_forward)
+        assert (rolled_out, field.calls - rolled_out) == expected
 
 
 def test_the_rollout_stops_at_the_posterior_mean():
@@ -204,7 +229,7 @@ def tiny_transformer(overrides):
     return bind_velocity(backbone, ["a red circle"] * 8, config.guidance), noise
 
 
-def peak_bytes(run, num_active, velocity, noise):
+def peak_bytes(run, num_active, velocity, noise, recompute="always"):
     sigmas = torch.linspace(1, 0, 13)
     plan = FlowBPSparse(num_active, rescale=0.0).at(sigmas.double().numpy(), np.linspace(0, 11, num_active).round().astype(int))
     network = velocity.network if isinstance(velocity.network, torch.nn.Module) else velocity.network.__self__.denoiser
@@ -213,7 +238,7 @@ def peak_bytes(run, num_active, velocity, noise):
         p.grad = torch.zeros_like(p)
     gc.collect()
     with LiveBytes([*parameters, *(p.grad for p in parameters)]) as live:
-        trajectory = rollout(velocity, noise, sigmas, plan)
+        trajectory = rollout(velocity, noise, sigmas, plan, recompute=Recompute(recompute))
         run(plan, trajectory, velocity.replay)
     return live.peak
 
@@ -232,6 +257,80 @@ def check_peak_memory(capsys, velocity, noise):
         print(f"\npeak live bytes, K = 8 over K = 1: sweep {sweep[1] / sweep[0]:.3f}, graph {graph[1] / graph[0]:.3f}")
     assert sweep[1] <= 1.05 * sweep[0]
     assert graph[1] > 2 * graph[0]  # the counter does see graphs
+    assert peak_bytes(run_sweep, 8, velocity, noise, "never") == pytest.approx(graph[1], rel=0.1)
+
+
+def test_auto_keeps_as_many_graphs_as_the_budget_holds_from_the_clean_end(monkeypatch):
+    plan = FlowBPSparse(4, rescale=0.0).at(toy_sigmas(12).numpy(), [1, 5, 8, 11])
+    weight = Recompute("auto", budget=0)
+    toy_rollout(ToyField(), plan, 12, recompute=weight)
+    for graphs, kept in ((0.9, set()), (1.1, {11}), (3.9, {11, 8, 5}), (4.0, {11, 8, 5, 1}), (1e9, {11, 8, 5, 1})):
+        policy = Recompute("auto", budget=round(graphs * weight.graph_bytes))
+        for _ in range(2):  # the first rollout weighs while it keeps
+            assert toy_rollout(ToyField(), plan, 12, recompute=policy).kept.keys() == kept
+
+    monkeypatch.setattr("flowbp.replay.spare_bytes", lambda device: 3 * weight.graph_bytes)
+    measured = Recompute("auto")
+    assert [toy_rollout(ToyField(), plan, 12, recompute=measured).kept.keys() for _ in range(3)] == [set(), {11, 8}, {11, 8}]
+
+
+def test_a_graph_weighs_what_it_adds_to_live_memory():
+    sigmas, policy = torch.linspace(1, 0, 13), Recompute("auto", budget=0)
+    plan = FlowBPSparse(1, rescale=0.0).at(sigmas.double().numpy(), [0])
+    velocity = GuidedVelocity(DeepField(), {"text": torch.zeros(32, 1)}, None, Guidance())
+    rollout(velocity, torch.randn(32, 64), sigmas, plan, recompute=policy)
+    with LiveBytes(velocity.network.parameters()) as live, torch.enable_grad():
+        before = live.alive
+        v = velocity(torch.randn(32, 64), torch.tensor(0.5))
+    assert policy.graph_bytes == pytest.approx(live.alive - before, rel=0.05) and v.requires_grad
+
+
+def test_free_memory_is_measured():
+    assert 0 < spare_bytes(torch.device("cpu")) < 1 << 50
+
+
+# -- dropout and autocast ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
+def test_a_replay_draws_the_dropout_masks_of_the_rollout(guidance, checkpointing):
+    plan = METHODS["flowbp-bridge"](4, alpha=0.7).plan(toy_sigmas(12).numpy(), np.random.default_rng(5))
+    gradients = []
+    for recompute in ("never", "always"):
+        torch.manual_seed(7)
+        field = ToyField(dropout=0.3, checkpointing=checkpointing)
+        gradients.append(sweep_gradient(plan, guidance=guidance, recompute=Recompute(recompute), field=field))
+        after = torch.get_rng_state()
+        torch.manual_seed(7)
+        toy_rollout(ToyField(dropout=0.3), plan, 12, guidance=guidance)
+        assert torch.equal(torch.get_rng_state(), after)  # replays leave the random stream where the rollout left it
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+    assert (gradients[0] - sweep_gradient(plan, guidance=guidance)).norm() > 1e-3 * gradients[0].norm()  # dropout does something
+
+
+def test_masks_that_cannot_be_drawn_again_are_refused():
+    plan = FlowBPSparse(4, rescale=0.0).at(toy_sigmas(12).numpy(), [1, 5, 8, 11])
+    with pytest.raises(ValueError, match="set nodes_per_forward to 1"):
+        sweep_gradient(plan, nodes_per_forward=2, field=ToyField(dropout=0.3))
+    field = ToyField(dropout=0.3).eval()
+    trajectory = toy_rollout(field, plan, 12)
+    with pytest.raises(RuntimeError, match="the rollout none"):
+        backward(plan, trajectory, toy_velocity(field.train()).replay, torch.ones(3, 6, dtype=torch.float64))
+
+
+def test_a_replay_runs_under_the_autocast_of_the_rollout():
+    sigmas = torch.linspace(1, 0, 13)
+    plan = FlowBPSparse(3, rescale=0.0).at(sigmas.double().numpy(), [1, 5, 9])
+    gradients = {}
+    for recompute in ("always", "never"):
+        velocity = GuidedVelocity(DeepField(), {"text": torch.zeros(4, 1)}, None, Guidance())
+        with torch.autocast("cpu", torch.bfloat16):
+            noise = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+            trajectory = rollout(velocity, noise, sigmas, plan, recompute=Recompute(recompute))
+        backward(plan, trajectory, velocity.replay, torch.ones(4, 64))
+        gradients[recompute] = torch.cat([p.grad.flatten() for p in velocity.network.parameters()])
+    torch.testing.assert_close(gradients["always"], gradients["never"], rtol=0, atol=0)
 
 
 def test_peak_memory_of_the_sweep_does_not_grow_with_the_active_set(capsys):
@@ -249,8 +348,27 @@ def test_a_replay_without_gradient_raises():
     field = ToyField().requires_grad_(False)
     plan = FlowBPSparse(2, rescale=0.0).at(toy_sigmas(6).numpy(), [1, 4])
     trajectory = toy_rollout(field, plan, 6)
-    with pytest.raises(RuntimeError, match="carries no gradient"):
+    with pytest.raises(RuntimeError, match="no gradient to any parameter of ToyField"):
         backward(plan, trajectory, toy_velocity(field).replay, torch.ones(3, 6, dtype=torch.float64))
+
+
+def test_a_frozen_network_raises_at_the_bridge_too():
+    """There the velocity does require grad, but of its input alone."""
+    field = ToyField().requires_grad_(False)
+    plan = LeapAlign(alpha=0.5).at(toy_sigmas(12).numpy(), 2, 7)
+    for recompute in ("always", "never"):
+        with pytest.raises(RuntimeError, match="no gradient to any parameter of ToyField"):
+            sweep_gradient(plan, field=field, recompute=Recompute(recompute))
+
+
+def test_recompute_names_what_it_knows():
+    with pytest.raises(ValueError, match="'always', 'never' or 'auto', not 'sometimes'"):
+        Recompute("sometimes")
+    with pytest.raises(ValueError, match="needs recompute='auto'"):
+        Recompute("never", budget=10)
+    plan = FlowBPSparse(4, rescale=0.0).at(toy_sigmas(12).numpy(), [1, 5, 8, 11])
+    with pytest.raises(ValueError, match="nodes_per_forward must be at least 1, got 0"):
+        sweep_gradient(plan, nodes_per_forward=0)
 
 
 def test_reading_an_uncached_node_says_which_are_cached():
@@ -283,8 +401,31 @@ def test_the_hinge_has_no_gradient_from_the_target_on():
 def test_dropped_samples_leave_the_mean_and_its_divisor():
     rewards = torch.tensor([1.0, 2.0, 4.0])
     keep = torch.tensor([True, False, True])
-    assert Objective().loss(rewards, torch.ones(3), keep).item() == pytest.approx(-2.5)
-    assert Objective().loss(rewards, torch.ones(3), torch.zeros(3, dtype=torch.bool)).item() == 0.0
+    assert Objective().loss(rewards, loss_factors(torch.ones(3), keep)).item() == pytest.approx(-2.5)
+    assert Objective().loss(rewards, loss_factors(torch.ones(3), torch.zeros(3, dtype=torch.bool))).item() == 0.0
+    assert Objective().loss(rewards, loss_factors(torch.ones(3), torch.ones(3, dtype=torch.bool))).item() == pytest.approx(-7 / 3)
+    copies = torch.cat([rewards, 2 * rewards])
+    assert Objective().loss(copies, loss_factors(torch.ones(3), keep, copies=2)).item() == pytest.approx(-3.75)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 100, None])
+def test_the_reward_gradient_is_the_same_in_parts_of_any_size(rows):
+    z, targets = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    factors = loss_factors(torch.linspace(0.5, 2, 5, dtype=torch.float64), torch.tensor([True, True, False, True, True]))
+    objective, alive = Objective(hinge=-1.0), []
+
+    def score(part, which):
+        assert not any(graph() is not None for graph in alive)  # one part's graph is gone before the next is made
+        squares = (part - targets[which]).square()
+        alive.append(weakref.ref(squares))
+        return -squares.sum(dim=1)
+
+    rewards, loss, g = reward_gradient(objective, score, z, factors, rows)
+    leaf = z.clone().requires_grad_()
+    whole = objective.loss(-(leaf - targets).square().sum(dim=1), factors)
+    torch.testing.assert_close(loss, whole.detach(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(g, torch.autograd.grad(whole, leaf)[0], rtol=1e-14, atol=0)
+    assert rewards.shape == (5,) and g[2].abs().max() == 0
 
 
 def test_similarity_weights_floor_each_residual_separately():

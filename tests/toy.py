@@ -2,28 +2,37 @@
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.trajectory import rollout
 
 
 class ToyField(nn.Module):
-    """v(x, sigma, c): [B, D] -> [B, D], two layers of tanh; counts its calls and the rows that recorded a graph."""
+    """v(x, sigma, c): [B, D] -> [B, D], two layers of tanh with dropout; counts its calls, rows, and the rows that recorded a graph."""
 
-    def __init__(self, size=6, hidden=9):
+    def __init__(self, size=6, hidden=9, dropout=0.0, checkpointing=False):
         super().__init__()
+        self.dropout, self.checkpointing = dropout, checkpointing
         generator = torch.Generator().manual_seed(0)
 
         def matrix(*shape):
             return nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5)
 
         self.inner, self.level, self.text, self.outer = matrix(hidden, size), matrix(hidden), matrix(hidden, size), matrix(size, hidden)
-        self.rows, self.rows_with_graph = 0, 0
+        self.calls, self.rows, self.rows_with_graph = 0, 0, 0
 
     def forward(self, x, sigma, conditioning):
+        self.calls += 1
         self.rows += len(x)
         self.rows_with_graph += len(x) * torch.is_grad_enabled()
-        return torch.tanh(x @ self.inner.T + self.level * sigma + conditioning["text"] @ self.text.T) @ self.outer.T
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.layers, x, sigma, conditioning["text"], use_reentrant=False)
+        return self.layers(x, sigma, conditioning["text"])
+
+    def layers(self, x, sigma, text):
+        hidden = torch.tanh(x @ self.inner.T + self.level * sigma.reshape(-1, 1) + text @ self.text.T)
+        return torch.nn.functional.dropout(hidden, self.dropout, self.training) @ self.outer.T
 
     def gradient(self):
         return torch.cat([p.grad.flatten() for p in self.parameters()])
@@ -40,11 +49,11 @@ def toy_sigmas(num_steps):
     return torch.cat([3 * u / (1 + 2 * u), torch.zeros(1, dtype=torch.float64)])
 
 
-def toy_rollout(field, plan, num_steps, batch=3, guidance=Guidance()):
+def toy_rollout(field, plan, num_steps, batch=3, guidance=Guidance(), recompute=None):
     generator = torch.Generator().manual_seed(2)
     noise = torch.randn(batch, 6, generator=generator, dtype=torch.float64)
     renoise = [torch.randn(batch, 6, generator=generator, dtype=torch.float64) for _ in range(plan.num_renoised)]
-    return rollout(toy_velocity(field, batch, guidance), noise, toy_sigmas(num_steps), plan, renoise)
+    return rollout(toy_velocity(field, batch, guidance), noise, toy_sigmas(num_steps), plan, renoise, recompute)
 
 
 def toy_reward(z):
