@@ -144,6 +144,15 @@ class DataConfig(Strict):
     cache: Path | None = Field(None, description="folder of cached embeddings; null means $FLOWBP_CACHE, else ~/.cache/flowbp")
 
 
+class MemoryConfig(Strict):
+    """Where the memory of a step goes, and what it buys in time. None of it changes the gradient."""
+
+    recompute: Literal["always", "never", "auto"] = Field("always", description="replay active nodes, keep their graphs, or keep what fits")
+    budget_gb: float | None = Field(None, ge=0, description="recompute: auto only: 1e9 bytes for kept graphs; null measures what is free")
+    nodes_per_forward: int = Field(1, ge=1, description="active nodes replayed in one batched forward pass")
+    reward_batch: int | None = Field(None, ge=1, description="samples decoded and scored at a time; null takes the whole batch")
+
+
 class TuningConfig(Strict):
     mode: Literal["lora", "full"] = "lora"
     rank: int = Field(16, ge=1)
@@ -185,6 +194,7 @@ class RunConfig(Strict):
     reward: RewardConfig
     objective: Annotated[Objective, from_mapping(Objective)] = Objective()
     data: DataConfig
+    memory: MemoryConfig = MemoryConfig()
     tuning: TuningConfig = TuningConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: float | None = Field(None, gt=0, lt=1)

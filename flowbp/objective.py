@@ -1,7 +1,8 @@
-"""From rewards to a scalar loss: hinge, trajectory-similarity weights, and the filter on residuals."""
+"""From rewards to a loss and its gradient: hinge, trajectory-similarity weights, the filter on residuals, and a batch scored in parts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from flowbp.plan import Similarity
 
-__all__ = ["Objective", "sample_weights"]
+__all__ = ["Objective", "loss_factors", "reward_gradient", "sample_weights"]
 
 
 def sample_weights(similarity: Similarity, d_j: Tensor, d_0: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,6 +23,16 @@ def sample_weights(similarity: Similarity, d_j: Tensor, d_0: Tensor) -> tuple[Te
     return weights, keep
 
 
+def loss_factors(weights: Tensor, keep: Tensor, copies: int = 1, kept: float | None = None) -> Tensor:
+    """What each of R = copies * B losses is multiplied by in the mean over the kept samples: weight / R_kept, 0 if dropped. [R]
+
+    weights, keep (bool): [B]; re-noised copies follow the batch. kept: number of kept samples that the mean counts, keep.sum() by default;
+    where ranks average their gradients, the mean of that number over ranks.
+    """
+    kept = keep.sum().item() if kept is None else kept
+    return torch.where(keep, weights / max(copies * kept, 1e-12), 0.0).repeat(copies)
+
+
 @dataclass(frozen=True)
 class Objective:
     """Mean over the kept samples of  weight * max(hinge - reward, 0),  or of  -weight * reward  when hinge is None.
@@ -31,13 +42,31 @@ class Objective:
 
     hinge: float | None = None
 
-    def loss(self, rewards: Tensor, weights: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """rewards [R] -> scalar. weights and keep are [B], R a multiple of B (re-noised copies follow the batch). 0 if none is kept."""
+    def loss(self, rewards: Tensor, factors: Tensor | None = None) -> Tensor:
+        """rewards [R] -> scalar, sum of factor times loss; the plain mean without factors. A factor of 0 drops even a NaN."""
         losses = -rewards if self.hinge is None else torch.relu(self.hinge - rewards)
-        copies = 1 if weights is None else len(rewards) // len(weights)
-        if weights is not None:
-            losses = losses * weights.repeat(copies)
-        if keep is not None:
-            keep = keep.repeat(copies)
-            return torch.where(keep, losses, 0.0).sum() / keep.sum().clamp(min=1)
-        return losses.mean()
+        return losses.mean() if factors is None else torch.where(factors != 0, factors * losses, 0.0).sum()
+
+
+def reward_gradient(
+    objective: Objective, score: Callable[[Tensor, slice], Tensor], z: Tensor, factors: Tensor, rows: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(rewards [R], loss [], g = dloss/dz [R, *S]), `rows` samples at a time: one part's graph is freed before the next is made.
+
+    score(z_part, slice of the R samples) -> their rewards, differentiable in z_part: the VAE's decoder and the reward model. The loss is a
+    sum over samples and `factors` are constants, so that g is the same for any `rows`; None takes all at once.
+    """
+    rows = len(z) if rows is None else rows
+    if rows < 1:
+        raise ValueError(f"the reward is computed on at least 1 sample at a time, got {rows}")
+    rewards, g, loss = [], torch.empty_like(z), 0.0
+    for first in range(0, len(z), rows):
+        part = slice(first, first + rows)
+        leaf = z[part].detach().requires_grad_()
+        scores = score(leaf, part)
+        part_loss = objective.loss(scores, factors[part])
+        (g[part],) = torch.autograd.grad(part_loss, leaf)
+        rewards.append(scores.detach())
+        loss = loss + part_loss.detach()
+        del scores, part_loss
+    return torch.cat(rewards), loss, g

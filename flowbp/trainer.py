@@ -27,7 +27,8 @@ from flowbp.config import RunConfig, TuningConfig, dump
 from flowbp.console import progress_bar
 from flowbp.data import PromptStream, load_prompts, sample_seeds
 from flowbp.embeddings import embed_once
-from flowbp.objective import sample_weights
+from flowbp.objective import loss_factors, reward_gradient, sample_weights
+from flowbp.replay import Recompute
 from flowbp.rewards import Smoothed, load_reward
 from flowbp.surrogate import backward, residuals, reward_input
 from flowbp.trajectory import rollout
@@ -69,6 +70,8 @@ class Trainer:
 
         self.parameters = trainable_parameters(self.backbone, config.tuning)
         self.base = {name: p.detach().clone() for name, p in self.parameters.items()}
+        budget = config.memory.budget_gb
+        self.recompute = Recompute(config.memory.recompute, None if budget is None else int(budget * 1e9))
         options = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
@@ -160,21 +163,27 @@ class Trainer:
         noise = self.backbone.noise(size.height, size.width, generators)
         renoise = [self.backbone.noise(size.height, size.width, generators) for _ in range(plan.num_renoised)]
 
-        trajectory = rollout(velocity, noise, self.sigmas, plan, renoise)
-        z = reward_input(plan, trajectory).requires_grad_()
-        images = self.backbone.decode(z)
-        rewards = self.training_reward(generators[0])(images, texts * (1 + plan.num_renoised))
-        logged = self.watch(images.detach()[: len(texts)], texts)
-        weights, keep = None, None
+        trajectory = rollout(velocity, noise, self.sigmas, plan, renoise, self.recompute)
+        z, copies, logged = reward_input(plan, trajectory), 1 + plan.num_renoised, {}
+        weights, keep = torch.ones(len(noise), device=z.device), torch.ones(len(noise), dtype=torch.bool, device=z.device)
         if plan.similarity is not None:
             d_j, d_0 = residuals(plan, trajectory)
             weights, keep = sample_weights(plan.similarity, d_j, d_0)
-            logged |= {"d_j": d_j.mean().item(), "d_0": d_0.mean().item(), "kept": keep.float().mean().item()}
-        loss = config.objective.loss(rewards, weights, keep)
-        (g,) = torch.autograd.grad(loss / config.guidance.divisor, z)
+            logged = {"d_j": d_j.mean().item(), "d_0": d_0.mean().item(), "kept": keep.float().mean().item()}
+        watched = []
+
+        def score(part_of_z: Tensor, part: slice) -> Tensor:
+            images, prompts = self.backbone.decode(part_of_z), (texts * copies)[part]
+            own = max(0, min(part.stop, len(texts)) - part.start)  # images of the samples themselves; re-noised copies are not watched
+            watched.append(self.watch(images.detach()[:own], prompts[:own]))
+            return self.training_reward(key, part, copies)(images, prompts)
+
+        rewards, loss, g = reward_gradient(config.objective, score, z, loss_factors(weights, keep, copies), config.memory.reward_batch)
+        g = g / config.guidance.divisor
         norms = g.flatten(1).norm(dim=1) * len(g)
         g = clip_samples(g, config.optimizer.max_sample_grad_norm)
-        backward(plan, trajectory, velocity.replay, g / data.accumulate)
+        backward(plan, trajectory, velocity.replay, g / data.accumulate, nodes_per_forward=config.memory.nodes_per_forward)
+        logged |= {name: torch.cat([scores[name] for scores in watched]).mean().item() for name in self.monitors}
         return logged | {
             "reward": rewards.mean().item(),
             "loss": loss.item(),
@@ -183,13 +192,18 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def watch(self, images: Tensor, texts: list[str]) -> dict[str, float]:
-        """Mean score of each monitor on the training images: what is never trained on, watched at every step."""
-        return {name: monitor(images, texts).mean().item() for name, monitor in self.monitors.items()}
+    def watch(self, images: Tensor, texts: list[str]) -> dict[str, Tensor]:
+        """Scores [B] by each monitor of the training images: what is never trained on, watched at every step."""
+        return {name: monitor(images, texts) if texts else images.new_empty(0) for name, monitor in self.monitors.items()}
 
-    def training_reward(self, generator: torch.Generator):
+    def training_reward(self, key: tuple[int, ...], part: slice, copies: int):
+        """The reward of a part of the R = copies * batch_size images; perturbations belong to an image, not to the part it comes in."""
         smooth = self.config.reward.smooth
-        return self.reward if smooth is None else Smoothed(self.reward, smooth.copies, smooth.shift, smooth.noise, generator)
+        if smooth is None:
+            return self.reward
+        seeds = [seed for copy in range(copies) for seed in sample_seeds(*key, 1 + copy, count=self.config.data.batch_size)]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        return Smoothed(self.reward, smooth.copies, smooth.shift, smooth.noise, generators)
 
     # -- weights -------------------------------------------------------------------------------------------------------------------
 

@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 from flowbp import checkpoint, evaluation
 from flowbp.backbones import bind_velocity, load_backbone
 from flowbp.cli import app
-from flowbp.config import dump, load
+from flowbp.config import MemoryConfig, dump, load
 from flowbp.data import Prompt, sample_seeds
 from flowbp.evaluation import Scores, compare
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
+from flowbp.replay import Recompute
 from flowbp.rewards import Smoothed, load_reward
 from flowbp.surrogate import as_graph, backward, reward_input
 from flowbp.trainer import Trainer, clip_samples, train
@@ -47,25 +48,38 @@ def test_every_method_trains_the_embedded_model(name, tmp_path):
 
 @pytest.mark.parametrize("scale", [1.0, 3.0], ids=["unguided", "guided"])
 def test_sweep_equals_graph_on_every_backbone(scale, backbone_overrides, tmp_path):
+    """To float64 accuracy, however the graphs of active nodes come about."""
     config = tiny(tmp_path, *backbone_overrides, f"guidance.scale={scale}")
-    backbone, guidance = load_backbone(**config.backbone.model_dump()), config.guidance
+    backbone = load_backbone(**config.backbone.model_dump() | {"dtype": "float64"})
     backbone.denoiser.requires_grad_(True)
     parameters = list(backbone.denoiser.parameters())
     sigmas = backbone.sigmas(8, 32, 32)
     plan = METHODS["flowbp-bridge"](num_active=3, alpha=0.7).plan(sigmas.double().numpy(), np.random.default_rng(0))
-    velocity = bind_velocity(backbone, ["a red circle", "two blue stars"], guidance)
-    noise = backbone.noise(32, 32, [torch.Generator().manual_seed(s) for s in (0, 1)])
-    trajectory = rollout(velocity, noise, sigmas, plan)
+    velocity = bind_velocity(backbone, ["a red circle", "two blue stars"], config.guidance)
+    noise = backbone.noise(32, 32, [torch.Generator().manual_seed(s) for s in (0, 1)]).double()
 
-    z = reward_input(plan, trajectory).requires_grad_()
-    (g,) = torch.autograd.grad(backbone.decode(z).square().mean(), z)
-    backward(plan, trajectory, velocity.replay, g)
-    by_sweep = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-    for p in parameters:
-        p.grad = None
-    backbone.decode(as_graph(plan, trajectory, velocity.replay)).square().mean().backward()
-    by_graph = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-    assert (by_sweep - by_graph).norm() <= 1e-4 * by_graph.norm()
+    def gradient():
+        flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        for p in parameters:
+            p.grad = None
+        return flat
+
+    weighing = Recompute("auto", budget=0)
+    trajectory = rollout(velocity, noise, sigmas, plan, recompute=weighing)
+    as_graph(plan, trajectory, velocity.replay).pow(3).mean().backward()
+    by_graph = gradient()
+    for policy, kept, nodes_per_forward in (
+        (Recompute("always"), 0, 1),
+        (Recompute("always"), 0, 2),
+        (Recompute("auto", budget=5 * weighing.graph_bytes // 2), 2, 1),
+        (Recompute("never"), 3, 1),
+    ):
+        trajectory = rollout(velocity, noise, sigmas, plan, recompute=policy)
+        assert len(trajectory.kept) == kept
+        z = reward_input(plan, trajectory).requires_grad_()
+        (g,) = torch.autograd.grad(z.pow(3).mean(), z)
+        backward(plan, trajectory, velocity.replay, g, nodes_per_forward=nodes_per_forward)
+        assert (gradient() - by_graph).norm() <= 1e-9 * by_graph.norm()
 
 
 def test_a_resumed_run_equals_an_unbroken_one(backbone_overrides, tmp_path):
@@ -130,6 +144,21 @@ def test_accumulated_micro_batches_are_averaged(tmp_path):
     trainer.accumulate_gradient(0, 0)
     for key, p in trainer.parameters.items():
         torch.testing.assert_close(p.grad, first[key] + second[key], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["draft-lv", "flowbp-lagrange"])
+def test_memory_settings_leave_the_gradient_as_it_is(name, tmp_path):
+    overrides = [f"method.name={name}", "data.batch_size=3", "optimizer.max_grad_norm=1e9", "steps=1"]
+    trainer = Trainer(tiny(tmp_path, *overrides))
+    gradients = []
+    for memory in ({}, {"reward_batch": 1}, {"reward_batch": 2, "recompute": "never"}, {"reward_batch": 4, "nodes_per_forward": 2}):
+        trainer.config = trainer.config.model_copy(update={"memory": MemoryConfig(**memory)})
+        trainer.recompute = Recompute(trainer.config.memory.recompute)
+        trainer.accumulate_gradient(0, 0)
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters.values() if p.grad is not None]))
+        trainer.optimizer.zero_grad()
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
 
 
 def test_clipping_bounds_each_sample_and_leaves_small_ones():
@@ -213,7 +242,7 @@ def test_the_same_seed_gives_the_same_image_in_any_batch():
 
 def test_smoothing_keeps_a_constant_reward_and_reaches_the_pixels():
     images = torch.rand(2, 3, 32, 32, requires_grad=True)
-    smoothed = Smoothed(lambda x, _: x.mean(dim=(1, 2, 3)), 4, 1, 0.0, torch.Generator().manual_seed(0))
+    smoothed = Smoothed(lambda x, _: x.mean(dim=(1, 2, 3)), 4, 1, 0.0, [torch.Generator().manual_seed(s) for s in (0, 1)])
     flat = torch.full((2, 3, 32, 32), 0.25)
     torch.testing.assert_close(smoothed(flat, []), torch.tensor([0.25, 0.25]))
     smoothed(images, []).sum().backward()
