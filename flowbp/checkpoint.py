@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from flowbp.backbones import Backbone
 
-__all__ = ["check_run", "latest_checkpoint", "load_checkpoint", "load_weights", "open_run", "save_checkpoint", "save_weights"]
+__all__ = [
+    "base_weights",
+    "check_run",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "load_weights",
+    "open_run",
+    "save_checkpoint",
+    "save_weights",
+]
 
 CONFIG = "config.yaml"
 LORA = "pytorch_lora_weights.safetensors"
@@ -108,6 +117,15 @@ def save_weights(backbone: Backbone, output: Path) -> Path:
     with written_whole(output / "transformer") as scratch:
         denoiser.save_pretrained(scratch)
     return output / "transformer"
+
+
+def base_weights(backbone: Backbone) -> dict[str, Tensor]:
+    """The denoiser's weights as its checkpoint has them, on the CPU. Raises ValueError when it was not loaded from one."""
+    denoiser = backbone.denoiser
+    folder = denoiser.config.get("_name_or_path")
+    if not folder:
+        raise ValueError("the backbone was not loaded from a folder, so its base weights are gone: set evaluation to null")
+    return dict(type(denoiser).from_pretrained(folder, dtype=denoiser.dtype).named_parameters())
 
 
 def load_weights(backbone: Backbone, source: Path) -> None:

@@ -145,12 +145,16 @@ class DataConfig(Strict):
 
 
 class MemoryConfig(Strict):
-    """Where the memory of a step goes, and what it buys in time. None of it changes the gradient."""
+    """Where the memory of a step goes, and what it buys in time. Only vae_tiling changes the gradient: its seams are blended."""
 
     recompute: Literal["always", "never", "auto"] = Field("always", description="replay active nodes, keep their graphs, or keep what fits")
     budget_gb: float | None = Field(None, ge=0, description="recompute: auto only: 1e9 bytes for kept graphs; null measures what is free")
     nodes_per_forward: int = Field(1, ge=1, description="active nodes replayed in one batched forward pass")
     reward_batch: int | None = Field(None, ge=1, description="samples decoded and scored at a time; null takes the whole batch")
+    checkpointing: bool = Field(False, description="keep the inputs of the transformer's blocks alone and run them again in backward")
+    vae_checkpointing: bool = Field(False, description="the same in the VAE's decoder")
+    vae_slicing: bool = Field(False, description="decode one image at a time; saves memory together with vae_checkpointing")
+    vae_tiling: bool = Field(False, description="decode images above the VAE's own sample size in overlapping tiles, blended")
 
 
 class TuningConfig(Strict):
@@ -161,6 +165,7 @@ class TuningConfig(Strict):
 
 
 class OptimizerConfig(Strict):
+    name: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit needs bitsandbytes and a GPU")
     lr: float = Field(1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
@@ -195,6 +200,7 @@ class RunConfig(Strict):
     objective: Annotated[Objective, from_mapping(Objective)] = Objective()
     data: DataConfig
     memory: MemoryConfig = MemoryConfig()
+    compile: str | None = Field(None, description="torch.compile backend for the transformer's blocks, such as inductor; null runs eagerly")
     tuning: TuningConfig = TuningConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: float | None = Field(None, gt=0, lt=1)

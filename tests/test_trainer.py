@@ -126,12 +126,30 @@ def test_full_weights_are_saved_as_a_folder_that_loads_back(tmp_path):
         assert torch.equal(fresh.denoiser.get_parameter(name), value)
 
 
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_the_base_of_a_trained_run_is_the_model_it_started_from(mode, tmp_path):
+    trainer = Trainer(tiny(tmp_path, f"tuning.mode={mode}", "data.embeddings=live"))
+    trainer.step(0)
+    arguments = (["a red circle"], [7], trainer.config.rollout, trainer.config.guidance)
+    with trainer.weights(trainer.base):
+        base = evaluation.generate(trainer.backbone, *arguments)
+    assert torch.equal(base, evaluation.generate(load_backbone("shapes", max_sequence_length=1), *arguments))
+    assert not torch.equal(base, evaluation.generate(trainer.backbone, *arguments))
+
+
+def test_a_step_tells_where_its_time_went(tmp_path):
+    row = Trainer(tiny(tmp_path)).step(0)
+    parts = [row[f"{name}_seconds"] for name in ("rollout", "reward", "sweep", "update")]
+    assert min(parts) > 0 and sum(parts) <= row["seconds"]
+
+
 def test_a_broken_gradient_changes_nothing(tmp_path):
     trainer = Trainer(tiny(tmp_path))
     reward = trainer.reward
     trainer.reward = lambda images, prompts: reward(images, prompts) * float("nan")
+    before = {key: p.detach().clone() for key, p in trainer.parameters.items()}
     row = trainer.step(0)
-    assert row["skipped"] and all(torch.equal(trainer.parameters[key], trainer.base[key]) for key in trainer.base)
+    assert row["skipped"] and all(torch.equal(trainer.parameters[key], before[key]) for key in before)
 
 
 def test_accumulated_micro_batches_are_averaged(tmp_path):
