@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flowbp.backbones import Backbone
 
 __all__ = [
+    "base_weights",
     "check_run",
     "export_comfyui",
     "latest_checkpoint",
@@ -133,6 +134,15 @@ def export_comfyui(source: Path, target: Path) -> None:
     scratch = target.with_name(f".{target.name}.partial")
     save_file({name: value * scale if ".lora_B." in name else value for name, value in tensors.items()}, scratch, {"format": "pt"})
     os.replace(scratch, target)
+
+
+def base_weights(backbone: Backbone) -> dict[str, Tensor]:
+    """The denoiser's weights as its checkpoint has them, on the CPU. Raises ValueError when it was not loaded from one."""
+    denoiser = backbone.denoiser
+    folder = denoiser.config.get("_name_or_path")
+    if not folder:
+        raise ValueError("the backbone was not loaded from a folder, so its base weights are gone: set evaluation to null")
+    return dict(type(denoiser).from_pretrained(folder, dtype=denoiser.dtype).named_parameters())
 
 
 def load_weights(backbone: Backbone, source: Path) -> None:
