@@ -154,6 +154,7 @@ class MemoryConfig(Strict):
     checkpointing: bool = Field(False, description="keep the inputs of the transformer's blocks alone and run them again in backward")
     vae_checkpointing: bool = Field(False, description="the same in the VAE's decoder")
     vae_slicing: bool = Field(False, description="decode one image at a time; saves memory together with vae_checkpointing")
+    shard: bool = Field(False, description="several processes: split the weights over them (FSDP2) instead of copying them (DDP)")
     vae_tiling: bool = Field(False, description="decode images above the VAE's own sample size in overlapping tiles, blended")
 
 
@@ -161,6 +162,7 @@ class TuningConfig(Strict):
     mode: Literal["lora", "full"] = "lora"
     rank: int = Field(16, ge=1)
     alpha: float | None = Field(None, description="LoRA scale numerator; null means equal to rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the LoRA branches' inputs; replays draw the rollout's masks again")
     targets: list[str] | None = Field(None, description="module names; null means the backbone's default")
 
 
@@ -197,6 +199,9 @@ class RunConfig(Strict):
     rollout: RolloutConfig = RolloutConfig()
     guidance: Annotated[Guidance, from_mapping(Guidance)] = Guidance()
     method: MethodField
+    plans: Literal["shared", "per_sample", "stratified"] = Field(
+        "shared", description="one plan a batch, one a sample, or one a sample that together cover the trajectory: less gradient variance"
+    )
     reward: RewardConfig
     objective: Annotated[Objective, from_mapping(Objective)] = Objective()
     data: DataConfig
@@ -206,6 +211,16 @@ class RunConfig(Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: float | None = Field(None, gt=0, lt=1)
     evaluation: EvaluationConfig | None = None
+
+    @model_validator(mode="after")
+    def _plans_fit(self):
+        needs = {"memory.recompute": (self.memory.recompute, "always"), "tuning.dropout": (self.tuning.dropout, 0.0)}
+        for key, (value, needed) in needs.items():
+            if self.plans != "shared" and value != needed:
+                raise ValueError(f"plans={self.plans} needs {key}={needed}, got {value}: each sample replays its own nodes (or set plans=shared)")
+        if self.tuning.dropout and self.memory.nodes_per_forward > 1:
+            raise ValueError(f"tuning.dropout={self.tuning.dropout} needs memory.nodes_per_forward=1: masks are drawn again node by node")
+        return self
 
     @property
     def evaluation_rollout(self) -> RolloutConfig:
