@@ -7,9 +7,9 @@ with the reverse index N - i (1 is the last step); pair samplers keep their boun
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -24,8 +24,12 @@ __all__ = [
     "equally_spaced",
     "late_biased",
     "stratified",
+    "stratified_draws",
     "train_window",
 ]
+
+
+Drawn = TypeVar("Drawn")
 
 
 def train_window(num_steps: int, tail_ratio: float, min_length: int = 1) -> tuple[int, int]:
@@ -65,6 +69,19 @@ def stratified(nodes: Sequence[int], num_active: int, rng: np.random.Generator) 
     check_count(num_active, len(nodes))
     strata = np.array_split(np.asarray(nodes), num_active)
     return tuple(int(rng.choice(stratum)) for stratum in strata), tuple(1.0 / len(stratum) for stratum in strata)
+
+
+def stratified_draws(
+    draw: Callable[[np.random.Generator], Drawn], count: int, position: Callable[[Drawn], float], rng: np.random.Generator, pool: int = 8
+) -> list[Drawn]:
+    """`count` draws in random order, each distributed as `draw(rng)` alone, that together cover the range of `position` evenly.
+
+    Systematic sampling: count * pool independent draws are sorted by position, and every pool-th is taken from a random offset. Every draw
+    of the pool is as likely to be taken, so the mean over the chosen is an unbiased estimate; their strata keep it from clumping.
+    """
+    drawn = sorted((draw(rng) for _ in range(count * pool)), key=position)
+    chosen = drawn[int(rng.integers(pool)) :: pool]
+    return [chosen[i] for i in rng.permutation(count)]
 
 
 def equally_spaced(length: int, num_active: int, rng: np.random.Generator) -> tuple[int, ...]:

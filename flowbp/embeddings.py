@@ -33,7 +33,7 @@ from flowbp.guidance import Conditioning
 
 __all__ = ["EmbeddingCache", "default_cache", "embed_once", "encoder_hash"]
 
-BATCH = 32  # prompts that are encoded together
+BATCH = 16  # prompts that are encoded together, always as many: rounding depends on the size of a batch
 
 Encode = Callable[[list[str]], Conditioning]
 Signature = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -105,10 +105,9 @@ class EmbeddingCache:
             log.warning("%d of %d cached embeddings in %s are damaged: computing them again", damaged, len(prompts), self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_space(len(missing))
-        chunks = -(-len(missing) // BATCH)
-        for i in range(chunks):
-            chunk = missing[i::chunks]  # even sizes
-            embedded = encode(chunk)
+        for first in range(0, len(missing), BATCH):
+            chunk = missing[first : first + BATCH]
+            embedded = encode(chunk + chunk[-1:] * (BATCH - len(chunk)))
             for row, prompt in enumerate(chunk):
                 self._write(prompt, {name: value[row].contiguous().cpu() for name, value in embedded.items()})
             progress(len(chunk))

@@ -15,10 +15,15 @@ A method draws a plan from the noise levels and a random generator; `flowbp.surr
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Bridge", "PosteriorMean", "Replay", "Similarity", "SurrogatePlan"]
+__all__ = ["Bridge", "Leaps", "Node", "PlanBatch", "PosteriorMean", "Replay", "Similarity", "SurrogatePlan"]
+
+
+Node = int | tuple[int, ...]  # one for the whole batch, or one a sample
+Number = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Bridge:
 class PosteriorMean:
     """Reward-model input x_at - sigma_at v_at, the network's one-step prediction of the clean sample at node `at`."""
 
-    at: int
+    at: Node
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Similarity:
 
 
 class Replay(NamedTuple):
-    """One forward pass of the sweep, with gradient.
+    """One forward pass of the sweep, with gradient. Node, weight and gate: one for the whole batch, or one a sample.
 
     node    whose latent the network is fed; re-noised copy m is filed under N + 1 + m, past the sample's N
     weight  of its VJP
@@ -69,10 +74,28 @@ class Replay(NamedTuple):
     output  the block of the reward input it feeds: 0 the sample, m + 1 copy m
     """
 
-    node: int
-    weight: float
-    gate: float = 0.0
+    node: Node
+    weight: Number
+    gate: Number = 0.0
     output: int = 0
+
+    @property
+    def gated(self) -> bool:
+        """Whether any sample's gate is open here."""
+        return any(self.gate) if isinstance(self.gate, tuple) else self.gate > 0
+
+
+class Leaps(NamedTuple):
+    """The two quadratures that a bridge joins: from x_start to x_joint by the weights `first` of `nodes`, and on to x_N by `second`.
+
+    nodes, first, second: K entries, each one for the whole batch or one a sample; a weight of 0 skips.
+    """
+
+    start: Node
+    joint: Node
+    nodes: tuple[Node, ...]
+    first: tuple[Number, ...]
+    second: tuple[Number, ...]
 
 
 @dataclass(frozen=True)
@@ -148,6 +171,15 @@ class SurrogatePlan:
         nodes = (Replay(i, w, bridge.alpha if bridge and i == bridge.node else 0.0) for i, w in self.active)
         return (*nodes, *(Replay(num_steps + 1 + m, self.grad_weights[-1], output=m + 1) for m in range(self.num_renoised)))
 
+    @property
+    def leaps(self) -> Leaps:
+        """The plan's quadrature, split at its bridge. ValueError without one."""
+        if self.bridge is None:
+            raise ValueError("a plan without a bridge has one quadrature, not two leaps: give it a bridge, or do not ask for its residuals")
+        j, rule = self.bridge.node, tuple(zip(self.nodes, self.weights, strict=True))
+        first, second = (tuple(w if (i < j) == before else 0.0 for i, w in rule) for before in (True, False))
+        return Leaps(self.start, j, self.nodes, first, second)
+
     def num_steps(self, total: int) -> int:
         """Network steps that the rollout must take: all `total`, or up to the node of the posterior mean."""
         return total if self.reward_input is None else self.reward_input.at + 1
@@ -178,3 +210,90 @@ class SurrogatePlan:
             raise ValueError(f"plan node {self.nodes[-1]} lies outside a rollout of {total} steps: nodes run from 0 to {total - 1}")
         if self.num_renoised and self.nodes[-1] != total - 1:
             raise ValueError(f"re-noised copies are denoised from the last node {total - 1}, but the plan ends at {self.nodes[-1]}")
+
+
+@dataclass(frozen=True)
+class PlanBatch:
+    """One plan a sample, from one method: what `flowbp.surrogate` sweeps is a table [K, B] instead of [K].
+
+    Sample b's last active node is replayed with every other sample's last, and so on towards the noise end. A sample with fewer active
+    nodes than the largest (or than `num_active`, for ranks that share a batch) sits out the last replays with weight 0. Raises ValueError
+    when the plans differ in what one batch cannot mix: the kind of reward input, the number of copies, or the similarity.
+    """
+
+    plans: tuple[SurrogatePlan, ...]
+    num_active: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "plans", tuple(self.plans))
+        if not self.plans:
+            raise ValueError("a batch of plans needs at least one plan")
+        most = max(len(plan.active) for plan in self.plans)
+        object.__setattr__(self, "num_active", max(self.num_active, most))
+        kinds = {
+            "reward_input": {plan.reward_input is None for plan in self.plans},
+            "num_renoised": {plan.num_renoised for plan in self.plans},
+            "similarity": {plan.similarity for plan in self.plans},
+        }
+        for name, kind in kinds.items():
+            if len(kind) > 1:
+                raise ValueError(f"the plans of a batch must agree in {name}: draw all of them from one method, got {kind}")
+        if self.similarity is not None and self.reward_input is not None and isinstance(self.reward_input.at, tuple):
+            raise ValueError("the plans of a batch with similarity must see posterior means of one node: their residuals end at one latent")
+
+    def rows(self, part: slice) -> PlanBatch:
+        """The plans of a part of the batch, with as many replays as the whole."""
+        return PlanBatch(self.plans[part], self.num_active)
+
+    @property
+    def sweep(self) -> tuple[Replay, ...]:
+        """As SurrogatePlan.sweep, each entry one for the batch where all samples agree, else one a sample."""
+        idle = [(Replay(plan.sweep[0].node, 0.0),) * (self.num_active - len(plan.active)) for plan in self.plans]
+        columns = [wait + plan.sweep for wait, plan in zip(idle, self.plans, strict=True)]
+        return tuple(
+            Replay(*(_shared(replay[k] for replay in row) for k in range(3)), output=row[0].output) for row in zip(*columns, strict=True)
+        )
+
+    @property
+    def reward_input(self) -> PosteriorMean | None:
+        first = self.plans[0].reward_input
+        return first and PosteriorMean(_shared(plan.reward_input.at for plan in self.plans))
+
+    @property
+    def similarity(self) -> Similarity | None:
+        return self.plans[0].similarity
+
+    @property
+    def num_renoised(self) -> int:
+        return self.plans[0].num_renoised
+
+    @property
+    def leaps(self) -> Leaps:
+        leaps = [plan.leaps for plan in self.plans]
+        longest = max(len(leap.nodes) for leap in leaps)
+        tables = []
+        for name, filler in (("nodes", None), ("first", 0.0), ("second", 0.0)):
+            columns = [getattr(leap, name) + (leap.nodes[0] if filler is None else filler,) * (longest - len(leap.nodes)) for leap in leaps]
+            tables.append(tuple(zip(*columns, strict=True)))
+        return Leaps(_shared(leap.start for leap in leaps), _shared(leap.joint for leap in leaps), *tables)
+
+    def num_steps(self, total: int) -> int:
+        return max(plan.num_steps(total) for plan in self.plans)
+
+    @property
+    def cached_latents(self) -> frozenset[int]:
+        return frozenset().union(*(plan.cached_latents for plan in self.plans))
+
+    @property
+    def cached_velocities(self) -> frozenset[int]:
+        return frozenset().union(*(plan.cached_velocities for plan in self.plans))
+
+    def check(self, total: int) -> None:
+        for plan in self.plans:
+            plan.check(total)
+
+
+def _shared(values: Iterable) -> object:
+    """The value that all samples share, or the tuple of theirs."""
+    values = tuple(values)
+    return values[0] if len(set(values)) == 1 else values

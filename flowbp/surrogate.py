@@ -14,16 +14,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flowbp.plan import Replay, SurrogatePlan
+from flowbp.plan import Node, Number, PlanBatch, Replay, SurrogatePlan
 from flowbp.trajectory import Trajectory
 from flowbp_kernels import leap_residuals, quadrature_update, straight_through
 
 __all__ = ["as_graph", "backward", "residuals", "reward_input"]
 
+Plan = SurrogatePlan | PlanBatch  # one for the batch, or one a sample
 ReplayedVelocity = Callable[[Tensor, Tensor], Tensor]  # (x [n B, *S], sigma [] or [n B]) -> a tensor [n B, *S] with the velocity's VJP
 
 
-def reward_input(plan: SurrogatePlan, trajectory: Trajectory) -> Tensor:
+def reward_input(plan: Plan, trajectory: Trajectory) -> Tensor:
     """What the reward model sees, [(1 + num_renoised) B, *S]: the sample or a posterior mean, then the denoised copies. No gradient."""
     base = trajectory.sample if plan.reward_input is None else _posterior_mean(trajectory, plan.reward_input.at)
     copies = [_posterior_mean(trajectory, replay.node) for replay in plan.sweep if replay.output]
@@ -31,7 +32,7 @@ def reward_input(plan: SurrogatePlan, trajectory: Trajectory) -> Tensor:
 
 
 def backward(
-    plan: SurrogatePlan,
+    plan: Plan,
     trajectory: Trajectory,
     velocity: ReplayedVelocity,
     grad_reward: Tensor,
@@ -48,18 +49,18 @@ def backward(
     cotangents = list(_wide(grad_reward).split(len(trajectory.sample)))  # dR/dx_hat [B, *S] of the sample, then of each copy
     passes = _passes(plan, trajectory, nodes_per_forward)
     for replays in passes:  # clean end -> noise end
-        gate, output = replays[0].gate, replays[0].output
-        x, v = trajectory.graph([replay.node for replay in replays], velocity, requires_grad=gate > 0)
-        cotangent = torch.cat([replay.weight * cotangents[replay.output] for replay in replays])
+        at_bridge = replays[0].gated
+        x, v = trajectory.graph([replay.node for replay in replays], velocity, requires_grad=at_bridge)
+        seed = torch.cat([_times(replay.weight, cotangents[replay.output]) for replay in replays])
         if before_last is not None and replays is passes[-1]:
             before_last(v)
-        v.backward(cotangent.to(v.dtype))
-        if gate > 0:
-            cotangents[output] = cotangents[output] + gate * x.grad
+        v.backward(seed.to(v.dtype))
+        if at_bridge:
+            cotangents[0] = cotangents[0] + _times(replays[0].gate, x.grad)
 
 
 def as_graph(plan: SurrogatePlan, trajectory: Trajectory, velocity: ReplayedVelocity) -> Tensor:
-    """The reward input as one ordinary autograd graph: the value of `reward_input`, the gradient of `backward`.
+    """The reward input as one ordinary autograd graph of one plan: the value of `reward_input`, the gradient of `backward`.
 
     All active nodes' graphs live at once. The oracle of the sweep.
     """
@@ -77,28 +78,26 @@ def as_graph(plan: SurrogatePlan, trajectory: Trajectory, velocity: ReplayedVelo
     return torch.cat([straight_through(value, surrogate) for value, surrogate in zip(values, after, strict=True)])
 
 
-def residuals(plan: SurrogatePlan, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
+def residuals(plan: Plan, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
     """(d_j, d_0), each [B]: per-sample mean absolute gap between the plan's two quadratures and the cached latents x_j and x_N.
 
     d_j: from x_start by the nodes before the bridge j;  d_0: from x_j by the nodes from j on. The plan must have a similarity.
     """
     if plan.similarity is None:
         raise ValueError("residuals need a plan with similarity: without it the rollout does not cache the velocities they read")
-    j = plan.bridge.node
-    to_j = [weight if node < j else 0.0 for node, weight in zip(plan.nodes, plan.weights, strict=True)]
-    to_end = [weight if node >= j else 0.0 for node, weight in zip(plan.nodes, plan.weights, strict=True)]
+    start, joint, nodes, first, second = plan.leaps
     x, velocities = trajectory.latents, trajectory.velocities
-    return tuple(leap_residuals(x[plan.start], x[j], trajectory.sample, velocities.rows, velocities.slots(plan.nodes), (to_j, to_end)))
+    return tuple(leap_residuals(x[start], x[joint], trajectory.sample, velocities.rows, velocities.slots(nodes), (first, second)))
 
 
-def _passes(plan: SurrogatePlan, trajectory: Trajectory, nodes_per_forward: int) -> list[list[Replay]]:
+def _passes(plan: Plan, trajectory: Trajectory, nodes_per_forward: int) -> list[list[Replay]]:
     """The forward passes of the sweep, in its order: runs of at most nodes_per_forward replays; a kept or gated node stands alone."""
     if nodes_per_forward < 1:
         raise ValueError(f"nodes_per_forward must be at least 1, got {nodes_per_forward}")
     passes: list[list[Replay]] = []
     alone = True  # whether the last pass takes no other node
     for replay in reversed(plan.sweep):
-        single = replay.gate > 0 or replay.node in trajectory.kept
+        single = replay.gated or replay.node in trajectory.kept
         if alone or single or len(passes[-1]) == nodes_per_forward:
             passes.append([replay])
         else:
@@ -107,10 +106,18 @@ def _passes(plan: SurrogatePlan, trajectory: Trajectory, nodes_per_forward: int)
     return passes
 
 
-def _posterior_mean(trajectory: Trajectory, node: int) -> Tensor:
+def _posterior_mean(trajectory: Trajectory, node: Node) -> Tensor:
     """x - sigma v at a cached node, [B, *S]."""
-    velocities = trajectory.velocities
-    return quadrature_update(trajectory.latents[node], velocities.rows, velocities.slots([node]), [-trajectory.levels[node].item()])
+    velocities, weights = trajectory.velocities, -trajectory.level(node).reshape(1, -1).cpu()
+    return quadrature_update(trajectory.latents[node], velocities.rows, velocities.slots([node]), weights)
+
+
+def _times(factor: Number, x: Tensor) -> Tensor:
+    """factor * x, for one factor or one a sample. A sample's factor of 0 cuts, NaN included."""
+    if not isinstance(factor, tuple):
+        return factor * x
+    factors = torch.tensor(factor, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.dim() - 1))
+    return torch.where(factors != 0, factors * x, 0.0)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -3,16 +3,15 @@
     plan -> rollout without gradient -> reward input -> decode -> reward -> loss -> g = dloss/d(reward input) -> sweep -> AdamW
 
 The VAE and the reward are differentiated first, with nothing else in memory; then the sweep replays the plan's active nodes one at a time.
-Every random draw of a step comes from (seed, step, micro-batch): a resumed run repeats what an unbroken one would have done.
+Every random draw of a step comes from (seed, step, micro-batch): a resumed run repeats what an unbroken one would have done. N processes
+with batch b take the step of one process with batch N b: each draws the whole batch's plans and seeds, and trains its own rows.
 """
 
 from __future__ import annotations
 
 import json
-import resource
-import sys
-import time
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,18 +21,24 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from flowbp import checkpoint, evaluation, report
-from flowbp.backbones import bind_velocity, check_guidance, load_backbone
-from flowbp.config import RunConfig, TuningConfig, dump
+from flowbp.backbones import Backbone, bind_velocity, check_guidance, load_backbone
+from flowbp.config import ConfigError, OptimizerConfig, RunConfig, TuningConfig, dump
 from flowbp.console import progress_bar
 from flowbp.data import PromptStream, load_prompts, sample_seeds
+from flowbp.distributed import Ranks, full
 from flowbp.embeddings import embed_once
+from flowbp.methods import draw_plans
 from flowbp.objective import loss_factors, reward_gradient, sample_weights
+from flowbp.performance import Phases, compile_blocks, now, peak_memory_mb, save_memory
+from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.replay import Recompute
-from flowbp.rewards import Smoothed, load_reward
+from flowbp.rewards import Reward, Smoothed, load_reward
 from flowbp.surrogate import backward, residuals, reward_input
-from flowbp.trajectory import rollout
+from flowbp.trajectory import Trajectory, rollout
 
 __all__ = ["Trainer", "train"]
+
+DROPOUT = 0xD409  # keeps the seeds of dropout apart from those of the noise
 
 
 def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:
@@ -43,7 +48,9 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> P
     """
     checkpoint.check_run(config.output, dump(config), resume, overwrite)
     trainer = Trainer(config)
-    checkpoint.open_run(config.output, dump(config), overwrite)
+    if trainer.ranks.is_main:
+        checkpoint.open_run(config.output, dump(config), overwrite)
+    trainer.accelerator.wait_for_everyone()
     trainer.run()
     return config.output
 
@@ -51,31 +58,35 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> P
 class Trainer:
     """One run: its models, its trainable parameters, and the step that updates them."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, backbone: Backbone | None = None, reward: Reward | None = None):
+        """backbone and reward take the place of those that `config` names."""
         self.config = config
         self.prompts = PromptStream(load_prompts(config.data.prompts), config.seed)
         torch.manual_seed(config.seed)  # LoRA's initial weights
         self.accelerator = Accelerator(log_with="tensorboard", project_dir=config.output)
         device = str(self.accelerator.device)
-        self.backbone = load_backbone(**config.backbone.model_dump(), device=device)
+        self.backbone = backbone or load_backbone(**config.backbone.model_dump(), device=device)
         check_guidance(self.backbone, config.guidance)
         if config.data.embeddings == "cached":
-            embed_once(self.backbone, self.texts(), config.data.cache)
-        self.reward = load_reward(config.reward.name, config.reward.model, device)
+            with self.accelerator.main_process_first():  # the others find its cache
+                embed_once(self.backbone, self.texts(), config.data.cache)
+        self.reward = reward or load_reward(config.reward.name, config.reward.model, device)
         watched = config.evaluation.monitors if config.evaluation else {}
         self.monitors = {name: load_reward(spec.name, spec.model, device) for name, spec in watched.items()}
         size = config.rollout
         self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width)
         config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(0))  # a method that does not fit says so now
 
-        self.parameters = trainable_parameters(self.backbone, config.tuning)
-        self.base = {name: p.detach().clone() for name, p in self.parameters.items()}
+        trainable_parameters(self.backbone, config.tuning)
+        save_memory(self.backbone, config.memory)
+        if config.compile is not None:
+            compile_blocks(self.backbone.denoiser, config.compile)
+        self.ranks = Ranks(self.accelerator, self.backbone, config.memory.shard)
+        self.parameters = trained(self.backbone)  # by now, shards perhaps
         budget = config.memory.budget_gb
         self.recompute = Recompute(config.memory.recompute, None if budget is None else int(budget * 1e9))
-        options = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
-        )
+        self.optimizer = build_optimizer(self.parameters.values(), config.optimizer)
+        self.phases = Phases()
         self.ema = None
         if config.ema is not None:
             from diffusers.training_utils import EMAModel
@@ -85,7 +96,7 @@ class Trainer:
     def texts(self) -> list[str]:
         """Every prompt that the run will draw, in training and in evaluation."""
         config = self.config
-        texts = self.prompts.texts(config.steps * config.data.accumulate * config.data.batch_size)
+        texts = self.prompts.texts(config.steps * config.data.accumulate * config.data.batch_size * self.accelerator.num_processes)
         if config.evaluation is not None:
             texts += [prompt.text for prompt in load_prompts(config.evaluation.prompts)[: config.evaluation.samples]]
         return texts
@@ -95,10 +106,11 @@ class Trainer:
         found = checkpoint.latest_checkpoint(config.output)
         if found is not None:
             done = checkpoint.load_checkpoint(found, self.parameters, self.optimizer, self.ema)
-        metrics_path = config.output / "metrics.jsonl"
+        main = self.ranks.is_main  # which alone writes
+        metrics_path = config.output / "metrics.jsonl" if main else Path(os.devnull)
         keep_first_lines(metrics_path, done)
         self.accelerator.init_trackers("tensorboard")
-        with metrics_path.open("a") as metrics, progress_bar("train", "step", config.steps, done) as bar:
+        with metrics_path.open("a") as metrics, progress_bar("train", "step", config.steps, done, main) as bar:
             for step in range(done, config.steps):
                 row = {"step": step + 1} | self.step(step)
                 metrics.write(json.dumps(row) + "\n")
@@ -106,12 +118,14 @@ class Trainer:
                 self.accelerator.log({key: value for key, value in row.items() if key not in ("step", "nodes")}, step=step + 1)
                 bar.set_postfix_str(f"reward {row['reward']:.4f}, {row['seconds']:.2f} s/step, peak {row['peak_mb']:.0f} MB", refresh=False)
                 bar.update()
-                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                if main and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
                     checkpoint.save_checkpoint(config.output, step + 1, self.parameters, self.optimizer, self.ema)
         self.accelerator.end_training()
-        with self.weights(self.tuned):
-            checkpoint.save_weights(self.backbone, config.output)
-        self.report()
+        if main:
+            with self.weights(self.tuned):
+                checkpoint.save_weights(self.backbone, config.output)
+            self.report()
+        self.accelerator.wait_for_everyone()
 
     def report(self) -> None:
         """Score base and tuned weights on the same prompts and seeds, draw both, and write everything into the run's folder."""
@@ -125,7 +139,7 @@ class Trainer:
             with progress_bar("evaluate", "image", 2 * config.evaluation.samples) as bar:
                 for name, weights in (("before", self.base), ("after", self.tuned)):
                     with self.weights(weights):
-                        arguments = (self.backbone, prompts, config.evaluation, config.rollout, config.guidance)
+                        arguments = (self.backbone, prompts, config.evaluation, config.evaluation_rollout, config.guidance)
                         scores.append(evaluation.evaluate(*arguments, named, progress=bar.update))
                         pages.add_grid(name, evaluation.first_images(*arguments), scores[-1])
                     scores[-1].write_csv(config.output / f"scores_{name}.csv")
@@ -136,36 +150,65 @@ class Trainer:
 
     def step(self, step: int) -> dict:
         """One optimizer step over `data.accumulate` micro-batches; returns what is logged."""
-        began = time.perf_counter()
-        rows = [self.accumulate_gradient(step, micro) for micro in range(self.config.data.accumulate)]
-        row = {key: float(np.mean([r[key] for r in rows])) for key in rows[0] if key != "nodes"} | {"nodes": rows[-1]["nodes"]}
+        began, self.phases.seconds = now(), {}
+        with self.ranks.accumulating():
+            rows = [self.accumulate_gradient(step, micro) for micro in range(self.config.data.accumulate)]
+        row = self.ranks.mean({key: float(np.mean([r[key] for r in rows])) for key in rows[0] if key != "nodes"})
+        row["nodes"] = rows[-1]["nodes"]
+        with self.phases("update"):
+            row |= self.update(step)
+        seconds = {f"{name}_seconds": seconds for name, seconds in self.phases.seconds.items()}
+        return row | {"seconds": now() - began} | seconds | {"peak_mb": peak_memory_mb()}
+
+    def update(self, step: int) -> dict:
+        """Clip the gradient and step the optimizer and the moving average; a broken gradient is skipped."""
         options = self.config.optimizer
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm).item()
+        norm = full(torch.nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm)).item()
         lr = options.lr * min(1.0, (step + 1) / (options.warmup + 1))
-        if np.isfinite(norm):  # never a step from a broken gradient
+        if np.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.step(self.parameters.values())
         self.optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - began
-        return row | {"grad_norm": norm, "skipped": not np.isfinite(norm), "lr": lr, "seconds": seconds, "peak_mb": peak_memory_mb()}
+        return {"grad_norm": norm, "skipped": not np.isfinite(norm), "lr": lr}
 
     def accumulate_gradient(self, step: int, micro: int) -> dict:
         """Add one micro-batch's gradient to the parameters' .grad."""
         config, data, size = self.config, self.config.data, self.config.rollout
         key = (config.seed, step, micro)
-        plan = config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(key))
-        texts = [prompt.text for prompt in self.prompts.batch(step * data.accumulate + micro, data.batch_size)]
-        generators = [torch.Generator().manual_seed(seed) for seed in sample_seeds(*key, count=data.batch_size)]
-        velocity = bind_velocity(self.backbone, texts, config.guidance)
-        noise = self.backbone.noise(size.height, size.width, generators)
-        renoise = [self.backbone.noise(size.height, size.width, generators) for _ in range(plan.num_renoised)]
+        everyone, rows = self.ranks.size * data.batch_size, self.ranks.rows(data.batch_size)
+        plan = draw_plans(config.method, self.sigmas.double().numpy(), np.random.default_rng(key), everyone, config.plans)
+        if isinstance(plan, PlanBatch):
+            plan = plan.rows(rows)
+        texts = [prompt.text for prompt in self.prompts.batch(step * data.accumulate + micro, everyone)[rows]]
+        generators = [torch.Generator().manual_seed(seed) for seed in sample_seeds(*key, count=everyone)[rows]]
+        if config.tuning.dropout:
+            torch.manual_seed(sample_seeds(*key, DROPOUT, count=self.ranks.size)[self.ranks.rank])
+        self.backbone.denoiser.train(config.tuning.dropout > 0)
+        with self.phases("rollout"):
+            velocity = bind_velocity(self.backbone, texts, config.guidance)
+            velocity.network = self.ranks.network
+            noise = self.backbone.noise(size.height, size.width, generators)
+            renoise = [self.backbone.noise(size.height, size.width, generators) for _ in range(plan.num_renoised)]
+            trajectory = rollout(velocity, noise, self.sigmas, plan, renoise, self.recompute)
+        with self.phases("reward"):
+            g, logged = self.reward_cotangent(plan, trajectory, texts, key)
+        with self.phases("sweep"):
+            reduce_with = self.ranks.reduce_with if micro + 1 == data.accumulate else None
+            settings = {"nodes_per_forward": config.memory.nodes_per_forward, "before_last": reduce_with}
+            backward(plan, trajectory, velocity.replay, g / data.accumulate, **settings)
+        self.backbone.denoiser.eval()
+        return logged | {"nodes": [replay.node for replay in plan.sweep if not replay.output]}
 
-        trajectory = rollout(velocity, noise, self.sigmas, plan, renoise, self.recompute)
-        z, copies, logged = reward_input(plan, trajectory), 1 + plan.num_renoised, {}
-        weights, keep = torch.ones(len(noise), device=z.device), torch.ones(len(noise), dtype=torch.bool, device=z.device)
+    def reward_cotangent(
+        self, plan: SurrogatePlan | PlanBatch, trajectory: Trajectory, texts: list[str], key: tuple[int, ...]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """(dloss/d(reward input), what is logged): the VAE and the reward are differentiated with no network graph in memory."""
+        config, copies, logged = self.config, 1 + plan.num_renoised, {}
+        z = reward_input(plan, trajectory)
+        weights, keep = torch.ones(len(texts), device=z.device), torch.ones(len(texts), dtype=torch.bool, device=z.device)
         if plan.similarity is not None:
             d_j, d_0 = residuals(plan, trajectory)
             weights, keep = sample_weights(plan.similarity, d_j, d_0)
@@ -178,18 +221,14 @@ class Trainer:
             watched.append(self.watch(images.detach()[:own], prompts[:own]))
             return self.training_reward(key, part, copies)(images, prompts)
 
-        rewards, loss, g = reward_gradient(config.objective, score, z, loss_factors(weights, keep, copies), config.memory.reward_batch)
+        kept = self.ranks.mean({"kept": keep.sum().item()})["kept"]  # gradients are averaged over processes: so is what divides them
+        factors = loss_factors(weights, keep, copies, kept)
+        rewards, loss, g = reward_gradient(config.objective, score, z, factors, config.memory.reward_batch)
         g = g / config.guidance.divisor
         norms = g.flatten(1).norm(dim=1) * len(g)
-        g = clip_samples(g, config.optimizer.max_sample_grad_norm)
-        backward(plan, trajectory, velocity.replay, g / data.accumulate, nodes_per_forward=config.memory.nodes_per_forward)
         logged |= {name: torch.cat([scores[name] for scores in watched]).mean().item() for name in self.monitors}
-        return logged | {
-            "reward": rewards.mean().item(),
-            "loss": loss.item(),
-            "sample_grad_norm": norms.mean().item(),
-            "nodes": [i for i, _ in plan.active],
-        }
+        logged |= {"reward": rewards.mean().item(), "loss": loss.item(), "sample_grad_norm": norms.mean().item()}
+        return clip_samples(g, config.optimizer.max_sample_grad_norm), logged
 
     @torch.no_grad()
     def watch(self, images: Tensor, texts: list[str]) -> dict[str, Tensor]:
@@ -201,11 +240,19 @@ class Trainer:
         smooth = self.config.reward.smooth
         if smooth is None:
             return self.reward
-        seeds = [seed for copy in range(copies) for seed in sample_seeds(*key, 1 + copy, count=self.config.data.batch_size)]
+        rows, everyone = self.ranks.rows(self.config.data.batch_size), self.ranks.size * self.config.data.batch_size
+        seeds = [seed for copy in range(copies) for seed in sample_seeds(*key, 1 + copy, count=everyone)[rows]]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
         return Smoothed(self.reward, smooth.copies, smooth.shift, smooth.noise, generators)
 
     # -- weights -------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> dict[str, Tensor]:
+        """The weights that a run starts from: a LoRA of zero, or the checkpoint's own, read again."""
+        if self.config.tuning.mode == "full":
+            return checkpoint.base_weights(self.backbone)
+        return {name: torch.zeros_like(p) if "lora_B" in name else p.detach().clone() for name, p in self.parameters.items()}
 
     @property
     def tuned(self) -> dict[str, Tensor]:
@@ -216,8 +263,8 @@ class Trainer:
 
     @contextmanager
     def weights(self, values: dict[str, Tensor]) -> Iterator[None]:
-        """Run the block with the trainable parameters set to `values`."""
-        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        """Run the block with the trainable parameters set to `values`; their own wait on the CPU."""
+        kept = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
         try:
             assign(self.parameters, values)
             yield
@@ -225,22 +272,41 @@ class Trainer:
             assign(self.parameters, kept)
 
 
-def trainable_parameters(backbone, tuning: TuningConfig) -> dict[str, Tensor]:
+def trainable_parameters(backbone: Backbone, tuning: TuningConfig) -> dict[str, Tensor]:
     """Adds a LoRA adapter to the denoiser, or unfreezes it whole; returns the parameters to train by name."""
     denoiser = backbone.denoiser
     if tuning.mode == "lora":
+        from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
 
         denoiser.add_adapter(
             LoraConfig(
                 r=tuning.rank,
                 lora_alpha=tuning.rank if tuning.alpha is None else tuning.alpha,
+                lora_dropout=tuning.dropout,
                 target_modules=tuning.targets or backbone.lora_targets,
             )
         )
+        cast_training_params(denoiser, torch.float32)  # on a bfloat16 network, small updates to bfloat16 weights would be rounded away
     else:
         denoiser.requires_grad_(True)
-    return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    return trained(backbone)
+
+
+def trained(backbone: Backbone) -> dict[str, Tensor]:
+    """The denoiser's parameters that require grad, by name."""
+    return {name: p for name, p in backbone.denoiser.named_parameters() if p.requires_grad}
+
+
+def build_optimizer(parameters: Iterable[Tensor], options: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW, its moments in the parameters' dtype, or in 8 bits. Raises ConfigError where bitsandbytes is missing."""
+    kind = torch.optim.AdamW
+    if options.name == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit as kind
+        except ImportError as error:
+            raise ConfigError(f"optimizer.name=adamw8bit needs bitsandbytes ({error}): pip install bitsandbytes, or use adamw") from error
+    return kind(parameters, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
 
 
 def clip_samples(g: Tensor, largest: float | None) -> Tensor:
@@ -261,11 +327,3 @@ def keep_first_lines(path: Path, count: int) -> None:
     """Drop lines that were logged after the checkpoint a run resumes from."""
     if path.is_file():
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
-
-
-def peak_memory_mb() -> float:
-    """Peak memory so far: the GPU's allocated bytes where there is one, else the process's resident set. MB = 1e6 bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes * (1024 if sys.platform != "darwin" else 1) / 1e6

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowbp.guidance import GuidedVelocity
-from flowbp.plan import SurrogatePlan
+from flowbp.plan import Node, PlanBatch, SurrogatePlan
 from flowbp.replay import Graph, Recompute, record
 from flowbp_kernels import RngState, cfg_euler_step
 from flowbp_kernels.recompute import autocast_state
@@ -30,8 +30,10 @@ class NodeCache:
         """Where to write this node's value; None if the plan does not read it."""
         return self.rows[self._slot[node]] if node in self._slot else None
 
-    def slots(self, nodes: Sequence[int]) -> list[int]:
-        """Rows of `nodes` in `self.rows`."""
+    def slots(self, nodes: Sequence[Node]) -> list:
+        """Rows of `nodes` in `self.rows`, in the same nesting."""
+        if any(isinstance(node, tuple) for node in nodes):
+            return [self.slots(node) if isinstance(node, tuple) else self.slots([node]) * self.rows.shape[1] for node in nodes]
         missing = [node for node in nodes if node not in self._slot]
         if missing:
             raise KeyError(
@@ -39,8 +41,10 @@ class NodeCache:
             )
         return [self._slot[node] for node in nodes]
 
-    def __getitem__(self, node: int) -> Tensor:
-        return self.rows[self.slots([node])[0]]
+    def __getitem__(self, node: Node) -> Tensor:
+        """[B, *S] at `node`, or each sample's row at its own."""
+        (slot,) = self.slots([node])
+        return self.rows[slot] if isinstance(slot, int) else self.rows[slot, range(len(slot))]
 
 
 @dataclass(frozen=True)
@@ -66,25 +70,33 @@ class Trajectory:
     rng: dict[int, RngState] = field(default_factory=dict)
     autocast: tuple[dict, ...] = ()
 
-    def graph(self, nodes: Sequence[int], velocity: Callable[[Tensor, Tensor], Tensor], requires_grad: bool) -> Graph:
+    def level(self, node: Node) -> Tensor:
+        """The noise level of `node`, [] or one a sample [B]."""
+        return self.levels[list(node)] if isinstance(node, tuple) else self.levels[node]
+
+    def graph(self, nodes: Sequence[Node], velocity: Callable[[Tensor, Tensor], Tensor], requires_grad: bool) -> Graph:
         """The forward pass of `nodes`, with its graph: the one kept by the rollout, or a replay; several are replayed as one batch.
 
         velocity: (x [n B, *S], sigma [] or [n B]) -> [n B, *S]. Raises ValueError when a replay cannot draw the rollout's random numbers.
         """
         if len(nodes) == 1 and nodes[0] in self.kept:
             return self.kept.pop(nodes[0])
-        x = torch.cat([self.latents[node] for node in nodes]) if len(nodes) > 1 else self.latents[nodes[0]]
-        sigma = self.levels[list(nodes)].repeat_interleave(len(self.sample)) if len(nodes) > 1 else self.levels[nodes[0]]
+        if len(nodes) == 1:
+            x, sigma = self.latents[nodes[0]], self.level(nodes[0])
+        else:
+            x = torch.cat([self.latents[node] for node in nodes])
+            sigma = torch.cat([self.level(node).expand(len(self.sample)) for node in nodes])
         with self._as_in_the_rollout(nodes):
             return record(velocity, x, sigma, requires_grad)
 
     @contextmanager
-    def _as_in_the_rollout(self, nodes: Sequence[int]) -> Iterator[None]:
+    def _as_in_the_rollout(self, nodes: Sequence[Node]) -> Iterator[None]:
         """Random state and autocast of the rollout at `nodes`; both are left as they were found."""
-        if len(nodes) > 1 and not self.rng.keys().isdisjoint(nodes):
+        visited = {i for node in nodes for i in (node if isinstance(node, tuple) else (node,))}
+        if len(visited) > 1 and not self.rng.keys().isdisjoint(visited):
             raise ValueError(
-                "the network draws random numbers (dropout), which one batched forward pass would draw in another order than the rollout: "
-                "set nodes_per_forward to 1, or put the network in eval()"
+                f"the network draws random numbers (dropout), and one forward pass at nodes {sorted(visited)} cannot repeat what the "
+                "rollout drew at each: use nodes_per_forward=1 and one plan for the batch, or put the network in eval()"
             )
         found = RngState.capture(self.sample.device)
         with ExitStack() as stack:
@@ -103,7 +115,7 @@ def rollout(
     velocity: GuidedVelocity,
     noise: Tensor,
     sigmas: Tensor,
-    plan: SurrogatePlan | None = None,
+    plan: SurrogatePlan | PlanBatch | None = None,
     renoise: Sequence[Tensor] = (),
     recompute: Recompute | None = None,
 ) -> Trajectory:
@@ -111,18 +123,26 @@ def rollout(
 
     Without a plan nothing is cached: plain sampling. With one, the rollout stops where the plan's reward input is known. `renoise` holds
     the standard normal noise [B, *S] of each of the plan's re-noised copies. `recompute` says which active nodes keep their graph; None
-    keeps none.
+    keeps none, as must a batch of plans.
     """
-    total = len(sigmas) - 1
+    total, recompute = len(sigmas) - 1, recompute or Recompute()
     if plan is not None:
         plan.check(total)
+    if isinstance(plan, PlanBatch):
+        if len(plan.plans) != len(noise):
+            raise ValueError(f"there are {len(plan.plans)} plans for a batch of {len(noise)} samples: pass one plan, or one a sample")
+        if recompute.mode != "always":
+            raise ValueError(
+                f"recompute={recompute.mode!r} keeps the graph of a node as the whole batch passes it, but with one plan a sample each "
+                "sample has nodes of its own: use recompute='always', or one plan for the batch"
+            )
     wanted = plan.num_renoised if plan is not None else 0
     if len(renoise) != wanted:
         raise ValueError(f"the plan re-noises {wanted} copies, but renoise holds noise for {len(renoise)}")
     latents = NodeCache("latents", plan.cached_latents if plan else (), noise)
     velocities = NodeCache("velocities", plan.cached_velocities if plan else (), noise)
     levels = torch.cat([sigmas, sigmas[-2].expand(wanted)]).to(noise.device)
-    keeper = _Keeper(velocity, levels, {replay.node: replay.gate > 0 for replay in plan.sweep} if plan else {}, recompute or Recompute())
+    keeper = _Keeper(velocity, levels, plan, recompute)
     scale, last, steps = velocity.guidance.scale, sigmas[-2].item(), torch.diff(sigmas).tolist()
 
     x = noise
@@ -139,9 +159,13 @@ def rollout(
 class _Keeper:
     """Runs the network along a rollout, and keeps what the sweep needs of each active node: its graph or its random state."""
 
-    def __init__(self, velocity: GuidedVelocity, levels: Tensor, active: dict[int, bool], recompute: Recompute):
-        self.velocity, self.levels, self.active, self.recompute = velocity, levels, active, recompute
-        self.remaining = len(active)
+    def __init__(self, velocity: GuidedVelocity, levels: Tensor, plan: SurrogatePlan | PlanBatch | None, recompute: Recompute):
+        self.velocity, self.levels, self.recompute = velocity, levels, recompute
+        self.gated: dict[int, bool] = {}  # active node -> whether its input collects a gradient
+        for replay in plan.sweep if plan else ():
+            for node in replay.node if isinstance(replay.node, tuple) else (replay.node,):
+                self.gated[node] = replay.gated
+        self.remaining = len(self.gated)
         self.kept: dict[int, Graph] = {}
         self.rng: dict[int, RngState] = {}
         recompute.begin(levels.device)
@@ -149,11 +173,11 @@ class _Keeper:
     def branches(self, x: Tensor, node: int) -> tuple[Tensor, Tensor | None]:
         """(v_pos, v_neg) at `node`, or (v, None) where a graph was recorded."""
         sigma = self.levels[node]
-        if node not in self.active:
+        if node not in self.gated:
             return self.velocity.branches(x, sigma)
         before = RngState.capture(x.device)
         own = x.clone()  # later rows of the cache are written in place, which a graph on a view of it would refuse
-        graph, kept = self.recompute.record(self.remaining, lambda: record(self.velocity, own, sigma, self.active[node]), x.device)
+        graph, kept = self.recompute.record(self.remaining, lambda: record(self.velocity, own, sigma, self.gated[node]), x.device)
         branches = self.velocity.branches(x, sigma, replayed=True) if graph is None else (graph.v.detach(), None)
         if kept:
             self.kept[node] = graph

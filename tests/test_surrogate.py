@@ -12,9 +12,9 @@ from toy import ToyField, toy_reward, toy_rollout, toy_sigmas, toy_velocity
 
 from flowbp.active_sets import stratified
 from flowbp.guidance import Guidance, GuidedVelocity
-from flowbp.methods import METHODS, FlowBPSparse, LeapAlign
+from flowbp.methods import METHODS, FlowBPSparse, LeapAlign, draw_plans
 from flowbp.objective import Objective, loss_factors, reward_gradient, sample_weights
-from flowbp.plan import Bridge, PosteriorMean, Similarity, SurrogatePlan
+from flowbp.plan import Bridge, PlanBatch, PosteriorMean, Similarity, SurrogatePlan
 from flowbp.replay import Recompute, spare_bytes
 from flowbp.surrogate import as_graph, backward, residuals, reward_input
 from flowbp.trajectory import rollout, rollout_with_graph
@@ -167,6 +167,103 @@ def test_residuals_vanish_when_every_step_is_a_support():
         assert d.shape == (3,) and d.max() < 1e-14
 
 
+# -- one plan a sample -------------------------------------------------------------------------------------------------------------
+
+
+def batch_gradient(plan, guidance=Guidance(), field=None, only=None, nodes_per_forward=1):
+    """The gradient of the summed weighted reward, of the whole toy batch or of sample `only`; and the residuals."""
+    field, rows = field or ToyField(), slice(None) if only is None else slice(only, only + 1)
+    whole = toy_velocity(field, guidance=guidance)
+    conditioning = ({"text": side["text"][rows]} for side in (whole.positive, whole.negative))
+    velocity = GuidedVelocity(field, *conditioning, guidance)
+    generator = torch.Generator().manual_seed(2)
+    noise, *renoise = (torch.randn(3, 6, generator=generator, dtype=torch.float64)[rows] for _ in range(1 + plan.num_renoised))
+    trajectory = rollout(velocity, noise, toy_sigmas(12), plan, renoise)
+    d = residuals(plan, trajectory) if plan.similarity else ()
+    weights = sample_weights(plan.similarity, *d)[0] if d else torch.ones_like(noise[:, 0])
+    z = reward_input(plan, trajectory).requires_grad_()
+    (g,) = torch.autograd.grad((toy_reward(z) * weights.repeat(1 + plan.num_renoised)).sum(), z)
+    backward(plan, trajectory, velocity.replay, g, nodes_per_forward=nodes_per_forward)
+    return field.gradient(), d
+
+
+@pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_of_plans_sums_the_gradients_of_its_samples(name, guidance):
+    method, rng = METHODS[name](5) if name == "refl" else METHODS[name](), np.random.default_rng(5)
+    plans = [method.plan(toy_sigmas(12).numpy(), rng) for _ in range(3)]
+    alone = [batch_gradient(plan, guidance, only=b) for b, plan in enumerate(plans)]
+    for nodes_per_forward in (1, 2):
+        together, d = batch_gradient(PlanBatch(plans), guidance, nodes_per_forward=nodes_per_forward)
+        torch.testing.assert_close(together, sum(gradient for gradient, _ in alone), rtol=1e-11, atol=1e-13)
+        for which, residual in enumerate(d):
+            torch.testing.assert_close(residual, torch.cat([ds[which] for _, ds in alone]), rtol=1e-12, atol=0)
+    if name != "draft-lv":
+        assert len(set(plans)) > 1
+
+
+def test_a_batch_of_equal_plans_is_a_shared_plan():
+    plan = METHODS["flowbp-bridge"]().plan(toy_sigmas(12).numpy(), np.random.default_rng(5))
+    assert PlanBatch([plan] * 3).sweep == plan.sweep
+    torch.testing.assert_close(batch_gradient(PlanBatch([plan] * 3))[0], batch_gradient(plan)[0], rtol=0, atol=0)
+
+
+def test_samples_with_fewer_active_nodes_sit_out_the_last_replays():
+    sigmas = toy_sigmas(12).numpy()
+    plans = [FlowBPSparse(len(nodes), rescale=0.0).at(sigmas, nodes) for nodes in ([2], [1, 5, 9], [0, 11])]
+    batch = PlanBatch(plans)
+    assert [replay.weight[0] for replay in batch.sweep] == [0.0, 0.0, plans[0].sweep[0].weight]
+    field = ToyField()
+    together, _ = batch_gradient(batch, field=field)
+    torch.testing.assert_close(together, sum(batch_gradient(plan, only=b)[0] for b, plan in enumerate(plans)), rtol=1e-12, atol=1e-14)
+    assert field.rows_with_graph == 3 * 3
+    assert len(batch.rows(slice(0, 1)).sweep) == 3  # a rank's part makes as many replays as the whole
+
+
+def test_plans_that_one_batch_cannot_mix_are_refused_by_name():
+    sigmas = toy_sigmas(12).numpy()
+    sparse, leap, refl = FlowBPSparse(2).at(sigmas, [1, 4]), LeapAlign().at(sigmas, 2, 7), METHODS["refl"](5).at(sigmas, 8)
+    with pytest.raises(ValueError, match="must agree in reward_input"):
+        PlanBatch([sparse, refl, sparse])
+    with pytest.raises(ValueError, match="must agree in similarity"):
+        PlanBatch([sparse, leap, sparse])
+    with pytest.raises(ValueError, match="2 plans for a batch of 3 samples"):
+        toy_rollout(ToyField(), PlanBatch([sparse, sparse]), 12)
+    with pytest.raises(ValueError, match="recompute='never' keeps the graph"):
+        toy_rollout(ToyField(), PlanBatch([sparse] * 3), 12, recompute=Recompute("never"))
+    with pytest.raises(ValueError, match="one plan for the batch"):
+        batch_gradient(PlanBatch([sparse, FlowBPSparse(2).at(sigmas, [2, 4]), sparse]), field=ToyField(dropout=0.3))
+
+
+def test_plans_drawn_for_each_sample_leave_the_expected_gradient_as_it_is():
+    """Enumerated: the gradient of sample b under node i is a table, over which 1000 batches are drawn of each kind."""
+    sigmas, rng = toy_sigmas(6).numpy(), np.random.default_rng(0)
+    method, batch = FlowBPSparse(1, late_bias=1.0, rescale=0.0), 3
+    plans = [method.at(sigmas, [i]) for i in range(6)]
+
+    def sample_gradient(b, plan):
+        field = ToyField()
+        velocity = GuidedVelocity(field, {"text": toy_velocity(field).positive["text"][b : b + 1]}, None, Guidance())
+        noise = torch.randn(3, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)[b : b + 1]
+        trajectory = rollout(velocity, noise, toy_sigmas(6), plan)
+        backward(plan, trajectory, velocity.replay, torch.cos(trajectory.sample))
+        return field.gradient().numpy()
+
+    table = np.array([[sample_gradient(b, plan) for plan in plans] for b in range(batch)])  # [B, node, parameter]
+    expected = (table.mean(axis=0) * (np.arange(1, 7) / 21)[:, None]).sum(axis=0)
+    variance = {}
+    for kind in ("shared", "per_sample", "stratified"):
+        draws = []
+        for _ in range(1000):
+            drawn = draw_plans(method, sigmas, rng, batch, kind)
+            nodes = [plan.active[0][0] for plan in (drawn.plans if kind != "shared" else [drawn] * batch)]
+            draws.append(np.mean([table[b, i] for b, i in enumerate(nodes)], axis=0))
+        error = np.std(draws, axis=0) / 1000**0.5
+        assert (np.abs(np.mean(draws, axis=0) - expected) <= 5 * error).all(), kind
+        variance[kind] = np.var(draws, axis=0).sum()
+    assert variance["stratified"] < variance["per_sample"] < variance["shared"]
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -311,7 +408,7 @@ def test_a_replay_draws_the_dropout_masks_of_the_rollout(guidance, checkpointing
 
 def test_masks_that_cannot_be_drawn_again_are_refused():
     plan = FlowBPSparse(4, rescale=0.0).at(toy_sigmas(12).numpy(), [1, 5, 8, 11])
-    with pytest.raises(ValueError, match="set nodes_per_forward to 1"):
+    with pytest.raises(ValueError, match="use nodes_per_forward=1"):
         sweep_gradient(plan, nodes_per_forward=2, field=ToyField(dropout=0.3))
     field = ToyField(dropout=0.3).eval()
     trajectory = toy_rollout(field, plan, 12)

@@ -16,10 +16,11 @@ rebuilt exactly.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
+from flowbp.active_sets import stratified_draws
 from flowbp.methods.draft_lv import DRaFTLV
 from flowbp.methods.drtune import DRTune
 from flowbp.methods.flowbp_bridge import FlowBPBridge
@@ -27,9 +28,9 @@ from flowbp.methods.flowbp_lagrange import FlowBPLagrange
 from flowbp.methods.flowbp_sparse import FlowBPSparse
 from flowbp.methods.leapalign import LeapAlign
 from flowbp.methods.refl import ReFL
-from flowbp.plan import SurrogatePlan
+from flowbp.plan import PlanBatch, SurrogatePlan
 
-__all__ = ["METHODS", "DRTune", "DRaFTLV", "FlowBPBridge", "FlowBPLagrange", "FlowBPSparse", "LeapAlign", "Method", "ReFL"]
+__all__ = ["METHODS", "DRTune", "DRaFTLV", "FlowBPBridge", "FlowBPLagrange", "FlowBPSparse", "LeapAlign", "Method", "ReFL", "draw_plans"]
 
 
 class Method(Protocol):
@@ -49,3 +50,23 @@ METHODS: dict[str, type] = {
     "flowbp-bridge": FlowBPBridge,
     "flowbp-lagrange": FlowBPLagrange,
 }
+
+
+def draw_plans(
+    method: Method, sigmas: np.ndarray, rng: np.random.Generator, batch: int, plans: Literal["shared", "per_sample", "stratified"]
+) -> SurrogatePlan | PlanBatch:
+    """The plan of a batch: one for all samples, one drawn for each, or one for each that together cover the trajectory.
+
+    The expected gradient is that of a shared plan in all three; its variance is not. Stratified plans are spread by the mean position of
+    their active nodes, weighted by their share of the gradient.
+    """
+    if plans == "shared":
+        return method.plan(sigmas, rng)
+    if plans == "per_sample":
+        return PlanBatch(tuple(method.plan(sigmas, rng) for _ in range(batch)))
+
+    def position(plan: SurrogatePlan) -> float:
+        nodes, weights = np.array(plan.active).T
+        return float(np.average(nodes, weights=np.abs(weights)))
+
+    return PlanBatch(tuple(stratified_draws(lambda rng: method.plan(sigmas, rng), batch, position, rng)))

@@ -1,0 +1,89 @@
+"""Memory against speed: diffusers' own switches on a backbone, and what a step takes.
+
+Group offload is not among them: it takes a block's weights away after each forward pass, and a backward pass reads them.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+
+from flowbp.backbones import Backbone
+from flowbp.config import MemoryConfig, unknown
+
+__all__ = ["Phases", "compile_blocks", "peak_memory_mb", "save_memory"]
+
+
+def save_memory(backbone: Backbone, config: MemoryConfig) -> None:
+    """Throw the switches of `config` on the transformer and the VAE."""
+    denoiser, vae = backbone.denoiser, backbone.pipe.vae
+    if config.checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    if config.vae_checkpointing:
+        vae.enable_gradient_checkpointing()
+    if config.vae_slicing:
+        vae.enable_slicing()
+    if config.vae_tiling:
+        vae.enable_tiling()
+
+
+def compile_blocks(denoiser: ModelMixin, backend: str) -> None:
+    """Compile each kind of block once (regional compilation). Adapters must be in place. Raises ConfigError for an unknown backend."""
+    known = torch.compiler.list_backends(exclude_tags=None)
+    if backend not in known:
+        raise unknown("compile backend", backend, known)
+    if not denoiser._repeated_blocks:  # diffusers names them for every class but SD3
+        denoiser._repeated_blocks = ["JointTransformerBlock"]
+    denoiser.compile_repeated_blocks(backend=backend)
+
+
+class Phases:
+    """Seconds, and with `memory` peak megabytes, of the named parts of a step: `with phases("rollout"): ...`; repeated parts add up.
+
+    memory: resets the peak that the GPU's allocator (or, on Linux, the process) reports, so nobody else can read that peak meanwhile.
+    """
+
+    def __init__(self, memory: bool = False):
+        self.memory, self.seconds, self.peak_mb = memory, {}, {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if self.memory:
+            reset_peak_memory()
+        began = now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + now() - began
+        if self.memory:
+            self.peak_mb[name] = max(self.peak_mb.get(name, 0.0), peak_memory_mb())
+
+
+def now() -> float:
+    """Seconds on a clock that waits for the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory_mb() -> float:
+    """Peak memory so far: the GPU's allocated bytes where there is one, else the process's resident set. MB = 1e6 bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1) / 1e6
+
+
+def reset_peak_memory() -> None:
+    """Let the peak start again from what is in use."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,82 @@
+"""One process of tests/distributed/test_ranks.py: trains tiny networks in float64 as one of several ranks."""
+
+import copy
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging
+
+from flowbp.backbones import BACKBONES
+from flowbp.backbones.tiny import tiny_pipeline
+from flowbp.config import load
+from flowbp.distributed import full
+from flowbp.trainer import Trainer
+
+GLOBAL_BATCH = 4
+SD3, FLUX2 = "StableDiffusion3Pipeline", "Flux2KleinPipeline"
+LORA = ("tuning.mode=lora", "memory.checkpointing=true")
+CASES = {  # name: (pipeline, overrides)
+    "sparse, accumulated": (SD3, ("method={name: flowbp-sparse, num_active: 3}", "data.accumulate=2")),
+    "bridge, guided": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "guidance.scale=3.0")),
+    "filtered": (SD3, ("method={name: flowbp-lagrange, alpha: 0.3, max_dj: 0.545}",)),
+    "copies, hinge": (SD3, ("method.name=draft-lv", "objective.hinge=-0.1")),
+    "stratified, in pairs": (FLUX2, ("method={name: flowbp-sparse, num_active: 3}", "plans=stratified", "memory.nodes_per_forward=2")),
+    "kept graphs": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory.recompute=never", "data.accumulate=2")),
+    "auto": (SD3, ("method={name: flowbp-sparse, num_active: 3}", "memory={recompute: auto, budget_gb: 0.002, checkpointing: true}")),
+    "lora": (FLUX2, (*LORA, "method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "data.accumulate=2")),
+    "sharded bridge": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory.shard=true", "data.accumulate=2")),
+    "sharded, kept graphs": (FLUX2, ("method.name=flowbp-lagrange", "memory={shard: true, recompute: never}")),
+    "sharded, checkpointing": (SD3, ("method.name=flowbp-lagrange", "memory={shard: true, checkpointing: true}")),
+}
+
+
+@cache
+def pipeline(name):
+    torch.manual_seed(0)
+    return tiny_pipeline(name).to(torch.float64)
+
+
+def reward(images, prompts):
+    targets = torch.tensor([len(prompt) % 7 / 7 for prompt in prompts], dtype=images.dtype)
+    return -(images - targets.view(-1, 1, 1, 1)).square().mean(dim=(1, 2, 3))
+
+
+def train_step(case, folder, world):
+    """(row of the log, the gradient before the update) of one step, as it is on every rank."""
+    name, overrides = CASES[case]
+    size = ("rollout.num_steps=6", "rollout.height=32", "rollout.width=32", f"data.batch_size={GLOBAL_BATCH // world}")
+    prompts = Path(folder, "prompts.txt")  # five, which no batch divides
+    prompts.write_text("\n".join(["a red circle", "two blue stars", "a cat", "green", "a very long prompt"]))
+    base = ("ema=null", "evaluation=null", "guidance.scale=1.0", "objective.hinge=null", "reward.smooth=null", "data.embeddings=live", "tuning.mode=full")
+    config = load("demo", [f"output={folder}", f"data.prompts={prompts}", "optimizer.max_grad_norm=1e-3", *size, *base, *overrides])
+    pipe = copy.copy(pipeline(name))
+    pipe.transformer = copy.deepcopy(pipe.transformer)
+    trainer = Trainer(config, backbone=BACKBONES[name](pipe, "pipeline", 16), reward=reward)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for key, p in trainer.parameters.items():  # LoRA starts where half of its gradient is zero
+            if "lora_B" in key:
+                p.copy_(torch.randn(p.shape, dtype=p.dtype) / 10)
+    gradients = {}
+    trainer.optimizer.register_step_pre_hook(lambda *_: gradients.update({key: p.grad for key, p in trainer.parameters.items()}))
+    row = trainer.step(0)
+    zeros = {key: torch.zeros(p.shape, dtype=torch.float64) for key, p in trainer.parameters.items()}
+    gradient = torch.cat([(zeros[key] if g is None else full(g).double()).flatten() for key, g in gradients.items()])
+    return row, gradient
+
+
+def run(rank, world, port, folder):
+    """Every case, as rank `rank` of `world`; writes what it got."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(ACCELERATE_USE_CPU="true")
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    results = {}
+    for case in CASES:
+        if CASES[case][0] == FLUX2 and world > 2:
+            continue
+        results[case] = train_step(case, folder, world)
+    torch.save(results, Path(folder, f"{world}-{rank}.pt"))
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,59 @@
+"""N processes with batch b take the gradient of one process with batch N b, under DDP and FSDP2, however graphs come about."""
+
+import multiprocessing
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import ranks_worker  # noqa: E402
+
+
+def launch(world, folder):
+    """The results of every rank. The processes fork from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ranks_worker"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=ranks_worker.run, args=(rank, world, port, str(folder))) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in processes] == [0] * world
+    return [torch.load(folder / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return {case: ranks_worker.train_step(case, folder, 1) for case in ranks_worker.CASES}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_take_the_step_of_one(world, alone, folder):
+    ranks = launch(world, folder)
+    for case in ranks[0]:
+        (row, gradient), (expected_row, expected) = ranks[0][case], alone[case]
+        assert gradient.norm() > 0, case
+        tolerance = 1e-9 if case != "lora" else 1e-5  # its weights are float32
+        assert (gradient - expected).norm() <= tolerance * expected.norm(), (case, (gradient - expected).norm() / expected.norm())
+        for key in ("loss", "reward", "grad_norm", "sample_grad_norm"):
+            assert row[key] == pytest.approx(expected_row[key], rel=tolerance), (case, key)
+        for other_row, other in (rank[case] for rank in ranks[1:]):
+            assert torch.equal(other, gradient) and other_row["loss"] == row["loss"]
+
+
+def test_the_filter_drops_some_samples_and_not_all(alone):
+    assert 0 < alone["filtered"][0]["kept"] < 1
