@@ -2,6 +2,7 @@
 #
 #   make install PYTHON=python3.12                   another interpreter (3.10 to 3.13), for a new .venv
 #   make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"      another build of torch
+#   make wheel-check TORCH_OTHER="torch==2.12.1"      does a wheel built against this torch run under another one (>= 2.10)?
 #   FLOWBP_BUILD=0 make install                      no C++ compiler: the ops run on plain PyTorch
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint wheel-check clean
 
 install: $(INSTALLED)
 
@@ -39,6 +40,19 @@ test: install
 
 lint: install
 	$(BIN)/ruff check .
+
+# A wheel built here, and no other file of this checkout but the tests, in an environment of its own with TORCH_OTHER.
+WHEEL := build/wheel-check
+WHEEL_BIN := $(WHEEL)/venv/bin
+wheel-check: TORCH_OTHER ?= $(TORCH)
+wheel-check: install
+	rm -rf $(WHEEL)
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir $(WHEEL) .
+	$(BIN)/python -m venv $(WHEEL)/venv
+	$(WHEEL_BIN)/python -m pip install --quiet $(TORCH_OTHER)
+	$(WHEEL_BIN)/python -m pip install --quiet numpy pytest hypothesis setuptools $(WHEEL)/*.whl
+	cd $(WHEEL) && venv/bin/python -m flowbp_kernels
+	$(WHEEL_BIN)/pytest -q tests/kernels/test_compiled_ops.py tests/kernels/test_quadrature_update.py
 
 clean:
 	rm -rf build dist *.egg-info flowbp_kernels/_C.* $(INSTALLED)

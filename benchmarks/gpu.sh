@@ -1,37 +1,64 @@
 #!/usr/bin/env bash
-# All that needs a GPU machine: build, tests, compute-sanitizer, benchmarks.   PYTHON=python3.12 benchmarks/gpu.sh [bench options]
-# Runs every part even where one fails, names those that did, and leaves results in benchmarks/results/.
+# What needs a GPU machine, in stages of under ten minutes each:   PYTHON=python3.12 benchmarks/gpu.sh [STAGE...]
+#
+#   build      the compiled ops with CUDA, in place; needs the CUDA toolkit (CUDA_HOME, /usr/local/cuda or the nvcc on PATH), no network
+#   test       CUDA == CPU bit for bit, Triton against the reference, graph capture, the golden cases
+#   forward    every op beside eager PyTorch and torch.compile                          -> NAME.json
+#   backward   the same for backward and both together                                  -> NAME-backward.json
+#   share      the share of a training step that the ops take                           -> NAME-step-share.json
+#   sanitize   compute-sanitizer, memcheck and racecheck, over the tests
+#
+# Without arguments all of them, in this order. A stage that fails or runs out of time is named at the end, and the others still run; the
+# benchmarks write their file after every case. Results go to $OUT, else to benchmarks/results. FLOWBP_COMMIT names the commit where a copy
+# of the checkout has left .git behind.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
-RESULTS=benchmarks/results
-failed=()
+RESULTS=${OUT:-benchmarks/results}
+LIMIT=${LIMIT:-540} # seconds a command
+export PYTHONUNBUFFERED=1
 
-part() {  # part NAME COMMAND...
-  echo "== $1"
-  "${@:2}" || failed+=("$1")
+run() { timeout --kill-after=10 "$LIMIT" "$@"; }
+
+bench() { # bench FILE OPTIONS...
+  run "$PYTHON" benchmarks/run.py --device cuda --batch 8 --steps 25 --json "$RESULTS/$NAME$1.json" "${@:2}"
 }
 
-sanitize() {  # sanitize TOOL: every op, forward and backward, on tiny shapes
-  local tool
-  tool=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
-  [[ -x $tool ]] || { echo "compute-sanitizer not found; it comes with the CUDA toolkit"; return 1; }
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$1" --error-exitcode 1 \
-    "$PYTHON" benchmarks/run.py --device cuda --latent tiny --batch 3 --steps 5 --provider cuda triton --seconds 0
+sanitize() { # sanitize TOOL
+  local sanitizer
+  sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+  [[ -x $sanitizer ]] || { echo "compute-sanitizer not found; it comes with the CUDA toolkit"; return 1; }
+  LIMIT=$((LIMIT / 2)) PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$sanitizer" --tool "$1" --error-exitcode 1 \
+    "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/kernels/test_gpu.py -k "(bits or agrees) and not 90" # not the video
+}
+
+stage() {
+  case $1 in
+    build) FLOWBP_CUDA=1 run "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m flowbp_kernels ;;
+    test) run "$PYTHON" -m pytest -q -m gpu tests/kernels/test_gpu.py tests/kernels/test_triton.py tests/test_golden.py ;;
+    forward) bench "" --mode forward --latent sd3.5-1024 flux-1024 video-720p ;;
+    backward) bench -backward --mode backward full --latent sd3.5-1024 ;;
+    share) run "$PYTHON" benchmarks/step_share.py --device cuda --json "$RESULTS/$NAME-step-share.json" ;;
+    sanitize)
+      local good=0
+      sanitize memcheck || good=1
+      sanitize racecheck || good=1
+      return $good
+      ;;
+    *) echo "no stage $1; there are build, test, forward, backward, share, sanitize"; return 1 ;;
+  esac
 }
 
 "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA device"' || exit 1
-name=$("$PYTHON" -c 'import torch; print("".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name()).lower())')
+NAME=$("$PYTHON" -c 'import torch; print("".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name()).lower())')
 mkdir -p "$RESULTS"
 
-part build env FLOWBP_CUDA=1 "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
-part backends "$PYTHON" -m flowbp_kernels
-part tests "$PYTHON" -m pytest -q -m gpu
-part memcheck sanitize memcheck
-part racecheck sanitize racecheck
-part benchmarks "$PYTHON" benchmarks/run.py --device cuda --json "$RESULTS/$name.json" "$@"
-part step_share "$PYTHON" benchmarks/step_share.py --device cuda --json "$RESULTS/$name-step-share.json"
-
+failed=()
+(($#)) || set -- build test forward backward share sanitize
+for name in "$@"; do
+  echo "== $name ($(date +%T))"
+  stage "$name" || failed+=("$name")
+done
 if ((${#failed[@]})); then
   echo "failed: ${failed[*]}"
   exit 1

@@ -29,6 +29,7 @@ using namespace flowbp;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kCacheBytes = 1 << 22;        // a write of more than this goes past the caches
 constexpr int64_t kElementsPerTask = 1 << 15;  // what one thread reads before a second one is worth waking
 
 // -- arguments ---------------------------------------------------------------------------------------------------------
@@ -86,19 +87,27 @@ int64_t rows_in(const Tensor& velocities, const Tensor& x) {
   return velocities.size(0);
 }
 
-// Checks nodes [K, 1 or B] int64 (null where node k is k) and weights [num_sums, K, 1 or B] float32, both on the CPU.
-Tables tables(const Tensor* nodes, const Tensor& weights, int64_t num_sums, int64_t batch) {
-  STD_TORCH_CHECK(weights.is_cpu() && weights.is_contiguous() && weights.scalar_type() == ScalarType::Float,
-                  "weights must be a contiguous float32 CPU tensor");
-  STD_TORCH_CHECK(weights.dim() == 3 && weights.size(0) == num_sums && (weights.size(2) == 1 || weights.size(2) == batch),
-                  "weights must be [", num_sums, ", K, 1 or B]");
-  const int64_t num_nodes = weights.size(1);
-  if (!nodes) return {num_nodes, nullptr, 1, weights.const_data_ptr<float>(), weights.size(2)};
-  STD_TORCH_CHECK(nodes->is_cpu() && nodes->is_contiguous() && nodes->scalar_type() == ScalarType::Long,
-                  "nodes must be a contiguous int64 CPU tensor");
-  STD_TORCH_CHECK(nodes->dim() == 2 && nodes->size(0) == num_nodes && (nodes->size(1) == 1 || nodes->size(1) == batch),
-                  "nodes must be [", num_nodes, ", 1 or B]");
-  return {num_nodes, nodes->const_data_ptr<int64_t>(), nodes->size(1), weights.const_data_ptr<float>(), weights.size(2)};
+// A contiguous CPU tensor [K, 1 or B].
+template <class T>
+Table<T> table(const Tensor& t, const char* name, ScalarType type, int64_t num_nodes, int64_t batch) {
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type, name, " must be a contiguous CPU tensor of ",
+                  toString(type));
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == num_nodes && (t.size(1) == 1 || t.size(1) == batch), name, " must be [",
+                  num_nodes, ", 1 or ", batch, "]");
+  return {static_cast<const T*>(t.const_data_ptr()), t.size(1)};
+}
+
+int64_t rows_in_table(const Tensor& weights) {
+  STD_TORCH_CHECK(weights.dim() == 2, "weights must be [K, 1 or B]");
+  return weights.size(0);
+}
+
+Table<int64_t> nodes_of(const Tensor& nodes, int64_t num_nodes, int64_t batch) {
+  return table<int64_t>(nodes, "nodes", ScalarType::Long, num_nodes, batch);
+}
+
+Table<double> weights_of(const Tensor& weights, int64_t num_nodes, int64_t batch) {
+  return table<double>(weights, "weights", ScalarType::Double, num_nodes, batch);
 }
 
 // -- where it runs -----------------------------------------------------------------------------------------------------
@@ -149,8 +158,6 @@ void on_cuda(const Op& op, const char* (*launch)(const Op&, void*), const Tensor
   STD_TORCH_CHECK(error == nullptr, "CUDA: ", error);
 }
 
-int64_t tiles(const Samples& s, int64_t tile) { return s.samples * ((s.size + tile - 1) / tile); }
-
 // -- ops ---------------------------------------------------------------------------------------------------------------
 
 template <bool kCuda>
@@ -163,25 +170,25 @@ void quadrature_update(const Tensor& x, const Tensor& velocities, const Tensor& 
   op.out = output(out, "out", x, total);
   check_same(op.out.dtype, op.x.dtype, "out", "x");
   if (scales) op.scales = float32<const float>(*scales, "scales", x, rows * batch);
-  const int64_t size = batch ? total / batch : 0;
-  for_each_launch<1>(tables(&nodes, weights, 1, batch), batch, size, rows, [&](Samples s, const Rule<1>& rule) {
+  const int64_t size = batch ? total / batch : 0, terms = rows_in_table(weights);
+  const Tables<1> tables = {terms, nodes_of(nodes, terms, batch), {weights_of(weights, terms, batch)}};
+  for_each_launch(tables, batch, size, rows, [&](Samples s, const Rule<1>& rule) {
     op.s = s;
     op.rule = rule;
     if constexpr (kCuda) {
       on_cuda(op, quadrature_update_cuda, x);
     } else {
-      const CpuKernels& cpu = *instruction_set().kernels;
-      on_cpu(op, cpu.quadrature_update, tiles(s, cpu.tile), cpu.tile * (weights.size(1) + 1));
+      on_cpu(op, instruction_set().kernels->quadrature_update, s.samples * tiles(size), kTile * (terms + 1));
     }
   });
 }
 
 template <bool kCuda>
 void leap_residuals(const Tensor& x_k, const Tensor& x_j, const Tensor& x_end, const Tensor& velocities,
-                    const Tensor& nodes, const Tensor& weights, const std::optional<Tensor>& scales,
+                    const Tensor& nodes, const Tensor& first, const Tensor& second, const std::optional<Tensor>& scales,
                     const std::optional<Tensor>& predictions, const Tensor& partials, const Tensor& residuals) {
   const int64_t batch = samples_in(x_k), rows = rows_in(velocities, x_k), total = x_k.numel();
-  const int64_t size = batch ? total / batch : 0;
+  const int64_t size = batch ? total / batch : 0, terms = rows_in_table(first);
   LeapResiduals op{};
   op.x_k = input(x_k, "x_k", x_k, total);
   op.x_j = input(x_j, "x_j", x_k, total);
@@ -193,13 +200,15 @@ void leap_residuals(const Tensor& x_k, const Tensor& x_j, const Tensor& x_end, c
   if (predictions) op.predictions = output(*predictions, "predictions", x_k, 2 * total);
   op.partials = float32<float>(partials, "partials", x_k, 2 * batch * chunks(size));
   op.residuals = float32<float>(residuals, "residuals", x_k, 2 * batch);
-  for_each_launch<2>(tables(&nodes, weights, 2, batch), batch, size, rows, [&](Samples s, const Rule<2>& rule) {
+  const Tables<2> tables = {
+      terms, nodes_of(nodes, terms, batch), {weights_of(first, terms, batch), weights_of(second, terms, batch)}};
+  for_each_launch(tables, batch, size, rows, [&](Samples s, const Rule<2>& rule) {
     op.s = s;
     op.rule = rule;
     if constexpr (kCuda) {
       on_cuda(op, leap_residuals_cuda, x_k);
     } else {
-      on_cpu(op, instruction_set().kernels->leap_residuals, s.samples * chunks(size), kChunk * (weights.size(1) + 3));
+      on_cpu(op, instruction_set().kernels->leap_residuals, s.samples * chunks(size), kChunk * (terms + 3));
       sum_chunks(op);
     }
   });
@@ -226,28 +235,27 @@ void cfg_euler_step(const Tensor& x, const Tensor& v_cond, const std::optional<T
   if constexpr (kCuda) {
     on_cuda(op, cfg_euler_step_cuda, x);
   } else {
-    const CpuKernels& cpu = *instruction_set().kernels;
-    on_cpu(op, cpu.cfg_euler_step, (total + cpu.tile - 1) / cpu.tile, cpu.tile * 3);
+    on_cpu(op, instruction_set().kernels->cfg_euler_step, tiles(total), kTile * 3);
   }
 }
 
 template <bool kCuda>
-void bridge_cotangents(const Tensor& g, const Tensor& g_x, const Tensor& weights, const Tensor& out) {
-  const int64_t batch = samples_in(g), total = g.numel();
-  STD_TORCH_CHECK(weights.dim() == 3, "weights must be [2, K, 1 or B]");
+void bridge_cotangents(const Tensor& g, const Tensor& g_x, const Tensor& weights, const Tensor& alphas, const Tensor& out) {
+  const int64_t batch = samples_in(g), total = g.numel(), num_nodes = rows_in_table(weights);
   BridgeCotangents op{};
   op.g = input(g, "g", g, total);
   op.g_x = input(g_x, "g_x", g, total);
-  op.out = output(out, "out", g, weights.size(1) * total);
-  const int64_t size = batch ? total / batch : 0, num_nodes = weights.size(1);
-  for_each_launch<2>(tables(nullptr, weights, 2, batch), batch, size, num_nodes, [&](Samples s, const Rule<2>& rule) {
+  op.out = output(out, "out", g, num_nodes * total);
+  op.past_cache = num_nodes * total * (op.out.dtype == Dtype::kFloat32 ? 4 : 2) > kCacheBytes;
+  const int64_t size = batch ? total / batch : 0;
+  const Tables<2> tables = {num_nodes, {nullptr, 1}, {weights_of(weights, num_nodes, batch), weights_of(alphas, num_nodes, batch)}};
+  for_each_launch(tables, batch, size, num_nodes, [&](Samples s, const Rule<2>& rule) {
     op.s = s;
     op.rule = rule;
     if constexpr (kCuda) {
       on_cuda(op, bridge_cotangents_cuda, g);
     } else {
-      const CpuKernels& cpu = *instruction_set().kernels;
-      on_cpu(op, cpu.bridge_cotangents, tiles(s, cpu.tile), cpu.tile * (num_nodes + 2));
+      on_cpu(op, instruction_set().kernels->bridge_cotangents, s.samples * chunks(size), kChunk * (num_nodes + 2));
     }
   });
 }
@@ -267,11 +275,11 @@ std::string cuda_archs() { return FLOWBP_CUDA_ARCHS; }  // empty: built without 
 STABLE_TORCH_LIBRARY(flowbp_compiled, m) {
   m.def("quadrature_update(Tensor x, Tensor velocities, Tensor nodes, Tensor weights, Tensor? scales, Tensor(a!) out)"
         " -> ()");
-  m.def("leap_residuals(Tensor x_k, Tensor x_j, Tensor x_end, Tensor velocities, Tensor nodes, Tensor weights,"
-        " Tensor? scales, Tensor(a!)? predictions, Tensor(b!) partials, Tensor(c!) residuals) -> ()");
+  m.def("leap_residuals(Tensor x_k, Tensor x_j, Tensor x_end, Tensor velocities, Tensor nodes, Tensor first,"
+        " Tensor second, Tensor? scales, Tensor(a!)? predictions, Tensor(b!) partials, Tensor(c!) residuals) -> ()");
   m.def("cfg_euler_step(Tensor x, Tensor v_cond, Tensor? v_uncond, float guidance, float h, Tensor(a!)? velocity,"
         " Tensor(b!) out) -> ()");
-  m.def("bridge_cotangents(Tensor g, Tensor g_x, Tensor weights, Tensor(a!) out) -> ()");
+  m.def("bridge_cotangents(Tensor g, Tensor g_x, Tensor weights, Tensor alphas, Tensor(a!) out) -> ()");
   m.def("isa() -> str");
   m.def("isas() -> str");
   m.def("cuda_archs() -> str");

@@ -80,6 +80,7 @@ struct BridgeCotangents {
   Samples s;
   Input g, g_x;
   Output out;  // [K, B, size]
+  bool past_cache;  // on the CPU: too much is written for it to be in the cache when it is read
   Rule<2> rule;
 };
 
@@ -105,9 +106,12 @@ void with_cache_type(Dtype dtype, F f) {
   with_type(dtype, f);
 }
 
-// The CPU kernels of one instruction set. A task is a tile of one sample (of a chunk, for leap_residuals).
+// What the CPU works on at a time: small enough for the nearest cache, long enough for the prefetcher to follow each row.
+constexpr int64_t kTile = 256;
+FLOWBP_HD int64_t tiles(int64_t size) { return (size + kTile - 1) / kTile; }
+
+// The CPU kernels of one instruction set. A task is a tile of one sample; a chunk, for leap_residuals and bridge_cotangents.
 struct CpuKernels {
-  int64_t tile;
   void (*quadrature_update)(const QuadratureUpdate&, int64_t first_task, int64_t last_task);
   void (*leap_residuals)(const LeapResiduals&, int64_t first_task, int64_t last_task);
   void (*cfg_euler_step)(const CfgEulerStep&, int64_t first_task, int64_t last_task);

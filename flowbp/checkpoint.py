@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from flowbp.backbones import Backbone
 __all__ = [
     "base_weights",
     "check_run",
+    "export_comfyui",
     "latest_checkpoint",
     "load_checkpoint",
     "load_weights",
@@ -100,23 +103,37 @@ def save_weights(backbone: Backbone, output: Path) -> Path:
     """Write the tuned weights: LoRA as `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(output)`; full weights as the folder
     `transformer/`, for `from_pretrained`. Returns the path."""
     denoiser = backbone.denoiser
-    if getattr(denoiser, "peft_config", None):
-        from peft import get_peft_model_state_dict
+    if not getattr(denoiser, "peft_config", None):
+        with written_whole(output / "transformer") as scratch:
+            denoiser.save_pretrained(scratch)
+        return output / "transformer"
+    from peft import get_peft_model_state_dict
 
-        with written_whole(output / "lora") as scratch:
-            type(backbone.pipe).save_lora_weights(
-                scratch,
-                transformer_lora_layers=get_peft_model_state_dict(denoiser),
-                transformer_lora_adapter_metadata=denoiser.peft_config[
-                    "default"
-                ].to_dict(),  # without it load_lora_weights assumes alpha = rank
-            )
-            os.replace(scratch / LORA, output / LORA)
-        shutil.rmtree(output / "lora")
-        return output / LORA
-    with written_whole(output / "transformer") as scratch:
-        denoiser.save_pretrained(scratch)
-    return output / "transformer"
+    adapter = denoiser.peft_config["default"].to_dict()  # says alpha: a file without it is read as alpha = rank
+    adapter["target_modules"] = sorted(adapter["target_modules"])
+    with tempfile.TemporaryDirectory(dir=output) as scratch:
+        type(backbone.pipe).save_lora_weights(
+            scratch, transformer_lora_layers=get_peft_model_state_dict(denoiser), transformer_lora_adapter_metadata=adapter
+        )
+        os.replace(Path(scratch, LORA), output / LORA)
+    return output / LORA
+
+
+def export_comfyui(source: Path, target: Path) -> None:
+    """Write the LoRA of a run's folder `source` as one file `target` for ComfyUI, which diffusers reads as well.
+
+    ComfyUI knows the layers of all four classes by diffusers' names, but takes alpha = rank where a file has no alpha keys, which diffusers
+    does not accept; so alpha / rank is multiplied into lora_B. Raises FileNotFoundError when the run holds no LoRA.
+    """
+    if not (source / LORA).is_file():
+        raise FileNotFoundError(f"{source} holds no {LORA}: only a run with tuning.mode=lora can be exported for ComfyUI")
+    with safe_open(source / LORA, "pt") as file:
+        adapter = json.loads(file.metadata()["lora_adapter_metadata"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    scale = adapter["transformer.lora_alpha"] / adapter["transformer.r"]
+    scratch = target.with_name(f".{target.name}.partial")
+    save_file({name: value * scale if ".lora_B." in name else value for name, value in tensors.items()}, scratch, {"format": "pt"})
+    os.replace(scratch, target)
 
 
 def base_weights(backbone: Backbone) -> dict[str, Tensor]:
@@ -134,13 +151,28 @@ def load_weights(backbone: Backbone, source: Path) -> None:
     Raises FileNotFoundError when there are no weights, ValueError when not every saved layer found its place.
     """
     if (source / LORA).is_file():
+        saved = lora_shapes(load_file(source / LORA))
+        weights = {name: module.weight.shape for name, module in backbone.denoiser.named_modules() if isinstance(module, nn.Linear)}
+        strange = [name for name, shape in saved.items() if weights.get(name) != shape]
+        if strange:
+            network = type(backbone.denoiser).__name__
+            raise ValueError(
+                f"{source / LORA} belongs to another model: {len(strange)} of its {len(saved)} layers, such as {strange[0]}, "
+                f"do not fit this {network}; load it into the backbone that its config.yaml names"
+            )
         backbone.pipe.load_lora_weights(source, weight_name=LORA)
-        saved = sum(name.endswith("lora_A.weight") for name in load_file(source / LORA))
         loaded = sum(name.endswith("lora_A") for name, module in backbone.denoiser.named_modules() if isinstance(module, nn.ModuleDict))
-        if loaded != saved:
-            raise ValueError(f"{source / LORA} holds {saved} LoRA layers but {loaded} were loaded: it belongs to another model class")
+        if loaded != len(saved):
+            raise ValueError(f"{source / LORA} holds {len(saved)} LoRA layers but {loaded} were loaded")
     elif (source / "transformer").is_dir():
         weights = type(backbone.denoiser).from_pretrained(source / "transformer").state_dict()
         backbone.denoiser.load_state_dict(weights)
     else:
         raise FileNotFoundError(f"{source} holds neither {LORA} nor transformer/: pass the folder of a finished run")
+
+
+def lora_shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """Shape [out, in] of the weight that each layer of a LoRA file adds to, by module name."""
+    down, up = ".lora_A.weight", ".lora_B.weight"
+    layers = [name.removesuffix(down) for name in tensors if name.endswith(down)]
+    return {name.removeprefix("transformer."): torch.Size((len(tensors[name + up]), tensors[name + down].shape[1])) for name in layers}

@@ -1,4 +1,4 @@
-"""The command line: train, sample, eval, plan, rewards, doctor, bench."""
+"""The command line: train, sample, export, eval, plan, rewards, doctor, bench."""
 
 from __future__ import annotations
 
@@ -75,6 +75,18 @@ def sample(
     console.print(f"wrote {out}")
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="folder of a finished LoRA run")],
+    out: Annotated[Path, typer.Argument(help="file to write, such as my-lora.safetensors")],
+) -> None:
+    """Write a run's LoRA as one file for ComfyUI, with alpha / rank in the weights. (A run's own file is for diffusers.)"""
+    from flowbp import checkpoint
+
+    checkpoint.export_comfyui(run, out)
+    console.print(f"wrote {out}", soft_wrap=True)
+
+
 @app.command("eval")
 def evaluate(
     config: Annotated[str, typer.Argument(help="the config.yaml of a run, or a preset")],
@@ -100,7 +112,7 @@ def evaluate(
     monitors = {name: load_reward(spec.name, spec.model) for name, spec in run.evaluation.monitors.items()}
     named = evaluation.scorers(load_reward(run.reward.name, run.reward.model), monitors, run.evaluation.checker)
     with progress_bar("evaluate", "image", run.evaluation.samples) as bar:
-        scores = evaluation.evaluate(backbone, prompts, run.evaluation, run.rollout, run.guidance, named, bar.update)
+        scores = evaluation.evaluate(backbone, prompts, run.evaluation, run.evaluation_rollout, run.guidance, named, bar.update)
     if csv is not None:
         scores.write_csv(csv)
     table = Table("metric", "category", "images", "mean", title=f"{weights or 'base'} on {run.evaluation.prompts}")
@@ -151,6 +163,38 @@ def rewards(name: Annotated[str | None, typer.Argument(help="tell more of one re
         console.print("flowbp rewards NAME says how to fetch one; a function of your own is reward.name=module:function", highlight=False)
     else:
         console.print(how_to_fetch(name, find_source(name).files, f"rewards/{name}"), highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
+def presets(name: Annotated[str | None, typer.Argument(help="print this one as a config")] = None) -> None:
+    """List the presets, or print one as a config to start from."""
+    from flowbp.config import dump, load, merge
+    from flowbp.presets import layers, names
+
+    if name is not None:
+        typer.echo(dump(load(name)), nl=False)
+        return
+    table = Table("preset", "reward", "batch", "guidance", "method's values", title="flowbp train PRESET, flowbp presets PRESET")
+    for preset in names():
+        values: dict = {}
+        for layer in layers(preset):
+            merge(values, layer)
+        method = {key: value for key, value in values["method"].items() if key != "name"}
+        table.add_row(preset, values["reward"]["name"], str(values["data"]["batch_size"]), _in_line(values["guidance"]), _in_line(method))
+    console.print(table)
+
+
+def _in_line(values: dict) -> str:
+    """Keys and values on one line, those of a nested mapping in brackets; switches by name when they are on."""
+    shown = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            shown.append(f"{key} ({_in_line(value)})")
+        elif value is True:
+            shown.append(key)
+        elif value is not False:
+            shown.append(f"{key} {value}")
+    return ", ".join(shown)
 
 
 @app.command()

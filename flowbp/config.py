@@ -1,11 +1,12 @@
 """Typed, strict configuration of a run. Unknown keys and names are errors that name the nearest known one.
 
-A config is a YAML file, or the name of a preset shipped in `flowbp/presets/`, with `key.path=value` overrides. Method, pair sampler,
+A config is a YAML file, or the name of a preset (`flowbp.presets`), with `key.path=value` overrides. Method, pair sampler,
 guidance and objective are built straight from their constructors: their fields are their configuration.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import importlib
@@ -16,14 +17,13 @@ from typing import Annotated, Any, Literal, get_type_hints
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError, model_validator
 
+from flowbp import presets
 from flowbp.active_sets import PAIR_SAMPLERS, PairSampler
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
 from flowbp.objective import Objective
 
 __all__ = ["ConfigError", "RunConfig", "build_method", "dump", "load", "parse_overrides"]
-
-PRESETS = Path(__file__).parent / "presets"
 
 
 class ConfigError(ValueError):
@@ -130,7 +130,7 @@ class SmoothingConfig(Strict):
 
 class RewardConfig(Strict):
     name: str = "clip"
-    model: str = Field(description='"shapes", "shapes-monitor", a local folder or a Hub id')
+    model: str | None = Field(None, description='"shapes", "shapes-monitor", a local folder or a Hub id; null means the published one')
     smooth: SmoothingConfig | None = None
 
 
@@ -182,6 +182,7 @@ class EvaluationConfig(Strict):
     samples: int = Field(256, ge=1)
     batch_size: int = Field(64, ge=1)
     seed: int = 1234
+    num_steps: int | None = Field(None, ge=1, description="rollout steps of the images that are scored; null means as in training")
     monitors: dict[str, RewardConfig] = Field(default_factory=dict, description="scored, never trained on")
     checker: Literal["shapes"] | None = None
     grid: int = Field(16, ge=1, description="images in the before/after grids")
@@ -222,28 +223,42 @@ class RunConfig(Strict):
         return self
 
     @property
+    def evaluation_rollout(self) -> RolloutConfig:
+        """The rollout of the images that are scored."""
+        num_steps = self.evaluation.num_steps if self.evaluation else None
+        return self.rollout if num_steps is None else self.rollout.model_copy(update={"num_steps": num_steps})
+
+    @property
     def method_name(self) -> str:
         return describe(self.method, METHODS)["name"]
 
 
 def load(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """The config of a YAML file or preset, with `key.path=value` overrides applied. Raises ConfigError."""
-    path = Path(name)
-    if not path.is_file():
-        path = PRESETS / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"no config file {name!r}, and {unknown('preset', str(name), (p.stem for p in PRESETS.glob('*.yaml')))}")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of keys, got {type(values).__name__}")
+    values: dict[str, Any] = {}
+    for layer in read(name):
+        merge(values, layer)
     merge(values, parse_overrides(overrides))
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_readable(e) for e in error.errors())) from None
+
+
+def read(name: str | Path) -> list[dict[str, Any]]:
+    """The mappings that make up a config file or preset, each to be laid over those before it."""
+    path = Path(name)
+    if not path.is_file():
+        if str(name) not in presets.names():
+            raise ConfigError(f"no config file {str(name)!r}, and {unknown('preset', str(name), presets.names())}")
+        return presets.layers(str(name))
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys, got {type(values).__name__}")
+    return [values]
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -268,7 +283,7 @@ def merge(base: dict[str, Any], extra: Mapping[str, Any]) -> None:
         if both and not renamed:
             merge(old, value)
         else:
-            base[key] = value
+            base[key] = copy.deepcopy(value)
 
 
 def dump(config: RunConfig) -> str:

@@ -139,7 +139,7 @@ class Trainer:
             with progress_bar("evaluate", "image", 2 * config.evaluation.samples) as bar:
                 for name, weights in (("before", self.base), ("after", self.tuned)):
                     with self.weights(weights):
-                        arguments = (self.backbone, prompts, config.evaluation, config.rollout, config.guidance)
+                        arguments = (self.backbone, prompts, config.evaluation, config.evaluation_rollout, config.guidance)
                         scores.append(evaluation.evaluate(*arguments, named, progress=bar.update))
                         pages.add_grid(name, evaluation.first_images(*arguments), scores[-1])
                     scores[-1].write_csv(config.output / f"scores_{name}.csv")

@@ -1,11 +1,18 @@
 """What the ops accept: one check for each kind of argument. Each error names the value, the rule and the way out."""
 
+from array import array
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_traced() -> bool:
+    """Whether something compiles, traces or fakes this call, or watches it through a dispatch mode."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -47,7 +54,7 @@ def check_cache(velocities: Tensor, x: Tensor, scales: Tensor | None) -> None:
 
 def node_table(nodes: Tensor | Sequence, batch: int) -> Tensor:
     """Integers as an int64 CPU tensor [K, 1] or [K, B]."""
-    table = _on_cpu("nodes", nodes) if isinstance(nodes, Tensor) else torch.tensor(nodes)
+    table = _on_cpu("nodes", nodes) if isinstance(nodes, Tensor) else _numbers(nodes, "q")
     if table.dtype.is_floating_point and table.numel():
         raise ValueError(f"nodes must be integers, not {table.dtype}")
     return _columns("nodes", table.long(), batch)
@@ -55,7 +62,7 @@ def node_table(nodes: Tensor | Sequence, batch: int) -> Tensor:
 
 def weight_table(name: str, weights: Tensor | Sequence, batch: int) -> Tensor:
     """Numbers as a float64 CPU tensor [K, 1] or [K, B], without gradient."""
-    table = _on_cpu(name, weights) if isinstance(weights, Tensor) else torch.tensor(weights, dtype=torch.float64)
+    table = _on_cpu(name, weights) if isinstance(weights, Tensor) else _numbers(weights, "d")
     return _columns(name, table.double(), batch)
 
 
@@ -67,10 +74,11 @@ def check_rows(name: str, table: Tensor, other: Tensor, other_name: str) -> None
 def check_nodes(nodes: Tensor, velocities: Tensor) -> None:
     """Every node is a row of the cache. Reads values, so it belongs where an op runs, not where it is traced."""
     if nodes.numel():
-        low, high = (int(bound) for bound in nodes.aminmax())
-        if low < 0 or high >= len(velocities):
+        values = nodes.flatten().tolist()
+        low, high = min(values), max(values)
+        if low < 0 or high >= velocities.shape[0]:
             bad = low if low < 0 else high
-            raise ValueError(f"node {bad} is not in the cache; its {len(velocities)} velocities count from 0")
+            raise ValueError(f"node {bad} is not in the cache; its {velocities.shape[0]} velocities count from 0")
 
 
 def check_out(name: str, out: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype], inputs: Sequence[Tensor | None]) -> None:
@@ -87,15 +95,26 @@ def check_out(name: str, out: Tensor | None, shape: Sequence[int], dtypes: Seque
         raise ValueError(f"writing into {name} records no gradient: run under torch.no_grad(), detach the inputs, or leave {name} out")
 
 
+def _numbers(values: Sequence, typecode: str) -> Tensor:
+    """float64 ("d") or int64 ("q") of a list of numbers, at a third of torch.tensor's cost, which makes a tensor of anything else."""
+    dtype = torch.float64 if typecode == "d" else None
+    if is_traced() or len(values) == 0:  # a buffer can be neither traced nor empty
+        return torch.tensor(values, dtype=dtype)
+    try:
+        return torch.frombuffer(array(typecode, values), dtype=dtype or torch.int64)
+    except TypeError:
+        return torch.tensor(values, dtype=dtype)
+
+
 def _on_cpu(name: str, values: Tensor) -> Tensor:
-    if values.device.type != "cpu":
+    if not values.is_cpu:
         raise ValueError(f"{name} is on {values.device}; it travels by value, without a sync: pass {name}.cpu()")
-    return values.detach()
+    return values.detach() if values.requires_grad else values
 
 
 def _columns(name: str, table: Tensor, batch: int) -> Tensor:
     if table.dim() == 1:
-        table = table[:, None]
-    elif table.dim() != 2 or table.shape[1] not in (1, batch):  # [K, 1] is what one op's backward hands to another
+        return table.unsqueeze(1).contiguous()
+    if table.dim() != 2 or table.shape[1] not in (1, batch):  # [K, 1] is what one op's backward hands to another
         raise ValueError(f"{name} must be [K] or [K, B] with B = {batch}, not of shape {tuple(table.shape)}")
     return table.contiguous()

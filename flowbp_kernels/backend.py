@@ -17,18 +17,43 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from flowbp_kernels.arguments import COMPILED_DTYPES
+from flowbp_kernels.arguments import COMPILED_DTYPES, is_traced
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in the order in which `auto` tries them
 MAX_NODES = 256  # rows of a rule that fit a kernel's parameters: kMaxTerms in csrc/ops.h
 
 
+def needs_operator(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through its operator of torch.library: a gradient is recorded, or it is traced, compiled or faked.
+
+    Any other call runs its kernel at once: on a small latent the operator (20 us) would cost more than all the rest.
+    """
+    if is_traced():
+        return True
+    recording = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in (Tensor, Parameter) or (recording and tensor.requires_grad)):
+            return True
+    return False
+
+
+def written(out: Tensor) -> Tensor:
+    """`out`, which a kernel is about to write: autograd learns that a value saved from it is gone."""
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
 def select(op: str, num_nodes: int = 0, **tensors: Tensor | None) -> str:
     """The backend that runs `op` on these tensors (by the names of its contract), with a rule of num_nodes rows."""
     wanted = requested()
+    label, first = next(iter(tensors.items()))
     for name in BACKENDS if wanted == "auto" else (wanted,):
-        cause = _unsuited(name, op, num_nodes, tensors)
+        if not _reaches(name, first):
+            cause = f"{label} is on {first.device}" if name == wanted else "elsewhere"
+        else:
+            cause = _unsuited(name, op, num_nodes, tensors)
         if not cause:
             return name
         if wanted == name:
@@ -92,14 +117,17 @@ def extension_path() -> str | None:
     return spec.origin if spec else None
 
 
+def _reaches(name: str, tensor: Tensor) -> bool:
+    """Whether a backend works where the tensor lies."""
+    if name == "cpu":
+        return tensor.is_cpu
+    return name == "reference" or tensor.is_cuda or (name == "triton" and _interprets_triton())
+
+
 def _unsuited(name: str, op: str, num_nodes: int, tensors: dict[str, Tensor | None]) -> str:
-    """What keeps a backend from running `op` on these tensors; "" if nothing does."""
+    """What keeps a backend that reaches these tensors from running `op` on them; "" if nothing does."""
     if name == "reference":
         return ""
-    first, device = next((label, tensor.device) for label, tensor in tensors.items())
-    home = "cpu" if name == "cpu" else "cuda"
-    if device.type != home and not (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"{first} is on {device}"
     cause = unavailable(name)
     if cause:
         return cause
@@ -132,6 +160,12 @@ def _load_extension() -> str:
 
 
 @functools.cache
+def _interprets_triton() -> bool:
+    """Whether Triton runs its kernels on the CPU; Triton reads this once too, when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
 def _import_triton() -> str:
     if importlib.util.find_spec("flowbp_kernels._triton") is None:
         return "flowbp_kernels/_triton does not exist"
@@ -139,7 +173,7 @@ def _import_triton() -> str:
         importlib.import_module("triton")
     except ImportError as error:
         return f"importing triton failed: {error}"
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    if not torch.cuda.is_available() and not _interprets_triton():
         return "torch sees no CUDA device"
     return ""
 

@@ -41,33 +41,35 @@ def bridge_cotangents(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a float dtype, not {dtype}")
     check_out("out", out, (len(weights), *g.shape), (dtype,), (g, g_x))
+    arguments = g.contiguous(), g_x.contiguous(), weights, alphas
+    if not backend.needs_operator(g, g_x, out):
+        return _run(*arguments, dtype, out)
     if out is None:
-        return _op(g.contiguous(), g_x.contiguous(), weights, alphas, dtype)
-    _op_out(g.contiguous(), g_x.contiguous(), weights, alphas, out)
+        return _op(*arguments, dtype)
+    _op_out(*arguments, out)
     return out
 
 
-def _run(g, g_x, weights, alphas, out) -> None:
-    runs = backend.select("bridge_cotangents", len(weights), g=g, g_x=g_x, out=out)
+def _run(g, g_x, weights, alphas, dtype, out=None) -> Tensor:
+    out = g.new_empty(weights.shape[0], *g.shape, dtype=dtype) if out is None else backend.written(out)
+    runs = backend.select("bridge_cotangents", weights.shape[0], g=g, g_x=g_x, out=out)
     if runs == "reference":
         out.copy_(reference.bridge_cotangents(g, g_x, weights, alphas, out.dtype))
     elif runs == "triton":
         backend.triton_op("bridge_cotangents")(g, g_x, weights, alphas, dtype=out.dtype, out=out)
     else:
-        table = torch.stack(torch.broadcast_tensors(weights, alphas)).float()
-        torch.ops.flowbp_compiled.bridge_cotangents(g, g_x, table, out)
+        torch.ops.flowbp_compiled.bridge_cotangents(g, g_x, weights, alphas, out)
+    return out
 
 
 @torch.library.custom_op("flowbp_kernels::bridge_cotangents_out", mutates_args=("out",))
 def _op_out(g: Tensor, g_x: Tensor, weights: Tensor, alphas: Tensor, out: Tensor) -> None:
-    _run(g, g_x, weights, alphas, out)
+    _run(g, g_x, weights, alphas, out.dtype, out)
 
 
 @torch.library.custom_op("flowbp_kernels::bridge_cotangents", mutates_args=())
 def _op(g: Tensor, g_x: Tensor, weights: Tensor, alphas: Tensor, dtype: torch.dtype) -> Tensor:
-    out = g.new_empty(len(weights), *g.shape, dtype=dtype)
-    _run(g, g_x, weights, alphas, out)
-    return out
+    return _run(g, g_x, weights, alphas, dtype)
 
 
 @_op.register_fake

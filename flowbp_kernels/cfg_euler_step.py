@@ -48,15 +48,20 @@ def cfg_euler_step(
     if v_uncond is None and velocity_out is None:  # a quadrature of one node
         return quadrature_update(x, v_cond.contiguous()[None], [0], [h], out=out), v_cond
     x, v_cond, v_uncond = (None if t is None else t.contiguous() for t in inputs)
+    arguments = x, v_cond, v_uncond, guidance, h
+    if not backend.needs_operator(x, v_cond, v_uncond, velocity_out, out):
+        return _run(*arguments, velocity_out, out)
     if out is None and velocity_out is None:
-        return _op(x, v_cond, v_uncond, guidance, h)
+        return _op(*arguments)
     out = torch.empty_like(x) if out is None else out
     velocity_out = torch.empty_like(v_cond) if velocity_out is None else velocity_out
-    _op_out(x, v_cond, v_uncond, guidance, h, velocity_out, out)
+    _op_out(*arguments, velocity_out, out)
     return out, velocity_out
 
 
-def _run(x, v_cond, v_uncond, guidance, h, velocity_out, out) -> None:
+def _run(x, v_cond, v_uncond, guidance, h, velocity_out=None, out=None) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(x) if out is None else backend.written(out)
+    velocity_out = torch.empty_like(v_cond) if velocity_out is None else backend.written(velocity_out)
     runs = backend.select("cfg_euler_step", x=x, v_cond=v_cond, v_uncond=v_uncond, velocity_out=velocity_out)
     if runs == "reference":
         x_next, velocity = reference.cfg_euler_step(x, v_cond, v_uncond, guidance, h, velocity_out.dtype)
@@ -65,6 +70,7 @@ def _run(x, v_cond, v_uncond, guidance, h, velocity_out, out) -> None:
         backend.triton_op("cfg_euler_step")(x, v_cond, v_uncond, guidance, h, velocity_out=velocity_out, out=out)
     else:
         torch.ops.flowbp_compiled.cfg_euler_step(x, v_cond, v_uncond, guidance, h, velocity_out, out)
+    return out, velocity_out
 
 
 @torch.library.custom_op("flowbp_kernels::cfg_euler_step_out", mutates_args=("velocity_out", "out"))
@@ -74,9 +80,7 @@ def _op_out(x: Tensor, v_cond: Tensor, v_uncond: Tensor | None, guidance: float,
 
 @torch.library.custom_op("flowbp_kernels::cfg_euler_step", mutates_args=())
 def _op(x: Tensor, v_cond: Tensor, v_uncond: Tensor, guidance: float, h: float) -> tuple[Tensor, Tensor]:
-    out, velocity = torch.empty_like(x), torch.empty_like(v_cond)
-    _run(x, v_cond, v_uncond, guidance, h, velocity, out)
-    return out, velocity
+    return _run(x, v_cond, v_uncond, guidance, h)
 
 
 @_op.register_fake

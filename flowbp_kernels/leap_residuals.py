@@ -65,28 +65,31 @@ def leap_residuals(
     inputs = (x_k, x_j, x_end, velocities)
     dtypes = (torch.float64,) if accumulation_dtype(*inputs) == torch.float64 else (torch.float32, torch.bfloat16, torch.float16)
     check_out("predictions_out", predictions_out, (2, *x_k.shape), dtypes, inputs)
-    table = torch.stack(torch.broadcast_tensors(first, second))
-    arguments = (x_k.contiguous(), x_j.contiguous(), x_end.contiguous(), velocities, nodes, table, scales)
+    arguments = (x_k.contiguous(), x_j.contiguous(), x_end.contiguous(), velocities, nodes, first, second, scales)
+    if not backend.needs_operator(*inputs, predictions_out):
+        return _run(*arguments, predictions_out)
     return _op(*arguments) if predictions_out is None else _op_out(*arguments, predictions_out)
 
 
-def _run(x_k, x_j, x_end, velocities, nodes, weights, scales, predictions) -> Tensor:
+def _run(x_k, x_j, x_end, velocities, nodes, first, second, scales, predictions=None) -> Tensor:
     check_nodes(nodes, velocities)
+    if predictions is not None:
+        backend.written(predictions)
     latents = {"x_k": x_k, "x_j": x_j, "x_end": x_end}
-    runs = backend.select("leap_residuals", len(nodes), **latents, velocities=velocities, predictions_out=predictions)
+    runs = backend.select("leap_residuals", nodes.shape[0], **latents, velocities=velocities, predictions_out=predictions)
     if runs == "reference":
-        residuals, landings = reference.leap_residuals(*latents.values(), velocities, nodes, weights, scales)
+        residuals, landings = reference.leap_residuals(*latents.values(), velocities, nodes, (first, second), scales)
         if predictions is not None:
             predictions.copy_(landings)
         return residuals
     if runs == "triton":
         launch = backend.triton_op("leap_residuals")
-        return launch(*latents.values(), velocities, nodes, weights, scales=scales, predictions_out=predictions)
+        return launch(*latents.values(), velocities, nodes, (first, second), scales=scales, predictions_out=predictions)
     residuals = _empty(*latents.values(), velocities)
     chunks = -(-x_k.shape[1:].numel() // CHUNK)
     partials = residuals.new_empty(2, len(x_k), chunks)
     torch.ops.flowbp_compiled.leap_residuals(
-        *latents.values(), velocities, nodes, weights.float(), scales, predictions, partials, residuals
+        *latents.values(), velocities, nodes, first, second, scales, predictions, partials, residuals
     )
     return residuals
 
@@ -102,16 +105,19 @@ def _op_out(
     x_end: Tensor,
     velocities: Tensor,
     nodes: Tensor,
-    weights: Tensor,
+    first: Tensor,
+    second: Tensor,
     scales: Tensor | None,
     predictions: Tensor,
 ) -> Tensor:
-    return _run(x_k, x_j, x_end, velocities, nodes, weights, scales, predictions)
+    return _run(x_k, x_j, x_end, velocities, nodes, first, second, scales, predictions)
 
 
 @torch.library.custom_op("flowbp_kernels::leap_residuals", mutates_args=())
-def _op(x_k: Tensor, x_j: Tensor, x_end: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, scales: Tensor | None) -> Tensor:
-    return _run(x_k, x_j, x_end, velocities, nodes, weights, scales, None)
+def _op(
+    x_k: Tensor, x_j: Tensor, x_end: Tensor, velocities: Tensor, nodes: Tensor, first: Tensor, second: Tensor, scales: Tensor | None
+) -> Tensor:
+    return _run(x_k, x_j, x_end, velocities, nodes, first, second, scales)
 
 
 _op.register_fake(_empty)

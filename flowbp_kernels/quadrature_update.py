@@ -36,21 +36,26 @@ def quadrature_update(
     nodes, weights = node_table(nodes, x.shape[0]), weight_table("weights", weights, x.shape[0])
     check_rows("nodes", nodes, weights, "weights")
     check_out("out", out, x.shape, (x.dtype,), (x, velocities))
+    arguments = x.contiguous(), velocities, nodes, weights, scales
+    if not backend.needs_operator(x, velocities, out):
+        return _run(*arguments, out)
     if out is None:
-        return _op(x.contiguous(), velocities, nodes, weights, scales)
-    _op_out(x.contiguous(), velocities, nodes, weights, scales, out)
+        return _op(*arguments)
+    _op_out(*arguments, out)
     return out
 
 
-def _run(x, velocities, nodes, weights, scales, out) -> None:
+def _run(x, velocities, nodes, weights, scales, out=None) -> Tensor:
     check_nodes(nodes, velocities)
-    runs = backend.select("quadrature_update", len(nodes), x=x, velocities=velocities)
+    out = torch.empty_like(x) if out is None else backend.written(out)
+    runs = backend.select("quadrature_update", nodes.shape[0], x=x, velocities=velocities)
     if runs == "reference":
         out.copy_(reference.quadrature_update(x, velocities, nodes, weights, scales))
     elif runs == "triton":
         backend.triton_op("quadrature_update")(x, velocities, nodes, weights, scales=scales, out=out)
     else:
-        torch.ops.flowbp_compiled.quadrature_update(x, velocities, nodes, weights[None].float(), scales, out)
+        torch.ops.flowbp_compiled.quadrature_update(x, velocities, nodes, weights, scales, out)
+    return out
 
 
 @torch.library.custom_op("flowbp_kernels::quadrature_update_out", mutates_args=("out",))
@@ -60,9 +65,7 @@ def _op_out(x: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, scale
 
 @torch.library.custom_op("flowbp_kernels::quadrature_update", mutates_args=())
 def _op(x: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, scales: Tensor | None) -> Tensor:
-    out = torch.empty_like(x)
-    _run(x, velocities, nodes, weights, scales, out)
-    return out
+    return _run(x, velocities, nodes, weights, scales)
 
 
 @_op.register_fake

@@ -6,6 +6,8 @@ A coefficient of zero cuts: what it would multiply takes no part, so that 0 * Na
 The contracts, and the gradients, are in the file of each op, which checks what arrives here.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,9 @@ def quadrature_update(x: Tensor, velocities: Tensor, nodes: Tensor, weights: Ten
 
 
 def leap_residuals(
-    x_k: Tensor, x_j: Tensor, x_end: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, scales: Tensor | None = None
+    x_k: Tensor, x_j: Tensor, x_end: Tensor, velocities: Tensor, nodes: Tensor, weights: Sequence[Tensor], scales: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """mean |x_k + sum_k weights[0, k] v_k - x_j| and mean |x_j + sum_k weights[1, k] v_k - x_end|   [2, B]; their sums [2, B, *S]"""
+    """mean |x_k + sum_k weights[0][k] v_k - x_j| and mean |x_j + sum_k weights[1][k] v_k - x_end|   [2, B]; their sums [2, B, *S]"""
     predictions = torch.stack([_integrate(x, velocities, nodes, w, scales) for x, w in zip((x_k, x_j), weights, strict=True)])
     gaps = (predictions - torch.stack([x_j, x_end])).abs()
     return gaps.reshape(2, len(x_k), x_k.shape[1:].numel()).mean(2), predictions

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from flowbp_kernels import backend
 from flowbp_kernels.arguments import check_float, check_like
 
 
@@ -17,7 +18,7 @@ def straight_through(value: Tensor, surrogate: Tensor, scale: float = 1.0) -> Te
     """
     check_float("value", value)
     check_like("surrogate", surrogate, value, "value")
-    return _op(value, surrogate, scale)
+    return _op(value, surrogate, scale) if backend.needs_operator(value, surrogate) else value.clone()
 
 
 @torch.library.custom_op("flowbp_kernels::straight_through", mutates_args=())

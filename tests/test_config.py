@@ -2,12 +2,13 @@
 
 import pytest
 
+from flowbp import presets
 from flowbp.active_sets import DirichletPair, UniformPair
-from flowbp.config import PRESETS, ConfigError, build_method, dump, load, parse_overrides
+from flowbp.config import ConfigError, build_method, dump, load, parse_overrides
 from flowbp.methods import METHODS, FlowBPLagrange, LeapAlign
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+@pytest.mark.parametrize("name", presets.names())
 def test_every_preset_loads_and_its_resolved_copy_loads_back_equal(name, tmp_path):
     config = load(name)
     (tmp_path / "config.yaml").write_text(dump(config))

@@ -5,9 +5,8 @@
 namespace flowbp {
 namespace {
 
-constexpr int kLanes = 4;
+constexpr int kLanes = 4, kAccumulators = 8, kLine = 16;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
 
 inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 inline Floats load(const float16* p) { return Floats{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
@@ -15,13 +14,18 @@ inline void store(float16* p, Floats v) {
   for (int e = 0; e < kLanes; ++e) p[e] = from_float<float16>(v[e]);
 }
 
-inline Int widen(const float8* p) { return Int{p[0].bits, p[1].bits, p[2].bits, p[3].bits}; }
+inline Floats load(const float8* p) { return Floats{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+
+inline void stream(char* to, const char* from) {
+  memcpy(to, from, kLine);
+}
+inline void finish_stream() {}
 
 #include "kernels.inc"
 
 }  // namespace
 
-const CpuKernels kBaseline = {kTile, quadrature_update, leap_residuals, cfg_euler_step, bridge_cotangents};
+const CpuKernels kBaseline = {quadrature_update, leap_residuals, cfg_euler_step, bridge_cotangents};
 
 void sum_chunks(const LeapResiduals& op) {
   const int64_t num_chunks = chunks(op.s.size);

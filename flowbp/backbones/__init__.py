@@ -5,6 +5,7 @@ A backbone is chosen by the pipeline class that a checkpoint names in its model_
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 
@@ -39,24 +40,41 @@ def load_backbone(
     """The backbone of `name`: "shapes" (the embedded model), a known model, a local pipeline folder, or a Hub id.
 
     dtype: of the weights, "float32", "bfloat16" or "float16". precision, max_sequence_length: see `DiffusersBackbone`.
-    Raises ValueError for a folder that is no pipeline or whose class has no backbone here.
+    Raises ValueError for an unknown name, a folder that is no pipeline or a class without a backbone; OSError for a model out of reach.
     """
     import torch
     from diffusers import DiffusionPipeline
 
-    if name == "shapes":
-        from flowbp.shapes import PIPELINE
-
-        location = str(PIPELINE)
-    else:
-        location = KNOWN_MODELS.get(name, name)
-        if os.path.isdir(location) and not Path(location, "model_index.json").is_file():
-            raise ValueError(f"{location} holds no model_index.json: pass the folder of a diffusers pipeline")
+    location = locate(name)
     offline = os.path.isdir(location)
-    index = DiffusionPipeline.load_config(location, local_files_only=offline)
+    try:
+        index = DiffusionPipeline.load_config(location, local_files_only=offline)
+    except OSError as error:
+        cause = str(error).splitlines()[0].rstrip(".")
+        raise OSError(
+            f"{location} is neither on this disk nor within reach ({cause}). If its page on huggingface.co asks to "
+            f"accept a licence, do so and run `hf auth login`. To work offline, run `hf download {location} --local-dir FOLDER` where "
+            "there is a network, and set backbone.name=FOLDER"
+        ) from error
     class_name = index["_class_name"]
     if class_name not in BACKBONES:
         raise ValueError(f"no backbone for {class_name} ({location}); there is one for {', '.join(BACKBONES)}")
     left_out = {part: None for part, value in index.items() if value in ([None, None], (None, None))}  # an SD3 without T5 says so
     pipe = DiffusionPipeline.from_pretrained(location, dtype=getattr(torch, dtype), local_files_only=offline, **left_out)
     return BACKBONES[class_name](pipe.to(device), precision, max_sequence_length)
+
+
+def locate(name: str) -> str:
+    """The folder or the Hub id that `name` stands for."""
+    if name == "shapes":
+        from flowbp.shapes import PIPELINE
+
+        return str(PIPELINE)
+    location = KNOWN_MODELS.get(name, name)
+    if not os.path.isdir(location) and "/" not in location:
+        near = difflib.get_close_matches(location, KNOWN_MODELS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown backbone {name!r}; {hint}known: shapes, {', '.join(KNOWN_MODELS)}, a local folder, a Hub id owner/name")
+    if os.path.isdir(location) and not Path(location, "model_index.json").is_file():
+        raise ValueError(f"{location} holds no model_index.json: pass the folder of a diffusers pipeline")
+    return location

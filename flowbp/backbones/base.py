@@ -11,14 +11,18 @@ from typing import Any, Literal, Protocol
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from flowbp.guidance import Conditioning, Guidance, GuidedVelocity
 
-__all__ = ["Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "check_guidance", "grid_ids"]
+__all__ = ["Backbone", "DiffusersBackbone", "JOINT_ATTENTION", "Precision", "bind_velocity", "check_guidance", "grid_ids"]
 
 Precision = Literal["pipeline", "float32"]
+
+# the attention of a block that joins image and text, as SD3 and FLUX name its layers
+JOINT_ATTENTION = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
 
 
 class Backbone(Protocol):
@@ -102,6 +106,11 @@ class DiffusersBackbone(ABC):
     @abstractmethod
     def schedule(self, num_steps: int, num_tokens: int) -> dict[str, Any]:
         """The arguments of the scheduler's `set_timesteps` for an image of num_tokens tokens."""
+
+    def resolution_shift(self, num_tokens: int) -> float:
+        """mu of the scheduler's dynamic shift, linear in the number of tokens: larger images stay noisy for longer."""
+        config = self.pipe.scheduler.config
+        return calculate_shift(num_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
 
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
         rows, columns = self.token_grid(height, width)

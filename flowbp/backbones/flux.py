@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowbp.backbones.base import DiffusersBackbone, grid_ids
+from flowbp.backbones.base import JOINT_ATTENTION, DiffusersBackbone, grid_ids
 from flowbp.guidance import Conditioning
 
 __all__ = ["FluxBackbone"]
@@ -20,10 +19,7 @@ __all__ = ["FluxBackbone"]
 class FluxBackbone(DiffusersBackbone):
     """`FluxPipeline`: `FluxTransformer2DModel`, `AutoencoderKL`, a CLIP encoder (pooled) and T5."""
 
-    lora_targets = [
-        *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
-        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-    ]
+    lora_targets = [*JOINT_ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
 
     @property
     def embeds_guidance(self) -> bool:
@@ -35,9 +31,7 @@ class FluxBackbone(DiffusersBackbone):
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def schedule(self, num_steps: int, num_tokens: int) -> dict:
-        config = self.pipe.scheduler.config
-        mu = calculate_shift(num_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-        return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}
+        return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": self.resolution_shift(num_tokens)}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype, text = self.denoiser.dtype, conditioning["encoder_hidden_states"]

@@ -11,7 +11,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowbp.backbones.base import DiffusersBackbone, grid_ids
+from flowbp.backbones.base import JOINT_ATTENTION, DiffusersBackbone, grid_ids
 from flowbp.guidance import Conditioning
 
 __all__ = ["Flux2Backbone"]
@@ -27,9 +27,8 @@ class Flux2Backbone(DiffusersBackbone):
     @property
     def lora_targets(self) -> list[str]:
         """Attention of the double blocks, and both fused projections of the single blocks, where most of the network is."""
-        double = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
         single = [f"single_transformer_blocks.{i}.attn.to_out" for i in range(self.denoiser.config.num_single_layers)]
-        return [*(f"attn.{name}" for name in double), "attn.to_qkv_mlp_proj", *single]  # "attn.to_out" would also match a ModuleList
+        return [*JOINT_ATTENTION, "attn.to_qkv_mlp_proj", *single]  # "attn.to_out" would also match a ModuleList
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:

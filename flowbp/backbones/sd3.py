@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
-from flowbp.backbones.base import DiffusersBackbone
+from flowbp.backbones.base import JOINT_ATTENTION, DiffusersBackbone
 from flowbp.guidance import Conditioning
 
 __all__ = ["SD3Backbone"]
@@ -16,9 +15,7 @@ class SD3Backbone(DiffusersBackbone):
     """`StableDiffusion3Pipeline`: `SD3Transformer2DModel`, `AutoencoderKL`, two CLIP encoders and optionally T5."""
 
     guidance_branches = "batched"
-    lora_targets = [
-        *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"))
-    ]
+    lora_targets = JOINT_ATTENTION
 
     @property
     def patch(self) -> int:
@@ -32,11 +29,8 @@ class SD3Backbone(DiffusersBackbone):
 
     def schedule(self, num_steps: int, num_tokens: int) -> dict:
         """The scheduler's own levels. They start from an already shifted range and are shifted once more: read, not to be rebuilt."""
-        config = self.pipe.scheduler.config
-        if not config.use_dynamic_shifting:
-            return {"num_inference_steps": num_steps}
-        lengths = (config.base_image_seq_len, config.max_image_seq_len)
-        return {"num_inference_steps": num_steps, "mu": calculate_shift(num_tokens, *lengths, config.base_shift, config.max_shift)}
+        dynamic = self.pipe.scheduler.config.use_dynamic_shifting
+        return {"num_inference_steps": num_steps} | ({"mu": self.resolution_shift(num_tokens)} if dynamic else {})
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         timestep = (sigma * 1000).expand(len(x))

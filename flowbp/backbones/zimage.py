@@ -7,7 +7,6 @@ v_pos - v_neg in  v_pos + w (v_pos - v_neg),  so it is `guidance.scale` less 1.
 from __future__ import annotations
 
 import torch
-from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,9 +36,7 @@ class ZImageBackbone(DiffusersBackbone):
         return {"embeds": torch.stack(padded), "lengths": torch.tensor(lengths, device=embeds[0].device)}
 
     def schedule(self, num_steps: int, num_tokens: int) -> dict:
-        config = self.pipe.scheduler.config
-        mu = calculate_shift(num_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-        return {"sigmas": torch.linspace(1.0, 1 / num_steps, num_steps).tolist(), "mu": mu}
+        return {"sigmas": torch.linspace(1.0, 1 / num_steps, num_steps).tolist(), "mu": self.resolution_shift(num_tokens)}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         images = x.to(self.denoiser.dtype).unsqueeze(2).unbind()  # [C, 1, h, w] each: one frame

@@ -1,5 +1,7 @@
 """leap_residuals in Triton."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -39,14 +41,14 @@ def leap_residuals(
     x_end: Tensor,
     velocities: Tensor,
     nodes: Tensor,
-    weights: Tensor,
+    weights: Sequence[Tensor],
     scales: Tensor | None = None,
     predictions_out: Tensor | None = None,
 ) -> Tensor:
     """Mean absolute gaps of both leaps of a plan to the cached latents that they aim at, in one pass over the cache.
 
     x_k, x_j, x_end: [B, *S] float32, bfloat16 or float16.  velocities, scales, nodes: as in quadrature_update.
-    weights: [2, K, 1] or [2, K, B], a CPU tensor: of the leap from x_k to x_j, and of the leap from x_j to x_end.
+    weights: two CPU tensors [K, 1] or [K, B]: of the leap from x_k to x_j, and of the leap from x_j to x_end.
     predictions_out: [2, B, *S], gets both landings, rounded once to its dtype; None: they are not written.
     Returns [2, B] float32, the gaps of the unrounded landings. A program stores its part of each mean and one sum adds up the parts:
     no atomics, so equal inputs give equal bits.

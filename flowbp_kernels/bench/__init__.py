@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -219,10 +220,12 @@ def _isa() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this runs from, with a + for changes on top; None outside a checkout."""
+    """The commit of the checkout that this runs from, with a + for changes on top; elsewhere what FLOWBP_COMMIT says, or None."""
     git = ["git", "-C", str(Path(__file__).parent)]
+    if shutil.which("git") is None:
+        return os.environ.get("FLOWBP_COMMIT")
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     if head.returncode:
-        return None
+        return os.environ.get("FLOWBP_COMMIT")
     changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True).stdout
     return head.stdout.strip() + ("+" if changed else "")

@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from flowbp.backbones import BACKBONES, bind_velocity
+from flowbp.backbones.tiny import tiny_pipeline
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.trajectory import rollout
 
@@ -98,6 +100,15 @@ def test_latents_and_images_are_the_pipelines_own(tiny_backbone, variant, dtype)
             for ours, theirs in zip(trajectory, expected, strict=True):
                 assert ours.dtype == backbone.latents_dtype and torch.equal(ours, theirs), f"{size}, {steps} steps"
             assert torch.equal(images, pictures) and images.std() > 0.1
+
+
+def test_an_sd3_scheduler_may_shift_by_resolution():
+    pipe = tiny_pipeline(SD3)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=True)
+    backbone = BACKBONES[SD3](pipe)
+    (*_, expected), _ = drawn_by_pipeline(backbone, VARIANTS["sd3"], 4, 96, 64)
+    (*_, sample), _ = drawn_by_euler(backbone, VARIANTS["sd3"], 4, 96, 64)
+    assert torch.equal(sample, expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels.cases import DTYPES, NUM_CACHED, OPS, SHAPES, draw, rule
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from flowbp_kernels import backend, bridge_cotangents, cfg_euler_step, leap_residuals, quadrature_update
 
@@ -166,10 +167,10 @@ def operator_calls():
     return {
         "quadrature_update": (ops.quadrature_update, (x, cache, nodes, weights, scales)),
         "quadrature_update_out": (ops.quadrature_update_out, (x0, cache0, nodes, weights, None, torch.empty_like(x0))),
-        "leap_residuals": (ops.leap_residuals, (x0, y0, z0, cache0, nodes, torch.stack([weights, weights]), None)),
+        "leap_residuals": (ops.leap_residuals, (x0, y0, z0, cache0, nodes, weights, weights, None)),
         "leap_residuals_out": (
             ops.leap_residuals_out,
-            (x0, y0, z0, cache0, nodes, torch.stack([weights, weights]), scales, torch.empty(2, 3, 41)),
+            (x0, y0, z0, cache0, nodes, weights, weights, scales, torch.empty(2, 3, 41)),
         ),
         "cfg_euler_step": (ops.cfg_euler_step, (x, y, z, 4.5, -0.1)),
         "cfg_euler_step_out": (ops.cfg_euler_step_out, (x0, y0, None, 1.0, -0.1, torch.empty_like(x0), torch.empty_like(x0))),
@@ -206,3 +207,40 @@ def test_a_step_with_slots_compiles_without_graph_breaks(monkeypatch):
     for mine, theirs in zip(compiled(*arguments, *caches[0]), two_steps(*arguments, *caches[1]), strict=True):
         assert torch.equal(mine, theirs)
     assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_call_has_the_bits_of_its_operator(name, monkeypatch):
+    monkeypatch.setenv("FLOWBP_KERNELS", "auto")
+    arguments = OPS[name].arguments((3, 41), 4, torch.float32, True)
+    direct = OPS[name].call(*arguments)
+    monkeypatch.setattr(backend, "needs_operator", lambda *tensors: True)
+    assert all(torch.equal(a, b) for a, b in zip(direct, OPS[name].call(*arguments), strict=True))
+
+
+def test_autograd_notices_that_a_saved_slot_was_overwritten():
+    x, cache, slot = draw(3, 41), draw(1, 3, 41, seed=1), draw(3, 41, seed=2)
+    product = torch.ones(3, 41, requires_grad=True) * slot
+    quadrature_update(x, cache, [0], [1.0], out=slot)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+def test_fake_tensors_pass_through_every_op():
+    with FakeTensorMode():
+        for name, op in OPS.items():
+            fake = [torch.empty(3, 41) for _ in range(op.num_tensors - (name in ("quadrature_update", "leap_residuals")))]
+            caches = [torch.empty(2, 3, 41)] * (op.num_tensors - len(fake))
+            rules = {"quadrature_update": ([0, 1], [0.5, 1.0]), "leap_residuals": ([0, 1], [0.5, 0], [0, 1.0])}
+            rule_of = rules.get(name, ([0.5, 1.0], [0.1, 0]) if name == "bridge_cotangents" else ())
+            assert all(isinstance(result, FakeTensor) for result in op.call(*fake, *caches, *rule_of))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_seeds_past_the_caches_have_the_bits_of_seeds_in_them(dtype, isa):
+    g, g_x = draw(2, 65552, dtype=dtype), draw(2, 65552, dtype=dtype, seed=1)
+    weights, alphas = draw(17), draw(17, seed=1)
+    together = bridge_cotangents(g, g_x, weights, alphas)
+    assert together.nbytes > 2**22
+    apart = [bridge_cotangents(g, g_x, weights[k : k + 1], alphas[k : k + 1]) for k in range(17)]
+    assert apart[0].nbytes < 2**22 and torch.equal(together, torch.cat(apart))

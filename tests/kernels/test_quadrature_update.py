@@ -143,14 +143,14 @@ def test_float64_and_strided_tensors_run_on_the_reference(monkeypatch):
 def test_the_compiled_op_refuses_what_would_lead_out_of_bounds(compiled):
     x, velocities, nodes, weights = problem((3, 41), 2)
     quadrature_update(x, velocities, nodes, weights)  # loads the extension
-    nodes, weights, out = nodes[:, None], weights[None, :, None], torch.empty(3, 41)
+    nodes, weights, out = nodes[:, None], weights[:, None].double(), torch.empty(3, 41)
     op = torch.ops.flowbp_compiled.quadrature_update
     op(x, velocities, nodes, weights, None, out)
     for bad in (
         (x, velocities, nodes + 5, weights, None, out),
         (x, velocities, nodes - 5, weights, None, out),
-        (x, velocities, nodes, weights[:, :1], None, out),
-        (x, velocities, nodes, weights.double(), None, out),
+        (x, velocities, nodes, weights[:1], None, out),
+        (x, velocities, nodes, weights.float(), None, out),
         (x, velocities, nodes.repeat(1, 2), weights, None, out),
         (x, velocities[:, :2].contiguous(), nodes, weights, None, out),
         (x, velocities[:, :, ::2], nodes, weights, None, out),

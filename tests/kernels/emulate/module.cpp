@@ -13,6 +13,7 @@ namespace {
 
 using Tensor = std::pair<py::array, int>;  // bytes, dtype
 using Nodes = py::array_t<int64_t, py::array::c_style>;
+using Weights = py::array_t<double, py::array::c_style>;
 using Floats = py::array_t<float, py::array::c_style>;
 
 Input input(const std::optional<Tensor>& t) {
@@ -24,25 +25,28 @@ Output output(const std::optional<Tensor>& t, int dtype = 0) {
 const float* data(const std::optional<Floats>& t) { return t ? t->data() : nullptr; }
 float* written(const Floats& t) { return const_cast<float*>(t.data()); }
 
-Tables tables(const std::optional<Nodes>& nodes, const Floats& weights) {
-  return {weights.shape(1), nodes ? nodes->data() : nullptr, nodes ? nodes->shape(1) : 1, weights.data(), weights.shape(2)};
+template <int L>  // nodes [K, columns], or null; weights [L, K, columns]
+Tables<L> tables(const Nodes* nodes, const Weights& weights) {
+  Tables<L> tables = {weights.shape(1), {nodes ? nodes->data() : nullptr, nodes ? nodes->shape(1) : 1}, {}};
+  for (int l = 0; l < L; ++l) tables.weights[l] = {weights.data(l), weights.shape(2)};
+  return tables;
 }
 
-void quadrature_update(Tensor x, Tensor velocities, Nodes nodes, Floats weights, std::optional<Floats> scales, Tensor out,
+void quadrature_update(Tensor x, Tensor velocities, Nodes nodes, Weights weights, std::optional<Floats> scales, Tensor out,
                        int64_t rows, int64_t batch, int64_t size) {
   QuadratureUpdate op = {{}, input(x), input(velocities), data(scales), output(out), {}};
-  for_each_launch<1>(tables(nodes, weights), batch, size, rows, [&](Samples s, const Rule<1>& rule) {
+  for_each_launch(tables<1>(&nodes, weights), batch, size, rows, [&](Samples s, const Rule<1>& rule) {
     op.s = s, op.rule = rule;
     quadrature_update_cuda(op, nullptr);
   });
 }
 
-void leap_residuals(Tensor x_k, Tensor x_j, Tensor x_end, Tensor velocities, Nodes nodes, Floats weights,
+void leap_residuals(Tensor x_k, Tensor x_j, Tensor x_end, Tensor velocities, Nodes nodes, Weights weights,
                     std::optional<Floats> scales, std::optional<Tensor> predictions, Floats partials, Floats residuals,
                     int64_t rows, int64_t batch, int64_t size) {
   LeapResiduals op = {{}, input(x_k), input(x_j), input(x_end), input(velocities), data(scales), output(predictions),
                       written(partials), written(residuals), {}};
-  for_each_launch<2>(tables(nodes, weights), batch, size, rows, [&](Samples s, const Rule<2>& rule) {
+  for_each_launch(tables<2>(&nodes, weights), batch, size, rows, [&](Samples s, const Rule<2>& rule) {
     op.s = s, op.rule = rule;
     leap_residuals_cuda(op, nullptr);
   });
@@ -54,9 +58,9 @@ void cfg_euler_step(Tensor x, Tensor v_cond, std::optional<Tensor> v_uncond, flo
                        output(out)}, nullptr);
 }
 
-void bridge_cotangents(Tensor g, Tensor g_x, Floats weights, Tensor out, int64_t batch, int64_t size) {
-  BridgeCotangents op = {{}, input(g), input(g_x), output(out), {}};
-  for_each_launch<2>(tables({}, weights), batch, size, weights.shape(1), [&](Samples s, const Rule<2>& rule) {
+void bridge_cotangents(Tensor g, Tensor g_x, Weights weights, Tensor out, int64_t batch, int64_t size) {
+  BridgeCotangents op = {{}, input(g), input(g_x), output(out), false, {}};
+  for_each_launch(tables<2>(nullptr, weights), batch, size, weights.shape(1), [&](Samples s, const Rule<2>& rule) {
     op.s = s, op.rule = rule;
     bridge_cotangents_cuda(op, nullptr);
   });

@@ -29,20 +29,20 @@ int main() {
     const int64_t batch = 3, rows = 4, total = batch * size;
     const auto x = ramp(total - kMissing, 0.1f), y = ramp(total, 0.2f), cache = ramp(rows * total, 0.01f);
     const std::vector<int64_t> nodes = {3, 0, 1};
-    const std::vector<float> weights = {-0.5f, 0.0f, 0.25f, 0.0f, -0.75f, 0.125f};
+    const std::vector<double> weights = {-0.5, 0.0, 0.25, 0.0, -0.75, 0.125};
     const auto input = [](const std::vector<float>& v) { return Input{v.data(), Dtype::kFloat32}; };
-    const auto tasks = [&](const Samples& s) { return s.samples * ((size + kAvx2.tile - 1) / kAvx2.tile); };
 
-    const Tables one = {3, nodes.data(), 1, weights.data(), 1};
-    for_each_launch<1>(one, batch, size, rows, [&](Samples s, const Rule<1>& rule) {
+    const Table<int64_t> read = {nodes.data(), 1}, written = {nullptr, 1};
+    const Table<double> first = {weights.data(), 1}, second = {weights.data() + 3, 1};
+    for_each_launch(Tables<1>{3, read, {first}}, batch, size, rows, [&](Samples s, const Rule<1>& rule) {
       std::vector<float> out(total), other(total);
       QuadratureUpdate op = {s, input(x), input(cache), nullptr, {out.data(), Dtype::kFloat32}, rule};
       quadrature_update_cuda(op, nullptr);
       op.out.data = other.data();
-      kAvx2.quadrature_update(op, 0, tasks(s));
+      kAvx2.quadrature_update(op, 0, s.samples * tiles(size));
       good &= out == other;
     });
-    for_each_launch<2>(one, batch, size, rows, [&](Samples s, const Rule<2>& rule) {
+    for_each_launch(Tables<2>{3, read, {first, second}}, batch, size, rows, [&](Samples s, const Rule<2>& rule) {
       std::vector<float> partials(2 * batch * chunks(size)), out(2 * batch), other(2 * batch), landings(2 * total);
       LeapResiduals op = {s, input(x), input(y), input(y), input(cache), nullptr, {landings.data(), Dtype::kFloat32},
                           partials.data(), out.data(), rule};
@@ -52,12 +52,12 @@ int main() {
       sum_chunks(op);
       good &= out == other;
     });
-    for_each_launch<2>({3, nullptr, 1, weights.data(), 1}, batch, size, 3, [&](Samples s, const Rule<2>& rule) {
+    for_each_launch(Tables<2>{3, written, {first, second}}, batch, size, 3, [&](Samples s, const Rule<2>& rule) {
       std::vector<float> out(3 * total), other(3 * total);
-      BridgeCotangents op = {s, input(y), input(x), {out.data(), Dtype::kFloat32}, rule};
+      BridgeCotangents op = {s, input(y), input(x), {out.data(), Dtype::kFloat32}, size > 41, rule};
       bridge_cotangents_cuda(op, nullptr);
       op.out.data = other.data();
-      kAvx2.bridge_cotangents(op, 0, tasks(s));
+      kAvx2.bridge_cotangents(op, 0, s.samples * chunks(size));
       good &= out == other;
     });
     std::vector<float> out(total), other(total), velocity(total);
@@ -65,7 +65,7 @@ int main() {
                        {out.data(), Dtype::kFloat32}};
     cfg_euler_step_cuda(op, nullptr);
     op.out.data = other.data();
-    kAvx2.cfg_euler_step(op, 0, (total + kAvx2.tile - 1) / kAvx2.tile);
+    kAvx2.cfg_euler_step(op, 0, tiles(total));
     good &= out == other;
   }
   std::puts(good ? "equal" : "the emulated kernels and the CPU's differ");

@@ -1,0 +1,162 @@
+"""What every backbone promises beside parity: noise levels of its own per sample, gradients, readable refusals, and no method in sight."""
+
+import copy
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+
+import flowbp
+from flowbp.backbones import BACKBONES, bind_velocity, check_guidance, load_backbone
+from flowbp.backbones.tiny import TINY_PIPELINES, tiny_pipeline
+from flowbp.guidance import Guidance
+from flowbp.methods import METHODS
+
+TEXTS = ["a red circle", "two blue stars, far apart"]
+
+
+def guidance_of(backbone, scale=1.0):
+    return Guidance(scale, embedded=3.5 if backbone.embeds_guidance else None)
+
+
+def seeds():
+    return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+
+
+def test_every_class_has_a_tiny_pipeline():
+    assert BACKBONES.keys() == TINY_PIPELINES.keys()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("scale", [1.0, 3.0], ids=["unguided", "guided"])
+def test_each_sample_may_have_its_own_noise_level(tiny_backbone, name, scale):
+    backbone = tiny_backbone(name)
+    velocity, x = bind_velocity(backbone, TEXTS, guidance_of(backbone, scale)), backbone.noise(64, 64, seeds())
+    with torch.no_grad():
+        both = velocity(x, torch.tensor([0.8, 0.3]))
+        first, second = velocity(x, torch.tensor(0.8)), velocity(x, torch.tensor(0.3))
+    torch.testing.assert_close(both, torch.stack([first[0], second[1]]), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(first, second, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_sample_does_not_depend_on_its_batch(tiny_backbone, name):
+    backbone = tiny_backbone(name)
+    x, guidance, sigma = backbone.noise(64, 64, seeds()), guidance_of(backbone), torch.tensor(0.6)
+    with torch.no_grad():
+        together = bind_velocity(backbone, TEXTS, guidance)(x, sigma)
+        alone = bind_velocity(backbone, TEXTS[1:], guidance)(x[1:], sigma)
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_images_and_velocity_are_differentiable_in_the_latents_and_prompts_are_not(tiny_backbone, name):
+    backbone = tiny_backbone(name)
+    x = backbone.noise(32, 48, seeds()).requires_grad_()
+    images = backbone.decode(x)
+    assert images.shape == (2, 3, 32, 48) and images.min() >= 0 and images.max() <= 1
+    velocity = bind_velocity(backbone, TEXTS, guidance_of(backbone))
+    assert not any(value.requires_grad for value in velocity.positive.values())
+    for output in (images, velocity(x, torch.tensor(0.6))):
+        (gradient,) = torch.autograd.grad(output.square().sum(), x)
+        assert gradient.isfinite().all() and (gradient != 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_precision_decides_the_dtype_of_the_latents_alone(tiny_backbone, name):
+    for precision in ("pipeline", "float32"):
+        backbone = tiny_backbone(name, torch.bfloat16, precision)
+        x = backbone.noise(32, 32, seeds())
+        assert x.dtype == (torch.float32 if precision == "float32" or name == "ZImagePipeline" else torch.bfloat16)
+        with torch.no_grad():
+            assert bind_velocity(backbone, TEXTS, guidance_of(backbone))(x, torch.tensor(0.6)).dtype == x.dtype
+            assert backbone.decode(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_saved_pipeline_loads_offline_and_draws_the_same(name, tmp_path):
+    pipe = tiny_pipeline(name)
+    pipe.save_pretrained(tmp_path)
+    loaded, built = load_backbone(str(tmp_path), max_sequence_length=48), BACKBONES[name](pipe, max_sequence_length=48)
+    x, guidance = built.noise(64, 64, seeds()), guidance_of(built)
+    with torch.no_grad():
+        velocities = [bind_velocity(backbone, TEXTS, guidance)(x, torch.tensor(0.6)) for backbone in (loaded, built)]
+    assert torch.equal(*velocities) and torch.equal(loaded.sigmas(7, 64, 64), built.sigmas(7, 64, 64))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_what_a_network_needs_is_made_on_the_device_of_the_latents(tiny_backbone, name):
+    """Tensors of the meta device meet no tensor of another one."""
+    built = tiny_backbone(name)
+    conditioning = bind_velocity(built, TEXTS, guidance_of(built)).positive
+    pipe = copy.deepcopy(built.pipe)
+    pipe.transformer.to("meta"), pipe.vae.to("meta")
+    backbone, x = BACKBONES[name](pipe), built.noise(32, 32, seeds()).to("meta")
+    lengths = {key: value if key == "lengths" else value.to("meta") for key, value in conditioning.items()}
+    assert backbone.velocity(x, torch.tensor(0.6, device="meta"), lengths).shape == x.shape
+    assert backbone.decode(x).shape == (2, 3, 32, 32)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "distilled", "guidance", "says"),
+    [
+        ("FluxPipeline", False, Guidance(), r"set guidance.embedded \(FLUX.1-dev: 3.5\)"),
+        ("StableDiffusion3Pipeline", False, Guidance(embedded=3.5), "takes no guidance scale as input: set guidance.embedded to null"),
+        ("Flux2KleinPipeline", True, Guidance(4.0), "distilled to run without a negative prompt: set guidance.scale to 1, not 4.0"),
+    ],
+)
+def test_guidance_that_the_network_does_not_have_is_refused(tiny_backbone, name, distilled, guidance, says):
+    backbone = tiny_backbone(name, distilled=distilled)
+    with pytest.raises(ValueError, match=says):
+        bind_velocity(backbone, TEXTS, guidance)
+    check_guidance(backbone, replace(guidance_of(backbone), scale=1.0))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_size_that_tokens_do_not_tile_is_refused(tiny_backbone, name):
+    for ask in (lambda b: b.sigmas(4, 64, 72), lambda b: b.noise(72, 64, seeds())):
+        with pytest.raises(ValueError, match="multiples of 16 pixels, not "):
+            ask(tiny_backbone(name))
+
+
+def test_a_scheduler_of_another_kind_is_refused():
+    pipe = tiny_pipeline("FluxPipeline")
+    pipe.scheduler = UniPCMultistepScheduler()
+    with pytest.raises(ValueError, match="samples by UniPCMultistepScheduler; a rollout takes the deterministic steps"):
+        BACKBONES["FluxPipeline"](pipe)
+
+
+def test_unknown_names_and_models_out_of_reach_say_what_to_do():
+    with pytest.raises(ValueError, match="did you mean 'flux.1-dev'"):
+        load_backbone("flux1-dev")
+    with pytest.raises(ValueError, match="precision must be 'pipeline' or 'float32', not 'bf16'"):
+        load_backbone("shapes", precision="bf16")
+    with pytest.raises(OSError, match="hf download nobody/nothing --local-dir FOLDER"):
+        load_backbone("nobody/nothing")
+
+
+# -- layering ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_backbones_name_no_method_and_methods_no_backbone():
+    package = Path(flowbp.__file__).parent
+    methods = [cls.__name__ for cls in METHODS.values()] + ["flowbp.methods", "flowbp.plan", "flowbp.active_sets", "flowbp.quadrature"]
+    networks = [*BACKBONES, "flowbp.backbones", "diffusers", "torch"]
+    for folder, words in (("backbones", methods), ("methods", networks)):
+        for path in (package / folder).glob("*.py"):
+            found = re.findall(rf"\b(?:{'|'.join(map(re.escape, words))})\b", path.read_text())
+            assert not found, f"{path} speaks of {found}"
+
+
+def test_the_worked_example_of_the_docs_is_the_file_itself():
+    root = Path(flowbp.__file__).parents[1]
+    page = (root / "docs/backbones.md").read_text(encoding="utf-8")
+    assert f"```python\n{(root / 'flowbp/backbones/zimage.py').read_text(encoding='utf-8')}```" in page
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page):
+        assert (root / "docs" / target).exists(), target

@@ -1,0 +1,129 @@
+"""Tuned weights leave in formats that others read: diffusers' LoRA and transformer folders, and ComfyUI's LoRA keys."""
+
+from functools import cache
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from flowbp import checkpoint, evaluation
+from flowbp.backbones import BACKBONES
+from flowbp.backbones.tiny import TINY_PIPELINES, tiny_pipeline
+from flowbp.cli import app
+from flowbp.config import build_method, load
+from flowbp.methods import METHODS
+from flowbp.trainer import Trainer
+
+TOKENS = 48
+SETTINGS = [
+    "steps=2", "data.batch_size=2", "data.embeddings=live", "evaluation=null", "ema=null", "rollout={num_steps: 6, height: 32, width: 32}",
+    f"backbone.max_sequence_length={TOKENS}", "optimizer={lr: 1.0e-2, warmup: 0}", "reward.smooth=null", "tuning={rank: 2, alpha: 6}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=TINY_PIPELINES)
+def trained(request, tmp_path_factory):
+    """(class name, method name) -> a trainer of the class after two steps of the method."""
+    name = request.param
+    folder = tmp_path_factory.mktemp("pipelines") / name
+    tiny_pipeline(name).save_pretrained(folder)
+
+    @cache
+    def trainer():
+        embedded = ["guidance.embedded=3.5"] if name == "FluxPipeline" else []
+        return Trainer(load("demo", [f"output={folder.parent / 'run'}", f"backbone.name={folder}", *SETTINGS, *embedded]))
+
+    def train(method):
+        run = trainer()
+        fields = {"last_n": 3} if method == "refl" else {}
+        run.config = run.config.model_copy(update={"method": build_method({"name": method} | fields)})
+        run.optimizer.state.clear()
+        with torch.no_grad():
+            for key, parameter in run.parameters.items():
+                parameter.copy_(run.base[key])
+        for step in range(2):
+            row = run.step(step)
+            assert not row["skipped"] and row["grad_norm"] > 0
+        return run
+
+    return name, folder, train
+
+
+def draw(backbone, config):
+    """Images of a frozen network: matmul folds a strided batch, and so rounds, by whether a weight requires grad."""
+    trainable = [p for p in backbone.denoiser.parameters() if p.requires_grad]
+    backbone.denoiser.requires_grad_(False)
+    try:
+        return evaluation.generate(backbone, ["a red circle"], [7], config.rollout, config.guidance)
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_lora_of_every_method_changes_the_images_and_loads_into_a_fresh_pipeline(trained, method, tmp_path):
+    name, folder, train = trained
+    run = train(method)
+    expected = draw(run.backbone, run.config)
+    path = checkpoint.save_weights(run.backbone, tmp_path)
+
+    pipe = tiny_pipeline(name)  # diffusers' own reading, without this package
+    base = draw(BACKBONES[name](pipe, max_sequence_length=TOKENS), run.config)
+    pipe.load_lora_weights(tmp_path)
+    images = draw(BACKBONES[name](pipe, max_sequence_length=TOKENS), run.config)
+    assert torch.equal(images, expected)
+    assert (images - base).abs().max() > 1e-4
+    assert len(load_file(path)) == len(run.parameters)
+
+
+def test_an_exported_lora_carries_alpha_in_its_weights(trained, tmp_path):
+    """Read without any metadata, as ComfyUI does, it draws what the run's own file draws."""
+    name, folder, train = trained
+    run = train("flowbp-sparse")
+    expected = draw(run.backbone, run.config)
+    checkpoint.save_weights(run.backbone, tmp_path)
+    result = CliRunner().invoke(app, ["export", str(tmp_path), str(tmp_path / "comfyui.safetensors")])
+    assert result.exit_code == 0, result.output
+    tensors, original = load_file(tmp_path / "comfyui.safetensors"), load_file(tmp_path / checkpoint.LORA)
+    assert tensors.keys() == original.keys() and all(key.startswith("transformer.") for key in tensors)
+
+    without_alpha, exported = tiny_pipeline(name), tiny_pipeline(name)
+    without_alpha.load_lora_weights(original)
+    exported.load_lora_weights(tensors)
+    images, wrong = (draw(BACKBONES[name](pipe, max_sequence_length=TOKENS), run.config) for pipe in (exported, without_alpha))
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+    assert (wrong - expected).abs().max() > 1e-4
+
+
+def test_a_lora_of_another_class_is_refused(trained, tmp_path):
+    name, folder, train = trained
+    checkpoint.save_weights(train("refl").backbone, tmp_path)
+    other = "ZImagePipeline" if name != "ZImagePipeline" else "FluxPipeline"
+    with pytest.raises(ValueError, match="belongs to another model: .* do not fit this"):
+        checkpoint.load_weights(BACKBONES[other](tiny_pipeline(other)), tmp_path)
+
+
+def test_the_default_lora_reaches_every_block(trained):
+    name, folder, train = trained
+    run = train("drtune")
+    blocks = {key.split(".")[0] + "." + key.split(".")[1] for key in run.parameters}
+    layers = {key for key, module in run.backbone.denoiser.named_modules() if isinstance(module, torch.nn.ModuleList) and "." not in key}
+    expected = {f"{key}.{i}" for key in layers for i in range(len(run.backbone.denoiser.get_submodule(key)))}
+    assert blocks == expected
+
+
+@pytest.mark.parametrize("name", TINY_PIPELINES)
+def test_full_weights_are_a_transformer_folder_that_from_pretrained_reads(name, tmp_path):
+    tuned = BACKBONES[name](tiny_pipeline(name, seed=1))
+    folder = checkpoint.save_weights(tuned, tmp_path)
+    read = type(tuned.denoiser).from_pretrained(folder)
+    fresh = BACKBONES[name](tiny_pipeline(name))
+    checkpoint.load_weights(fresh, tmp_path)
+    for key, value in tuned.denoiser.state_dict().items():
+        assert torch.equal(read.state_dict()[key], value) and torch.equal(fresh.denoiser.state_dict()[key], value)
+
+
+def test_a_run_of_full_weights_has_no_lora_to_export(tmp_path):
+    with pytest.raises(FileNotFoundError, match="only a run with tuning.mode=lora"):
+        checkpoint.export_comfyui(tmp_path, tmp_path / "lora.safetensors")
