@@ -48,7 +48,8 @@ def train_step(case, folder, world):
     name, overrides = CASES[case]
     size = ("rollout.num_steps=6", "rollout.height=32", "rollout.width=32", f"data.batch_size={GLOBAL_BATCH // world}")
     prompts = Path(folder, "prompts.txt")
-    base = ("ema=null", "evaluation=null", "guidance.scale=1.0", "objective.hinge=null", "reward.smooth=null", "data.embeddings=live", "tuning.mode=full")
+    base = ("ema=null", "evaluation=null", "guidance.scale=1.0", "objective.hinge=null", "reward.smooth=null")
+    base += ("data.embeddings=live", "tuning.mode=full")
     config = load("demo", [f"output={folder}", f"data.prompts={prompts}", "optimizer.max_grad_norm=1e-3", *size, *base, *overrides])
     pipe = copy.copy(pipeline(name))
     pipe.transformer = copy.deepcopy(pipe.transformer)
