@@ -21,7 +21,7 @@ from flowbp.backbones import bind_velocity, load_backbone
 from flowbp.data import load_prompts, sample_seeds
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
-from flowbp.objective import Objective, sample_weights
+from flowbp.objective import Objective, loss_factors, sample_weights
 from flowbp.rewards import load_reward
 from flowbp.surrogate import backward, residuals, reward_input
 from flowbp.trajectory import rollout, rollout_with_graph
@@ -61,8 +61,10 @@ def main() -> None:
             renoise = [torch.randn_like(noise) for _ in range(plan.num_renoised)]
             trajectory = rollout(velocity, noise, sigmas, plan, renoise)
             z = reward_input(plan, trajectory).requires_grad_()
-            weighting = sample_weights(plan.similarity, *residuals(plan, trajectory)) if plan.similarity else (None, None)
-            loss = Objective().loss(reward(backbone.decode(z), texts * (1 + plan.num_renoised)), *weighting)
+            factors = None
+            if plan.similarity is not None:
+                factors = loss_factors(*sample_weights(plan.similarity, *residuals(plan, trajectory)))
+            loss = Objective().loss(reward(backbone.decode(z), texts * (1 + plan.num_renoised)), factors)
             backward(plan, trajectory, velocity.replay, torch.autograd.grad(loss, z)[0])
             surrogate = take_gradient()
             (-reward(backbone.decode(rollout_with_graph(velocity, noise, sigmas)), texts)).mean().backward()

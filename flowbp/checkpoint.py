@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowbp.backbones import Backbone
+from flowbp.distributed import gathered, laid_out_as
 from flowbp.rewards import Mixture
 
 __all__ = [
@@ -68,12 +69,18 @@ def written_whole(folder: Path) -> Iterator[Path]:
     os.replace(scratch, folder)
 
 
-def save_checkpoint(output: Path, step: int, parameters: dict[str, Tensor], optimizer, ema, rewards: Mixture) -> None:
-    """Everything that a run needs to go on after `step` optimizer steps. Older checkpoints are removed once this one is whole."""
+def save_checkpoint(output: Path, step: int, parameters: dict[str, Tensor], optimizer, ema, rewards: Mixture, write: bool = True) -> None:
+    """Everything that a run needs to go on after `step` optimizer steps. Older checkpoints are removed once this one is whole.
+
+    Every process calls it, for shards are gathered from all; one writes.
+    """
+    tensors, state = gathered((dict(parameters), {"optimizer": optimizer.state_dict(), "ema": ema and ema.state_dict()}))
+    if not write:
+        return
+    state["rewards"] = rewards.state_dict()
     folder = output / "checkpoints" / f"step-{step:06d}"
     with written_whole(folder) as scratch:
-        save_file({name: p.detach().contiguous() for name, p in parameters.items()}, scratch / "parameters.safetensors")
-        state = {"optimizer": optimizer.state_dict(), "ema": ema and ema.state_dict(), "rewards": rewards.state_dict()}
+        save_file({name: p.detach().contiguous() for name, p in tensors.items()}, scratch / "parameters.safetensors")
         torch.save(state, scratch / "state.pt")
         (scratch / "step.json").write_text(json.dumps({"step": step}))
     for other in folder.parent.glob("step-*"):
@@ -93,30 +100,42 @@ def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema,
         raise ValueError(f"{folder} holds other parameters than this config trains: {len(saved)} saved, {len(parameters)} expected")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
-    state = torch.load(folder / "state.pt", weights_only=True)
+            parameter.copy_(laid_out_as(parameter, saved[name]))
+    state, trained = torch.load(folder / "state.pt", weights_only=True), list(parameters.values())
+    for index, moments in state["optimizer"]["state"].items():
+        p = trained[index]
+        moments.update({key: laid_out_as(p, value) for key, value in moments.items() if torch.is_tensor(value) and value.shape == p.shape})
     optimizer.load_state_dict(state["optimizer"])
     if ema:
+        state["ema"]["shadow_params"] = [laid_out_as(p, shadow) for p, shadow in zip(trained, state["ema"]["shadow_params"], strict=True)]
         ema.load_state_dict(state["ema"])
     rewards.load_state_dict(state["rewards"])
     return json.loads((folder / "step.json").read_text())["step"]
 
 
-def save_weights(backbone: Backbone, output: Path) -> Path:
+def save_weights(backbone: Backbone, output: Path, write: bool = True) -> Path:
     """Write the tuned weights: LoRA as `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(output)`; full weights as the folder
-    `transformer/`, for `from_pretrained`. Returns the path."""
+    `transformer/`, for `from_pretrained`. Every process calls it, for shards are gathered from all; one writes. Returns the path."""
     denoiser = backbone.denoiser
     if not getattr(denoiser, "peft_config", None):
-        with written_whole(output / "transformer") as scratch:
-            denoiser.save_pretrained(scratch)
+        state = gathered(denoiser.state_dict())
+        if write:
+            with torch.device("meta"):
+                whole = type(denoiser).from_config(denoiser.config)
+            whole.load_state_dict(state, assign=True)
+            with written_whole(output / "transformer") as scratch:
+                whole.save_pretrained(scratch)
         return output / "transformer"
     from peft import get_peft_model_state_dict
 
+    layers = gathered(get_peft_model_state_dict(denoiser))
+    if not write:
+        return output / LORA
     adapter = denoiser.peft_config["default"].to_dict()  # says alpha: a file without it is read as alpha = rank
     adapter["target_modules"] = sorted(adapter["target_modules"])
     with tempfile.TemporaryDirectory(dir=output) as scratch:
         type(backbone.pipe).save_lora_weights(
-            scratch, transformer_lora_layers=get_peft_model_state_dict(denoiser), transformer_lora_adapter_metadata=adapter
+            scratch, transformer_lora_layers=layers, transformer_lora_adapter_metadata=adapter
         )
         os.replace(Path(scratch, LORA), output / LORA)
     return output / LORA

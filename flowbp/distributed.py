@@ -14,16 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from flowbp.backbones import Backbone
 from flowbp.guidance import Conditioning
 
-__all__ = ["Ranks", "VelocityModule", "full"]
+__all__ = ["Ranks", "VelocityModule", "full", "gathered", "laid_out_as"]
 
 
 class VelocityModule(nn.Module):
@@ -47,9 +50,11 @@ class Ranks:
     def __init__(self, accelerator: Accelerator, backbone: Backbone, shard: bool = False):
         self.accelerator, self.size, self.rank = accelerator, accelerator.num_processes, accelerator.process_index
         self.is_main = accelerator.is_main_process
-        self.network = VelocityModule(backbone)
-        if self.size > 1:
-            self.network = (shard_weights if shard else replicate)(self.network, accelerator.device)
+        self.network, self.sharded = VelocityModule(backbone), None
+        if self.size > 1 and shard:
+            self.sharded = shard_weights(backbone.denoiser, accelerator.device)
+        elif self.size > 1:
+            self.network = replicate(self.network, accelerator.device)
 
     def rows(self, per_rank: int) -> slice:
         """This process's part of a global batch of size * per_rank rows."""
@@ -61,19 +66,17 @@ class Ranks:
         if isinstance(self.network, DistributedDataParallel):
             with self.network.no_sync():
                 yield
-        elif self.size > 1:
-            self.network.set_requires_gradient_sync(False)
-            yield
-            self.network.set_requires_gradient_sync(True)
-        else:
-            yield
+            return
+        if self.sharded is not None:
+            self.sharded.set_requires_gradient_sync(False)
+        yield
 
     def reduce_with(self, v: Tensor) -> None:
         """The next backward pass, that of `v`, averages all that was accumulated over the processes."""
         if isinstance(self.network, DistributedDataParallel):
             self.network.reducer.prepare_for_backward([v])
-        elif self.size > 1:
-            self.network.set_requires_gradient_sync(True)
+        elif self.sharded is not None:
+            self.sharded.set_requires_gradient_sync(True)
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """Each value averaged over the processes."""
@@ -90,18 +93,33 @@ def replicate(module: nn.Module, device: torch.device) -> DistributedDataParalle
     return DistributedDataParallel(module, device_ids=device_ids, find_unused_parameters=True, broadcast_buffers=False)
 
 
-def shard_weights(module: VelocityModule, device: torch.device) -> nn.Module:
+def shard_weights(denoiser: nn.Module, device: torch.device) -> nn.Module:
     """FSDP2, in place: the weights of a transformer block are gathered when it runs, and dropped after."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for block in module.modules():
-        if type(block).__name__ in module.denoiser._no_split_modules:
+    for block in denoiser.modules():
+        if type(block).__name__ in denoiser._no_split_modules:
             fully_shard(block, mesh=mesh)
-    return fully_shard(module, mesh=mesh)
+    return fully_shard(denoiser, mesh=mesh)
+
+
+# -- sharded tensors: every process must make these calls, for all of them take part -------------------------------------------------
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded. Every process must call it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """The whole of a tensor that may be sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(state: Any) -> Any:
+    """A state dict, or any nesting of tensors, with its shards put together."""
+    return tree_map(lambda leaf: full(leaf) if isinstance(leaf, Tensor) else leaf, state)
+
+
+def laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """`value`, whole or sharded, as `parameter` is sharded."""
+    if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -25,7 +25,7 @@ from flowbp.backbones import Backbone, bind_velocity, check_guidance, load_backb
 from flowbp.config import ConfigError, OptimizerConfig, RunConfig, TuningConfig, dump
 from flowbp.console import progress_bar
 from flowbp.data import PromptStream, load_prompts, sample_seeds
-from flowbp.distributed import Ranks, full
+from flowbp.distributed import Ranks, full, laid_out_as
 from flowbp.embeddings import embed_once
 from flowbp.methods import draw_plans
 from flowbp.objective import loss_factors, reward_gradient, sample_weights
@@ -118,33 +118,37 @@ class Trainer:
                 scores = ", ".join(f"{name} {row[name]:.4f}" for name in config.reward)
                 bar.set_postfix_str(f"{scores}, {row['seconds']:.2f} s/step, peak {row['peak_mb']:.0f} MB", refresh=False)
                 bar.update()
-                if main and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
-                    checkpoint.save_checkpoint(config.output, step + 1, self.parameters, self.optimizer, self.ema, self.mixture)
+                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                    saved = (self.parameters, self.optimizer, self.ema, self.mixture)
+                    checkpoint.save_checkpoint(config.output, step + 1, *saved, write=main)
+        with self.weights(self.tuned):
+            checkpoint.save_weights(self.backbone, config.output, write=main)
+        self.report()
         self.accelerator.end_training()
-        if main:
-            with self.weights(self.tuned):
-                checkpoint.save_weights(self.backbone, config.output)
-            self.report()
-        self.accelerator.wait_for_everyone()
 
     def report(self) -> None:
-        """Score base and tuned weights on the same prompts and seeds, draw both, and write everything into the run's folder."""
-        config = self.config
+        """Score base and tuned weights on the same prompts and seeds, draw both, and write everything into the run's folder.
+
+        Every process does, for sharded weights need them all; one writes.
+        """
+        config, main = self.config, self.ranks.is_main
         plan = config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(config.seed))
         pages = report.Report(config, plan, self.sigmas.tolist())
         if config.evaluation is not None:
             prompts = load_prompts(config.evaluation.prompts)
             named = evaluation.scorers(self.mixture.rewards, self.monitors, config.evaluation.checker)
             scores = []
-            with progress_bar("evaluate", "image", 2 * config.evaluation.samples) as bar:
+            with progress_bar("evaluate", "image", 2 * config.evaluation.samples, shown=main) as bar:
                 for name, weights in (("before", self.base), ("after", self.tuned)):
                     with self.weights(weights):
                         arguments = (self.backbone, prompts, config.evaluation, config.evaluation_rollout, config.guidance)
                         scores.append(evaluation.evaluate(*arguments, named, progress=bar.update))
                         pages.add_grid(name, evaluation.first_images(*arguments), scores[-1])
-                    scores[-1].write_csv(config.output / f"scores_{name}.csv")
+                    if main:
+                        scores[-1].write_csv(config.output / f"scores_{name}.csv")
             pages.add_comparison(evaluation.compare(*scores))
-        pages.write()
+        if main:
+            pages.write()
 
     # -- one optimizer step --------------------------------------------------------------------------------------------------------
 
@@ -254,8 +258,9 @@ class Trainer:
 
     @contextmanager
     def weights(self, values: dict[str, Tensor]) -> Iterator[None]:
-        """Run the block with the trainable parameters set to `values`; their own wait on the CPU."""
-        kept = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        """Run the block with the trainable parameters set to `values`; their own wait on the CPU, or in place where they are shards."""
+        own = {name: p.detach() for name, p in self.parameters.items()}
+        kept = {name: p.to("cpu", copy=True) if self.ranks.sharded is None else p.clone() for name, p in own.items()}
         try:
             assign(self.parameters, values)
             yield
@@ -311,7 +316,7 @@ def clip_samples(g: Tensor, largest: float | None) -> Tensor:
 @torch.no_grad()
 def assign(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for name, parameter in parameters.items():
-        parameter.copy_(values[name])
+        parameter.copy_(laid_out_as(parameter, values[name]))
 
 
 def keep_first_lines(path: Path, count: int) -> None:

@@ -180,6 +180,31 @@ def test_memory_settings_leave_the_gradient_as_it_is(name, tmp_path):
         assert (other - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
 
 
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_lora_dropout_is_the_same_in_rollout_and_replay(checkpointing, tmp_path):
+    gradients = []
+    for recompute in ("never", "always"):
+        overrides = ["tuning.dropout=0.3", f"memory.checkpointing={checkpointing}", f"memory.recompute={recompute}", "guidance.scale=2.0"]
+        trainer = Trainer(tiny(tmp_path, *overrides))
+        trainer.accumulate_gradient(0, 0)
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters.values() if p.grad is not None]))
+        assert not trainer.backbone.denoiser.training
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
+
+
+def test_plans_a_sample_and_dropout_say_what_they_exclude(tmp_path):
+    for override, message in (
+        ("memory.recompute=never", "plans=stratified needs memory.recompute=always"),
+        ("tuning.dropout=0.1", "plans=stratified needs tuning.dropout=0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny(tmp_path, "plans=stratified", override)
+    with pytest.raises(ValueError, match="needs memory.nodes_per_forward=1"):
+        tiny(tmp_path, "tuning.dropout=0.1", "memory.nodes_per_forward=2")
+    row = Trainer(tiny(tmp_path, "plans=stratified")).step(0)
+    assert np.isfinite(row["grad_norm"]) and any(isinstance(node, tuple) for node in row["nodes"])
+
+
 def test_clipping_bounds_each_sample_and_leaves_small_ones():
     g = torch.tensor([[3.0, 4.0], [0.03, 0.04]])
     clipped = clip_samples(g, largest=1.0)
