@@ -1,7 +1,7 @@
 """Variance of the gradient over draws of the plan: one plan a batch, one a sample, or one a sample stratified over the batch.
 
 FlowBP-Sparse on the embedded model, with prompts, noise and weights held fixed, so that only the plans differ. There the gradient is a
-sum, over samples b and their active nodes i, of weight_i J_{b,i}^T g_b; the sweep gives each of these terms once, and the gradient of any draw is
+sum, over samples b and their active nodes i, of weight_i J_{b,i}^T g_b; the sweep gives each term once, and the gradient of any draw is
 a sum of them, checked against the sweep of that draw. Reported: the trace of the gradient's covariance over the squared norm of its mean.
 
     python benchmarks/plan_variance.py --draws 4000 --json docs/plan_variance.json --png docs/plan_variance.png
