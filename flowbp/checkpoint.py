@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowbp.backbones import Backbone
+from flowbp.rewards import Mixture
 
 __all__ = [
     "base_weights",
@@ -67,12 +68,13 @@ def written_whole(folder: Path) -> Iterator[Path]:
     os.replace(scratch, folder)
 
 
-def save_checkpoint(output: Path, step: int, parameters: dict[str, Tensor], optimizer, ema) -> None:
+def save_checkpoint(output: Path, step: int, parameters: dict[str, Tensor], optimizer, ema, rewards: Mixture) -> None:
     """Everything that a run needs to go on after `step` optimizer steps. Older checkpoints are removed once this one is whole."""
     folder = output / "checkpoints" / f"step-{step:06d}"
     with written_whole(folder) as scratch:
         save_file({name: p.detach().contiguous() for name, p in parameters.items()}, scratch / "parameters.safetensors")
-        torch.save({"optimizer": optimizer.state_dict(), "ema": ema and ema.state_dict()}, scratch / "state.pt")
+        state = {"optimizer": optimizer.state_dict(), "ema": ema and ema.state_dict(), "rewards": rewards.state_dict()}
+        torch.save(state, scratch / "state.pt")
         (scratch / "step.json").write_text(json.dumps({"step": step}))
     for other in folder.parent.glob("step-*"):
         if other != folder:
@@ -84,7 +86,7 @@ def latest_checkpoint(output: Path) -> Path | None:
     return max((output / "checkpoints").glob("step-*"), default=None)
 
 
-def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema) -> int:
+def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema, rewards: Mixture) -> int:
     """Restore what `save_checkpoint` wrote, in place; returns the number of steps done."""
     saved = load_file(folder / "parameters.safetensors")
     if saved.keys() != parameters.keys():
@@ -96,6 +98,7 @@ def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema)
     optimizer.load_state_dict(state["optimizer"])
     if ema:
         ema.load_state_dict(state["ema"])
+    rewards.load_state_dict(state["rewards"])
     return json.loads((folder / "step.json").read_text())["step"]
 
 

@@ -247,3 +247,12 @@ def hpsv2_folder(folder):
     torch.save({"state_dict": model.state_dict()}, folder / "HPS_v2.1_compressed.pt")
     tokenizer.save_pretrained(folder)
     return folder
+
+
+FOLDERS = {
+    "clip": clip_folder,
+    "pickscore": clip_folder,
+    "hpsv2": hpsv2_folder,
+    "aesthetic": aesthetic_folder,
+    "imagereward": imagereward_folder,
+}

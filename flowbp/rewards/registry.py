@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowbp.rewards.base import Reward
+from flowbp.rewards.callable import CallableReward
 from flowbp.rewards.files import HubFiles, check_sha256, find_file, locate
 
 __all__ = ["REWARDS", "RewardSource", "load_reward"]
@@ -114,6 +115,8 @@ def load_reward(
     dtype: of the weights, "float32" or "bfloat16". revision: commit of a Hub checkpoint. sha256: digest of the checkpoint file, checked
     before it is read. Raises ValueError for an unknown name or a wrong digest, FileNotFoundError with the commands that fetch the files.
     """
+    if ":" in name:
+        return CallableReward(name, device)
     source = find_source(name)
     folders = find_folders(name, source, model, revision)
     checkpoint = source.files["model"].names[0]

@@ -11,26 +11,13 @@ from flowbp.rewards.clip import CLIPReward, PickScore
 from flowbp.rewards.hpsv2 import HPSv2, clip_from_open_clip
 from flowbp.rewards.preprocessing import fit_long_side, normalise
 
-FOLDERS = {
-    "clip": tiny.clip_folder,
-    "pickscore": tiny.clip_folder,
-    "hpsv2": tiny.hpsv2_folder,
-    "aesthetic": tiny.aesthetic_folder,
-    "imagereward": tiny.imagereward_folder,
-}
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    return {name: build(tmp_path_factory.mktemp(name)) for name, build in FOLDERS.items()}
-
 
 @pytest.fixture
 def reward(request, folders):
     return lambda **options: load_reward(request.param, str(folders[request.param]), **options)
 
 
-every_reward = pytest.mark.parametrize("reward", FOLDERS, indirect=True)
+every_reward = pytest.mark.parametrize("reward", tiny.FOLDERS, indirect=True)
 
 
 # -- what holds for all --------------------------------------------------------------------------------------------------------------
