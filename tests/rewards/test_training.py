@@ -7,9 +7,10 @@ import torch
 
 from flowbp import checkpoint
 from flowbp.config import load
+from flowbp.rewards import Mixture
 from flowbp.trainer import Trainer
 
-TINY = ["steps=3", "data.batch_size=2", "rollout.num_steps=4", "method={name: draft-lv}", "evaluation=null", "ema=null"]
+TINY = ["steps=3", "data.batch_size=2", "rollout.num_steps=3", "method={name: refl, last_n: 1}", "evaluation=null", "ema=null"]
 
 
 def redness(images, prompts):
@@ -20,12 +21,19 @@ def trainer(tmp_path, *overrides):
     return Trainer(load("demo", [f"output={tmp_path / 'run'}", *TINY, *overrides]))
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return trainer(tmp_path_factory.mktemp("run"))
+
+
 @pytest.mark.parametrize("name", [*tiny.FOLDERS, f"{__name__}:redness"])
-def test_every_reward_trains_the_embedded_model(name, folders, tmp_path):
-    run = trainer(tmp_path, f"reward={{name: '{name}', model: {folders.get(name, 'null')}}}")
+def test_every_reward_trains_the_embedded_model(name, folders, run):
+    config = load("demo", [f"reward={{name: '{name}', model: {folders.get(name, 'null')}}}"])
+    run.mixture = Mixture({key: spec.term() for key, spec in config.reward.items()})
+    before = {key: p.detach().clone() for key, p in run.parameters.items()}
     rows = [run.step(step) for step in range(3)]
     assert all(np.isfinite(row["reward"]) and 0 < row["grad_norm"] < np.inf and not row["skipped"] for row in rows)
-    assert any(not torch.equal(run.parameters[key], run.base[key]) for key in run.base)
+    assert any(not torch.equal(run.parameters[key], before[key]) for key in before)
 
 
 MIXTURE = f"""reward={{
