@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowbp.rewards.files import read_state_dict
+from flowbp.rewards.files import frozen_model, read_state_dict
 from flowbp.rewards.qwen import inputs, instruction
 
 __all__ = ["HPSv3"]
@@ -36,15 +36,7 @@ class HPSv3:
         renamed = {rename(key): value for key, value in state.items() if not key.startswith(("lm_head.", "rm_head."))}
         config = AutoConfig.from_pretrained(base, local_files_only=True)
         config.text_config.vocab_size = len(renamed["language_model.embed_tokens.weight"])
-        self.model, report = Qwen2VLModel.from_pretrained(
-            None, config=config, state_dict=renamed, dtype=dtype, output_loading_info=True
-        )  # fmt: skip
-        if report["missing_keys"] or report["unexpected_keys"]:
-            raise ValueError(
-                f"these are not the weights of HPSv3: missing {sorted(report['missing_keys'])[:3]}, "
-                f"left over {sorted(report['unexpected_keys'])[:3]}"
-            )
-        self.model.to(device).eval().requires_grad_(False)
+        self.model = frozen_model(Qwen2VLModel, config, renamed, dtype, "HPSv3").to(device)
 
         self.tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
         self.tokenizer.add_tokens([AddedToken(self.REWARD_TOKEN, special=True)])

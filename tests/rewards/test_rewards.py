@@ -200,5 +200,6 @@ def test_weights_of_another_architecture_are_refused_with_a_name(key):
     del state[key]
     with pytest.raises(ValueError, match="not the weights of an open_clip ViT: "):
         clip_from_open_clip(state, 16)
-    with pytest.raises(ValueError, match="left over .*visual.extra"):
-        clip_from_open_clip(tiny.OpenCLIP(20).state_dict() | {"visual.extra": torch.zeros(1)}, 16)
+    for extra, says in (({"visual.extra": torch.zeros(1)}, "left over .*visual.extra"), ({"ln_final.bias": torch.zeros(9)}, "ViT: ")):
+        with pytest.raises(ValueError, match=says):
+            clip_from_open_clip(tiny.OpenCLIP(20).state_dict() | extra, 16)
