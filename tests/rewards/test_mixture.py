@@ -1,10 +1,14 @@
 """Several rewards at once, the running scale, rewards of one's own, and what a config may say of them."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from tiny_rewards import images
 
-from flowbp.config import ConfigError, dump, load
+from flowbp.config import ConfigError, RunConfig, dump, load
 from flowbp.objective import Objective, loss_factors, reward_gradient
 from flowbp.rewards import Mixture, RunningScale, Smoothing, Term, load_reward
 
@@ -146,6 +150,22 @@ def test_a_function_or_a_class_of_ones_own_is_named_by_its_module():
 def test_a_function_that_is_no_reward_is_refused(name, says):
     with pytest.raises(ValueError, match=says):
         load_reward(f"{__name__}:{name}")(X.clone().requires_grad_(), PROMPTS)
+
+
+def test_the_rewards_and_configs_of_the_documentation_work():
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    namespace = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, namespace)
+    for reward in (namespace["warmth"], namespace["Sharpness"]("cpu")):
+        x = X.clone().requires_grad_()
+        scores = reward(x, PROMPTS)
+        assert scores.shape == (4,) and torch.autograd.grad(scores.sum(), x)[0].abs().sum() > 0
+    blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    for block in blocks:
+        values = yaml.safe_load(dump(load("demo")))
+        assert RunConfig.model_validate(values | {"evaluation": None, "reward": yaml.safe_load(block)["reward"]})
+    assert len(blocks) == 3
 
 
 # -- configuration -----------------------------------------------------------------------------------------------------------------
