@@ -168,6 +168,11 @@ def test_the_rewards_and_configs_of_the_documentation_work():
     assert len(blocks) == 3
 
 
+def test_settings_of_a_published_reward_are_refused_for_ones_own():
+    with pytest.raises(ValueError, match="model, dtype, revision and sha256 are not for it"):
+        load_reward(f"{__name__}:bright", model="shapes")
+
+
 # -- configuration -----------------------------------------------------------------------------------------------------------------
 
 
