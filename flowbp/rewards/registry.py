@@ -183,7 +183,7 @@ def find_folders(name: str, source: RewardSource, model: str | None, revision: s
     try:
         return {argument: locate(part) for argument, part in files.items()}
     except (OSError, ValueError) as error:  # ValueError: a name that is no Hub id
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
             f"the reward {name!r} is neither a local folder nor in the Hub's cache, and the Hub did not give it ({reason}). "
             + how_to_fetch(name, files, f"rewards/{name}")
