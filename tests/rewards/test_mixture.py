@@ -87,6 +87,10 @@ def test_a_mixture_in_parts_has_the_gradient_of_the_whole(rows):
     whole, parts = (reward_gradient(mixture, score, X, factors, n) for n in (4, rows))
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b)
+    scores = mixture.score(X, PROMPTS, seeds)  # an image's perturbation is its seed's
+    same = X[:1].expand_as(X)
+    assert (mixture.score(same, PROMPTS, seeds)[1] == mixture.score(same, PROMPTS, seeds)[3]).all()
+    assert not torch.equal(scores, mixture.score(X, PROMPTS, seeds[::-1]))
 
 
 def test_the_running_scale_is_the_deviation_of_recent_scores():
