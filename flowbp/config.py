@@ -191,8 +191,8 @@ class MemoryConfig(Strict):
     checkpointing: bool = Field(False, description="keep the inputs of the transformer's blocks alone and run them again in backward")
     vae_checkpointing: bool = Field(False, description="the same in the VAE's decoder")
     vae_slicing: bool = Field(False, description="decode one image at a time; saves memory together with vae_checkpointing")
-    shard: bool = Field(False, description="several processes: split the weights over them (FSDP2) instead of copying them (DDP)")
     vae_tiling: bool = Field(False, description="decode images above the VAE's own sample size in overlapping tiles, blended")
+    shard: bool = Field(False, description="several processes: split the weights over them (FSDP2) instead of copying them (DDP)")
 
 
 class TuningConfig(Strict):
@@ -253,7 +253,7 @@ class RunConfig(Strict):
         needs = {"memory.recompute": (self.memory.recompute, "always"), "tuning.dropout": (self.tuning.dropout, 0.0)}
         for key, (value, needed) in needs.items():
             if self.plans != "shared" and value != needed:
-                raise ValueError(f"plans={self.plans} needs {key}={needed}, got {value}: each sample replays its own nodes (or set plans=shared)")
+                raise ValueError(f"plans={self.plans} needs {key}={needed}, got {value}: every sample replays its own nodes")
         if self.tuning.dropout and self.memory.nodes_per_forward > 1:
             raise ValueError(f"tuning.dropout={self.tuning.dropout} needs memory.nodes_per_forward=1: masks are drawn again node by node")
         return self
