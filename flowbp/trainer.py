@@ -68,8 +68,7 @@ class Trainer:
         self.backbone = backbone or load_backbone(**config.backbone.model_dump(), device=device)
         check_guidance(self.backbone, config.guidance)
         if config.data.embeddings == "cached":
-            with self.accelerator.main_process_first():  # the others find its cache
-                embed_once(self.backbone, self.texts(), config.data.cache)
+            embed_once(self.backbone, self.texts(), config.data.cache)
         self.mixture = Mixture({name: spec.term(device, reward) for name, spec in config.reward.items()})
         watched = config.evaluation.monitors if config.evaluation else {}
         self.monitors = {name: spec.load(device) for name, spec in watched.items()}
@@ -215,8 +214,7 @@ class Trainer:
             weights, keep = sample_weights(plan.similarity, d_j, d_0)
             logged = {"d_j": d_j.mean().item(), "d_0": d_0.mean().item(), "kept": keep.float().mean().item()}
         rows, everyone = self.ranks.rows(len(texts)), self.ranks.size * len(texts)
-        seeds = [seed for copy in range(copies) for seed in sample_seeds(*key, 1 + copy, count=everyone)[rows]]
-        watched = []
+        watched, seeds = [], [seed for copy in range(copies) for seed in sample_seeds(*key, 1 + copy, count=everyone)[rows]]
 
         def score(part_of_z: Tensor, part: slice) -> Tensor:
             images, prompts = self.backbone.decode(part_of_z), (texts * copies)[part]
@@ -230,7 +228,7 @@ class Trainer:
         g = g / config.guidance.divisor
         norms = g.flatten(1).norm(dim=1) * len(g)
         logged |= {name: torch.cat([scores[name] for scores in watched]).mean().item() for name in self.monitors}
-        logged |= self.mixture.update(rewards) | {"loss": loss.item(), "sample_grad_norm": norms.mean().item()}
+        logged |= self.mixture.update(self.accelerator.gather(rewards)) | {"loss": loss.item(), "sample_grad_norm": norms.mean().item()}
         return clip_samples(g, config.optimizer.max_sample_grad_norm), logged
 
     @torch.no_grad()

@@ -113,16 +113,6 @@ def test_the_running_scale_survives_equal_scores_and_broken_ones():
     assert torch.equal(scale.moments, before)
 
 
-def test_all_ranks_have_one_scale(monkeypatch):
-    here, there = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 9.0])
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    other = torch.tensor([2.0, there.sum(), there.square().sum()], dtype=torch.float64)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda batch: batch.add_(other))
-    scale = RunningScale()
-    scale.update(here)
-    assert scale.value == pytest.approx(torch.cat([here, there]).std(correction=0).item(), rel=1e-5)
-
-
 def test_a_resumed_mixture_goes_on_with_its_scales():
     def build():
         return Mixture({"a": Term(bright, scale=RunningScale()), "b": Term(contrast, scale=RunningScale()), "c": Term(bright)})
