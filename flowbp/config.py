@@ -200,7 +200,7 @@ class RunConfig(Strict):
     guidance: Annotated[Guidance, from_mapping(Guidance)] = Guidance()
     method: MethodField
     plans: Literal["shared", "per_sample", "stratified"] = Field(
-        "shared", description="one plan a batch, one a sample, or one a sample that together cover the trajectory: less gradient variance"
+        "shared", description="one plan a batch, one a sample, or one a sample that together cover the trajectory"
     )
     reward: RewardConfig
     objective: Annotated[Objective, from_mapping(Objective)] = Objective()
@@ -217,7 +217,7 @@ class RunConfig(Strict):
         needs = {"memory.recompute": (self.memory.recompute, "always"), "tuning.dropout": (self.tuning.dropout, 0.0)}
         for key, (value, needed) in needs.items():
             if self.plans != "shared" and value != needed:
-                raise ValueError(f"plans={self.plans} needs {key}={needed}, not {value}: each sample replays its own nodes; or set plans=shared")
+                raise ValueError(f"plans={self.plans} needs {key}={needed}, not {value}: nodes differ by sample; or set plans=shared")
         if self.tuning.dropout and self.memory.nodes_per_forward > 1:
             raise ValueError(f"tuning.dropout={self.tuning.dropout} needs memory.nodes_per_forward=1: masks are drawn again node by node")
         return self

@@ -47,8 +47,9 @@ def reward(images, prompts):
 def make_trainer(case, folder, world, *more):
     name, overrides = CASES[case]
     size = ("rollout.num_steps=6", "rollout.height=32", "rollout.width=32", f"data.batch_size={GLOBAL_BATCH // world}")
-    base = ("ema=null", "evaluation=null", "guidance.scale=1.0", "objective.hinge=null", "reward.smooth=null", "optimizer.max_grad_norm=1e-3")
-    base += ("data.embeddings=live", "tuning.mode=full", f"output={folder}", f"data.prompts={folder}/prompts.txt")
+    base = ("ema=null", "evaluation=null", "guidance.scale=1.0", "objective.hinge=null", "reward.smooth=null")
+    base += ("optimizer.max_grad_norm=1e-3", "data.embeddings=live", "tuning.mode=full")
+    base += (f"output={folder}", f"data.prompts={folder}/prompts.txt")
     pipe = copy.copy(pipeline(name))
     pipe.transformer = copy.deepcopy(pipe.transformer)
     config = load("demo", [*base, *size, *overrides, *more])
