@@ -6,6 +6,7 @@
 #   forward    every op beside eager PyTorch and torch.compile                          -> NAME.json
 #   backward   the same for backward and both together                                  -> NAME-backward.json
 #   share      the share of a training step that the ops take                           -> NAME-step-share.json
+#   train      seconds and memory of whole training steps on full-size backbones        -> NAME-train-step.json
 #   sanitize   compute-sanitizer, memcheck and racecheck, over the tests
 #
 # Without arguments all of them, in this order. A stage that fails or runs out of time is named at the end, and the others still run; the
@@ -39,13 +40,17 @@ stage() {
     forward) bench "" --mode forward --latent sd3.5-1024 flux-1024 video-720p ;;
     backward) bench -backward --mode backward full --latent sd3.5-1024 ;;
     share) run "$PYTHON" benchmarks/step_share.py --device cuda --json "$RESULTS/$NAME-step-share.json" ;;
+    train)
+      run "$PYTHON" benchmarks/train_step.py --backbone sd3.5-medium flux.1-dev --active 1 4 --repeats 2 \
+        --json "$RESULTS/$NAME-train-step.json"
+      ;;
     sanitize)
       local good=0
       sanitize memcheck || good=1
       sanitize racecheck || good=1
       return $good
       ;;
-    *) echo "no stage $1; there are build, test, forward, backward, share, sanitize"; return 1 ;;
+    *) echo "no stage $1; there are build, test, forward, backward, share, train, sanitize"; return 1 ;;
   esac
 }
 
@@ -54,7 +59,7 @@ NAME=$("$PYTHON" -c 'import torch; print("".join(c if c.isalnum() else "-" for c
 mkdir -p "$RESULTS"
 
 failed=()
-(($#)) || set -- build test forward backward share sanitize
+(($#)) || set -- build test forward backward share train sanitize
 for name in "$@"; do
   echo "== $name ($(date +%T))"
   stage "$name" || failed+=("$name")

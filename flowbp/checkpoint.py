@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flowbp.backbones import Backbone
 from flowbp.distributed import gathered, laid_out_as
+from flowbp.rewards import Mixture
 
 __all__ = [
     "base_weights",
@@ -68,12 +69,13 @@ def written_whole(folder: Path) -> Iterator[Path]:
     os.replace(scratch, folder)
 
 
-def save_checkpoint(output: Path, step: int, parameters: dict[str, Tensor], optimizer, ema, write: bool = True) -> None:
+def save_checkpoint(output: Path, step: int, parameters: dict[str, Tensor], optimizer, ema, rewards: Mixture, write: bool = True) -> None:
     """Everything that a run needs to go on after `step` optimizer steps. Older checkpoints are removed once this one is whole.
 
     Every process calls it, for shards are gathered from all; one writes.
     """
-    tensors, state = gathered((dict(parameters), {"optimizer": optimizer.state_dict(), "ema": ema and ema.state_dict()}))
+    state = {"optimizer": optimizer.state_dict(), "ema": ema and ema.state_dict(), "rewards": rewards.state_dict()}
+    tensors, state = gathered((dict(parameters), state))
     if not write:
         return
     folder = output / "checkpoints" / f"step-{step:06d}"
@@ -91,7 +93,7 @@ def latest_checkpoint(output: Path) -> Path | None:
     return max((output / "checkpoints").glob("step-*"), default=None)
 
 
-def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema) -> int:
+def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema, rewards: Mixture) -> int:
     """Restore what `save_checkpoint` wrote, in place; returns the number of steps done."""
     saved = load_file(folder / "parameters.safetensors")
     if saved.keys() != parameters.keys():
@@ -107,6 +109,7 @@ def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema)
     if ema:
         state["ema"]["shadow_params"] = [laid_out_as(p, shadow) for p, shadow in zip(trained, state["ema"]["shadow_params"], strict=True)]
         ema.load_state_dict(state["ema"])
+    rewards.load_state_dict(state["rewards"])
     return json.loads((folder / "step.json").read_text())["step"]
 
 
@@ -131,9 +134,7 @@ def save_weights(backbone: Backbone, output: Path, write: bool = True) -> Path:
     adapter = denoiser.peft_config["default"].to_dict()  # says alpha: a file without it is read as alpha = rank
     adapter["target_modules"] = sorted(adapter["target_modules"])
     with tempfile.TemporaryDirectory(dir=output) as scratch:
-        type(backbone.pipe).save_lora_weights(
-            scratch, transformer_lora_layers=layers, transformer_lora_adapter_metadata=adapter
-        )
+        type(backbone.pipe).save_lora_weights(scratch, transformer_lora_layers=layers, transformer_lora_adapter_metadata=adapter)
         os.replace(Path(scratch, LORA), output / LORA)
     return output / LORA
 

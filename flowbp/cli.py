@@ -100,7 +100,6 @@ def evaluate(
     from flowbp.config import ConfigError, load
     from flowbp.console import progress_bar
     from flowbp.data import load_prompts
-    from flowbp.rewards import load_reward
 
     run = load(config, overrides or ())
     if run.evaluation is None:
@@ -109,8 +108,8 @@ def evaluate(
     backbone = load_backbone(**run.backbone.model_dump())
     if weights is not None:
         checkpoint.load_weights(backbone, weights)
-    monitors = {name: load_reward(spec.name, spec.model) for name, spec in run.evaluation.monitors.items()}
-    named = evaluation.scorers(load_reward(run.reward.name, run.reward.model), monitors, run.evaluation.checker)
+    rewards, monitors = ({name: spec.load() for name, spec in specs.items()} for specs in (run.reward, run.evaluation.monitors))
+    named = evaluation.scorers(rewards, monitors, run.evaluation.checker)
     with progress_bar("evaluate", "image", run.evaluation.samples) as bar:
         scores = evaluation.evaluate(backbone, prompts, run.evaluation, run.evaluation_rollout, run.guidance, named, bar.update)
     if csv is not None:

@@ -1,7 +1,7 @@
 """Typed, strict configuration of a run. Unknown keys and names are errors that name the nearest known one.
 
 A config is a YAML file, or the name of a preset (`flowbp.presets`), with `key.path=value` overrides. Method, pair sampler,
-guidance and objective are built straight from their constructors: their fields are their configuration.
+guidance and smoothing are built straight from their constructors: their fields are their configuration.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from flowbp.active_sets import PAIR_SAMPLERS, PairSampler
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
 from flowbp.objective import Objective
+from flowbp.rewards import Reward, RunningScale, Smoothing, Term, load_reward
 
 __all__ = ["ConfigError", "RunConfig", "build_method", "dump", "load", "parse_overrides"]
+
+METRICS = frozenset("step nodes loss grad_norm sample_grad_norm d_j d_0 kept skipped lr seconds peak_mb checker".split())  # logged anyway
 
 
 class ConfigError(ValueError):
@@ -122,16 +125,50 @@ class RolloutConfig(Strict):
     width: int = Field(512, ge=8)
 
 
-class SmoothingConfig(Strict):
-    copies: int = Field(2, ge=1)
-    shift: int = Field(1, ge=0, description="pixels")
-    noise: float = Field(0.02, ge=0, description="standard deviation, images in [0, 1]")
+class ScorerConfig(Strict):
+    """A reward model and where its weights are."""
+
+    name: str = Field("clip", description="one of `flowbp rewards`, or a function of your own as module:function")
+    model: str | None = Field(None, description='a local folder, a Hub id, "shapes" or "shapes-monitor"; null means the published one')
+    dtype: Literal["float32", "bfloat16"] | None = Field(None, description="of the weights; null means the reward's own")
+    revision: str | None = Field(None, description="commit of a Hub checkpoint")
+    sha256: str | None = Field(None, description="digest of the checkpoint file")
+
+    def load(self, device: str = "cpu") -> Reward:
+        return load_reward(self.name, self.model, device, self.dtype, self.revision, self.sha256)
 
 
-class RewardConfig(Strict):
-    name: str = "clip"
-    model: str | None = Field(None, description='"shapes", "shapes-monitor", a local folder or a Hub id; null means the published one')
-    smooth: SmoothingConfig | None = None
+class RewardConfig(ScorerConfig):
+    """A reward to train on, and its part in the loss. Several are a mapping from names of your choice to such specs."""
+
+    weight: float = Field(1.0, gt=0)
+    hinge: float | None = Field(None, description="target in the reward's own units; no gradient from there on; null means no target")
+    normalise: bool = Field(False, description="divide the loss by the running deviation of the reward")
+    smooth: Annotated[Smoothing | None, from_mapping(Smoothing)] = None
+
+    def term(self, device: str = "cpu", reward: Reward | None = None) -> Term:
+        """The reward, loaded unless it is given, with its part in the loss."""
+        scale = RunningScale() if self.normalise else None
+        return Term(reward or self.load(device), Objective(self.hinge), self.weight, self.smooth, scale)
+
+
+def is_one_reward(spec: Mapping[str, Any]) -> bool:
+    """Whether `spec` holds the fields of one reward; if not, it maps names to several."""
+    return any(key in RewardConfig.model_fields for key in spec)
+
+
+def by_name(rewards: Any) -> Any:
+    """One reward is short for {"reward": it}."""
+    return {"reward": rewards} if isinstance(rewards, Mapping) and is_one_reward(rewards) else rewards
+
+
+def shortest(rewards: dict[str, RewardConfig]) -> Any:
+    """The inverse of `by_name`."""
+    dumped = {name: reward.model_dump(mode="json") for name, reward in rewards.items()}
+    return dumped["reward"] if dumped.keys() == {"reward"} else dumped
+
+
+RewardsField = Annotated[dict[str, RewardConfig], Field(min_length=1), BeforeValidator(by_name), PlainSerializer(shortest)]
 
 
 class DataConfig(Strict):
@@ -154,8 +191,8 @@ class MemoryConfig(Strict):
     checkpointing: bool = Field(False, description="keep the inputs of the transformer's blocks alone and run them again in backward")
     vae_checkpointing: bool = Field(False, description="the same in the VAE's decoder")
     vae_slicing: bool = Field(False, description="decode one image at a time; saves memory together with vae_checkpointing")
-    shard: bool = Field(False, description="several processes: split the weights over them (FSDP2) instead of copying them (DDP)")
     vae_tiling: bool = Field(False, description="decode images above the VAE's own sample size in overlapping tiles, blended")
+    shard: bool = Field(False, description="several processes: split the weights over them (FSDP2) instead of copying them (DDP)")
 
 
 class TuningConfig(Strict):
@@ -183,7 +220,7 @@ class EvaluationConfig(Strict):
     batch_size: int = Field(64, ge=1)
     seed: int = 1234
     num_steps: int | None = Field(None, ge=1, description="rollout steps of the images that are scored; null means as in training")
-    monitors: dict[str, RewardConfig] = Field(default_factory=dict, description="scored, never trained on")
+    monitors: dict[str, ScorerConfig] = Field(default_factory=dict, description="scored, never trained on")
     checker: Literal["shapes"] | None = None
     grid: int = Field(16, ge=1, description="images in the before/after grids")
 
@@ -202,8 +239,7 @@ class RunConfig(Strict):
     plans: Literal["shared", "per_sample", "stratified"] = Field(
         "shared", description="one plan a batch, one a sample, or one a sample that together cover the trajectory"
     )
-    reward: RewardConfig
-    objective: Annotated[Objective, from_mapping(Objective)] = Objective()
+    reward: RewardsField
     data: DataConfig
     memory: MemoryConfig = MemoryConfig()
     compile: str | None = Field(None, description="torch.compile backend for the transformer's blocks, such as inductor; null runs eagerly")
@@ -217,9 +253,17 @@ class RunConfig(Strict):
         needs = {"memory.recompute": (self.memory.recompute, "always"), "tuning.dropout": (self.tuning.dropout, 0.0)}
         for key, (value, needed) in needs.items():
             if self.plans != "shared" and value != needed:
-                raise ValueError(f"plans={self.plans} needs {key}={needed}, not {value}: nodes differ by sample; or set plans=shared")
+                raise ValueError(f"plans={self.plans} needs {key}={needed}, got {value}: every sample replays its own nodes")
         if self.tuning.dropout and self.memory.nodes_per_forward > 1:
             raise ValueError(f"tuning.dropout={self.tuning.dropout} needs memory.nodes_per_forward=1: masks are drawn again node by node")
+        return self
+
+    @model_validator(mode="after")
+    def _one_name_a_metric(self) -> RunConfig:
+        watched = self.evaluation.monitors if self.evaluation else {}
+        for name in {*self.reward, *watched}:
+            if (name in self.reward and name in watched) or name in METRICS or name.endswith("_seconds"):
+                raise ConfigError(f"{name!r} names two metrics: give the reward or monitor another name")
         return self
 
     @property
@@ -275,12 +319,13 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], extra: Mapping[str, Any]) -> None:
-    """Merge nested mappings in place. A method or pair sampler of another name starts afresh: its fields are those of another class."""
+    """Merge nested mappings in place. A method, pair sampler or reward of another name starts afresh: its fields are those of another."""
     for key, value in extra.items():
         old = base.get(key)
         both = isinstance(value, Mapping) and isinstance(old, dict)
-        renamed = both and key in ("method", "pairs") and value.get("name", old.get("name")) != old.get("name")
-        if both and not renamed:
+        renamed = both and key in ("method", "pairs", "reward") and value.get("name", old.get("name")) != old.get("name")
+        regrouped = both and key == "reward" and is_one_reward(value) != is_one_reward(old)
+        if both and not renamed and not regrouped:
             merge(old, value)
         else:
             base[key] = copy.deepcopy(value)

@@ -26,7 +26,9 @@ def load_prompts(source: str) -> list[Prompt]:
         return [Prompt(*prompt) for prompt in prompts(source.removeprefix("shapes:"))]
     path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"prompt file {source!r} does not exist; data.prompts and evaluation.prompts name text files with one prompt a line")
+        raise FileNotFoundError(
+            f"prompt file {source!r} does not exist; data.prompts and evaluation.prompts name text files with one prompt a line"
+        )
     try:
         texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:

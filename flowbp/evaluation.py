@@ -32,9 +32,9 @@ def generate(backbone: Backbone, texts: list[str], seeds: Sequence[int], size: R
     return backbone.decode(rollout(bind_velocity(backbone, texts, guidance), noise, sigmas).sample)
 
 
-def scorers(reward: Reward, monitors: dict[str, Reward], checker: str | None) -> dict[str, Scorer]:
-    """The reward, the monitors and the checker of a run, by name, in the order in which they are reported."""
-    named: dict[str, Scorer] = {"reward": reward, **monitors}
+def scorers(rewards: dict[str, Reward], monitors: dict[str, Reward], checker: str | None) -> dict[str, Scorer]:
+    """The rewards, the monitors and the checker of a run, by name, in the order in which they are reported."""
+    named: dict[str, Scorer] = {**rewards, **monitors}
     if checker == "shapes":
         from flowbp.shapes.checker import check_batch
 

@@ -18,7 +18,7 @@ from diffusers import ModelMixin
 from flowbp.backbones import Backbone
 from flowbp.config import MemoryConfig, unknown
 
-__all__ = ["Phases", "compile_blocks", "peak_memory_mb", "save_memory"]
+__all__ = ["Phases", "compile_blocks", "memory_mb", "peak_memory_mb", "save_memory"]
 
 
 def save_memory(backbone: Backbone, config: MemoryConfig) -> None:
@@ -52,9 +52,11 @@ class Phases:
 
     def __init__(self, memory: bool = False):
         self.memory, self.seconds, self.peak_mb = memory, {}, {}
+        self.current: str | None = None  # the part that runs, or ran last
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        self.current = name
         if self.memory:
             reset_peak_memory()
         began = now()
@@ -79,6 +81,14 @@ def peak_memory_mb() -> float:
     if status.is_file():
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1) / 1e6
+
+
+def memory_mb() -> float:
+    """Memory in use, of the kind that `peak_memory_mb` takes the peak of."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 1e6
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() / 1e6 if statm.is_file() else peak_memory_mb()
 
 
 def reset_peak_memory() -> None:

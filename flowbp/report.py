@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Report"]
 
-CURVES = {"reward": "training reward", "grad_norm": "gradient norm", "d_j": "residual d_j", "d_0": "residual d_0"}
+CURVES = {"grad_norm": "gradient norm", "d_j": "residual d_j", "d_0": "residual d_0"}
 
 
 class Report:
@@ -61,7 +61,8 @@ class Report:
             seconds=sum(row["seconds"] for row in rows),
             differences=self.differences,
             plan=as_data_uri(self.plan_figure),
-            curves=as_data_uri(figures.curves(rows, CURVES | {d.metric: d.metric for d in self.differences if d.metric not in CURVES})),
+            curves=as_data_uri(figures.curves(rows, self.curve_titles())),
+            trained=" and ".join(self.config.reward),
             grids={name: as_data_uri(figure) for name, figure in self.grids.items()},
             config=dump(self.config),
         )
@@ -70,6 +71,11 @@ class Report:
         scratch.write_text(page, encoding="utf-8")
         os.replace(scratch, path)
         return path
+
+    def curve_titles(self) -> dict[str, str]:
+        """Metric -> title of its panel: what was trained on, the optimisation, and the monitors."""
+        trained = {name: f"training {name}" for name in self.config.reward}
+        return trained | CURVES | {d.metric: d.metric for d in self.differences if d.metric not in trained}
 
 
 def as_data_uri(figure: Figure) -> str:

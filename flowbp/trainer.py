@@ -1,6 +1,6 @@
 """The training loop: one for every method, backbone and reward.
 
-    plan -> rollout without gradient -> reward input -> decode -> reward -> loss -> g = dloss/d(reward input) -> sweep -> AdamW
+    plan -> rollout without gradient -> reward input -> decode -> rewards -> loss -> g = dloss/d(reward input) -> sweep -> AdamW
 
 The VAE and the reward are differentiated first, with nothing else in memory; then the sweep replays the plan's active nodes one at a time.
 Every random draw of a step comes from (seed, step, micro-batch): a resumed run repeats what an unbroken one would have done. N processes
@@ -32,7 +32,7 @@ from flowbp.objective import loss_factors, reward_gradient, sample_weights
 from flowbp.performance import Phases, compile_blocks, now, peak_memory_mb, save_memory
 from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.replay import Recompute
-from flowbp.rewards import Reward, Smoothed, load_reward
+from flowbp.rewards import Mixture, Reward
 from flowbp.surrogate import backward, residuals, reward_input
 from flowbp.trajectory import Trajectory, rollout
 
@@ -59,7 +59,7 @@ class Trainer:
     """One run: its models, its trainable parameters, and the step that updates them."""
 
     def __init__(self, config: RunConfig, backbone: Backbone | None = None, reward: Reward | None = None):
-        """backbone and reward take the place of those that `config` names."""
+        """backbone and reward take the place of those that `config` names; weight, hinge and the like stay."""
         self.config = config
         self.prompts = PromptStream(load_prompts(config.data.prompts), config.seed)
         torch.manual_seed(config.seed)  # LoRA's initial weights
@@ -68,11 +68,10 @@ class Trainer:
         self.backbone = backbone or load_backbone(**config.backbone.model_dump(), device=device)
         check_guidance(self.backbone, config.guidance)
         if config.data.embeddings == "cached":
-            with self.accelerator.main_process_first():  # the others find its cache
-                embed_once(self.backbone, self.texts(), config.data.cache)
-        self.reward = reward or load_reward(config.reward.name, config.reward.model, device)
+            embed_once(self.backbone, self.texts(), config.data.cache)
+        self.mixture = Mixture({name: spec.term(device, reward) for name, spec in config.reward.items()})
         watched = config.evaluation.monitors if config.evaluation else {}
-        self.monitors = {name: load_reward(spec.name, spec.model, device) for name, spec in watched.items()}
+        self.monitors = {name: spec.load(device) for name, spec in watched.items()}
         size = config.rollout
         self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width)
         config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(0))  # a method that does not fit says so now
@@ -105,7 +104,7 @@ class Trainer:
         config, done = self.config, 0
         found = checkpoint.latest_checkpoint(config.output)
         if found is not None:
-            done = checkpoint.load_checkpoint(found, self.parameters, self.optimizer, self.ema)
+            done = checkpoint.load_checkpoint(found, self.parameters, self.optimizer, self.ema, self.mixture)
         main = self.ranks.is_main  # which alone writes
         metrics_path = config.output / "metrics.jsonl" if main else Path(os.devnull)
         keep_first_lines(metrics_path, done)
@@ -116,10 +115,12 @@ class Trainer:
                 metrics.write(json.dumps(row) + "\n")
                 metrics.flush()
                 self.accelerator.log({key: value for key, value in row.items() if key not in ("step", "nodes")}, step=step + 1)
-                bar.set_postfix_str(f"reward {row['reward']:.4f}, {row['seconds']:.2f} s/step, peak {row['peak_mb']:.0f} MB", refresh=False)
+                scores = ", ".join(f"{name} {row[name]:.4f}" for name in config.reward)
+                bar.set_postfix_str(f"{scores}, {row['seconds']:.2f} s/step, peak {row['peak_mb']:.0f} MB", refresh=False)
                 bar.update()
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                    checkpoint.save_checkpoint(config.output, step + 1, self.parameters, self.optimizer, self.ema, write=main)
+                    state = (self.parameters, self.optimizer, self.ema, self.mixture)
+                    checkpoint.save_checkpoint(config.output, step + 1, *state, write=main)
         with self.weights(self.tuned):
             checkpoint.save_weights(self.backbone, config.output, write=main)
         self.report()
@@ -135,7 +136,7 @@ class Trainer:
         pages = report.Report(config, plan, self.sigmas.tolist())
         if config.evaluation is not None:
             prompts = load_prompts(config.evaluation.prompts)
-            named = evaluation.scorers(self.reward, self.monitors, config.evaluation.checker)
+            named = evaluation.scorers(self.mixture.rewards, self.monitors, config.evaluation.checker)
             scores = []
             with progress_bar("evaluate", "image", 2 * config.evaluation.samples, shown=main) as bar:
                 for name, weights in (("before", self.base), ("after", self.tuned)):
@@ -216,37 +217,28 @@ class Trainer:
             d_j, d_0 = residuals(plan, trajectory)
             weights, keep = sample_weights(plan.similarity, d_j, d_0)
             logged = {"d_j": d_j.mean().item(), "d_0": d_0.mean().item(), "kept": keep.float().mean().item()}
-        watched = []
+        rows, everyone = self.ranks.rows(len(texts)), self.ranks.size * len(texts)
+        watched, seeds = [], [seed for copy in range(copies) for seed in sample_seeds(*key, 1 + copy, count=everyone)[rows]]
 
         def score(part_of_z: Tensor, part: slice) -> Tensor:
             images, prompts = self.backbone.decode(part_of_z), (texts * copies)[part]
             own = max(0, min(part.stop, len(texts)) - part.start)  # images of the samples themselves; re-noised copies are not watched
             watched.append(self.watch(images.detach()[:own], prompts[:own]))
-            return self.training_reward(key, part, copies)(images, prompts)
+            return self.mixture.score(images, prompts, seeds[part])
 
         kept = self.ranks.mean({"kept": keep.sum().item()})["kept"]  # gradients are averaged over processes: so is what divides them
         factors = loss_factors(weights, keep, copies, kept)
-        rewards, loss, g = reward_gradient(config.objective, score, z, factors, config.memory.reward_batch)
+        rewards, loss, g = reward_gradient(self.mixture, score, z, factors, config.memory.reward_batch)
         g = g / config.guidance.divisor
         norms = g.flatten(1).norm(dim=1) * len(g)
         logged |= {name: torch.cat([scores[name] for scores in watched]).mean().item() for name in self.monitors}
-        logged |= {"reward": rewards.mean().item(), "loss": loss.item(), "sample_grad_norm": norms.mean().item()}
+        logged |= self.mixture.update(self.accelerator.gather(rewards)) | {"loss": loss.item(), "sample_grad_norm": norms.mean().item()}
         return clip_samples(g, config.optimizer.max_sample_grad_norm), logged
 
     @torch.no_grad()
     def watch(self, images: Tensor, texts: list[str]) -> dict[str, Tensor]:
         """Scores [B] by each monitor of the training images: what is never trained on, watched at every step."""
         return {name: monitor(images, texts) if texts else images.new_empty(0) for name, monitor in self.monitors.items()}
-
-    def training_reward(self, key: tuple[int, ...], part: slice, copies: int):
-        """The reward of a part of the R = copies * batch_size images; perturbations belong to an image, not to the part it comes in."""
-        smooth = self.config.reward.smooth
-        if smooth is None:
-            return self.reward
-        rows, everyone = self.ranks.rows(self.config.data.batch_size), self.ranks.size * self.config.data.batch_size
-        seeds = [seed for copy in range(copies) for seed in sample_seeds(*key, 1 + copy, count=everyone)[rows]]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        return Smoothed(self.reward, smooth.copies, smooth.shift, smooth.noise, generators)
 
     # -- weights -------------------------------------------------------------------------------------------------------------------
 

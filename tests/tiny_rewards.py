@@ -247,3 +247,64 @@ def hpsv2_folder(folder):
     torch.save({"state_dict": model.state_dict()}, folder / "HPS_v2.1_compressed.pt")
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def qwen_tokenizer(folder):
+    """One token a byte, and the marks of a chat with pictures."""
+    from transformers import AddedToken, Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    vocab = {token: i for i, token in enumerate([*bytes_to_unicode().values(), "<|endoftext|>"])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
+    marks = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in marks])
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def qwen_model(config_class, model_class, tokenizer, extra_tokens=0, **vision):
+    text = dict(
+        vocab_size=len(tokenizer) + extra_tokens, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
+    )  # fmt: skip
+    named = dict(image="<|image_pad|>", video="<|video_pad|>", vision_start="<|vision_start|>", vision_end="<|vision_end|>")
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(mark) for name, mark in named.items()}
+    config = config_class(text_config=text, vision_config=dict(depth=2, num_heads=2, **vision), tie_word_embeddings=False, **ids)
+    return randomise(model_class(config))
+
+
+def hpsv3_folder(folder):
+    """HPSv3.safetensors with the names that transformers 4.45 gave."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    vision = dict(embed_dim=32, hidden_size=32, mlp_ratio=2)
+    tokenizer = qwen_tokenizer(folder)
+    model = qwen_model(Qwen2VLConfig, Qwen2VLForConditionalGeneration, tokenizer, extra_tokens=1, **vision)
+    state = {key.replace("model.visual.", "visual.").replace("model.language_model.", "model."): v for key, v in model.state_dict().items()}
+    rng = torch.Generator().manual_seed(1)
+    for place, inputs, outputs in ((0, 32, 1024), (3, 1024, 16), (5, 16, 2)):
+        state[f"rm_head.{place}.weight"] = torch.randn(outputs, inputs, generator=rng) * inputs**-0.5
+        state[f"rm_head.{place}.bias"] = torch.randn(outputs, generator=rng)
+    save_file(state, folder / "HPSv3.safetensors")
+    model.config.text_config.vocab_size -= 1  # the base does not know the reward token
+    model.config.save_pretrained(folder)
+    return folder
+
+
+def unifiedreward_folder(folder):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision = dict(hidden_size=32, out_hidden_size=32, intermediate_size=48, fullatt_block_indexes=[1])
+    qwen_model(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, qwen_tokenizer(folder), **vision).save_pretrained(folder)
+    return folder
+
+
+FOLDERS = {
+    "clip": clip_folder,
+    "pickscore": clip_folder,
+    "hpsv2": hpsv2_folder,
+    "aesthetic": aesthetic_folder,
+    "imagereward": imagereward_folder,
+    "hpsv3": hpsv3_folder,
+    "unifiedreward": unifiedreward_folder,
+}

@@ -9,7 +9,7 @@
 namespace flowbp {
 namespace {
 
-constexpr int kLanes = 8, kAccumulators = 8, kLine = 32;
+constexpr int kLanes = 8, kAccumulators = 8;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
@@ -21,13 +21,14 @@ inline void store(float16* p, Floats v) {
 // By way of float16, whose exponent is one bit longer: as such the bits are 2^-8 of the value, but those of NaN 480.
 inline Floats load(const float8* p) {
   const __m128i bits = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 7);
-  const Floats value = 256 * _mm256_cvtph_ps(_mm_and_si128(bits, _mm_set1_epi16(static_cast<int16_t>(0xbf80))));
-  const Floats nan = _mm256_cmp_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), value), Floats{} + 480, _CMP_EQ_OQ);
+  const Floats value = 256.0f * _mm256_cvtph_ps(_mm_and_si128(bits, _mm_set1_epi16(static_cast<int16_t>(0xbf80))));
+  const Floats nan = _mm256_cmp_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), value), Floats{} + 480.0f, _CMP_EQ_OQ);
   return _mm256_blendv_ps(value, Floats{} + __builtin_nanf(""), nan);
 }
 
-inline void stream(char* to, const char* from) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+inline void stream(void* to, const void* from, int64_t bytes) {
+  if (bytes == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+  _mm_stream_si128(static_cast<__m128i*>(to), _mm_loadu_si128(static_cast<const __m128i*>(from)));
 }
 inline void finish_stream() { _mm_sfence(); }
 

@@ -5,7 +5,7 @@
 namespace flowbp {
 namespace {
 
-constexpr int kLanes = 4, kAccumulators = 8, kLine = 16;
+constexpr int kLanes = 4, kAccumulators = 8;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 
 inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
@@ -16,8 +16,8 @@ inline void store(float16* p, Floats v) {
 
 inline Floats load(const float8* p) { return Floats{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
 
-inline void stream(char* to, const char* from) {
-  memcpy(to, from, kLine);
+inline void stream(void* to, const void* from, int64_t bytes) {
+  memcpy(to, from, bytes);
 }
 inline void finish_stream() {}
 

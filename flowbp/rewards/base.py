@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Reward", "Smoothed"]
+__all__ = ["Reward", "Smoothed", "Smoothing"]
 
 
 class Reward(Protocol):
@@ -18,26 +19,41 @@ class Reward(Protocol):
         ...
 
 
-class Smoothed:
-    """The mean score over `copies` of each image, shifted by up to `shift` pixels (edges replicated) and with Gaussian noise added.
+@dataclass(frozen=True)
+class Smoothing:
+    """Averages a score over `copies` of each image, shifted by up to `shift` pixels (edges replicated) and with Gaussian noise added.
 
-    An average over small changes that do not alter what an image shows: its gradient points where the whole neighbourhood improves, and
-    adversarial pixel patterns, which such changes destroy, earn little. noise: standard deviation, in units of the [0, 1] range.
+    Such changes do not alter what an image shows: the mean gradient points where the whole neighbourhood improves, and adversarial pixel
+    patterns, which they destroy, earn little. noise: standard deviation, in units of the [0, 1] range.
+    """
+
+    copies: int = 2
+    shift: int = 1
+    noise: float = 0.02
+
+    def __post_init__(self):
+        if self.copies < 1 or self.shift < 0 or self.noise < 0:
+            raise ValueError(f"smoothing needs copies >= 1, shift >= 0 and noise >= 0, got {self}")
+
+
+class Smoothed:
+    """The mean score of `reward` under `smoothing`.
+
     generators: one an image, so that an image's perturbations do not depend on the batch that it comes in.
     """
 
-    def __init__(self, reward: Reward, copies: int, shift: int, noise: float, generators: list[torch.Generator]):
-        self.reward, self.copies, self.shift, self.noise, self.generators = reward, copies, shift, noise, generators
+    def __init__(self, reward: Reward, smoothing: Smoothing, generators: list[torch.Generator]):
+        self.reward, self.smoothing, self.generators = reward, smoothing, generators
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return torch.stack([self.reward(self._perturb(images), prompts) for _ in range(self.copies)]).mean(dim=0)
+        return torch.stack([self.reward(self._perturb(images), prompts) for _ in range(self.smoothing.copies)]).mean(dim=0)
 
     def _perturb(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        padded = torch.nn.functional.pad(images, [self.shift] * 4, mode="replicate")
+        shift, (height, width) = self.smoothing.shift, images.shape[-2:]
+        padded = torch.nn.functional.pad(images, [shift] * 4, mode="replicate")
         moved = []
         for image, generator in zip(padded, self.generators, strict=True):
-            top, left = torch.randint(0, 2 * self.shift + 1, (2,), generator=generator).tolist()
+            top, left = torch.randint(0, 2 * shift + 1, (2,), generator=generator).tolist()
             noise = torch.randn(images.shape[1:], generator=generator).to(images)
-            moved.append(image[:, top : top + height, left : left + width] + self.noise * noise)
+            moved.append(image[:, top : top + height, left : left + width] + self.smoothing.noise * noise)
         return torch.stack(moved)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-__all__ = ["HubFiles", "check_sha256", "find_file", "locate", "read_state_dict"]
+__all__ = ["HubFiles", "check_sha256", "find_file", "frozen_model", "locate", "read_state_dict"]
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -66,6 +66,21 @@ def read_state_dict(folder: str | Path, *stems: str) -> dict[str, Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors, and unpickling that could run code: convert it to .safetensors") from error
+
+
+def frozen_model(cls, config, state: dict[str, Tensor], dtype, checkpoint: str, **options):
+    """A transformers model of class `cls` with exactly the weights of `state`, in eval mode, its parameters frozen.
+
+    Raises ValueError, naming `checkpoint`, when a weight is missing, left over or of another shape.
+    """
+    try:
+        model, report = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **options)
+    except RuntimeError as error:  # another shape
+        raise ValueError(f"these are not the weights of {checkpoint}: {error}") from error
+    if report["missing_keys"] or report["unexpected_keys"]:
+        missing, left_over = (sorted(report[keys])[:3] for keys in ("missing_keys", "unexpected_keys"))
+        raise ValueError(f"these are not the weights of {checkpoint}: missing {missing}, left over {left_over}")
+    return model.eval().requires_grad_(False)
 
 
 def check_sha256(path: Path, expected: str) -> None:

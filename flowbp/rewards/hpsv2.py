@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowbp.rewards.clip import cosine_similarity
-from flowbp.rewards.files import read_state_dict
+from flowbp.rewards.files import frozen_model, read_state_dict
 from flowbp.rewards.preprocessing import fit_long_side, normalise
 
 __all__ = ["HPSv2", "clip_from_open_clip"]
@@ -96,13 +96,7 @@ def clip_from_open_clip(state: dict[str, Tensor], heads: int, dtype: torch.dtype
         text_config=text | dict(vocab_size=vocabulary, max_position_embeddings=context, eos_token_id=vocabulary - 1),
         projection_dim=embedding,
     )
-    model, report = CLIPModel.from_pretrained(None, config=config, state_dict=renamed, dtype=dtype, output_loading_info=True)
-    if report["missing_keys"] or report["unexpected_keys"]:
-        raise ValueError(
-            f"these are not the weights of an open_clip ViT: missing {sorted(report['missing_keys'])[:3]}, "
-            f"left over {sorted(report['unexpected_keys'])[:3]}"
-        )
-    return model.eval().requires_grad_(False)
+    return frozen_model(CLIPModel, config, renamed, dtype, "an open_clip ViT")
 
 
 def _sizes(state: dict[str, Tensor], tower: str, heads: int) -> dict:

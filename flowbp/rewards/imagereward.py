@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowbp.rewards.aesthetic import rating_head
-from flowbp.rewards.files import read_state_dict
+from flowbp.rewards.files import frozen_model, read_state_dict
 from flowbp.rewards.preprocessing import fit_short_side, normalise
 
 __all__ = ["ImageReward"]
@@ -80,7 +80,7 @@ def vision_model(state: dict[str, Tensor], heads: int, dtype: torch.dtype):
         patch_size=patch,
         layer_norm_eps=1e-6,
     )
-    return _load(BlipVisionModel, config, renamed, dtype)
+    return frozen_model(BlipVisionModel, config, renamed, dtype, "ImageReward")
 
 
 def text_model(state: dict[str, Tensor], heads: int, dtype: torch.dtype):
@@ -98,7 +98,7 @@ def text_model(state: dict[str, Tensor], heads: int, dtype: torch.dtype):
         num_attention_heads=heads,
         max_position_embeddings=len(state["embeddings.position_embeddings.weight"]),
     )
-    return _load(BlipTextModel, config, state, dtype, add_pooling_layer=False)
+    return frozen_model(BlipTextModel, config, state, dtype, "ImageReward", add_pooling_layer=False)
 
 
 def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -110,13 +110,3 @@ def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
-
-
-def _load(cls, config, state: dict[str, Tensor], dtype: torch.dtype, **options):
-    model, report = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **options)
-    if report["missing_keys"] or report["unexpected_keys"]:
-        raise ValueError(
-            f"these are not the weights of ImageReward: missing {sorted(report['missing_keys'])[:3]}, "
-            f"left over {sorted(report['unexpected_keys'])[:3]}"
-        )
-    return model.eval().requires_grad_(False)

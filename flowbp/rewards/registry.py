@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowbp.rewards.base import Reward
+from flowbp.rewards.callable import CallableReward
 from flowbp.rewards.files import HubFiles, check_sha256, find_file, locate
 
 __all__ = ["REWARDS", "RewardSource", "load_reward"]
@@ -97,6 +98,26 @@ REWARDS: dict[str, RewardSource] = {
         scores="mostly -2 to 2",
         paper="arXiv 2304.05977",
     ),
+    "hpsv3": RewardSource(
+        target="hpsv3:HPSv3",
+        files={
+            "model": HubFiles("MizzenAI/HPSv3", ("HPSv3.safetensors",)),
+            "base": HubFiles("Qwen/Qwen2-VL-7B-Instruct", ("config.json", *TOKENIZER)),
+        },
+        parameters=8_292_152_882,
+        licence="MIT",
+        scores="mostly 0 to 15",
+        hinge=13.5,
+        paper="arXiv 2508.03789",
+    ),
+    "unifiedreward": RewardSource(
+        target="unifiedreward:UnifiedReward",
+        files={"model": HubFiles("CodeGoat24/UnifiedReward-2.0-qwen-7b", ("model*.safetensors", "*.json"))},
+        parameters=8_292_166_656,
+        licence="MIT",
+        scores="1 to 5",
+        paper="arXiv 2503.05236",
+    ),
 }
 
 
@@ -104,16 +125,19 @@ def load_reward(
     name: str,
     model: str | None = None,
     device: str = "cpu",
-    dtype: str = "float32",
+    dtype: str | None = None,
     revision: str | None = None,
     sha256: str | None = None,
 ) -> Reward:
     """The reward `name` of `REWARDS`, frozen, or your own callable "module:function".
 
     model: a local folder that holds all its files; a Hub id; "shapes" or "shapes-monitor" (embedded); None is the published checkpoint.
-    dtype: of the weights, "float32" or "bfloat16". revision: commit of a Hub checkpoint. sha256: digest of the checkpoint file, checked
-    before it is read. Raises ValueError for an unknown name or a wrong digest, FileNotFoundError with the commands that fetch the files.
+    dtype: of the weights, "float32" or "bfloat16"; None is the reward's own. revision: commit of a Hub checkpoint. sha256: digest of the
+    checkpoint file, checked before it is read. Raises ValueError for an unknown name or a wrong digest, FileNotFoundError with the commands
+    that fetch the files.
     """
+    if ":" in name:
+        return CallableReward(name, device)
     source = find_source(name)
     folders = find_folders(name, source, model, revision)
     checkpoint = source.files["model"].names[0]
@@ -122,9 +146,10 @@ def load_reward(
     elif source.sha256 is not None and Path(folders["model"], checkpoint).is_file():
         check_sha256(Path(folders["model"], checkpoint), source.sha256)
     elif model not in EMBEDDED and revision is None and source.files["model"].revision is None:
-        log.warning("reward %s: %s is not pinned; pass revision= or sha256= for a run that can be repeated", name, model or checkpoint)
+        log.warning("reward %s: nothing pins %s; pass sha256= or, for the Hub, revision= so that the run can be repeated", name, checkpoint)
+    options = {} if dtype is None else {"dtype": dtype}
     module, _, attribute = source.target.partition(":")
-    return getattr(importlib.import_module(f"flowbp.rewards.{module}"), attribute)(**folders, device=device, dtype=dtype)
+    return getattr(importlib.import_module(f"flowbp.rewards.{module}"), attribute)(**folders, device=device, **options)
 
 
 def find_source(name: str) -> RewardSource:

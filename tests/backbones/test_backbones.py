@@ -66,6 +66,13 @@ def test_images_and_velocity_are_differentiable_in_the_latents_and_prompts_are_n
 
 
 @pytest.mark.parametrize("name", BACKBONES)
+def test_every_part_starts_frozen_and_in_evaluation_mode(name):
+    pipe = BACKBONES[name](tiny_pipeline(name)).pipe
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    assert len(modules) >= 3 and not any(p.requires_grad or part.training for part in modules for p in part.parameters())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
 def test_precision_decides_the_dtype_of_the_latents_alone(tiny_backbone, name):
     for precision in ("pipeline", "float32"):
         backbone = tiny_backbone(name, torch.bfloat16, precision)

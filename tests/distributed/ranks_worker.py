@@ -22,7 +22,7 @@ CASES = {  # name: (pipeline, overrides)
     "sparse, accumulated": (SD3, ("method={name: flowbp-sparse, num_active: 3}", "data.accumulate=2")),
     "bridge, guided": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "guidance.scale=3.0")),
     "filtered": (SD3, ("method={name: flowbp-lagrange, alpha: 0.3, max_dj: 0.43}",)),
-    "copies, hinge": (SD3, ("method.name=draft-lv", "objective.hinge=-0.1")),
+    "copies, hinge": (SD3, ("method.name=draft-lv", "reward.hinge=-0.1")),
     "stratified, in pairs": (FLUX2, ("method={name: flowbp-sparse, num_active: 3}", "plans=stratified", "memory.nodes_per_forward=2")),
     "kept graphs": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory.recompute=never", "data.accumulate=2")),
     "auto": (SD3, ("method={name: flowbp-sparse, num_active: 3}", "memory={recompute: auto, budget_gb: 0.002, checkpointing: true}")),
@@ -47,7 +47,7 @@ def reward(images, prompts):
 def make_trainer(case, folder, world, *more):
     name, overrides = CASES[case]
     size = ("rollout.num_steps=6", "rollout.height=32", "rollout.width=32", f"data.batch_size={GLOBAL_BATCH // world}")
-    base = ("ema=null", "evaluation=null", "guidance.scale=1.0", "objective.hinge=null", "reward.smooth=null")
+    base = ("ema=null", "evaluation=null", "guidance.scale=1.0", "reward.hinge=null", "reward.smooth=null")
     base += ("optimizer.max_grad_norm=1e-3", "data.embeddings=live", "tuning.mode=full")
     base += (f"output={folder}", f"data.prompts={folder}/prompts.txt")
     pipe = copy.copy(pipeline(name))
@@ -76,9 +76,10 @@ def resumes(case, folder, world):
     first, second = (make_trainer(case, folder, world, "ema=0.5") for _ in range(2))
     first.step(0)
     output = Path(folder, f"{world} {case}")
-    checkpoint.save_checkpoint(output, 1, first.parameters, first.optimizer, first.ema, write=first.ranks.is_main)
+    states = [(trainer.parameters, trainer.optimizer, trainer.ema, trainer.mixture) for trainer in (first, second)]
+    checkpoint.save_checkpoint(output, 1, *states[0], write=first.ranks.is_main)
     first.accelerator.wait_for_everyone()
-    done = checkpoint.load_checkpoint(checkpoint.latest_checkpoint(output), second.parameters, second.optimizer, second.ema)
+    done = checkpoint.load_checkpoint(checkpoint.latest_checkpoint(output), *states[1])
     rows = [{key: trainer.step(done)[key] for key in ("loss", "grad_norm")} for trainer in (first, second)]
     pairs = [*zip(first.parameters.values(), second.parameters.values(), strict=True)]
     pairs += zip(first.ema.shadow_params, second.ema.shadow_params, strict=True)

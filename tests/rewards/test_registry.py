@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 def test_a_reward_is_loaded_from_a_local_folder_and_says_that_nothing_pins_it(folder, caplog):
     with caplog.at_level(logging.WARNING):
         reward = load_reward("hpsv2", str(folder))
-    assert "not pinned; pass revision= or sha256=" in caplog.text
+    assert "nothing pins HPS_v2.1_compressed.pt; pass sha256=" in caplog.text
     assert torch.equal(reward(images(), PROMPTS), HPSv2(folder, folder)(images(), PROMPTS))
 
 
@@ -82,8 +82,8 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 
 
 def test_an_unknown_reward_names_the_nearest():
-    with pytest.raises(ValueError, match="unknown reward 'hpsv'; did you mean 'hpsv2'"):
-        load_reward("hpsv")
+    with pytest.raises(ValueError, match="unknown reward 'imagerewrd'; did you mean 'imagereward'"):
+        load_reward("imagerewrd")
 
 
 def test_patterns_and_revisions_go_into_the_download_command():

@@ -1,5 +1,7 @@
 """Every reward: its score by an independent formula, its gradient by finite differences, and what holds for all of them."""
 
+import re
+
 import pytest
 import tiny_rewards as tiny
 import torch
@@ -10,19 +12,7 @@ from flowbp.rewards import load_reward
 from flowbp.rewards.clip import CLIPReward, PickScore
 from flowbp.rewards.hpsv2 import HPSv2, clip_from_open_clip
 from flowbp.rewards.preprocessing import fit_long_side, normalise
-
-FOLDERS = {
-    "clip": tiny.clip_folder,
-    "pickscore": tiny.clip_folder,
-    "hpsv2": tiny.hpsv2_folder,
-    "aesthetic": tiny.aesthetic_folder,
-    "imagereward": tiny.imagereward_folder,
-}
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    return {name: build(tmp_path_factory.mktemp(name)) for name, build in FOLDERS.items()}
+from flowbp.rewards.qwen import instruction, patchify, smart_size
 
 
 @pytest.fixture
@@ -30,24 +20,27 @@ def reward(request, folders):
     return lambda **options: load_reward(request.param, str(folders[request.param]), **options)
 
 
-every_reward = pytest.mark.parametrize("reward", FOLDERS, indirect=True)
+every_reward = pytest.mark.parametrize("reward", tiny.FOLDERS, indirect=True)
 
 
 # -- what holds for all --------------------------------------------------------------------------------------------------------------
 
 
-@every_reward
-def test_the_gradient_equals_finite_differences_down_to_the_pixels(reward):
+@pytest.mark.parametrize(
+    ("reward", "h", "tolerance"),
+    [(name, 1e-2, 1e-3) if name in ("hpsv3", "unifiedreward") else (name, 1e-5, 1e-5) for name in tiny.FOLDERS],  # Qwen computes in float32
+    indirect=["reward"],
+)
+def test_the_gradient_equals_finite_differences_down_to_the_pixels(reward, h, tolerance):
     reward = reward(dtype="float64")
     x = images(dtype=torch.float64).requires_grad_()
     scores = reward(x, PROMPTS)
     (g,) = torch.autograd.grad(scores.sum(), x)
     assert scores.shape == (2,) and g.abs().amax(dim=(1, 2, 3)).min() > 0
     direction = g / g.norm()
-    h = 1e-5
     with torch.no_grad():
         slope = (reward(x + h * direction, PROMPTS) - reward(x - h * direction, PROMPTS)).sum() / (2 * h)
-    assert slope.item() == pytest.approx(g.norm().item(), rel=1e-5)
+    assert slope.item() == pytest.approx(g.norm().item(), rel=tolerance)
 
 
 @every_reward
@@ -128,11 +121,85 @@ def test_hpsv2_sees_the_ends_of_a_wide_picture(folders):
     assert g[..., :5].abs().max() == 0, "CLIP's own transform crops them away"
 
 
+def test_patches_are_those_of_qwens_own_processor():
+    from transformers import Qwen2VLImageProcessor
+
+    x = (images(56, 84) * 255).round() / 255
+    pictures = [(image * 255).round().byte().permute(1, 2, 0).numpy() for image in x]
+    expected = Qwen2VLImageProcessor()(pictures, return_tensors="pt")
+    patches, grid = patchify(normalise(x))
+    torch.testing.assert_close(patches, expected.pixel_values, rtol=0, atol=1e-5)
+    assert torch.equal(grid, expected.image_grid_thw)
+
+
+@pytest.mark.parametrize("size", [(512, 512), (720, 1280), (1024, 1024), (300, 100), (30, 2000)])
+@pytest.mark.parametrize("pixels", [(56 * 56, 28 * 28 * 1280), (256 * 28 * 28, 256 * 28 * 28)])
+def test_the_size_of_a_picture_is_that_of_qwens_own_processor(size, pixels):
+    from transformers import Qwen2VLImageProcessor
+
+    processor = Qwen2VLImageProcessor(min_pixels=pixels[0], max_pixels=pixels[1])
+    grid = processor([torch.zeros(*size, 3, dtype=torch.uint8).numpy()], return_tensors="pt").image_grid_thw
+    assert [14 * int(n) for n in grid[0, 1:]] == list(smart_size(*size, *pixels))
+
+
+def test_hpsv3_reads_the_head_at_its_token_with_positions_that_count_up(folders):
+    from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    folder, x = folders["hpsv3"], images(56, 84)
+    state = load_file(folder / "HPSv3.safetensors")
+    head = {key: state.pop(key) for key in list(state) if key.startswith("rm_head.")}
+    config = Qwen2VLConfig.from_pretrained(folder)
+    config.text_config.vocab_size += 1
+    model = Qwen2VLForConditionalGeneration(config).eval()
+    model.load_state_dict({re.sub(r"^(visual)", r"model.\1", re.sub(r"^model", "model.language_model", k)): v for k, v in state.items()})
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|Reward|>"], special_tokens=True)
+    patches, grid = patchify(normalise(x))
+    for i, prompt in enumerate(PROMPTS):
+        turn = f"<|im_start|>user\n<|vision_start|>{'<|image_pad|>' * 6}<|vision_end|>Rate {prompt}: <|Reward|> END<|im_end|>\n"
+        text = f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{turn}<|im_start|>assistant\n"
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        positions = torch.arange(ids.shape[1]).expand(3, 1, -1)
+        pixels = patches.chunk(2)[i]
+        hidden = model.model(input_ids=ids, pixel_values=pixels, image_grid_thw=grid[:1], position_ids=positions).last_hidden_state
+        y = hidden[ids == len(tokenizer) - 1]
+        for place in (0, 3, 5):
+            y = y @ head[f"rm_head.{place}.weight"].T + head[f"rm_head.{place}.bias"]
+            y = y if place == 5 else y.relu()
+        score = load_reward("hpsv3", str(folder), dtype="float32")(x, PROMPTS)[i]
+        torch.testing.assert_close(score, y[0, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_unifiedreward_is_the_expected_digit_of_the_models_own_logits(folders):
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+    folder, x = folders["unifiedreward"], images(56, 84)
+    model, tokenizer = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    patches, grid = patchify(normalise(x))
+    for i, prompt in enumerate(PROMPTS):
+        turn = f"<|im_start|>user\n<|vision_start|>{'<|image_pad|>' * 6}<|vision_end|>Rate {prompt}<|im_end|>\n"
+        start = f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{turn}<|im_start|>assistant\n"
+        ids = tokenizer(start + "Alignment Score (1-5): ", return_tensors="pt").input_ids
+        kinds = (ids == model.config.image_token_id).int()
+        logits = model(input_ids=ids, pixel_values=patches.chunk(2)[i], image_grid_thw=grid[:1], mm_token_type_ids=kinds).logits[0, -1]
+        p = logits[[tokenizer.convert_tokens_to_ids(d) for d in "12345"]].softmax(0)
+        expected = sum((d + 1) * p[d] for d in range(5))
+        score = load_reward("unifiedreward", str(folder), dtype="float32")(x, PROMPTS)[i]
+        torch.testing.assert_close(score, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_instructions_hold_what_their_models_look_for():
+    assert instruction("hpsv3").count("{prompt}") == instruction("hpsv3").count("<|Reward|>") == 1
+    assert instruction("hpsv3").startswith("\nYou are tasked") and instruction("hpsv3").endswith("<|Reward|>\n\nEND\n")
+    assert "Alignment Score (1-5): X" in instruction("unifiedreward") and instruction("unifiedreward").endswith("Text Caption: [{prompt}]")
+
+
 @pytest.mark.parametrize("key", ["visual.proj", "ln_final.bias", "visual.transformer.resblocks.0.mlp.c_fc.weight"])
 def test_weights_of_another_architecture_are_refused_with_a_name(key):
     state = tiny.OpenCLIP(20).state_dict()
     del state[key]
     with pytest.raises(ValueError, match="not the weights of an open_clip ViT: "):
         clip_from_open_clip(state, 16)
-    with pytest.raises(ValueError, match="left over .*visual.extra"):
-        clip_from_open_clip(tiny.OpenCLIP(20).state_dict() | {"visual.extra": torch.zeros(1)}, 16)
+    for extra, says in (({"visual.extra": torch.zeros(1)}, "left over .*visual.extra"), ({"ln_final.bias": torch.zeros(9)}, "ViT: ")):
+        with pytest.raises(ValueError, match=says):
+            clip_from_open_clip(tiny.OpenCLIP(20).state_dict() | extra, 16)

@@ -1,0 +1,35 @@
+"""A reward of your own: any Python function of images and prompts, named "module:function" in the config."""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import Tensor
+
+from flowbp.rewards.base import Reward
+
+__all__ = ["CallableReward"]
+
+
+class CallableReward:
+    """Calls `module:attribute` and checks what it returns: [B] scores, differentiable wherever the images are.
+
+    attribute: a function (images [B, 3, H, W] in [0, 1], prompts) -> [B], or a class that is called with `device` and gives one.
+    """
+
+    def __init__(self, name: str, device: str = "cpu"):
+        module, _, attribute = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"cannot import the reward {name!r}: {error}") from error
+        self.name = name
+        self.function: Reward = found(device=device) if isinstance(found, type) else found
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        scores = self.function(images, prompts)
+        if scores.shape != (len(images),):
+            raise ValueError(f"the reward {self.name} must return one score an image, [{len(images)}], got {list(scores.shape)}")
+        if images.requires_grad and not scores.requires_grad:
+            raise ValueError(f"the reward {self.name} is not differentiable in the images: use torch operations, and no detach or no_grad")
+        return scores.float()

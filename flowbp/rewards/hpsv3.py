@@ -1,0 +1,75 @@
+"""HPSv3 (Ma et al. 2025, arXiv 2508.03789): Qwen2-VL-7B reads instruction, prompt and image; a head rates them at a special token.
+
+Instruction (MIT licence, MizzenAI), key names and head shape are from the published source; the real checkpoint was not loaded here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flowbp.rewards.files import frozen_model, read_state_dict
+from flowbp.rewards.qwen import inputs, instruction
+
+__all__ = ["HPSv3"]
+
+
+class HPSv3:
+    """The mean mu of the head's (mu, sigma), about 0 to 15.
+
+    model: a folder with HPSv3.safetensors; base: a folder with config and tokenizer of Qwen2-VL-7B-Instruct. The picture is resized to
+    about 448 x 448 pixels (256 tokens). Positions count up through text and image alike, since the published code, which trained the
+    model, hands none to the language model; Qwen2-VL's own would be two-dimensional inside the image.
+    """
+
+    PIXELS = 256 * 28 * 28
+    REWARD_TOKEN = "<|Reward|>"
+
+    def __init__(self, model: str | Path, base: str | Path, device: str = "cpu", dtype: str = "bfloat16"):
+        from transformers import AddedToken, AutoConfig, AutoTokenizer, Qwen2VLModel
+
+        state, dtype = read_state_dict(model, "HPSv3"), getattr(torch, dtype)
+        self.head = reward_head(state, dtype).to(device)
+        renamed = {rename(key): value for key, value in state.items() if not key.startswith(("lm_head.", "rm_head."))}
+        config = AutoConfig.from_pretrained(base, local_files_only=True)
+        config.text_config.vocab_size = len(renamed["language_model.embed_tokens.weight"])
+        self.model = frozen_model(Qwen2VLModel, config, renamed, dtype, "HPSv3").to(device)
+
+        self.tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+        self.tokenizer.add_tokens([AddedToken(self.REWARD_TOKEN, special=True)])
+        self.reward_id = self.tokenizer.convert_tokens_to_ids(self.REWARD_TOKEN)
+        if self.reward_id != config.text_config.vocab_size - 1:
+            raise ValueError(
+                f"the tokenizer of {base} puts {self.REWARD_TOKEN} at {self.reward_id}, the checkpoint at "
+                f"{config.text_config.vocab_size - 1}: pass the tokenizer of Qwen2-VL-7B-Instruct"
+            )
+        self.instruction = instruction("hpsv3")
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        texts = [self.instruction.replace("{prompt}", prompt) for prompt in prompts]
+        arguments = inputs(self.tokenizer, self.model.dtype, images, texts, self.PIXELS, self.PIXELS)
+        ids = arguments["input_ids"]
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape)
+        states = self.model(**arguments, position_ids=positions, use_cache=False).last_hidden_state
+        at_token = states[ids == self.reward_id].to(self.head[0].weight.dtype)
+        return self.head(at_token)[:, 0]
+
+
+def rename(key: str) -> str:
+    """A key of Qwen2VLForConditionalGeneration, as saved by transformers 4.45 or later, under Qwen2VLModel."""
+    key = re.sub(r"^model\.(visual|language_model)\.", r"\1.", key)
+    return re.sub(r"^model\.", "language_model.", key)
+
+
+def reward_head(state: dict[str, Tensor], dtype: torch.dtype) -> nn.Sequential:
+    """width -> 1024 -> 16 -> 2 with ReLUs, frozen, in float32 at least. Dropout held place 2."""
+    weights = {key.removeprefix("rm_head."): value for key, value in state.items() if key.startswith("rm_head.")}
+    if not weights:
+        raise ValueError("these are not the weights of HPSv3: nothing is named rm_head.*")
+    width = weights["0.weight"].shape[1]
+    head = nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2))
+    head.load_state_dict(weights)
+    return head.to(torch.promote_types(dtype, torch.float32)).eval().requires_grad_(False)

@@ -1,0 +1,110 @@
+"""Several rewards at once: one loss, and a running scale that puts rewards of different units side by side.
+
+    loss = sum_k  weight_k / scale_k * mean(max(hinge_k - r_k, 0))        scale_k = 1, or the running deviation of r_k
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flowbp.objective import Objective
+from flowbp.rewards.base import Reward, Smoothed, Smoothing
+
+__all__ = ["Mixture", "RunningScale", "Term"]
+
+
+class RunningScale:
+    """The standard deviation of a reward over recent batches: an exponential average of its first two moments.
+
+    decay: of a batch's share. Batches that hold a score that is not finite are left out. Under torch.distributed all ranks have one scale.
+    """
+
+    def __init__(self, decay: float = 0.99):
+        self.decay = decay
+        self.moments = torch.zeros(3, dtype=torch.float64)  # weight so far, and weighted mean of r and of r squared
+
+    def update(self, scores: Tensor) -> None:
+        """Add a batch of scores [R]."""
+        r = scores.detach().double()
+        batch = torch.stack([torch.full_like(r[0], len(r)), r.sum(), r.square().sum()])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(batch)
+        batch = batch.cpu()
+        if batch.isfinite().all():
+            self.moments = self.decay * self.moments + (1 - self.decay) * batch / batch[0]
+
+    @property
+    def value(self) -> float:
+        """The deviation; at least a thousandth of the root mean square, and 1 while nothing is known."""
+        weight, first, second = self.moments.tolist()
+        if second == 0:
+            return 1.0
+        mean, square = first / weight, second / weight
+        return max(square - mean * mean, 1e-6 * square) ** 0.5
+
+
+@dataclass
+class Term:
+    """One reward of a mixture. objective: its hinge, in its own units. scale: None leaves its units alone."""
+
+    reward: Reward
+    objective: Objective = field(default_factory=Objective)
+    weight: float = 1.0
+    smoothing: Smoothing | None = None
+    scale: RunningScale | None = None
+
+
+class Mixture:
+    """A weighted sum of reward losses, by name. Takes the place of one reward and its `Objective` in `reward_gradient`.
+
+    A batch is scaled by what the batches before it were like, so that its gradient is the same in parts of any size; the first, before
+    anything is known, is taken as it is.
+    """
+
+    def __init__(self, terms: dict[str, Term]):
+        self.terms = terms
+
+    @property
+    def rewards(self) -> dict[str, Reward]:
+        """The rewards alone, as they are scored in an evaluation: not smoothed, weighted or normalised."""
+        return {name: term.reward for name, term in self.terms.items()}
+
+    def score(self, images: Tensor, prompts: list[str], seeds: list[int]) -> Tensor:
+        """Scores [R, K] of images [R, 3, H, W] in [0, 1] by the K rewards. seeds: of the smoothing's draws, one an image."""
+        columns = []
+        for term in self.terms.values():
+            reward = term.reward
+            if term.smoothing is not None:
+                reward = Smoothed(reward, term.smoothing, [torch.Generator().manual_seed(seed) for seed in seeds])
+            column = reward(images, prompts)
+            columns.append(column.to(torch.promote_types(column.dtype, torch.float32)))
+        return torch.stack(columns, dim=1)
+
+    def loss(self, scores: Tensor, factors: Tensor | None = None) -> Tensor:
+        """Scores [R, K] -> scalar. factors: [R] as in `Objective.loss`."""
+        total = scores.new_zeros(())
+        for term, column in zip(self.terms.values(), scores.unbind(dim=1), strict=True):
+            scale = 1.0 if term.scale is None else term.scale.value
+            total = total + term.weight / scale * term.objective.loss(column, factors)
+        return total
+
+    def update(self, scores: Tensor) -> dict[str, float]:
+        """Let the running scales see a whole batch of scores [R, K]; returns each reward's mean."""
+        for term, column in zip(self.terms.values(), scores.unbind(dim=1), strict=True):
+            if term.scale is not None:
+                term.scale.update(column)
+        return dict(zip(self.terms, scores.mean(dim=0).tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The running scales by name."""
+        return {name: term.scale.moments for name, term in self.terms.items() if term.scale is not None}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave."""
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(f"the checkpoint holds running scales of {sorted(state)}, this config normalises {sorted(self.state_dict())}")
+        for name, moments in state.items():
+            self.terms[name].scale.moments = moments

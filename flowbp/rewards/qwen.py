@@ -1,0 +1,79 @@
+"""What a Qwen2-VL or Qwen2.5-VL reads, from image tensors: patches with a gradient to every pixel, and the conversation around them.
+
+The processor of transformers takes pictures, not tensors, and cuts the gradient. Sizes: patches of 14 x 14 pixels, merged 2 x 2 into one
+token of the language model; a still image stands for two equal frames.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib.resources import files
+
+import torch
+from torch import Tensor
+
+from flowbp.rewards.preprocessing import normalise, resize
+
+__all__ = ["conversation", "inputs", "instruction", "patchify", "smart_size"]
+
+PATCH, MERGE, FRAMES = 14, 2, 2
+CELL = PATCH * MERGE  # pixels, on a side, of one token
+IMAGE_TOKEN = "<|image_pad|>"
+
+
+def smart_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width in multiples of 28, near the picture's own shape, of min_pixels to max_pixels in all."""
+    rounded = [max(CELL, round(side / CELL) * CELL) for side in (height, width)]
+    if math.prod(rounded) > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rounded = [max(CELL, math.floor(side / shrink / CELL) * CELL) for side in (height, width)]
+    elif math.prod(rounded) < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rounded = [math.ceil(side * grow / CELL) * CELL for side in (height, width)]
+    return rounded[0], rounded[1]
+
+
+def patchify(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images [B, 3, H, W], normalised, H and W multiples of 28 -> patches [B * H/14 * W/14, 3 * 2 * 14 * 14] and their grid [B, 3].
+
+    The four patches of a token follow one another, token by token in reading order. grid: frames, rows and columns of patches.
+    """
+    batch, channels, height, width = images.shape
+    rows, columns = height // PATCH, width // PATCH
+    x = images.reshape(batch, channels, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
+    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # batch, token row, token column, row and column in it, channel, pixel row, pixel column
+    x = x.unsqueeze(6).expand(*x.shape[:6], FRAMES, *x.shape[6:])
+    patches = x.reshape(batch * rows * columns, channels * FRAMES * PATCH * PATCH)
+    return patches, torch.tensor([[1, rows, columns]] * batch, device=images.device)
+
+
+def conversation(text: str, image_tokens: int, answer: str = "") -> str:
+    """One user turn of an image and `text` in Qwen's chat format, and the beginning of the assistant's answer."""
+    image = f"<|vision_start|>{IMAGE_TOKEN * image_tokens}<|vision_end|>"
+    return (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{image}{text}<|im_end|>\n<|im_start|>assistant\n{answer}"
+    )
+
+
+def instruction(name: str) -> str:
+    """The instruction a model was trained with, {prompt} in place of the caption. Its wording and blanks are part of the model."""
+    return files("flowbp.rewards").joinpath("prompts", f"{name}.txt").read_text(encoding="utf-8")
+
+
+def inputs(
+    tokenizer, dtype: torch.dtype, images: Tensor, texts: list[str], min_pixels: int, max_pixels: int, answer: str = ""
+) -> dict[str, Tensor]:
+    """The model's arguments for images [B, 3, H, W] in [0, 1] and one text each, padded on the right."""
+    height, width = smart_size(*images.shape[-2:], min_pixels, max_pixels)
+    patches, grid = patchify(normalise(resize(images, height, width).clamp(0, 1)))
+    tokens = (height // CELL) * (width // CELL)
+    encoded = tokenizer([conversation(text, tokens, answer) for text in texts], padding=True, padding_side="right", return_tensors="pt")
+    encoded = encoded.to(images.device)
+    return {
+        "input_ids": encoded.input_ids,
+        "attention_mask": encoded.attention_mask,
+        "mm_token_type_ids": (encoded.input_ids == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int(),
+        "pixel_values": patches.to(dtype),
+        "image_grid_thw": grid,
+    }

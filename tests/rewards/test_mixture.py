@@ -1,0 +1,207 @@
+"""Several rewards at once, the running scale, rewards of one's own, and what a config may say of them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_rewards import images
+
+from flowbp.config import ConfigError, RunConfig, dump, load
+from flowbp.objective import Objective, loss_factors, reward_gradient
+from flowbp.rewards import Mixture, RunningScale, Smoothing, Term, load_reward
+
+X, PROMPTS = images(8, 8, batch=4), ["a"] * 4
+
+
+def bright(x, prompts):
+    return x.mean(dim=(1, 2, 3))
+
+
+def contrast(x, prompts):
+    return 100 * x.var(dim=(1, 2, 3))
+
+
+def no_batch(x, prompts):
+    return x.mean()
+
+
+def detached(x, prompts):
+    return bright(x.detach(), prompts)
+
+
+class Darkness:
+    def __init__(self, device):
+        self.device = device
+
+    def __call__(self, x, prompts):
+        return -bright(x, prompts)
+
+
+def gradient(mixture, factors=None):
+    x = X.clone().requires_grad_()
+    return torch.autograd.grad(mixture.loss(mixture.score(x, PROMPTS, [0] * 4), factors), x)[0]
+
+
+def test_the_loss_is_the_weighted_sum_of_each_rewards_loss():
+    mixture = Mixture({"a": Term(bright, Objective(0.55), 2.0), "b": Term(contrast, Objective(), 0.5)})
+    factors = loss_factors(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([True, True, False, True]))
+    x = X.clone().requires_grad_()
+    loss = 2 * Objective(0.55).loss(bright(x, PROMPTS), factors) + 0.5 * Objective().loss(contrast(x, PROMPTS), factors)
+    torch.testing.assert_close(gradient(mixture, factors), torch.autograd.grad(loss, x)[0])
+    scores = mixture.score(X, PROMPTS, [0] * 4)
+    assert mixture.update(scores) == pytest.approx({"a": bright(X, PROMPTS).mean().item(), "b": contrast(X, PROMPTS).mean().item()})
+
+
+def test_one_reward_of_weight_one_is_the_plain_objective():
+    x = X.clone().requires_grad_()
+    expected = torch.autograd.grad(Objective(20.0).loss(contrast(x, PROMPTS)), x)[0]
+    torch.testing.assert_close(gradient(Mixture({"reward": Term(contrast, Objective(20.0))})), expected, rtol=0, atol=0)
+
+
+def test_a_reward_that_met_its_hinge_leaves_the_gradient_to_the_others():
+    both = Mixture({"met": Term(contrast, Objective(-1.0)), "b": Term(bright)})
+    assert torch.equal(gradient(both), gradient(Mixture({"b": Term(bright)})))
+
+
+def test_normalised_rewards_pull_alike_whatever_their_units():
+    def normalised(factor):
+        mixture = Mixture({"r": Term(lambda x, p: factor * contrast(x, p), scale=RunningScale())})
+        mixture.update(mixture.score(X, PROMPTS, [0] * 4))
+        return gradient(mixture)
+
+    torch.testing.assert_close(normalised(1e4), normalised(1.0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_mixture_in_parts_has_the_gradient_of_the_whole(rows):
+    smooth = Smoothing(copies=2)
+    mixture = Mixture({"a": Term(bright, smoothing=smooth), "b": Term(contrast, Objective(4.0), 0.5, smooth, RunningScale())})
+    mixture.update(mixture.score(X, PROMPTS, [0] * 4))
+    factors, seeds = torch.full((4,), 0.25), [3, 1, 4, 1]
+
+    def score(x, part):
+        return mixture.score(x, PROMPTS[part], seeds[part])
+
+    whole, parts = (reward_gradient(mixture, score, X, factors, n) for n in (4, rows))
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_running_scale_is_the_deviation_of_recent_scores():
+    scale, rng = RunningScale(), torch.Generator().manual_seed(0)
+    assert scale.value == 1.0
+    first = 3 + 2 * torch.randn(8, generator=rng)
+    scale.update(first)
+    assert scale.value == pytest.approx(first.std(correction=0).item(), rel=1e-5)
+    for _ in range(1000):
+        scale.update(5 + 0.5 * torch.randn(64, generator=rng))
+    assert scale.value == pytest.approx(0.5, rel=0.05)
+
+
+def test_the_running_scale_survives_equal_scores_and_broken_ones():
+    scale = RunningScale()
+    scale.update(torch.full((4,), 20.0))
+    assert scale.value == pytest.approx(0.02)  # a thousandth of the root mean square: no division by nothing
+    before = scale.moments.clone()
+    scale.update(torch.tensor([1.0, float("nan")]))
+    assert torch.equal(scale.moments, before)
+
+
+def test_all_ranks_have_one_scale(monkeypatch):
+    here, there = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 9.0])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    other = torch.tensor([2.0, there.sum(), there.square().sum()], dtype=torch.float64)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda batch: batch.add_(other))
+    scale = RunningScale()
+    scale.update(here)
+    assert scale.value == pytest.approx(torch.cat([here, there]).std(correction=0).item(), rel=1e-5)
+
+
+def test_a_resumed_mixture_goes_on_with_its_scales():
+    def build():
+        return Mixture({"a": Term(bright, scale=RunningScale()), "b": Term(contrast, scale=RunningScale()), "c": Term(bright)})
+
+    first, second = build(), build()
+    first.update(first.score(X, PROMPTS, [0] * 4))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(gradient(first), gradient(second)) and not torch.equal(gradient(first), gradient(build()))
+    with pytest.raises(ValueError, match=r"holds running scales of \['a', 'b'\], this config normalises \[\]"):
+        Mixture({"a": Term(bright)}).load_state_dict(first.state_dict())
+
+
+# -- rewards of one's own ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_function_or_a_class_of_ones_own_is_named_by_its_module():
+    assert torch.equal(load_reward(f"{__name__}:bright")(X, PROMPTS), bright(X, PROMPTS))
+    assert torch.equal(load_reward(f"{__name__}:Darkness")(X, PROMPTS), -bright(X, PROMPTS))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("no_batch", r"must return one score an image, \[4\], got \[\]"),
+        ("detached", "is not differentiable in the images"),
+        ("nothing", "cannot import the reward"),
+    ],
+)
+def test_a_function_that_is_no_reward_is_refused(name, says):
+    with pytest.raises(ValueError, match=says):
+        load_reward(f"{__name__}:{name}")(X.clone().requires_grad_(), PROMPTS)
+
+
+def test_the_rewards_and_configs_of_the_documentation_work():
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    namespace = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, namespace)
+    for reward in (namespace["warmth"], namespace["Sharpness"]("cpu")):
+        x = X.clone().requires_grad_()
+        scores = reward(x, PROMPTS)
+        assert scores.shape == (4,) and torch.autograd.grad(scores.sum(), x)[0].abs().sum() > 0
+    blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    for block in blocks:
+        values = yaml.safe_load(dump(load("demo")))
+        assert RunConfig.model_validate(values | {"evaluation": None, "reward": yaml.safe_load(block)["reward"]})
+    assert len(blocks) == 3
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------------------
+
+
+def test_one_reward_is_short_for_a_mapping_of_one():
+    config = load("demo")
+    assert list(config.reward) == ["reward"] and config.reward["reward"].hinge == 0.8
+    assert "reward:\n  name: clip" in dump(config)
+
+
+def test_another_reward_does_not_inherit_the_hinge_of_the_preset_one():
+    assert load("demo", ["reward.name=hpsv2"]).reward["reward"].hinge is None
+    assert load("demo", ["reward.weight=2"]).reward["reward"].hinge == 0.8
+    assert list(load("demo", ["reward.a.model=shapes"]).reward) == ["a"]
+
+
+def test_several_rewards_have_names_weights_hinges_and_scales(tmp_path):
+    rewards = "reward={a: {model: shapes, weight: 2, smooth: {copies: 3}}, b: {model: shapes-monitor, hinge: 0.5, normalise: true}}"
+    config = load("demo", ["evaluation=null", rewards])
+    assert config.reward["a"].weight == 2 and config.reward["a"].smooth == Smoothing(copies=3) and config.reward["b"].normalise
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert load(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("reward={a: {model: shapes, wight: 2}}", r"unknown key 'wight'; did you mean 'weight'"),
+        ("reward={loss: {model: shapes}}", "'loss' names two metrics"),
+        ("reward={monitor: {model: shapes}}", "'monitor' names two metrics"),
+        ("reward.weight=0", "greater than 0"),
+        ("reward.smooth.copies=0", "smoothing needs copies >= 1"),
+        ("evaluation.monitors.monitor.hinge=1", "unknown key 'hinge'"),
+    ],
+)
+def test_a_bad_reward_is_named(override, says):
+    with pytest.raises(ConfigError, match=says):
+        load("demo", [override])

@@ -1,0 +1,54 @@
+"""The benchmark of whole steps: it runs on a CPU in small, and its full-size models have the published numbers of parameters."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import train_step  # noqa: E402
+
+
+def test_every_phase_of_every_case_is_measured(tmp_path, capsys):
+    cases = ["--backbone", "sd3.5-medium", "flux.2-klein-base-4b", "--method", "flowbp-sparse", "leapalign", "--active", "1", "2"]
+    sizes = ["--size", "tiny", "--tuning", "full", "--checkpointing", "on", "--steps", "4", "--repeats", "1"]
+    train_step.main([*cases, *sizes, "--json", str(tmp_path / "steps.json")])
+    report = json.loads((tmp_path / "steps.json").read_text())
+    assert report["machine"]["versions"]["torch"] == torch.__version__ and "commit" in report["machine"]
+    assert len(report["rows"]) == 2 * 2 * (2 + 1)  # LeapAlign has no num_active: one row a mode
+    for row in report["rows"]:
+        assert min(row["seconds"].values()) > 0 and sum(row["seconds"].values()) <= 1.001 * row["step_seconds"]
+        assert row["seconds"].keys() == row["peak_mb"].keys() == set(train_step.PHASES)
+    assert "leapalign" in capsys.readouterr().out
+
+
+def test_running_out_of_memory_is_a_row_not_an_end(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr("flowbp.trainer.backward", full)
+    cases = ["--size", "tiny", "--active", "1", "--checkpointing", "off", "--steps", "2", "--json", str(tmp_path / "steps.json")]
+    train_step.main(cases)
+    assert [row["out_of_memory"] for row in json.loads((tmp_path / "steps.json").read_text())["rows"]] == ["sweep"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("sd3.5-medium", 2_243_171_520),
+        ("flux.1-dev", 11_901_408_320),
+        ("flux.2-klein-base-4b", 3_875_544_576),
+        ("flux.2-klein-base-9b", 9_078_581_248),
+    ],
+)
+def test_a_full_size_backbone_has_its_published_size_and_runs(name, parameters):
+    backbone = train_step.random_backbone(name, "meta", torch.bfloat16, tiny=False)
+    assert sum(p.numel() for p in backbone.denoiser.parameters()) == parameters
+    rows, columns = backbone.token_grid(512, 512)
+    x = torch.empty(1, *backbone.latent_shape(rows, columns), device="meta")
+    conditioning = backbone.encode(["a"]) | ({"guidance": torch.ones(1, device="meta")} if backbone.embeds_guidance else {})
+    assert backbone.velocity(x, torch.tensor(0.5, device="meta"), conditioning).shape == x.shape
+    assert train_step.RandomReward("meta", torch.bfloat16, tiny=False)(backbone.decode(x), ["a"]).shape == (1,)
