@@ -74,7 +74,8 @@ def save_checkpoint(output: Path, step: int, parameters: dict[str, Tensor], opti
 
     Every process calls it, for shards are gathered from all; one writes.
     """
-    tensors, state = gathered((dict(parameters), {"optimizer": optimizer.state_dict(), "ema": ema and ema.state_dict()}))
+    state = {"optimizer": optimizer.state_dict(), "ema": ema and ema.state_dict(), "rewards": rewards.state_dict()}
+    tensors, state = gathered((dict(parameters), state))
     if not write:
         return
     state["rewards"] = rewards.state_dict()
@@ -134,9 +135,7 @@ def save_weights(backbone: Backbone, output: Path, write: bool = True) -> Path:
     adapter = denoiser.peft_config["default"].to_dict()  # says alpha: a file without it is read as alpha = rank
     adapter["target_modules"] = sorted(adapter["target_modules"])
     with tempfile.TemporaryDirectory(dir=output) as scratch:
-        type(backbone.pipe).save_lora_weights(
-            scratch, transformer_lora_layers=layers, transformer_lora_adapter_metadata=adapter
-        )
+        type(backbone.pipe).save_lora_weights(scratch, transformer_lora_layers=layers, transformer_lora_adapter_metadata=adapter)
         os.replace(Path(scratch, LORA), output / LORA)
     return output / LORA
 

@@ -237,7 +237,7 @@ class RunConfig(Strict):
     guidance: Annotated[Guidance, from_mapping(Guidance)] = Guidance()
     method: MethodField
     plans: Literal["shared", "per_sample", "stratified"] = Field(
-        "shared", description="one plan a batch, one a sample, or one a sample that together cover the trajectory: less gradient variance"
+        "shared", description="one plan a batch, one a sample, or one a sample that together cover the trajectory"
     )
     reward: RewardsField
     data: DataConfig

@@ -119,8 +119,8 @@ class Trainer:
                 bar.set_postfix_str(f"{scores}, {row['seconds']:.2f} s/step, peak {row['peak_mb']:.0f} MB", refresh=False)
                 bar.update()
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                    saved = (self.parameters, self.optimizer, self.ema, self.mixture)
-                    checkpoint.save_checkpoint(config.output, step + 1, *saved, write=main)
+                    state = (self.parameters, self.optimizer, self.ema, self.mixture)
+                    checkpoint.save_checkpoint(config.output, step + 1, *state, write=main)
         with self.weights(self.tuned):
             checkpoint.save_weights(self.backbone, config.output, write=main)
         self.report()

@@ -315,13 +315,15 @@ def deep_field():
     return GuidedVelocity(DeepField(), {"text": torch.zeros(32, 1)}, None, Guidance()), torch.randn(32, 64)
 
 
-def tiny_transformer(overrides):
+def tiny_transformer(overrides, checkpointing):
     from flowbp.backbones import bind_velocity, load_backbone
     from flowbp.config import load
 
     config = load("demo", overrides)
     backbone = load_backbone(**config.backbone.model_dump())
     backbone.denoiser.requires_grad_(True)
+    if checkpointing:
+        backbone.denoiser.enable_gradient_checkpointing()
     noise = backbone.noise(32, 32, [torch.Generator().manual_seed(seed) for seed in range(8)])
     return bind_velocity(backbone, ["a red circle"] * 8, config.guidance), noise
 
@@ -348,13 +350,13 @@ def run_graph(plan, trajectory, velocity):
     as_graph(plan, trajectory, velocity).sum().backward()
 
 
-def check_peak_memory(capsys, velocity, noise):
+def check_peak_memory(capsys, velocity, noise, graphs_grow=2.0):
     sweep, graph = ([peak_bytes(run, num_active, velocity, noise) for num_active in (1, 8)] for run in (run_sweep, run_graph))
     with capsys.disabled():
         print(f"\npeak live bytes, K = 8 over K = 1: sweep {sweep[1] / sweep[0]:.3f}, graph {graph[1] / graph[0]:.3f}")
     assert sweep[1] <= 1.05 * sweep[0]
-    assert graph[1] > 2 * graph[0]  # the counter does see graphs
-    assert peak_bytes(run_sweep, 8, velocity, noise, "never") == pytest.approx(graph[1], rel=0.1)
+    assert graph[1] > graphs_grow * graph[0]  # the counter does see graphs
+    assert peak_bytes(run_sweep, 8, velocity, noise, "never") > graphs_grow * sweep[0]
 
 
 def test_auto_keeps_as_many_graphs_as_the_budget_holds_from_the_clean_end(monkeypatch):
@@ -434,8 +436,9 @@ def test_peak_memory_of_the_sweep_does_not_grow_with_the_active_set(capsys):
     check_peak_memory(capsys, *deep_field())
 
 
-def test_peak_memory_of_the_sweep_does_not_grow_on_any_backbone(capsys, backbone_overrides):
-    check_peak_memory(capsys, *tiny_transformer(backbone_overrides))
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_peak_memory_of_the_sweep_does_not_grow_on_any_backbone(capsys, backbone_overrides, checkpointing):
+    check_peak_memory(capsys, *tiny_transformer(backbone_overrides, checkpointing), graphs_grow=1.05 if checkpointing else 2.0)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------------------
