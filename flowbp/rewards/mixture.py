@@ -79,7 +79,8 @@ class Mixture:
             reward = term.reward
             if term.smoothing is not None:
                 reward = Smoothed(reward, term.smoothing, [torch.Generator().manual_seed(seed) for seed in seeds])
-            columns.append(reward(images, prompts).float())
+            scores = reward(images, prompts)
+            columns.append(scores.to(torch.promote_types(scores.dtype, torch.float32)))
         return torch.stack(columns, dim=1)
 
     def loss(self, scores: Tensor, factors: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ CASES = {  # name: (pipeline, overrides)
     "sparse, accumulated": (SD3, ("method={name: flowbp-sparse, num_active: 3}", "data.accumulate=2")),
     "bridge, guided": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "guidance.scale=3.0")),
     "filtered": (SD3, ("method={name: flowbp-lagrange, alpha: 0.3, max_dj: 0.545}",)),
-    "copies, hinge": (SD3, ("method.name=draft-lv", "objective.hinge=-0.1")),
+    "copies, hinge": (SD3, ("method.name=draft-lv", "reward.hinge=-0.1")),
     "stratified, in pairs": (FLUX2, ("method={name: flowbp-sparse, num_active: 3}", "plans=stratified", "memory.nodes_per_forward=2")),
     "kept graphs": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory.recompute=never", "data.accumulate=2")),
     "auto": (SD3, ("method={name: flowbp-sparse, num_active: 3}", "memory={recompute: auto, budget_gb: 0.002, checkpointing: true}")),
@@ -49,7 +49,8 @@ def train_step(case, folder, world):
     size = ("rollout.num_steps=6", "rollout.height=32", "rollout.width=32", f"data.batch_size={GLOBAL_BATCH // world}")
     prompts = Path(folder, "prompts.txt")  # five, which no batch divides
     prompts.write_text("\n".join(["a red circle", "two blue stars", "a cat", "green", "a very long prompt"]))
-    base = ("ema=null", "evaluation=null", "guidance.scale=1.0", "objective.hinge=null", "reward.smooth=null", "data.embeddings=live", "tuning.mode=full")
+    plain = ("reward.hinge=null", "reward.smooth=null")
+    base = ("ema=null", "evaluation=null", "guidance.scale=1.0", *plain, "data.embeddings=live", "tuning.mode=full")
     config = load("demo", [f"output={folder}", f"data.prompts={prompts}", "optimizer.max_grad_norm=1e-3", *size, *base, *overrides])
     pipe = copy.copy(pipeline(name))
     pipe.transformer = copy.deepcopy(pipe.transformer)
