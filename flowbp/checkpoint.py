@@ -78,6 +78,7 @@ def save_checkpoint(output: Path, step: int, parameters: dict[str, Tensor], opti
     tensors, state = gathered((dict(parameters), state))
     if not write:
         return
+    state["rewards"] = rewards.state_dict()
     folder = output / "checkpoints" / f"step-{step:06d}"
     with written_whole(folder) as scratch:
         save_file({name: p.detach().contiguous() for name, p in tensors.items()}, scratch / "parameters.safetensors")

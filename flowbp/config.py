@@ -253,7 +253,7 @@ class RunConfig(Strict):
         needs = {"memory.recompute": (self.memory.recompute, "always"), "tuning.dropout": (self.tuning.dropout, 0.0)}
         for key, (value, needed) in needs.items():
             if self.plans != "shared" and value != needed:
-                raise ValueError(f"plans={self.plans} needs {key}={needed}, got {value}: every sample replays its own nodes")
+                raise ValueError(f"plans={self.plans} needs {key}={needed}, not {value}: samples replay their own nodes; or plans=shared")
         if self.tuning.dropout and self.memory.nodes_per_forward > 1:
             raise ValueError(f"tuning.dropout={self.tuning.dropout} needs memory.nodes_per_forward=1: masks are drawn again node by node")
         return self

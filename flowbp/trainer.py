@@ -63,7 +63,8 @@ class Trainer:
         self.config = config
         self.prompts = PromptStream(load_prompts(config.data.prompts), config.seed)
         torch.manual_seed(config.seed)  # LoRA's initial weights
-        self.accelerator = Accelerator(log_with="tensorboard", project_dir=config.output)
+        cpu = not torch.accelerator.is_available()  # said, or processes that torchrun starts on CPUs would not know of one another
+        self.accelerator = Accelerator(cpu=cpu, log_with="tensorboard", project_dir=config.output)
         device = str(self.accelerator.device)
         self.backbone = backbone or load_backbone(**config.backbone.model_dump(), device=device)
         check_guidance(self.backbone, config.guidance)
@@ -119,8 +120,8 @@ class Trainer:
                 bar.set_postfix_str(f"{scores}, {row['seconds']:.2f} s/step, peak {row['peak_mb']:.0f} MB", refresh=False)
                 bar.update()
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                    state = (self.parameters, self.optimizer, self.ema, self.mixture)
-                    checkpoint.save_checkpoint(config.output, step + 1, *state, write=main)
+                    saved = (self.parameters, self.optimizer, self.ema, self.mixture)
+                    checkpoint.save_checkpoint(config.output, step + 1, *saved, write=main)
         with self.weights(self.tuned):
             checkpoint.save_weights(self.backbone, config.output, write=main)
         self.report()

@@ -32,4 +32,4 @@ class CallableReward:
             raise ValueError(f"the reward {self.name} must return one score an image, [{len(images)}], got {list(scores.shape)}")
         if images.requires_grad and not scores.requires_grad:
             raise ValueError(f"the reward {self.name} is not differentiable in the images: use torch operations, and no detach or no_grad")
-        return scores.float()
+        return scores

@@ -43,23 +43,22 @@ def locate(files: HubFiles) -> Path:
     return folder
 
 
-def find_file(folder: str | Path, *stems: str) -> Path:
-    """The first of `stems` that stands in `folder` as .safetensors, .pt, .pth or .bin."""
-    for stem in stems:
-        for suffix in SUFFIXES:
-            if (path := Path(folder, stem + suffix)).is_file():
-                return path
-    raise FileNotFoundError(f"{folder} holds no {' or '.join(stems)} as {', '.join(SUFFIXES)}")
+def find_file(folder: str | Path, stem: str) -> Path:
+    """The file `stem` of `folder`, as .safetensors, .pt, .pth or .bin."""
+    for suffix in SUFFIXES:
+        if (path := Path(folder, stem + suffix)).is_file():
+            return path
+    raise FileNotFoundError(f"{folder} holds no single file {stem} as {', '.join(SUFFIXES)}")
 
 
-def read_state_dict(folder: str | Path, *stems: str) -> dict[str, Tensor]:
-    """The tensors of the first of `stems` found in `folder`: safetensors, or a torch file read with weights_only (no code is run)."""
+def read_state_dict(folder: str | Path, stem: str) -> dict[str, Tensor]:
+    """The tensors of `stem` in `folder`: safetensors, or a torch file read with weights_only (no code is run)."""
     import pickle
 
     import torch
     from safetensors.torch import load_file
 
-    path = find_file(folder, *stems)
+    path = find_file(folder, stem)
     if path.suffix == ".safetensors":
         return load_file(path)
     try:

@@ -1,6 +1,6 @@
-"""HPSv2 and HPSv2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine of a ViT-H/14 CLIP fine-tuned on human preferences.
+"""HPSv2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine of a ViT-H/14 CLIP fine-tuned on human preferences.
 
-The checkpoints are open_clip's; they are renamed into transformers' `CLIPModel` on load, so that neither open_clip nor hpsv2 is needed.
+The checkpoint is open_clip's; it is renamed into transformers' `CLIPModel` on load, so that neither open_clip nor hpsv2 is needed.
 Key names and transform are from the published source; the real checkpoint was not loaded here.
 """
 
@@ -20,20 +20,19 @@ __all__ = ["HPSv2", "clip_from_open_clip"]
 
 
 class HPSv2:
-    """Cosine similarity of image and prompt, about .2 to .4; HPSv2.1's base scores of current models lie near .29.
+    """Cosine similarity of image and prompt, about .2 to .4; images of current models lie near .29.
 
-    model: a folder with HPS_v2.1_compressed.pt (or .safetensors), or HPS_v2_compressed; tokenizer: a folder with CLIP's tokenizer.
+    model: a folder with HPS_v2.1_compressed.pt (or .safetensors); tokenizer: a folder with CLIP's tokenizer.
     The transform is HPSv2's own: the LONG side is resized to the model's size and the rest padded with black before normalising, so that
     nothing of a wide image is cropped away. (Its mask-aware normalisation leaves a fourth channel alone; for RGB it is the ordinary one.)
     """
 
-    CHECKPOINTS = ("HPS_v2.1_compressed", "HPS_v2_compressed")
     HEADS = 16  # of ViT-H/14, image and text alike; the one size that the weights' shapes do not tell
 
     def __init__(self, model: str | Path, tokenizer: str | Path, device: str = "cpu", dtype: str = "float32"):
         from transformers import AutoTokenizer
 
-        state = read_state_dict(model, *self.CHECKPOINTS)
+        state = read_state_dict(model, "HPS_v2.1_compressed")
         self.model = clip_from_open_clip(state.get("state_dict", state), self.HEADS, getattr(torch, dtype)).to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
 

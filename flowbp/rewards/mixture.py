@@ -19,7 +19,7 @@ __all__ = ["Mixture", "RunningScale", "Term"]
 class RunningScale:
     """The standard deviation of a reward over recent batches: an exponential average of its first two moments.
 
-    decay: of a batch's share. Batches that hold a score that is not finite are left out. Under torch.distributed all ranks have one scale.
+    decay: of a batch's share. Batches that hold a score that is not finite are left out.
     """
 
     def __init__(self, decay: float = 0.99):
@@ -29,12 +29,9 @@ class RunningScale:
     def update(self, scores: Tensor) -> None:
         """Add a batch of scores [R]."""
         r = scores.detach().double()
-        batch = torch.stack([torch.full_like(r[0], len(r)), r.sum(), r.square().sum()])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(batch)
-        batch = batch.cpu()
+        batch = torch.stack([torch.ones_like(r[0]), r.mean(), r.square().mean()]).cpu()
         if batch.isfinite().all():
-            self.moments = self.decay * self.moments + (1 - self.decay) * batch / batch[0]
+            self.moments = self.decay * self.moments + (1 - self.decay) * batch
 
     @property
     def value(self) -> float:
@@ -79,8 +76,8 @@ class Mixture:
             reward = term.reward
             if term.smoothing is not None:
                 reward = Smoothed(reward, term.smoothing, [torch.Generator().manual_seed(seed) for seed in seeds])
-            column = reward(images, prompts)
-            columns.append(column.to(torch.promote_types(column.dtype, torch.float32)))
+            scores = reward(images, prompts)
+            columns.append(scores.to(torch.promote_types(scores.dtype, torch.float32)))
         return torch.stack(columns, dim=1)
 
     def loss(self, scores: Tensor, factors: Tensor | None = None) -> Tensor:
@@ -92,7 +89,7 @@ class Mixture:
         return total
 
     def update(self, scores: Tensor) -> dict[str, float]:
-        """Let the running scales see a whole batch of scores [R, K]; returns each reward's mean."""
+        """Let the running scales see a whole batch of scores [R, K], that of all processes together; returns each reward's mean."""
         for term, column in zip(self.terms.values(), scores.unbind(dim=1), strict=True):
             if term.scale is not None:
                 term.scale.update(column)

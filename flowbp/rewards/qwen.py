@@ -58,7 +58,7 @@ def conversation(text: str, image_tokens: int, answer: str = "") -> str:
 
 def instruction(name: str) -> str:
     """The instruction a model was trained with, {prompt} in place of the caption. Its wording and blanks are part of the model."""
-    return files("flowbp.rewards").joinpath("prompts", f"{name}.txt").read_text(encoding="utf-8")
+    return (files("flowbp.rewards") / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
 
 
 def inputs(

@@ -137,10 +137,14 @@ def load_reward(
     that fetch the files.
     """
     if ":" in name:
+        if any(value is not None for value in (model, dtype, revision, sha256)):
+            raise ValueError(f"{name} is code of your own: model, dtype, revision and sha256 are not for it")
         return CallableReward(name, device)
     source = find_source(name)
     folders = find_folders(name, source, model, revision)
     checkpoint = source.files["model"].names[0]
+    if sha256 is not None and "*" in checkpoint:
+        raise ValueError(f"the reward {name!r} comes in several files, which one sha256 cannot cover: pin it with revision=")
     if sha256 is not None:
         check_sha256(find_file(folders["model"], Path(checkpoint).stem), sha256)
     elif source.sha256 is not None and Path(folders["model"], checkpoint).is_file():
@@ -179,7 +183,7 @@ def find_folders(name: str, source: RewardSource, model: str | None, revision: s
     try:
         return {argument: locate(part) for argument, part in files.items()}
     except (OSError, ValueError) as error:  # ValueError: a name that is no Hub id
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
             f"the reward {name!r} is neither a local folder nor in the Hub's cache, and the Hub did not give it ({reason}). "
             + how_to_fetch(name, files, f"rewards/{name}")

@@ -23,6 +23,10 @@ CASES = {  # name: (pipeline, overrides)
     "bridge, guided": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "guidance.scale=3.0")),
     "filtered": (SD3, ("method={name: flowbp-lagrange, alpha: 0.3, max_dj: 0.43}",)),
     "copies, hinge": (SD3, ("method.name=draft-lv", "reward.hinge=-0.1")),
+    "two rewards, one normalised": (
+        SD3,
+        ("method={name: flowbp-sparse, num_active: 3}", "data.accumulate=2", "reward={reward: {normalise: true}, b: {hinge: -0.1}}"),
+    ),
     "stratified, in pairs": (FLUX2, ("method={name: flowbp-sparse, num_active: 3}", "plans=stratified", "memory.nodes_per_forward=2")),
     "kept graphs": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory.recompute=never", "data.accumulate=2")),
     "auto": (SD3, ("method={name: flowbp-sparse, num_active: 3}", "memory={recompute: auto, budget_gb: 0.002, checkpointing: true}")),

@@ -87,6 +87,10 @@ def test_a_mixture_in_parts_has_the_gradient_of_the_whole(rows):
     whole, parts = (reward_gradient(mixture, score, X, factors, n) for n in (4, rows))
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b)
+    scores = mixture.score(X, PROMPTS, seeds)  # an image's perturbation is its seed's
+    same = X[:1].expand_as(X)
+    assert (mixture.score(same, PROMPTS, seeds)[1] == mixture.score(same, PROMPTS, seeds)[3]).all()
+    assert not torch.equal(scores, mixture.score(X, PROMPTS, seeds[::-1]))
 
 
 def test_the_running_scale_is_the_deviation_of_recent_scores():
@@ -107,16 +111,6 @@ def test_the_running_scale_survives_equal_scores_and_broken_ones():
     before = scale.moments.clone()
     scale.update(torch.tensor([1.0, float("nan")]))
     assert torch.equal(scale.moments, before)
-
-
-def test_all_ranks_have_one_scale(monkeypatch):
-    here, there = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 9.0])
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    other = torch.tensor([2.0, there.sum(), there.square().sum()], dtype=torch.float64)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda batch: batch.add_(other))
-    scale = RunningScale()
-    scale.update(here)
-    assert scale.value == pytest.approx(torch.cat([here, there]).std(correction=0).item(), rel=1e-5)
 
 
 def test_a_resumed_mixture_goes_on_with_its_scales():
@@ -166,6 +160,11 @@ def test_the_rewards_and_configs_of_the_documentation_work():
         values = yaml.safe_load(dump(load("demo")))
         assert RunConfig.model_validate(values | {"evaluation": None, "reward": yaml.safe_load(block)["reward"]})
     assert len(blocks) == 3
+
+
+def test_settings_of_a_published_reward_are_refused_for_ones_own():
+    with pytest.raises(ValueError, match="model, dtype, revision and sha256 are not for it"):
+        load_reward(f"{__name__}:bright", model="shapes")
 
 
 # -- configuration -----------------------------------------------------------------------------------------------------------------

@@ -53,3 +53,9 @@ def test_resizing_is_done_in_float32_and_leaves_a_picture_of_the_right_size_alon
     x = images(28, 28)
     assert resize(x.bfloat16(), 14, 14).dtype == torch.float32
     assert torch.equal(resize(x, 28, 28), x) and torch.equal(fit_short_side(x, 28), x) and torch.equal(fit_long_side(x, 28), x)
+
+
+def test_the_overshoot_of_bicubic_at_an_edge_is_clipped_as_in_an_8_bit_picture():
+    x = (torch.arange(40) < 20).float().expand(1, 3, 40, 40)
+    assert resize(x, 28, 28).max() > 1.005 and resize(x, 28, 28).min() < -0.005
+    assert fit_short_side(x, 28).max() == 1 and fit_short_side(x, 28).min() == 0

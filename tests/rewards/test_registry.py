@@ -37,6 +37,11 @@ def test_the_digest_of_a_checkpoint_is_checked_before_it_is_read(folder, caplog)
         load_reward("hpsv2", str(folder), sha256="0" * 64)
 
 
+def test_a_digest_cannot_pin_a_checkpoint_of_several_files(tmp_path):
+    with pytest.raises(ValueError, match="comes in several files, which one sha256 cannot cover: pin it with revision="):
+        load_reward("unifiedreward", str(tiny.unifiedreward_folder(tmp_path)), sha256="0" * 64)
+
+
 def test_a_published_digest_is_checked_without_being_asked(tmp_path):
     tiny.clip_folder(tmp_path)
     torch.save({}, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")

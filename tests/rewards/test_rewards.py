@@ -188,6 +188,11 @@ def test_unifiedreward_is_the_expected_digit_of_the_models_own_logits(folders):
         torch.testing.assert_close(score, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_prompt_with_hpsv3s_own_mark_is_refused(folders):
+    with pytest.raises(ValueError, match=re.escape("a prompt holds <|Reward|>, which marks")):
+        load_reward("hpsv3", str(folders["hpsv3"]))(images(), ["a <|Reward|>", "b"])
+
+
 def test_the_instructions_hold_what_their_models_look_for():
     assert instruction("hpsv3").count("{prompt}") == instruction("hpsv3").count("<|Reward|>") == 1
     assert instruction("hpsv3").startswith("\nYou are tasked") and instruction("hpsv3").endswith("<|Reward|>\n\nEND\n")
