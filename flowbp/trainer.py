@@ -63,7 +63,8 @@ class Trainer:
         self.config = config
         self.prompts = PromptStream(load_prompts(config.data.prompts), config.seed)
         torch.manual_seed(config.seed)  # LoRA's initial weights
-        self.accelerator = Accelerator(log_with="tensorboard", project_dir=config.output)
+        cpu = not torch.accelerator.is_available()  # said, or processes that torchrun starts on CPUs would not know of one another
+        self.accelerator = Accelerator(cpu=cpu, log_with="tensorboard", project_dir=config.output)
         device = str(self.accelerator.device)
         self.backbone = backbone or load_backbone(**config.backbone.model_dump(), device=device)
         check_guidance(self.backbone, config.guidance)
