@@ -133,15 +133,14 @@ class Trainer:
         plan = config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(config.seed))
         pages = report.Report(config, plan, self.sigmas.tolist())
         if config.evaluation is not None:
-            prompts = load_prompts(config.evaluation.prompts)
-            named = evaluation.scorers(self.reward, self.monitors, config.evaluation.checker)
+            samples = evaluation.draw_samples(load_prompts(config.evaluation.prompts), config.evaluation)
+            named = evaluation.scorers(config.evaluation, self.reward, self.monitors)
             scores = []
             with progress_bar("evaluate", "image", 2 * config.evaluation.samples) as bar:
                 for name, weights in (("before", self.base), ("after", self.tuned)):
                     with self.weights(weights):
-                        arguments = (self.backbone, prompts, config.evaluation, config.evaluation_rollout, config.guidance)
-                        scores.append(evaluation.evaluate(*arguments, named, progress=bar.update))
-                        pages.add_grid(name, evaluation.first_images(*arguments), scores[-1])
+                        scores.append(evaluation.evaluate(self.backbone, samples, config.evaluation_rollout, config.guidance, named, bar.update))
+                    pages.add_grid(name, scores[-1])
                     scores[-1].write_csv(config.output / f"scores_{name}.csv")
             pages.add_comparison(evaluation.compare(*scores))
         pages.write()
