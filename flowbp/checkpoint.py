@@ -196,7 +196,9 @@ def weight_files(source: Path) -> list[Path]:
             return weights
     unfinished = latest_checkpoint(source)
     hint = f", or its checkpoint {unfinished}" if unfinished else ""
-    raise FileNotFoundError(f"{source} holds no {LORA}, transformer/ or {CHECKPOINT}: pass the folder of a finished run{hint}, or a LoRA file")
+    raise FileNotFoundError(
+        f"{source} holds no {LORA}, transformer/ or {CHECKPOINT}: pass the folder of a finished run{hint}, or a LoRA file"
+    )
 
 
 def load_training_checkpoint(backbone: Backbone, folder: Path) -> None:

@@ -177,6 +177,16 @@ class OptimizerConfig(Strict):
     max_sample_grad_norm: float | None = Field(None, gt=0, description="clip each sample's reward gradient at the reward input")
 
 
+class GenEvalConfig(Strict):
+    """GenEval's judgement of `evaluation.prompts`, which must then be its evaluation_metadata.jsonl. The thresholds are those it uses with
+    Mask2Former; a detector with scores of another kind needs its own."""
+
+    detector: str = Field(description="a local folder or Hub id: OWLv2, Grounding DINO, Mask2Former, DETR, ...")
+    colours: str = Field(description="a local folder or Hub id of a CLIP model; GenEval: openai/clip-vit-large-patch14")
+    threshold: float = Field(0.3, ge=0, le=1, description="least score of a detection")
+    counting_threshold: float = Field(0.9, ge=0, le=1, description="the same for prompts with the tag 'counting'")
+
+
 class EvaluationConfig(Strict):
     prompts: str
     samples: int = Field(256, ge=1)
@@ -184,7 +194,7 @@ class EvaluationConfig(Strict):
     seed: int = 1234
     num_steps: int | None = Field(None, ge=1, description="rollout steps of the images that are scored; null means as in training")
     monitors: dict[str, RewardConfig] = Field(default_factory=dict, description="scored, never trained on")
-    checker: Literal["shapes"] | None = None
+    checker: Literal["shapes"] | GenEvalConfig | None = None
     grid: int = Field(16, ge=1, description="images in the before/after grids")
 
 

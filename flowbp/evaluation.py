@@ -40,16 +40,14 @@ def generate(backbone: Backbone, texts: list[str], seeds: Sequence[int], size: R
     return backbone.decode(rollout(bind_velocity(backbone, texts, guidance), noise, sigmas).sample)
 
 
-def scorers(config: EvaluationConfig, reward: Reward, monitors: Mapping[str, Reward]) -> dict[str, Scorer]:
+def scorers(config: EvaluationConfig, reward: Reward, monitors: Mapping[str, Reward], device: str = "cpu") -> dict[str, Scorer]:
     """The reward, the monitors, the checker and the image statistics of a run, by name, in the order in which they are reported.
 
     `diversity` is left out where a chunk would hold one image alone.
     """
     named: dict[str, Scorer] = {"reward": reward, **monitors}
-    if config.checker == "shapes":
-        from flowbp.shapes.checker import check_batch
-
-        named["checker"] = lambda images, texts: torch.from_numpy(np.asarray(check_batch(images.cpu(), texts), dtype=np.float32))
+    if config.checker is not None:
+        named["checker"] = load_checker(config, device)
     reserved = {"reward", "checker", *IMAGE_STATISTICS} & monitors.keys()
     if reserved:
         raise ValueError(f"a monitor cannot be called {', '.join(sorted(reserved))}: that names another metric; give it another name")
@@ -57,12 +55,23 @@ def scorers(config: EvaluationConfig, reward: Reward, monitors: Mapping[str, Rew
     return named | {name: scorer for name, scorer in IMAGE_STATISTICS.items() if not (alone and name == "diversity")}
 
 
+def load_checker(config: EvaluationConfig, device: str) -> Scorer:
+    """1 for an image that shows what its prompt says, else 0: exactly on `shapes`, by an object detector as GenEval does otherwise."""
+    if config.checker == "shapes":
+        from flowbp.shapes.checker import check_batch
+
+        return lambda images, texts: torch.from_numpy(np.asarray(check_batch(images.cpu(), texts), dtype=np.float32))
+    from flowbp.geneval import load_geneval
+
+    return load_geneval(config.checker, config.prompts, device)
+
+
 # -- samples and scores ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What an evaluation draws: prompt i with seed i, in chunks that are generated and scored together; images are kept of the first ones."""
+    """What an evaluation draws: prompt i with seed i, in chunks that are generated and scored together. The first images are kept."""
 
     prompts: list[Prompt]
     seeds: list[int]

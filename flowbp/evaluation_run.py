@@ -57,7 +57,7 @@ BASE = Model("base")
 
 
 def name_models(specs: Iterable[str]) -> list[Model]:
-    """The base model, then one for each of `specs`: "PATH" (named after its last part) or "NAME=PATH". Raises ValueError for equal names."""
+    """The base model, then each of `specs`: "PATH" (named after its last part) or "NAME=PATH". Raises ValueError for equal names."""
     models = [BASE]
     for spec in specs:
         name, equals, path = spec.rpartition("=")
@@ -158,7 +158,7 @@ def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path,
         embed_once(backbone, [prompt.text for prompt in samples.prompts], config.data.cache)
     reward = load_reward(config.reward.name, config.reward.model, device)
     monitors = {name: load_reward(spec.name, spec.model, device) for name, spec in config.evaluation.monitors.items()}
-    named = scorers(config.evaluation, reward, monitors)
+    named = scorers(config.evaluation, reward, monitors, device)
     share = [i for i in missing if i % state.num_processes == state.process_index]
     with one_thread(), progress_bar(model.name, "image", sum(size(samples.chunks[i]) for i in share)) as bar:
         for i in share:

@@ -17,9 +17,9 @@ THUMBNAIL = 32  # pixels a side; images are compared by their composition, not b
 def diversity(images: Tensor, prompts: list[str] | None = None) -> Tensor:
     """Mean distance of each image to the others of its batch; its mean over the batch is the mean pairwise distance.
 
-    d_i = 1 / (B - 1) sum_{j != i} sqrt(mean over pixels and channels of (x_i - x_j)^2), on thumbnails of at most 32 x 32 pixels. 0: all images
-    are equal; 1: all black and white. Mean pairwise distance is the usual measure of mode collapse (Odena et al. 2017, with MS-SSIM; Ruiz et
-    al. 2023, with LPIPS); pixels need no model, and fall with it. Raises ValueError for a single image, which has no distance to others.
+    d_i = 1 / (B - 1) sum_{j != i} sqrt(mean over pixels and channels of (x_i - x_j)^2), on thumbnails of at most 32 x 32 pixels. 0: the
+    images are equal; 1: one is black and the other white. Mean pairwise distance is the usual measure of mode collapse (Odena et al. 2017,
+    with MS-SSIM; Ruiz et al. 2023, with LPIPS); pixels need no model. Raises ValueError for a single image: it has no distance to others.
     """
     if len(images) < 2:
         raise ValueError("diversity compares the images of a batch: pass at least two")
@@ -38,7 +38,7 @@ def saturation(images: Tensor, prompts: list[str] | None = None) -> Tensor:
 def high_frequency(images: Tensor, prompts: list[str] | None = None) -> Tensor:
     """Share of the luminance's spectral power above half the Nyquist frequency (more than 1/4 cycle a pixel, in any direction).
 
-    The power spectrum of Y = .299 R + .587 G + .114 B, its mean removed and a Hann window laid over it so that borders do not count as edges.
+    The power spectrum of Y = .299 R + .587 G + .114 B, its mean removed, under a Hann window so that borders do not count as edges.
     0: smooth or constant; 1: a checkerboard of pixels; white noise .80, the share of the plane above that radius. Grids and fringes, left
     by upsampling layers and by adversarial pixel patterns, live there (Durall et al. 2020; Frank et al. 2020).
     """

@@ -59,7 +59,7 @@ class Report:
             seconds=sum(row["seconds"] for row in rows),
             differences=self.differences,
             plan=as_data_uri(self.plan_figure),
-            curves=as_data_uri(figures.curves(rows, CURVES | {d["metric"]: d["metric"] for d in self.differences if d["metric"] not in CURVES})),
+            curves=as_data_uri(figures.curves(rows, {d["metric"]: d["metric"] for d in self.differences} | CURVES)),
             grids={name: as_data_uri(figure) for name, figure in self.grids.items()},
             config=dump(self.config),
         )
@@ -104,7 +104,8 @@ def draw_samples(scores: Scores) -> Figure:
 
 def render(template: str, **values: Any) -> str:
     """A page of flowbp/templates, as HTML."""
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("flowbp"), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    loader = jinja2.PackageLoader("flowbp")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"number": number, "signed": signed, "between": between, "p": p_text, "direction": direction}
     environment.globals["statistics"] = list(IMAGE_STATISTICS)
     return environment.get_template(template).render(**values)

@@ -6,7 +6,7 @@ Scores of one prompt under several seeds are not independent draws from the worl
     mean = sum_i u_i x_i / sum_i u_i
 
 interval        95 % bootstrap, bias-corrected and accelerated (BCa: Efron 1987), over whole prompts; `scipy.stats.bootstrap`
-paired_p_value  sign-flip permutation test of equal means: under the null hypothesis a prompt's difference is as likely d as -d (Fisher 1935);
+paired_p_value  sign-flip permutation test of equal means: without a change, a prompt's difference is as likely d as -d (Fisher 1935);
                 p = (1 + #{|T*| >= |T|}) / (1 + resamples), never 0 (Phipson and Smyth 2010); `scipy.stats.permutation_test`
 
 Both draw from a generator with a fixed seed: the same scores give the same numbers.

@@ -134,7 +134,7 @@ class Trainer:
         pages = report.Report(config, plan, self.sigmas.tolist())
         if config.evaluation is not None:
             samples = evaluation.draw_samples(load_prompts(config.evaluation.prompts), config.evaluation)
-            named = evaluation.scorers(config.evaluation, self.reward, self.monitors)
+            named = evaluation.scorers(config.evaluation, self.reward, self.monitors, str(self.accelerator.device))
             scores = []
             with progress_bar("evaluate", "image", 2 * config.evaluation.samples) as bar:
                 for name, weights in (("before", self.base), ("after", self.tuned)):

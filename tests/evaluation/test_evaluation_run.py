@@ -92,7 +92,7 @@ def test_results_repeat_the_scores_of_the_samples(run, whole):
     keys = ("count", "before", "after", "change", "low", "high")
     for ours, theirs in zip(trained, results["changes"], strict=True):
         assert [ours[key] for key in keys] == pytest.approx([theirs[key] for key in keys], abs=1e-5), "the run's own table agrees"
-    assert all(low <= mid <= high for low, mid, high in ((r["low"], r["change"], r["high"]) for r in results["changes"] if r["low"] is not None))
+    assert all(row["low"] <= row["change"] <= row["high"] for row in results["changes"] if row["low"] is not None)
     page = (whole / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page must stand alone"
 
