@@ -214,6 +214,7 @@ def load_training_checkpoint(backbone: Backbone, folder: Path) -> None:
         raise ValueError(f"{folder} holds {len(saved)} tensors and {config} trains {len(parameters)}: they belong to different models")
     average = torch.load(folder / "state.pt", weights_only=True)["ema"]
     assign(parameters, dict(zip(parameters, average["shadow_params"], strict=True)) if average else saved)
+    backbone.denoiser.eval()  # the layers of a new adapter drop out
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

@@ -1,4 +1,4 @@
-"""The command line: train, sample, export, eval, plan, rewards, doctor, bench."""
+"""The command line: train, sample, export, eval, compare, plan, rewards, doctor, bench."""
 
 from __future__ import annotations
 
@@ -111,6 +111,42 @@ def evaluate(
         for table in evaluation_tables(results, f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"):
             console.print(table)
         console.print(f"report: {(folder / 'report.html').resolve()}", soft_wrap=True, highlight=False)
+
+
+@app.command("compare")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs; the first is the one that others are compared with")],
+    out: Annotated[Path, typer.Option(help="folder of comparison.html and comparison.json")] = Path("comparison"),
+) -> None:
+    """Put several runs into one table and one page, and name the differences that make their comparison unfair."""
+    from flowbp.report import between, number
+    from flowbp.run_comparison import compare_runs
+
+    results = compare_runs(runs, out)
+    names = [run["name"] for run in results["runs"]]
+    if results["unfair"]:
+        table = Table("key", *names, "so it is", title="[bold yellow]not a fair comparison[/]: more than the method differs")
+        for key, found in results["unfair"].items():
+            table.add_row(key, *map(str, found["values"]), found["why"])
+        console.print(table)
+    for warning in results["warnings"]:
+        console.print(f"[bold yellow]warning:[/] {warning}", highlight=False)
+    if results["point"]:
+        table = Table("method", *names, title="what is compared")
+        for key, values in results["point"].items():
+            table.add_row(key, *("" if value is None else str(value) for value in values))
+        console.print(table)
+    columns = list(dict.fromkeys(row["run"] for row in results["means"]))
+    table = metric_table("mean, 95 %", *columns)
+    for metric in dict.fromkeys(row["metric"] for row in results["means"]):
+        rows = {row["run"]: row for row in results["means"] if (row["metric"], row["category"]) == (metric, "all")}
+        cells = (f"{number(rows[run]['mean'])} {between((rows[run]['low'], rows[run]['high']))}" if run in rows else "" for run in columns)
+        table.add_row(metric, *cells)
+    console.print(table)
+    for name in names[1:]:
+        if rows := [row for row in results["changes"] if row["run"] == name]:
+            console.print(comparison_table(rows, f"{name} against {names[0]}", names[0], name))
+    console.print(f"page: {(out / 'comparison.html').resolve()}", soft_wrap=True, highlight=False)
 
 
 @app.command()

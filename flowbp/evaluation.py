@@ -109,6 +109,15 @@ class Scores:
             for i, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True)):
                 writer.writerow([*prompt, seed, *(f"{column[i]:.6g}" for column in self.values.values())])
 
+    @classmethod
+    def read_csv(cls, path: Path) -> Scores:
+        """What `write_csv` wrote: the scores, to six digits, without the images."""
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        metrics = [name for name in rows[0] if name not in ("prompt", "category", "seed")]
+        prompts, seeds = [Prompt(row["prompt"], row["category"]) for row in rows], [int(row["seed"]) for row in rows]
+        return cls(prompts, seeds, {name: np.array([float(row[name]) for row in rows]) for name in metrics})
+
 
 @torch.no_grad()
 def score_chunk(

@@ -102,7 +102,8 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
 
 def manifest(config: RunConfig, samples: Samples, model: Model) -> dict[str, Any]:
     """All that the scores of a model depend on."""
-    settings = config.model_dump(mode="json", include={"backbone", "rollout", "guidance", "reward", "evaluation"})
+    settings = config.model_dump(mode="json", include={"backbone", "guidance", "reward", "evaluation"})
+    settings["rollout"] = config.evaluation_rollout.model_dump(mode="json")
     versions = {package: importlib.metadata.version(package) for package in ("flowbp", "torch", "diffusers", "transformers", "numpy")}
     return {
         "name": model.name,
@@ -162,7 +163,7 @@ def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path,
     share = [i for i in missing if i % state.num_processes == state.process_index]
     with one_thread(), progress_bar(model.name, "image", sum(size(samples.chunks[i]) for i in share)) as bar:
         for i in share:
-            write_chunk(chunk_file(folder, i), score_chunk(backbone, samples, samples.chunks[i], config.rollout, config.guidance, named))
+            write_chunk(chunk_file(folder, i), score_chunk(backbone, samples, samples.chunks[i], config.evaluation_rollout, config.guidance, named))
             bar.update(size(samples.chunks[i]))
 
 
