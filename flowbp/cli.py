@@ -51,6 +51,9 @@ def train(
     if (output / "evaluation.json").is_file():
         rows = json.loads((output / "evaluation.json").read_text())
         console.print(comparison_table(rows, f"{output}: same prompts and seeds"))
+    if (output / "validation.json").is_file():
+        for line in json.loads((output / "validation.json").read_text())["warnings"]:
+            console.print(f"[bold yellow]warning:[/] {line}", highlight=False)
     console.print(f"report: {(output / 'report.html').resolve()}", soft_wrap=True)
 
 

@@ -196,6 +196,22 @@ class EvaluationConfig(Strict):
     monitors: dict[str, RewardConfig] = Field(default_factory=dict, description="scored, never trained on")
     checker: Literal["shapes"] | GenEvalConfig | None = None
     grid: int = Field(16, ge=1, description="images in the before/after grids")
+    every: int | None = Field(None, ge=1, description="steps between evaluations during training; null makes none")
+    validation_prompts: str | None = Field(None, description="prompts of those; null means `prompts`, which then chose the best step")
+    validation_samples: int = Field(96, ge=2)
+    best: str | None = Field(None, description="held-out metric, a monitor or checker, by which the best step's weights are kept")
+    patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a new best step")
+
+    @model_validator(mode="after")
+    def _best_is_held_out(self):
+        held_out = [*self.monitors, *(["checker"] if self.checker is not None else [])]
+        if self.best is not None and self.best not in held_out:
+            raise unknown("held-out metric for evaluation.best", self.best, held_out)
+        if self.best is not None and self.every is None:
+            raise ValueError(f"best={self.best} needs every: the steps between evaluations during training")
+        if self.patience is not None and self.best is None:
+            raise ValueError(f"patience={self.patience} needs best: the held-out metric that must improve")
+        return self
 
 
 class RunConfig(Strict):
@@ -227,7 +243,9 @@ class RunConfig(Strict):
         needs = {"memory.recompute": (self.memory.recompute, "always"), "tuning.dropout": (self.tuning.dropout, 0.0)}
         for key, (value, needed) in needs.items():
             if self.plans != "shared" and value != needed:
-                raise ValueError(f"plans={self.plans} needs {key}={needed}, got {value}: each sample replays its own nodes (or set plans=shared)")
+                raise ValueError(
+                    f"plans={self.plans} needs {key}={needed}, got {value}: each sample replays its own nodes (or set plans=shared)"
+                )
         if self.tuning.dropout and self.memory.nodes_per_forward > 1:
             raise ValueError(f"tuning.dropout={self.tuning.dropout} needs memory.nodes_per_forward=1: masks are drawn again node by node")
         return self

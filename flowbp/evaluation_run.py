@@ -163,8 +163,9 @@ def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path,
     share = [i for i in missing if i % state.num_processes == state.process_index]
     with one_thread(), progress_bar(model.name, "image", sum(size(samples.chunks[i]) for i in share)) as bar:
         for i in share:
-            write_chunk(chunk_file(folder, i), score_chunk(backbone, samples, samples.chunks[i], config.evaluation_rollout, config.guidance, named))
-            bar.update(size(samples.chunks[i]))
+            chunk = samples.chunks[i]
+            write_chunk(chunk_file(folder, i), score_chunk(backbone, samples, chunk, config.evaluation_rollout, config.guidance, named))
+            bar.update(size(chunk))
 
 
 @contextmanager

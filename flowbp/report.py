@@ -36,6 +36,7 @@ class Report:
         self.plan_figure = figures.draw_plan(plan, sigmas, f"{config.method_name}: one plan of {len(sigmas) - 1} steps")
         self.grids: dict[str, Figure] = {}
         self.differences: list[dict[str, Any]] = []
+        self.validation: dict[str, Any] | None = None
 
     def add_grid(self, name: str, scores: Scores) -> None:
         """Draw the images that `scores` kept, and save them as samples_<name>.png."""
@@ -46,6 +47,11 @@ class Report:
         """Keep the before/after table and save it as evaluation.json."""
         self.differences = [asdict(d) for d in differences]
         checkpoint.replace_file(self.output / "evaluation.json", to_json(self.differences))
+
+    def add_validation(self, summary: dict[str, Any]) -> None:
+        """Keep what the sentinel saw and save it as validation.json."""
+        self.validation = summary
+        checkpoint.replace_file(self.output / "validation.json", to_json(summary))
 
     def write(self) -> Path:
         """Write plan.png and report.html; returns the page's path."""
@@ -58,6 +64,10 @@ class Report:
             rows=rows,
             seconds=sum(row["seconds"] for row in rows),
             differences=self.differences,
+            validation=self.validation,
+            best_metric=self.config.evaluation and self.config.evaluation.best,
+            patience=self.config.evaluation and self.config.evaluation.patience,
+            held_out=self.validation and as_data_uri(held_out_curves(self.validation)),
             plan=as_data_uri(self.plan_figure),
             curves=as_data_uri(figures.curves(rows, {d["metric"]: d["metric"] for d in self.differences} | CURVES)),
             grids={name: as_data_uri(figure) for name, figure in self.grids.items()},
@@ -89,6 +99,12 @@ def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], s
         config=yaml.safe_dump(settings, sort_keys=False),
     )
     checkpoint.replace_file(folder / "report.html", page)
+
+
+def held_out_curves(validation: Mapping[str, Any]) -> Figure:
+    """One panel a metric of the periodic evaluations."""
+    rows = validation["means"]
+    return figures.overlaid_curves({"held-out prompts": rows}, {key: key for key in rows[0] if key != "step"})
 
 
 def draw_samples(scores: Scores) -> Figure:

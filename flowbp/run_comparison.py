@@ -17,16 +17,20 @@ import numpy as np
 import yaml
 
 from flowbp import checkpoint, figures
+from flowbp.config import dump, load
 from flowbp.evaluation import Scores, compare, summarise
 from flowbp.report import as_data_uri, render, without_nan
 
 __all__ = ["Contrast", "Run", "compare_runs", "contrast", "read_run"]
 
 THE_POINT = ("method",)
-BOOKKEEPING = (  # keys that reach neither weights nor scores, up to rounding
+BOOKKEEPING = (  # keys that reach neither weights nor scores, up to rounding; of batches, the product counts
     "output",
     "checkpoint_every",
-    "performance",
+    "memory",
+    "compile",
+    "data.batch_size",
+    "data.accumulate",
     "data.embeddings",
     "data.cache",
     "evaluation.batch_size",
@@ -53,7 +57,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds. config: as written, nested. rows: of metrics.jsonl. before, after: its evaluation, if it made one."""
+    """What a run's folder holds. config: nested, with defaults. rows: of metrics.jsonl. before, after: its evaluation, if it made one."""
 
     name: str
     folder: Path
@@ -73,7 +77,7 @@ def read_run(folder: Path, name: str) -> Run:
         raise FileNotFoundError(f"{folder}/metrics.jsonl is empty: the run has not taken a step")
     tables = (folder / f"scores_{side}.csv" for side in ("before", "after"))
     scores = (Scores.read_csv(table) if table.is_file() else None for table in tables)
-    return Run(name, folder, yaml.safe_load((folder / "config.yaml").read_text()), rows, *scores)
+    return Run(name, folder, yaml.safe_load(dump(load(folder / "config.yaml"))), rows, *scores)
 
 
 # -- configs -----------------------------------------------------------------------------------------------------------------------
@@ -100,7 +104,7 @@ def contrast(configs: Sequence[Mapping[str, Any]]) -> Contrast:
             continue
         if within(key, THE_POINT):
             found.point[key] = values
-        elif within(key, BOOKKEEPING) or key in ("data.batch_size", "data.accumulate"):  # their product is what counts
+        elif within(key, BOOKKEEPING) and key != "memory.vae_tiling":  # whose seams are seen by the reward
             found.bookkeeping[key] = values
         else:
             found.unfair[key] = values, next(why for prefix, why in REASONS.items() if within(key, (prefix,)) or not prefix)
@@ -133,7 +137,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     first, found = runs[0], contrast([run.config for run in runs])
     scored = {run.name: run.after for run in runs if run.after is not None}
     paired = [run for run in runs[1:] if same_samples(run, first)]
-    base = {"before (of the first run)": first.before} if first.before is not None else {}
+    base = {"before training": first.before} if first.before is not None else {}
     results = {
         "runs": [{"name": run.name, "folder": str(run.folder), "steps": len(run.rows)} for run in runs],
         "point": found.point,

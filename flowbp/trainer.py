@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from flowbp.performance import Phases, compile_blocks, now, peak_memory_mb, save
 from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.replay import Recompute
 from flowbp.rewards import Reward, Smoothed, load_reward
+from flowbp.sentinel import Sentinel
 from flowbp.surrogate import backward, residuals, reward_input
 from flowbp.trajectory import Trajectory, rollout
 
@@ -62,6 +63,8 @@ class Trainer:
         """backbone and reward take the place of those that `config` names."""
         self.config = config
         self.prompts = PromptStream(load_prompts(config.data.prompts), config.seed)
+        periodic = config.evaluation is not None and config.evaluation.every is not None
+        self.sentinel = Sentinel(config.evaluation, config.output) if periodic else None
         torch.manual_seed(config.seed)  # LoRA's initial weights
         self.accelerator = Accelerator(log_with="tensorboard", project_dir=config.output)
         device = str(self.accelerator.device)
@@ -99,6 +102,8 @@ class Trainer:
         texts = self.prompts.texts(config.steps * config.data.accumulate * config.data.batch_size * self.accelerator.num_processes)
         if config.evaluation is not None:
             texts += [prompt.text for prompt in load_prompts(config.evaluation.prompts)[: config.evaluation.samples]]
+        if self.sentinel is not None:
+            texts += [prompt.text for prompt in self.sentinel.samples.prompts]
         return texts
 
     def run(self) -> None:
@@ -109,17 +114,23 @@ class Trainer:
         main = self.ranks.is_main  # which alone writes
         metrics_path = config.output / "metrics.jsonl" if main else Path(os.devnull)
         keep_first_lines(metrics_path, done)
+        if main and self.sentinel is not None:
+            self.sentinel.forget_after(done)
         self.accelerator.init_trackers("tensorboard")
         with metrics_path.open("a") as metrics, progress_bar("train", "step", config.steps, done, main) as bar:
-            for step in range(done, config.steps):
+            stopped = self.watch_held_out(done)
+            for step in range(done, config.steps if not stopped else done):
                 row = {"step": step + 1} | self.step(step)
                 metrics.write(json.dumps(row) + "\n")
                 metrics.flush()
                 self.accelerator.log({key: value for key, value in row.items() if key not in ("step", "nodes")}, step=step + 1)
                 bar.set_postfix_str(f"reward {row['reward']:.4f}, {row['seconds']:.2f} s/step, peak {row['peak_mb']:.0f} MB", refresh=False)
                 bar.update()
-                if main and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
+                stopped = self.watch_held_out(step + 1)
+                if main and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopped):
                     checkpoint.save_checkpoint(config.output, step + 1, self.parameters, self.optimizer, self.ema)
+                if stopped:
+                    break
         self.accelerator.end_training()
         if main:
             with self.weights(self.tuned):
@@ -139,11 +150,43 @@ class Trainer:
             with progress_bar("evaluate", "image", 2 * config.evaluation.samples) as bar:
                 for name, weights in (("before", self.base), ("after", self.tuned)):
                     with self.weights(weights):
-                        scores.append(evaluation.evaluate(self.backbone, samples, config.evaluation_rollout, config.guidance, named, bar.update))
+                        scores.append(self.score(samples, named, bar.update))
                     pages.add_grid(name, scores[-1])
                     scores[-1].write_csv(config.output / f"scores_{name}.csv")
             pages.add_comparison(evaluation.compare(*scores))
+        if self.sentinel is not None:
+            pages.add_validation(self.sentinel.summary())
         pages.write()
+
+    def watch_held_out(self, steps: int) -> bool:
+        """Score the weights after `steps` optimizer steps if the sentinel asks for it, keep the best; returns whether training is to stop.
+
+        Every process scores all samples, in step with the others, and the main one writes. No random number of the training is drawn.
+        """
+        if self.sentinel is None:
+            return False
+        self.accelerator.wait_for_everyone()  # the main process has dropped what a resumed run repeats
+        if self.sentinel.due(steps):
+            config = self.config.evaluation
+            chosen = config.model_copy(update={"samples": config.validation_samples})
+            named = evaluation.scorers(chosen, self.reward, self.monitors, str(self.accelerator.device))
+            with torch.random.fork_rng(), self.weights(self.tuned):
+                scores = self.score(self.sentinel.samples, named)
+                self.accelerator.wait_for_everyone()  # all have asked whether it is due
+                if self.ranks.is_main:
+                    if self.sentinel.is_best(steps, scores):
+                        (self.config.output / "best").mkdir(exist_ok=True)
+                        checkpoint.save_weights(self.backbone, self.config.output / "best")
+                    self.sentinel.record(steps, scores)
+            self.accelerator.log({f"validation/{name}": float(values.mean()) for name, values in scores.values.items()}, step=steps)
+            self.accelerator.wait_for_everyone()
+        return self.sentinel.stops
+
+    def score(
+        self, samples: evaluation.Samples, named: Mapping[str, evaluation.Scorer], progress: Callable[[int], object] = lambda done: None
+    ) -> evaluation.Scores:
+        """Score `samples` with the weights as they are now."""
+        return evaluation.evaluate(self.backbone, samples, self.config.evaluation_rollout, self.config.guidance, named, progress)
 
     # -- one optimizer step --------------------------------------------------------------------------------------------------------
 
