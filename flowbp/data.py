@@ -35,9 +35,12 @@ def load_prompts(source: str) -> list[Prompt]:
         return [Prompt(*prompt) for prompt in prompts(source.removeprefix("shapes:"))]
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"prompt file {source!r} does not exist; data.prompts and evaluation.prompts name text files with one prompt a line")
+        raise FileNotFoundError(
+            f"prompt file {source!r} does not exist; data.prompts and evaluation.prompts name text files with one prompt a line"
+        )
     if path.is_dir():
-        found = [Prompt(text, category or file.stem) for file in sorted(path.glob("*.json")) for text, category in _read_prompts(file)]
+        styles = {file.stem: _read_prompts(file) for file in sorted(path.glob("*.json"))}
+        found = [Prompt(text, category or style) for style, prompts in styles.items() for text, category in prompts]
     else:
         found = _read_prompts(path)
     prompts = [Prompt(text.strip(), category) for text, category in found if text.strip()]

@@ -58,7 +58,7 @@ def other(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("others") / "other"
     shutil.copytree(run, folder)
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    config["method"]["name"], config["guidance"]["scale"] = "refl", 4.0
+    config["method"], config["guidance"]["scale"] = {"name": "refl", "last_n": 2}, 4.0
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     scores = Scores.read_csv(folder / "scores_after.csv")
     scores.values["reward"] += 0.1
@@ -73,7 +73,7 @@ def test_the_command_compares_pair_by_pair_and_warns(run, other, tmp_path):
     found = json.loads((tmp_path / "comparison.json").read_text())
     (reward,) = (row for row in found["changes"] if (row["metric"], row["category"]) == ("reward", "all"))
     assert reward["change"] == pytest.approx(0.1, abs=1e-5) and reward["low"] > 0.09
-    assert list(found["point"]) == ["method.name"] and list(found["unfair"]) == ["guidance.scale"]
+    assert found["point"]["method.name"] == ["draft-lv", "refl"] and list(found["unfair"]) == ["guidance.scale"]
     page = (tmp_path / "comparison.html").read_text()
     assert "Not a fair comparison" in page and not re.findall(r'(?:src|href)="(?!data:)', page)
 

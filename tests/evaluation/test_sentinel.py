@@ -111,7 +111,8 @@ def test_training_stops_when_patience_ends_and_stays_stopped(tmp_path, monkeypat
     def falling(*arguments):
         falling.calls += 1
         prompts = arguments[1].prompts
-        values = {"reward": np.full(len(prompts), float(falling.calls)), "monitor": np.full(len(prompts), -float(falling.calls))}
+        now = np.full(len(prompts), float(falling.calls))
+        values = {"reward": now, "monitor": -now, "checker": 0 * now}
         return Scores(prompts, arguments[1].seeds, values, torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
 
     falling.calls = 0
