@@ -269,16 +269,14 @@ def plan_table(drawn, sigmas, title: str) -> Table:
 
 
 def comparison_table(rows: list[dict], title: str, before: str = "before", after: str = "after") -> Table:
-    """Paired changes; image statistics over all images only. Bold marks an interval that excludes zero."""
-    from flowbp.image_statistics import IMAGE_STATISTICS
-    from flowbp.report import between, direction, number, p_text, signed
+    """Paired changes; image statistics over all images only. Bold marks a change that its interval and its test confirm."""
+    from flowbp.report import between, direction, number, p_text, shown, signed
 
     table = metric_table(title, "n", before, after, "change, 95 %", "p")
-    for row in rows:
-        if row["category"] == "all" or row["metric"] not in IMAGE_STATISTICS:
-            change = f"{signed(row['change'])} {between((row['low'], row['high']))}"
-            cells = (str(row["count"]), number(row["before"]), number(row["after"]), change, p_text(row["p_value"]))
-            table.add_row(metric_label(row), *cells, style="bold" if direction(row) else None)
+    for row in shown(rows):
+        change = f"{signed(row['change'])} {between((row['low'], row['high']))}"
+        cells = (str(row["count"]), number(row["before"]), number(row["after"]), change, p_text(row["p_value"]))
+        table.add_row(metric_label(row), *cells, style="bold" if direction(row) else None)
     return table
 
 

@@ -23,7 +23,7 @@ from flowbp.plan import SurrogatePlan
 if TYPE_CHECKING:
     from flowbp.evaluation import Difference, Scores
 
-__all__ = ["Report", "between", "number", "p_text", "render", "signed", "to_json", "write_evaluation"]
+__all__ = ["Report", "between", "number", "p_text", "render", "shown", "signed", "to_json", "write_evaluation"]
 
 CURVES = {"reward": "training reward", "grad_norm": "gradient norm", "d_j": "residual d_j", "d_0": "residual d_0"}
 
@@ -122,7 +122,7 @@ def render(template: str, **values: Any) -> str:
     """A page of flowbp/templates, as HTML."""
     loader = jinja2.PackageLoader("flowbp")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"number": number, "signed": signed, "between": between, "p": p_text, "direction": direction}
+    environment.filters |= {"number": number, "signed": signed, "between": between, "p": p_text, "direction": direction, "shown": shown}
     environment.globals["statistics"] = list(IMAGE_STATISTICS)
     return environment.get_template(template).render(**values)
 
@@ -145,8 +145,15 @@ def p_text(p: float | None) -> str:
 
 
 def direction(row: Mapping[str, Any]) -> int:
-    """1 or -1 where the interval of a change excludes zero, else 0."""
-    return 0 if undefined(row["low"]) else int(row["low"] > 0) - int(row["high"] < 0)
+    """1 or -1 where the interval of a change excludes zero and p < .05, else 0: with a few prompts the interval alone is too narrow."""
+    if undefined(row["low"]) or row["p_value"] >= 0.05:
+        return 0
+    return int(row["low"] > 0) - int(row["high"] < 0)
+
+
+def shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of a table for people: image statistics over all images only."""
+    return [row for row in rows if row["category"] == "all" or row["metric"] not in IMAGE_STATISTICS]
 
 
 def undefined(value: float | None) -> bool:

@@ -98,8 +98,10 @@ def test_watching_leaves_training_bit_identical_and_resumes_exactly(tmp_path):
         whole / "validation" / "step-000003.safetensors", broken.output / "validation"
     )  # seen after the checkpoint, before the kill
     train(broken, resume=True)
-    names = [f"validation/step-{i:06d}.safetensors" for i in range(4)] + ["validation.json", checkpoint.LORA, f"best/{checkpoint.LORA}"]
+    names = [f"validation/step-{i:06d}.safetensors" for i in range(4)] + ["validation.json"]
     assert [name for name in names if (whole / name).read_bytes() != (broken.output / name).read_bytes()] == []
+    for folder in (".", "best"):
+        assert all(weights(whole / folder)[key].equal(value) for key, value in weights(broken.output / folder).items())
     best = json.loads((whole / "validation.json").read_text())["best"]
     assert best == max(range(4), key=lambda i: load_file(whole / "validation" / f"step-{i:06d}.safetensors")["monitor"].mean().item())
     assert "Held-out prompts during training" in (whole / "report.html").read_text()
