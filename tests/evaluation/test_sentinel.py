@@ -94,9 +94,8 @@ def test_watching_leaves_training_bit_identical_and_resumes_exactly(tmp_path):
     killed.step = lambda i: step(i) if i < kill_at else pytest.fail("killed")
     with pytest.raises(pytest.fail.Exception):
         killed.run()
-    shutil.copy(
-        whole / "validation" / "step-000003.safetensors", broken.output / "validation"
-    )  # seen after the checkpoint, before the kill
+    stale = broken.output / "validation" / "step-000003.safetensors"  # as if seen after the checkpoint, before the kill
+    shutil.copy(whole / "validation" / "step-000000.safetensors", stale)
     train(broken, resume=True)
     names = [f"validation/step-{i:06d}.safetensors" for i in range(4)] + ["validation.json"]
     assert [name for name in names if (whole / name).read_bytes() != (broken.output / name).read_bytes()] == []
