@@ -27,12 +27,15 @@ __all__ = [
     "load_checkpoint",
     "load_weights",
     "open_run",
+    "replace_file",
     "save_checkpoint",
     "save_weights",
+    "weight_files",
 ]
 
 CONFIG = "config.yaml"
 LORA = "pytorch_lora_weights.safetensors"
+CHECKPOINT = "parameters.safetensors"
 
 
 def check_run(output: Path, resolved_config: str, resume: bool, overwrite: bool) -> None:
@@ -81,7 +84,7 @@ def save_checkpoint(output: Path, step: int, parameters: dict[str, Tensor], opti
     state["rewards"] = rewards.state_dict()
     folder = output / "checkpoints" / f"step-{step:06d}"
     with written_whole(folder) as scratch:
-        save_file({name: p.detach().contiguous() for name, p in tensors.items()}, scratch / "parameters.safetensors")
+        save_file({name: p.detach().contiguous() for name, p in tensors.items()}, scratch / CHECKPOINT)
         torch.save(state, scratch / "state.pt")
         (scratch / "step.json").write_text(json.dumps({"step": step}))
     for other in folder.parent.glob("step-*"):
@@ -96,7 +99,7 @@ def latest_checkpoint(output: Path) -> Path | None:
 
 def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema, rewards: Mixture) -> int:
     """Restore what `save_checkpoint` wrote, in place; returns the number of steps done."""
-    saved = load_file(folder / "parameters.safetensors")
+    saved = load_file(folder / CHECKPOINT)
     if saved.keys() != parameters.keys():
         raise ValueError(f"{folder} holds other parameters than this config trains: {len(saved)} saved, {len(parameters)} expected")
     with torch.no_grad():
@@ -134,6 +137,7 @@ def save_weights(backbone: Backbone, output: Path, write: bool = True) -> Path:
         return output / LORA
     adapter = denoiser.peft_config["default"].to_dict()  # says alpha: a file without it is read as alpha = rank
     adapter["target_modules"] = sorted(adapter["target_modules"])
+    output.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output) as scratch:
         type(backbone.pipe).save_lora_weights(scratch, transformer_lora_layers=layers, transformer_lora_adapter_metadata=adapter)
         os.replace(Path(scratch, LORA), output / LORA)
@@ -167,29 +171,31 @@ def base_weights(backbone: Backbone) -> dict[str, Tensor]:
 
 
 def load_weights(backbone: Backbone, source: Path) -> None:
-    """Load what `save_weights` wrote under `source` (a run's folder) into the backbone.
+    """Load tuned weights into the backbone: a LoRA file or folder, a run, the folder of a transformer, or one of a run's checkpoints.
 
     Raises FileNotFoundError when there are no weights, ValueError when not every saved layer found its place.
     """
-    if (source / LORA).is_file():
-        saved = lora_shapes(load_file(source / LORA))
+    files = weight_files(source)
+    folder = files[0].parent
+    if files[0].name == CHECKPOINT:
+        load_training_checkpoint(backbone, folder)
+    elif (folder / "config.json").is_file():
+        weights = type(backbone.denoiser).from_pretrained(folder).state_dict()
+        backbone.denoiser.load_state_dict(weights)
+    else:
+        saved = lora_shapes(load_file(files[0]))
         weights = {name: module.weight.shape for name, module in backbone.denoiser.named_modules() if isinstance(module, nn.Linear)}
         strange = [name for name, shape in saved.items() if weights.get(name) != shape]
         if strange:
             network = type(backbone.denoiser).__name__
             raise ValueError(
-                f"{source / LORA} belongs to another model: {len(strange)} of its {len(saved)} layers, such as {strange[0]}, "
+                f"{files[0]} belongs to another model: {len(strange)} of its {len(saved)} layers, such as {strange[0]}, "
                 f"do not fit this {network}; load it into the backbone that its config.yaml names"
             )
-        backbone.pipe.load_lora_weights(source, weight_name=LORA)
+        backbone.pipe.load_lora_weights(folder, weight_name=files[0].name)
         loaded = sum(name.endswith("lora_A") for name, module in backbone.denoiser.named_modules() if isinstance(module, nn.ModuleDict))
         if loaded != len(saved):
-            raise ValueError(f"{source / LORA} holds {len(saved)} LoRA layers but {loaded} were loaded")
-    elif (source / "transformer").is_dir():
-        weights = type(backbone.denoiser).from_pretrained(source / "transformer").state_dict()
-        backbone.denoiser.load_state_dict(weights)
-    else:
-        raise FileNotFoundError(f"{source} holds neither {LORA} nor transformer/: pass the folder of a finished run")
+            raise ValueError(f"{files[0]} holds {len(saved)} LoRA layers but {loaded} were loaded")
 
 
 def lora_shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
@@ -197,3 +203,44 @@ def lora_shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
     down, up = ".lora_A.weight", ".lora_B.weight"
     layers = [name.removesuffix(down) for name in tensors if name.endswith(down)]
     return {name.removeprefix("transformer."): torch.Size((len(tensors[name + up]), tensors[name + down].shape[1])) for name in layers}
+
+
+def weight_files(source: Path) -> list[Path]:
+    """The files that hold the weights of `source`: what `load_weights` reads. Raises FileNotFoundError when there are none."""
+    if source.is_file():
+        return [source]
+    for name in (LORA, CHECKPOINT):
+        if (source / name).is_file():
+            return [source / name] + [source / "state.pt"] * (name == CHECKPOINT)
+    for folder in (source / "transformer", source):
+        weights = sorted(folder.glob("*.safetensors"))
+        if weights and ((folder / "config.json").is_file() or len(weights) == 1):
+            return weights
+    unfinished = latest_checkpoint(source)
+    hint = f", or its checkpoint {unfinished}" if unfinished else ""
+    raise FileNotFoundError(
+        f"{source} holds no {LORA}, transformer/ or {CHECKPOINT}: pass the folder of a finished run{hint}, or a LoRA file"
+    )
+
+
+def load_training_checkpoint(backbone: Backbone, folder: Path) -> None:
+    """Load the weights that a run would have delivered after the checkpoint `folder`: the moving average if it keeps one."""
+    from flowbp.config import load
+    from flowbp.trainer import assign, trainable_parameters
+
+    config = folder.parents[1] / CONFIG
+    if not config.is_file():
+        raise FileNotFoundError(f"{folder} is a checkpoint of a run, but {config}, which says what was trained, is missing")
+    saved, parameters = load_file(folder / CHECKPOINT), trainable_parameters(backbone, load(config).tuning)
+    if saved.keys() != parameters.keys():
+        raise ValueError(f"{folder} holds {len(saved)} tensors and {config} trains {len(parameters)}: they belong to different models")
+    average = torch.load(folder / "state.pt", weights_only=True)["ema"]
+    assign(parameters, dict(zip(parameters, average["shadow_params"], strict=True)) if average else saved)
+    backbone.denoiser.eval()  # the layers of a new adapter drop out
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all; one that a kill leaves behind is named *.partial."""
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.replace(scratch, path)

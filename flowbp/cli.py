@@ -1,9 +1,11 @@
-"""The command line: train, sample, export, eval, plan, rewards, doctor, bench."""
+"""The command line: train, sample, export, eval, compare, plan, rewards, doctor, bench."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +49,11 @@ def train(
 
     output = run(load(config, overrides or ()), resume, overwrite)
     if (output / "evaluation.json").is_file():
-        console.print(comparison_table(output))
+        rows = json.loads((output / "evaluation.json").read_text())
+        console.print(comparison_table(rows, f"{output}: same prompts and seeds"))
+    if (output / "validation.json").is_file():
+        for line in json.loads((output / "validation.json").read_text())["warnings"]:
+            console.print(f"[bold yellow]warning:[/] {line}", highlight=False)
     console.print(f"report: {(output / 'report.html').resolve()}", soft_wrap=True)
 
 
@@ -89,35 +95,61 @@ def export(
 
 @app.command("eval")
 def evaluate(
-    config: Annotated[str, typer.Argument(help="the config.yaml of a run, or a preset")],
+    config: Annotated[str, typer.Argument(help="the folder of a run, which is then scored too, a config.yaml, or a preset")],
     overrides: Overrides = None,
-    weights: Annotated[Path | None, typer.Option(help="folder of a finished run; without it the base model is scored")] = None,
-    csv: Annotated[Path | None, typer.Option(help="write one row an image")] = None,
+    weights: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH of a run, checkpoint, or LoRA; may be repeated")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the results; default: <run>-eval")] = None,
+    overwrite: Annotated[bool, typer.Option(help="throw away scores of other settings that the folder holds")] = False,
 ) -> None:
-    """Score the base or the tuned model: reward, monitors and checker, by category."""
-    from flowbp import checkpoint, evaluation
-    from flowbp.backbones import load_backbone
-    from flowbp.config import ConfigError, load
-    from flowbp.console import progress_bar
-    from flowbp.data import load_prompts
+    """Score the base and tuned models on the same prompts and seeds: means, intervals, paired tests, and a page. A killed run goes on."""
+    from flowbp.config import load
+    from flowbp.evaluation_run import name_models, run_evaluation
 
-    run = load(config, overrides or ())
-    if run.evaluation is None:
-        raise ConfigError("this config has no evaluation: add evaluation.prompts=... to say what to score")
-    prompts = load_prompts(run.evaluation.prompts)
-    backbone = load_backbone(**run.backbone.model_dump())
-    if weights is not None:
-        checkpoint.load_weights(backbone, weights)
-    rewards, monitors = ({name: spec.load() for name, spec in specs.items()} for specs in (run.reward, run.evaluation.monitors))
-    named = evaluation.scorers(rewards, monitors, run.evaluation.checker)
-    with progress_bar("evaluate", "image", run.evaluation.samples) as bar:
-        scores = evaluation.evaluate(backbone, prompts, run.evaluation, run.evaluation_rollout, run.guidance, named, bar.update)
-    if csv is not None:
-        scores.write_csv(csv)
-    table = Table("metric", "category", "images", "mean", title=f"{weights or 'base'} on {run.evaluation.prompts}")
-    for metric, category, count, mean in evaluation.summarise(scores):
-        table.add_row(metric if category == "all" else "", category, str(count), f"{mean:.4f}", end_section=False)
+    is_run = (Path(config) / "config.yaml").is_file()
+    run = load(Path(config) / "config.yaml" if is_run else config, overrides or ())
+    models = name_models(weights or ([config] if is_run else []))
+    folder = out or Path(f"{config.rstrip('/') if is_run else run.output}-eval")
+    results = run_evaluation(run, models, folder, overwrite)
+    if os.environ.get("RANK", "0") == "0":
+        for table in evaluation_tables(results, f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"):
+            console.print(table)
+        console.print(f"report: {(folder / 'report.html').resolve()}", soft_wrap=True, highlight=False)
+
+
+@app.command("compare")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs; the first is the one that others are compared with")],
+    out: Annotated[Path, typer.Option(help="folder of comparison.html and comparison.json")] = Path("comparison"),
+) -> None:
+    """Put several runs into one table and one page, and name the differences that make their comparison unfair."""
+    from flowbp.report import between, number
+    from flowbp.run_comparison import compare_runs
+
+    results = compare_runs(runs, out)
+    names = [run["name"] for run in results["runs"]]
+    if results["unfair"]:
+        table = Table("key", *names, "so it is", title="[bold yellow]not a fair comparison[/]: more than the method differs")
+        for key, found in results["unfair"].items():
+            table.add_row(key, *map(str, found["values"]), found["why"])
+        console.print(table)
+    for warning in results["warnings"]:
+        console.print(f"[bold yellow]warning:[/] {warning}", highlight=False)
+    if results["point"]:
+        table = Table("method", *names, title="what is compared")
+        for key, values in results["point"].items():
+            table.add_row(key, *("" if value is None else str(value) for value in values))
+        console.print(table)
+    columns = list(dict.fromkeys(row["run"] for row in results["means"]))
+    table = metric_table("mean, 95 %", *columns)
+    for metric in dict.fromkeys(row["metric"] for row in results["means"]):
+        rows = {row["run"]: row for row in results["means"] if (row["metric"], row["category"]) == (metric, "all")}
+        cells = (f"{number(rows[run]['mean'])} {between((rows[run]['low'], rows[run]['high']))}" if run in rows else "" for run in columns)
+        table.add_row(metric, *cells)
     console.print(table)
+    for name in names[1:]:
+        if rows := [row for row in results["changes"] if row["run"] == name]:
+            console.print(comparison_table(rows, f"{name} against {names[0]}", names[0], name))
+    console.print(f"page: {(out / 'comparison.html').resolve()}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -236,17 +268,43 @@ def plan_table(drawn, sigmas, title: str) -> Table:
     return table
 
 
-def comparison_table(output: Path) -> Table:
-    """The before/after table of a finished run."""
-    import json
+def comparison_table(rows: list[dict], title: str, before: str = "before", after: str = "after") -> Table:
+    """Paired changes; image statistics over all images only. Bold marks a change that its interval and its test confirm."""
+    from flowbp.report import between, direction, number, p_text, shown, signed
 
-    table = Table("metric", "category", "images", "before", "after", "change, paired 95 %", title=f"{output}: same prompts and seeds")
-    for row in json.loads((output / "evaluation.json").read_text()):
-        whole = row["category"] == "all"
-        change = f"{row['mean']:+.3f} ± {row['half_width']:.3f}"
-        cells = (row["metric"] if whole else "", row["category"], str(row["count"]), f"{row['before']:.3f}", f"{row['after']:.3f}", change)
-        table.add_row(*cells, style="bold" if whole else None)
+    table = metric_table(title, "n", before, after, "change, 95 %", "p")
+    for row in shown(rows):
+        change = f"{signed(row['change'])} {between((row['low'], row['high']))}"
+        cells = (str(row["count"]), number(row["before"]), number(row["after"]), change, p_text(row["p_value"]))
+        table.add_row(metric_label(row), *cells, style="bold" if direction(row) else None)
     return table
+
+
+def metric_table(title: str, *columns: str) -> Table:
+    """An empty table of a column of metrics and `columns` of numbers."""
+    table = Table("metric", title=title)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def metric_label(row: dict) -> str:
+    """The metric's name, or below it the indented name of a category."""
+    return row["metric"] if row["category"] == "all" else f" {row['category']}"
+
+
+def evaluation_tables(results: dict, title: str) -> Iterator[Table]:
+    """One table of paired changes for each tuned model; without any, the base model's means."""
+    from flowbp.report import between, number
+
+    for name in [model["name"] for model in results["models"][1:]]:
+        rows = [row for row in results["changes"] if row["model"] == name]
+        yield comparison_table(rows, f"{name} against base: {title}", "base", "tuned")
+    if not results["changes"]:
+        table = metric_table(f"base: {title}", "n", "mean", "95 %")
+        for row in results["means"]:
+            table.add_row(metric_label(row), str(row["count"]), number(row["mean"]), between((row["low"], row["high"])))
+        yield table
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

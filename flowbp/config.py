@@ -214,6 +214,16 @@ class OptimizerConfig(Strict):
     max_sample_grad_norm: float | None = Field(None, gt=0, description="clip each sample's reward gradient at the reward input")
 
 
+class GenEvalConfig(Strict):
+    """GenEval's judgement of `evaluation.prompts`, which must then be its evaluation_metadata.jsonl. The thresholds are those it uses with
+    Mask2Former; a detector with scores of another kind needs its own."""
+
+    detector: str = Field(description="a local folder or Hub id: OWLv2, Grounding DINO, Mask2Former, DETR, ...")
+    colours: str = Field(description="a local folder or Hub id of a CLIP model; GenEval: openai/clip-vit-large-patch14")
+    threshold: float = Field(0.3, ge=0, le=1, description="least score of a detection")
+    counting_threshold: float = Field(0.9, ge=0, le=1, description="the same for prompts with the tag 'counting'")
+
+
 class EvaluationConfig(Strict):
     prompts: str
     samples: int = Field(256, ge=1)
@@ -221,8 +231,24 @@ class EvaluationConfig(Strict):
     seed: int = 1234
     num_steps: int | None = Field(None, ge=1, description="rollout steps of the images that are scored; null means as in training")
     monitors: dict[str, ScorerConfig] = Field(default_factory=dict, description="scored, never trained on")
-    checker: Literal["shapes"] | None = None
+    checker: Literal["shapes"] | GenEvalConfig | None = None
     grid: int = Field(16, ge=1, description="images in the before/after grids")
+    every: int | None = Field(None, ge=1, description="steps between evaluations during training; null makes none")
+    validation_prompts: str | None = Field(None, description="prompts of those; null means `prompts`, which then chose the best step")
+    validation_samples: int = Field(96, ge=2)
+    best: str | None = Field(None, description="held-out metric, a monitor or checker, by which the best step's weights are kept")
+    patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a new best step")
+
+    @model_validator(mode="after")
+    def _best_is_held_out(self):
+        held_out = [*self.monitors, *(["checker"] if self.checker is not None else [])]
+        if self.best is not None and self.best not in held_out:
+            raise unknown("held-out metric for evaluation.best", self.best, held_out)
+        if self.best is not None and self.every is None:
+            raise ValueError(f"best={self.best} needs every: the steps between evaluations during training")
+        if self.patience is not None and self.best is None:
+            raise ValueError(f"patience={self.patience} needs best: the held-out metric that must improve")
+        return self
 
 
 class RunConfig(Strict):

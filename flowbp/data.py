@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,27 +19,63 @@ class Prompt(NamedTuple):
 
 
 def load_prompts(source: str) -> list[Prompt]:
-    """Prompts of "shapes:<split>" (train, dev, test), or of a UTF-8 text file with one prompt a line; blank lines are skipped.
+    """The prompts of "shapes:<split>" (train, dev, test), or of a UTF-8 file, by the end of its name:
 
-    Raises FileNotFoundError or ValueError when there is nothing to read.
+    .jsonl  one object a line with "prompt" and optionally "category" or "tag": also GenEval's evaluation_metadata.jsonl
+    .json   a list of prompts or of such objects, or {category: list}: also HPDv2's test.json and its benchmark files
+    .csv    a column "prompt" and optionally "category" or "tag"
+    other   one prompt a line
+
+    A folder is read as the .json files in it, each a category named after its file: HPDv2's benchmark (anime.json, photo.json, ...).
+    Blank prompts are skipped. Raises FileNotFoundError or ValueError when there is nothing to read or it is not of that form.
     """
     if source.startswith("shapes:"):
         from flowbp.shapes import prompts
 
         return [Prompt(*prompt) for prompt in prompts(source.removeprefix("shapes:"))]
     path = Path(source)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"prompt file {source!r} does not exist; data.prompts and evaluation.prompts name text files with one prompt a line"
         )
-    try:
-        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompt file {source!r} is not UTF-8 text ({error}): save it as UTF-8, one prompt a line") from error
-    prompts = [Prompt(text) for text in texts if text]
+    if path.is_dir():
+        styles = {file.stem: _read_prompts(file) for file in sorted(path.glob("*.json"))}
+        found = [Prompt(text, category or style) for style, prompts in styles.items() for text, category in prompts]
+    else:
+        found = _read_prompts(path)
+    prompts = [Prompt(text.strip(), category) for text, category in found if text.strip()]
     if not prompts:
         raise ValueError(f"prompt file {source!r} holds no prompt; write one a line")
     return prompts
+
+
+def _read_prompts(path: Path) -> list[Prompt]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":
+            return _entries([json.loads(line) for line in text.splitlines() if line.strip()])
+        if path.suffix == ".json":
+            return _entries(json.loads(text))
+        if path.suffix == ".csv":
+            return _entries(list(csv.DictReader(io.StringIO(text))))
+        return [Prompt(line) for line in text.splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt file {str(path)!r} is not UTF-8 text ({error}): save it as UTF-8") from error
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"prompt file {str(path)!r} cannot be read: {error}") from error
+
+
+def _entries(data: Any) -> list[Prompt]:
+    """Prompts of parsed JSON. Raises TypeError for what is neither a prompt nor an object that holds one."""
+    if isinstance(data, dict) and "prompt" not in data:
+        return [Prompt(text, category or key) for key, items in data.items() for text, category in _entries(items)]
+    found = []
+    for entry in data if isinstance(data, list) else [data]:
+        values = {"prompt": entry} if isinstance(entry, str) else entry
+        if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
+            raise TypeError(f"{str(entry)[:60]!r} is neither a prompt nor an object with the text 'prompt'")
+        found.append(Prompt(values["prompt"], str(values.get("category") or values.get("tag") or "")))
+    return found
 
 
 class PromptStream:

@@ -1,10 +1,14 @@
-"""Generate images for prompts and seeds, score them, and compare two sets of weights pair by pair."""
+"""Generate images for prompts and seeds, score them, and compare two sets of weights pair by pair.
+
+The unit of work is a chunk: the same samples are always generated and scored together, because the last bits of a network's output depend
+on the batch it runs in. So scores do not depend on how many processes share the chunks, nor on where an evaluation was interrupted.
+"""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,40 +19,89 @@ from flowbp.backbones import Backbone, bind_velocity
 from flowbp.config import EvaluationConfig, RolloutConfig
 from flowbp.data import Prompt, sample_seeds
 from flowbp.guidance import Guidance
+from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.rewards import Reward
+from flowbp.statistics import interval, paired_p_value, weighted_mean
 from flowbp.trajectory import rollout
 
-__all__ = ["Difference", "Scores", "compare", "evaluate", "first_images", "generate", "scorers", "summarise"]
+__all__ = ["Difference", "Samples", "Scores", "Summary", "compare", "draw_samples", "evaluate", "generate", "scorers", "summarise"]
 
 Scorer = Callable[[Tensor, list[str]], Tensor]  # (images [B, 3, H, W] in [0, 1], prompts) -> [B]
+Part = dict[str, Tensor]  # the scores of a chunk by metric, [b] float64 each, and "images" [m, 3, H, W] uint8
+BALANCED = "category mean"
 
 
 @torch.no_grad()
 def generate(backbone: Backbone, texts: list[str], seeds: Sequence[int], size: RolloutConfig, guidance: Guidance) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] of `texts`, one seed each: the same seed gives the same image in any batch."""
+    """Images [B, 3, H, W] in [0, 1] of `texts`, one seed each: the same seed gives the same image in any batch, up to rounding."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = backbone.noise(size.height, size.width, generators)
     sigmas = backbone.sigmas(size.num_steps, size.height, size.width)
     return backbone.decode(rollout(bind_velocity(backbone, texts, guidance), noise, sigmas).sample)
 
 
-def scorers(rewards: dict[str, Reward], monitors: dict[str, Reward], checker: str | None) -> dict[str, Scorer]:
-    """The rewards, the monitors and the checker of a run, by name, in the order in which they are reported."""
+def scorers(
+    config: EvaluationConfig, rewards: Mapping[str, Reward], monitors: Mapping[str, Reward], device: str = "cpu"
+) -> dict[str, Scorer]:
+    """The rewards, the monitors, the checker and the image statistics of a run, by name, in the order in which they are reported.
+
+    `diversity` is left out where a chunk would hold one image alone.
+    """
     named: dict[str, Scorer] = {**rewards, **monitors}
-    if checker == "shapes":
+    if config.checker is not None:
+        named["checker"] = load_checker(config, device)
+    reserved = {"checker", *IMAGE_STATISTICS} & {*rewards, *monitors} | (rewards.keys() & monitors.keys())
+    if reserved:
+        raise ValueError(f"a reward or monitor cannot be called {', '.join(sorted(reserved))}: that names another metric; rename it")
+    alone = any(chunk.stop - chunk.start == 1 for chunk in split(config.samples, config.batch_size))
+    return named | {name: scorer for name, scorer in IMAGE_STATISTICS.items() if not (alone and name == "diversity")}
+
+
+def load_checker(config: EvaluationConfig, device: str) -> Scorer:
+    """1 for an image that shows what its prompt says, else 0: exactly on `shapes`, by an object detector as GenEval does otherwise."""
+    if config.checker == "shapes":
         from flowbp.shapes.checker import check_batch
 
-        named["checker"] = lambda images, texts: torch.from_numpy(np.asarray(check_batch(images.cpu(), texts), dtype=np.float32))
-    return named
+        return lambda images, texts: torch.from_numpy(np.asarray(check_batch(images.cpu(), texts), dtype=np.float32))
+    from flowbp.geneval import load_geneval
+
+    return load_geneval(config.checker, config.prompts, device)
+
+
+# -- samples and scores ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What an evaluation draws: prompt i with seed i, in chunks that are generated and scored together. The first images are kept."""
+
+    prompts: list[Prompt]
+    seeds: list[int]
+    chunks: list[slice]
+    kept_images: int = 0
+
+
+def draw_samples(prompts: list[Prompt], config: EvaluationConfig) -> Samples:
+    """config.samples prompts in order, and again from the first when they run out; seeds depend on config.seed alone."""
+    count = config.samples
+    chosen, seeds = [prompts[i % len(prompts)] for i in range(count)], sample_seeds(config.seed, count=count)
+    return Samples(chosen, seeds, split(count, config.batch_size), config.grid)
+
+
+def split(count: int, largest: int) -> list[slice]:
+    """`count` samples in the fewest chunks of at most `largest`, which differ in size by at most one."""
+    parts = np.array_split(np.arange(count), -(-count // largest))
+    return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of n generated images. values: name -> [n] float64."""
+    """Scores of n generated images. values: name -> [n] float64. images: the first of them, [m, 3, H, W] uint8."""
 
     prompts: list[Prompt]
     seeds: list[int]
     values: dict[str, np.ndarray]
+    images: Tensor = field(default_factory=lambda: torch.empty(0, 3, 0, 0, dtype=torch.uint8), compare=False)
 
     def write_csv(self, path: Path) -> None:
         """One row an image: prompt, category, seed, scores."""
@@ -58,78 +111,120 @@ class Scores:
             for i, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True)):
                 writer.writerow([*prompt, seed, *(f"{column[i]:.6g}" for column in self.values.values())])
 
+    @classmethod
+    def read_csv(cls, path: Path) -> Scores:
+        """What `write_csv` wrote: the scores, to six digits, without the images."""
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        metrics = [name for name in rows[0] if name not in ("prompt", "category", "seed")]
+        prompts, seeds = [Prompt(row["prompt"], row["category"]) for row in rows], [int(row["seed"]) for row in rows]
+        return cls(prompts, seeds, {name: np.array([float(row[name]) for row in rows]) for name in metrics})
+
 
 @torch.no_grad()
+def score_chunk(
+    backbone: Backbone, samples: Samples, chunk: slice, size: RolloutConfig, guidance: Guidance, named: Mapping[str, Scorer]
+) -> Part:
+    """Generate and score the samples of one chunk."""
+    texts = [prompt.text for prompt in samples.prompts[chunk]]
+    images = generate(backbone, texts, samples.seeds[chunk], size, guidance)
+    part = {name: scorer(images, texts).double().cpu() for name, scorer in named.items()}
+    kept = images[: max(0, samples.kept_images - chunk.start)]
+    return part | {"images": (kept.clamp(0, 1) * 255).round().to("cpu", torch.uint8).contiguous()}
+
+
+def join(samples: Samples, parts: Sequence[Part]) -> Scores:
+    """The scores of all chunks, in their order."""
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    images = whole.pop("images")
+    return Scores(samples.prompts, samples.seeds, {name: column.numpy() for name, column in whole.items()}, images)
+
+
 def evaluate(
     backbone: Backbone,
-    prompts: list[Prompt],
-    config: EvaluationConfig,
+    samples: Samples,
     size: RolloutConfig,
     guidance: Guidance,
-    named: dict[str, Scorer],
+    named: Mapping[str, Scorer],
     progress: Callable[[int], object] = lambda done: None,
 ) -> Scores:
-    """Score config.samples images; prompts are taken in order, and again from the first when they run out.
-
-    Seeds depend on config.seed alone. progress is called with the number of images just scored.
-    """
-    chosen = [prompts[i % len(prompts)] for i in range(config.samples)]
-    seeds = sample_seeds(config.seed, count=config.samples)
-    values: dict[str, list[Tensor]] = {name: [] for name in named}
-    for first in range(0, config.samples, config.batch_size):
-        part = slice(first, min(first + config.batch_size, config.samples))
-        texts = [prompt.text for prompt in chosen[part]]
-        images = generate(backbone, texts, seeds[part], size, guidance)
-        for name, scorer in named.items():
-            values[name].append(scorer(images, texts).double().cpu())
-        progress(len(texts))
-    return Scores(chosen, seeds, {name: torch.cat(parts).numpy() for name, parts in values.items()})
+    """Score all samples. progress is called with the number of images just scored."""
+    parts = []
+    for chunk in samples.chunks:
+        parts.append(score_chunk(backbone, samples, chunk, size, guidance, named))
+        progress(chunk.stop - chunk.start)
+    return join(samples, parts)
 
 
-def first_images(backbone: Backbone, prompts: list[Prompt], config: EvaluationConfig, size: RolloutConfig, guidance: Guidance) -> Tensor:
-    """The first config.grid images that `evaluate` scores, [grid, 3, H, W]."""
-    count = min(config.grid, config.samples)
-    texts = [prompts[i % len(prompts)].text for i in range(count)]
-    return generate(backbone, texts, sample_seeds(config.seed, count=count), size, guidance)
+# -- summaries ---------------------------------------------------------------------------------------------------------------------
 
 
-def over_categories(prompts: list[Prompt]) -> list[tuple[str, np.ndarray]]:
-    """("all", every row) and then (category, its rows) for each category, if there are several."""
+def groups(prompts: list[Prompt]) -> list[tuple[str, np.ndarray]]:
+    """(name, weight of each sample): "all" of them alike, then each category; where their sizes differ, also the mean of the categories."""
     labels = np.array([prompt.category for prompt in prompts])
-    names = sorted(set(labels) - {""})
-    return [("all", np.ones(len(labels), dtype=bool))] + [(name, labels == name) for name in names if len(names) > 1]
+    names = [name for name in sorted(set(labels)) if name]
+    members = {name: (labels == name).astype(float) for name in names if len(names) > 1}
+    found = [("all", np.ones(len(labels))), *members.items()]
+    if len({rows.sum() for rows in members.values()}) > 1:
+        found.append((BALANCED, sum(rows / rows.sum() for rows in members.values())))
+    return found
 
 
-def summarise(scores: Scores) -> list[tuple[str, str, int, float]]:
-    """(metric, category, number of images, mean) over all images, then over each category."""
-    groups = over_categories(scores.prompts)
-    return [(metric, name, int(rows.sum()), float(v[rows].mean())) for metric, v in scores.values.items() for name, rows in groups]
+@dataclass(frozen=True)
+class Summary:
+    """A metric over the samples of a category: their number, that of their different prompts, the mean and its 95 % interval."""
+
+    metric: str
+    category: str
+    count: int
+    prompts: int
+    mean: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric before and after on the same prompts and seeds; `half_width` is that of the paired 95 % interval of the mean difference."""
+    """A metric before and after on the same prompts and seeds: the mean change, its 95 % interval, and p of no change."""
 
     metric: str
     category: str
+    count: int
+    prompts: int
     before: float
     after: float
-    half_width: float
-    count: int
+    change: float
+    low: float
+    high: float
+    p_value: float
 
-    @property
-    def mean(self) -> float:
-        return self.after - self.before
+
+def summarise(scores: Scores) -> list[Summary]:
+    """Every metric over all images, then over each category."""
+    texts = [prompt.text for prompt in scores.prompts]
+    return [
+        Summary(metric, *sizes(category, weights, texts), weighted_mean(values, weights), *interval(values, weights, texts))
+        for metric, values in scores.values.items()
+        for category, weights in groups(scores.prompts)
+    ]
 
 
 def compare(before: Scores, after: Scores) -> list[Difference]:
-    """Every metric over all samples, then over each category. Paired: half width 1.96 times the standard error of the differences."""
+    """Every metric that both sides have, over all samples, then over each category. Raises ValueError unless prompts and seeds agree."""
     if (before.prompts, before.seeds) != (after.prompts, after.seeds):
         raise ValueError("a paired comparison needs the same prompts and seeds on both sides")
+    texts = [prompt.text for prompt in before.prompts]
     differences = []
-    for metric in before.values:
-        for category, rows in over_categories(before.prompts):
-            old, new = before.values[metric][rows], after.values[metric][rows]
-            error = (new - old).std(ddof=1) / np.sqrt(len(old)) if len(old) > 1 else float("nan")
-            differences.append(Difference(metric, category, float(old.mean()), float(new.mean()), float(1.96 * error), len(old)))
+    for metric in (name for name in before.values if name in after.values):
+        old, new = before.values[metric], after.values[metric]
+        for category, weights in groups(before.prompts):
+            means = weighted_mean(old, weights), weighted_mean(new, weights)
+            estimate = (weighted_mean(new - old, weights), *interval(new - old, weights, texts), paired_p_value(old, new, weights, texts))
+            differences.append(Difference(metric, *sizes(category, weights, texts), *means, *estimate))
     return differences
+
+
+def sizes(category: str, weights: np.ndarray, texts: list[str]) -> tuple[str, int, int]:
+    """(category, its samples, its different prompts)."""
+    members = np.flatnonzero(weights)
+    return category, len(members), len({texts[i] for i in members})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,7 +10,7 @@ from matplotlib.patches import FancyArrowPatch
 
 from flowbp.plan import SurrogatePlan
 
-__all__ = ["curves", "draw_plan", "sample_grid"]
+__all__ = ["curves", "draw_plan", "overlaid_curves", "sample_grid"]
 
 INK, QUIET, ACTIVE, BRIDGE, REWARD = "#1f2933", "#b8c1cc", "#2563eb", "#d97706", "#059669"
 
@@ -73,6 +73,28 @@ def curves(rows: Sequence[dict], keys: dict[str, str]) -> Figure:
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def overlaid_curves(runs: Mapping[str, Sequence[dict]], keys: Mapping[str, str]) -> Figure:
+    """One panel for each of `keys` (metric -> title): the running mean over a tenth of each run's rows, in a colour a run."""
+    columns = min(4, len(keys))
+    rows = -(-len(keys) // columns)
+    figure = Figure(figsize=(3.3 * columns, 2.5 * rows + 0.3), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, key in zip(panels, keys, strict=False):
+        for name, logged in runs.items():
+            values = np.array([row.get(key, np.nan) for row in logged], dtype=float)
+            window = max(1, len(logged) // 10)
+            steps = [row["step"] for row in logged][window - 1 :]
+            axes.plot(steps, np.convolve(values, np.ones(window) / window, mode="valid"), lw=1.6, label=name)
+        axes.set_title(keys[key], fontsize=10, color=INK, loc="left")
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(panels):
+        axes.axis("off")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside upper left", ncols=4)
     return figure
 
 

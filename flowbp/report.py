@@ -1,27 +1,29 @@
-"""The report of a run: pictures, the before/after table, and one self-contained page."""
+"""Pages and pictures: the report of a run, of an evaluation, and of several runs side by side. Every page stands alone."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-import os
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
+import yaml
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from flowbp import figures
+from flowbp import checkpoint, figures
 from flowbp.config import RunConfig, dump
+from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.plan import SurrogatePlan
 
 if TYPE_CHECKING:
     from flowbp.evaluation import Difference, Scores
 
-__all__ = ["Report"]
+__all__ = ["Report", "between", "number", "p_text", "render", "shown", "signed", "to_json", "write_evaluation"]
 
 CURVES = {"grad_norm": "gradient norm", "d_j": "residual d_j", "d_0": "residual d_0"}
 
@@ -33,33 +35,39 @@ class Report:
         self.output, self.config = config.output, config
         self.plan_figure = figures.draw_plan(plan, sigmas, f"{config.method_name}: one plan of {len(sigmas) - 1} steps")
         self.grids: dict[str, Figure] = {}
-        self.differences: list[Difference] = []
+        self.differences: list[dict[str, Any]] = []
+        self.validation: dict[str, Any] | None = None
 
-    def add_grid(self, name: str, images: Tensor, scores: Scores) -> None:
-        """Draw images [n, 3, H, W], the first ones that were scored, and save them as samples_<name>.png."""
-        checker = scores.values.get("checker")
-        passed = [None if checker is None else bool(checker[i]) for i in range(len(images))]
-        captions = [prompt.text for prompt in scores.prompts[: len(images)]]
-        self.grids[name] = figures.sample_grid(images.permute(0, 2, 3, 1).cpu().numpy(), captions, passed)
-        self.grids[name].savefig(self.output / f"samples_{name}.png", dpi=110)
+    def add_grid(self, name: str, scores: Scores) -> None:
+        """Draw the images that `scores` kept, and save them as samples_<name>.png."""
+        self.grids[name] = draw_samples(scores)
+        checkpoint.replace_file(self.output / f"samples_{name}.png", as_png(self.grids[name]))
 
     def add_comparison(self, differences: list[Difference]) -> None:
         """Keep the before/after table and save it as evaluation.json."""
-        self.differences = differences
-        rows = [asdict(d) | {"mean": d.mean} for d in differences]
-        (self.output / "evaluation.json").write_text(json.dumps(rows, indent=1))
+        self.differences = [asdict(d) for d in differences]
+        checkpoint.replace_file(self.output / "evaluation.json", to_json(self.differences))
+
+    def add_validation(self, summary: dict[str, Any]) -> None:
+        """Keep what the sentinel saw and save it as validation.json."""
+        self.validation = summary
+        checkpoint.replace_file(self.output / "validation.json", to_json(summary))
 
     def write(self) -> Path:
         """Write plan.png and report.html; returns the page's path."""
         self.plan_figure.savefig(self.output / "plan.png", dpi=110)
         rows = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
-        environment = jinja2.Environment(loader=jinja2.PackageLoader("flowbp"), autoescape=True)
-        page = environment.get_template("report.html").render(
+        page = render(
+            "report.html",
             name=self.output.name,
             method=self.config.method_name,
             rows=rows,
             seconds=sum(row["seconds"] for row in rows),
             differences=self.differences,
+            validation=self.validation,
+            best_metric=self.config.evaluation and self.config.evaluation.best,
+            patience=self.config.evaluation and self.config.evaluation.patience,
+            held_out=self.validation and as_data_uri(held_out_curves(self.validation)),
             plan=as_data_uri(self.plan_figure),
             curves=as_data_uri(figures.curves(rows, self.curve_titles())),
             trained=" and ".join(self.config.reward),
@@ -67,9 +75,7 @@ class Report:
             config=dump(self.config),
         )
         path = self.output / "report.html"
-        scratch = path.with_suffix(".partial")
-        scratch.write_text(page, encoding="utf-8")
-        os.replace(scratch, path)
+        checkpoint.replace_file(path, page)
         return path
 
     def curve_titles(self) -> dict[str, str]:
@@ -78,8 +84,108 @@ class Report:
         return trained | CURVES | {d.metric: d.metric for d in self.differences if d.metric not in trained}
 
 
-def as_data_uri(figure: Figure) -> str:
-    """The figure as a PNG inside a data: URI."""
+def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], scores: Mapping[str, Scores]) -> None:
+    """samples_<model>.png and report.html of what `flowbp eval` found."""
+    grids = {name: draw_samples(found) for name, found in scores.items()}
+    for name, figure in grids.items():
+        checkpoint.replace_file(folder / f"samples_{name}.png", as_png(figure))
+    overall: dict[str, list[dict[str, Any]]] = {}
+    for row in results["means"]:
+        if row["category"] == "all":
+            overall.setdefault(row["metric"], []).append(row)
+    settings = results["models"][0]["settings"]
+    page = render(
+        "evaluation.html",
+        name=folder.name,
+        settings=settings,
+        models=results["models"],
+        overall=overall,
+        by_model={name: [row for row in results["changes"] if row["model"] == name] for name in list(scores)[1:]},
+        grids={name: as_data_uri(figure) for name, figure in grids.items()},
+        config=yaml.safe_dump(settings, sort_keys=False),
+    )
+    checkpoint.replace_file(folder / "report.html", page)
+
+
+def held_out_curves(validation: Mapping[str, Any]) -> Figure:
+    """One panel a metric of the periodic evaluations."""
+    rows = validation["means"]
+    return figures.overlaid_curves({"held-out prompts": rows}, {key: key for key in rows[0] if key != "step"})
+
+
+def draw_samples(scores: Scores) -> Figure:
+    """The images that `scores` kept, with their prompts, framed by the checker's verdict where there is one."""
+    checker = scores.values.get("checker")
+    passed = [None if checker is None else bool(checker[i]) for i in range(len(scores.images))]
+    captions = [prompt.text for prompt in scores.prompts[: len(scores.images)]]
+    return figures.sample_grid(scores.images.permute(0, 2, 3, 1).numpy(), captions, passed)
+
+
+# -- pages and numbers -------------------------------------------------------------------------------------------------------------
+
+
+def render(template: str, **values: Any) -> str:
+    """A page of flowbp/templates, as HTML."""
+    loader = jinja2.PackageLoader("flowbp")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"number": number, "signed": signed, "between": between, "p": p_text, "direction": direction, "shown": shown}
+    environment.globals["statistics"] = list(IMAGE_STATISTICS)
+    return environment.get_template(template).render(**values)
+
+
+def number(value: float) -> str:
+    return f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no negative zero
+
+
+def signed(value: float) -> str:
+    return f"{round(value, 3) + 0.0:+.3f}"
+
+
+def between(ends: Sequence[float | None]) -> str:
+    """An interval; a dash where a single prompt gives none."""
+    return "–" if undefined(ends[0]) else f"[{number(ends[0])}, {number(ends[1])}]"
+
+
+def p_text(p: float | None) -> str:
+    return "–" if undefined(p) else "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def direction(row: Mapping[str, Any]) -> int:
+    """1 or -1 where the interval of a change excludes zero and p < .05, else 0: with a few prompts the interval alone is too narrow."""
+    if undefined(row["low"]) or row["p_value"] >= 0.05:
+        return 0
+    return int(row["low"] > 0) - int(row["high"] < 0)
+
+
+def shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of a table for people: image statistics over all images only."""
+    return [row for row in rows if row["category"] == "all" or row["metric"] not in IMAGE_STATISTICS]
+
+
+def undefined(value: float | None) -> bool:
+    """nan, or the null that stands for it in JSON."""
+    return value is None or math.isnan(value)
+
+
+def to_json(value: Any) -> str:
+    """JSON text in which what is not a number is null."""
+    return json.dumps(without_nan(value), indent=1) + "\n"
+
+
+def without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def as_data_uri(figure: Figure) -> str:
+    """The figure as a PNG inside a data: URI."""
+    return "data:image/png;base64," + base64.b64encode(as_png(figure)).decode()

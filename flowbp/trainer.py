@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from flowbp.performance import Phases, compile_blocks, now, peak_memory_mb, save
 from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.replay import Recompute
 from flowbp.rewards import Mixture, Reward
+from flowbp.sentinel import Sentinel
 from flowbp.surrogate import backward, residuals, reward_input
 from flowbp.trajectory import Trajectory, rollout
 
@@ -62,6 +63,8 @@ class Trainer:
         """backbone and reward take the place of those that `config` names; weight, hinge and the like stay."""
         self.config = config
         self.prompts = PromptStream(load_prompts(config.data.prompts), config.seed)
+        periodic = config.evaluation is not None and config.evaluation.every is not None
+        self.sentinel = Sentinel(config.evaluation, config.reward, config.output) if periodic else None
         torch.manual_seed(config.seed)  # LoRA's initial weights
         cpu = not torch.accelerator.is_available()  # said, or processes that torchrun starts on CPUs would not know of one another
         self.accelerator = Accelerator(cpu=cpu, log_with="tensorboard", project_dir=config.output)
@@ -99,6 +102,8 @@ class Trainer:
         texts = self.prompts.texts(config.steps * config.data.accumulate * config.data.batch_size * self.accelerator.num_processes)
         if config.evaluation is not None:
             texts += [prompt.text for prompt in load_prompts(config.evaluation.prompts)[: config.evaluation.samples]]
+        if self.sentinel is not None:
+            texts += [prompt.text for prompt in self.sentinel.samples.prompts]
         return texts
 
     def run(self) -> None:
@@ -109,9 +114,12 @@ class Trainer:
         main = self.ranks.is_main  # which alone writes
         metrics_path = config.output / "metrics.jsonl" if main else Path(os.devnull)
         keep_first_lines(metrics_path, done)
+        if main and self.sentinel is not None:
+            self.sentinel.forget_after(done)
         self.accelerator.init_trackers("tensorboard")
         with metrics_path.open("a") as metrics, progress_bar("train", "step", config.steps, done, main) as bar:
-            for step in range(done, config.steps):
+            stopped = self.watch_held_out(done)
+            for step in range(done, config.steps if not stopped else done):
                 row = {"step": step + 1} | self.step(step)
                 metrics.write(json.dumps(row) + "\n")
                 metrics.flush()
@@ -119,9 +127,12 @@ class Trainer:
                 scores = ", ".join(f"{name} {row[name]:.4f}" for name in config.reward)
                 bar.set_postfix_str(f"{scores}, {row['seconds']:.2f} s/step, peak {row['peak_mb']:.0f} MB", refresh=False)
                 bar.update()
-                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                stopped = self.watch_held_out(step + 1)
+                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopped:
                     state = (self.parameters, self.optimizer, self.ema, self.mixture)
                     checkpoint.save_checkpoint(config.output, step + 1, *state, write=main)
+                if stopped:
+                    break
         with self.weights(self.tuned):
             checkpoint.save_weights(self.backbone, config.output, write=main)
         self.report()
@@ -136,20 +147,50 @@ class Trainer:
         plan = config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(config.seed))
         pages = report.Report(config, plan, self.sigmas.tolist())
         if config.evaluation is not None:
-            prompts = load_prompts(config.evaluation.prompts)
-            named = evaluation.scorers(self.mixture.rewards, self.monitors, config.evaluation.checker)
+            samples = evaluation.draw_samples(load_prompts(config.evaluation.prompts), config.evaluation)
+            named = evaluation.scorers(config.evaluation, self.mixture.rewards, self.monitors, str(self.accelerator.device))
             scores = []
             with progress_bar("evaluate", "image", 2 * config.evaluation.samples, shown=main) as bar:
                 for name, weights in (("before", self.base), ("after", self.tuned)):
                     with self.weights(weights):
-                        arguments = (self.backbone, prompts, config.evaluation, config.evaluation_rollout, config.guidance)
-                        scores.append(evaluation.evaluate(*arguments, named, progress=bar.update))
-                        pages.add_grid(name, evaluation.first_images(*arguments), scores[-1])
+                        scores.append(self.score(samples, named, bar.update))
                     if main:
+                        pages.add_grid(name, scores[-1])
                         scores[-1].write_csv(config.output / f"scores_{name}.csv")
             pages.add_comparison(evaluation.compare(*scores))
+        if self.sentinel is not None:
+            pages.add_validation(self.sentinel.summary())
         if main:
             pages.write()
+
+    def watch_held_out(self, steps: int) -> bool:
+        """Score the weights after `steps` optimizer steps if the sentinel asks for it, keep the best; returns whether training is to stop.
+
+        Every process scores all samples, in step with the others, and the main one writes. No random number of the training is drawn.
+        """
+        if self.sentinel is None:
+            return False
+        self.accelerator.wait_for_everyone()  # the main process has dropped what a resumed run repeats
+        if self.sentinel.due(steps):
+            config = self.config.evaluation
+            chosen = config.model_copy(update={"samples": config.validation_samples})
+            named = evaluation.scorers(chosen, self.mixture.rewards, self.monitors, str(self.accelerator.device))
+            with torch.random.fork_rng(), self.weights(self.tuned):
+                scores = self.score(self.sentinel.samples, named)
+                self.accelerator.wait_for_everyone()  # all have asked whether it is due
+                if self.sentinel.is_best(steps, scores):
+                    checkpoint.save_weights(self.backbone, self.config.output / "best", write=self.ranks.is_main)
+                if self.ranks.is_main:
+                    self.sentinel.record(steps, scores)
+            self.accelerator.log({f"validation/{name}": float(values.mean()) for name, values in scores.values.items()}, step=steps)
+            self.accelerator.wait_for_everyone()
+        return self.sentinel.stops
+
+    def score(
+        self, samples: evaluation.Samples, named: Mapping[str, evaluation.Scorer], progress: Callable[[int], object] = lambda done: None
+    ) -> evaluation.Scores:
+        """Score `samples` with the weights as they are now."""
+        return evaluation.evaluate(self.backbone, samples, self.config.evaluation_rollout, self.config.guidance, named, progress)
 
     # -- one optimizer step --------------------------------------------------------------------------------------------------------
 

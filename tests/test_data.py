@@ -50,3 +50,31 @@ def test_the_texts_of_a_stream_are_those_that_its_batches_serve():
     stream = PromptStream([Prompt(str(i)) for i in range(7)], seed=3)
     assert sorted(stream.texts(6)) == sorted(p.text for i in range(3) for p in stream.batch(i, 2))
     assert len(stream.texts(20)) == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("p.jsonl", '{"prompt": "a", "tag": "one"}\n\n{"prompt": "b", "include": []}\n', [("a", "one"), ("b", "")]),
+        ("p.json", '["a", "b"]', [("a", ""), ("b", "")]),
+        ("p.json", '[{"prompt": "a", "image_path": ["1.jpg"], "rank": [1]}]', [("a", "")]),
+        ("p.json", '{"anime": ["a"], "photo": ["b"]}', [("a", "anime"), ("b", "photo")]),
+        ("p.csv", 'category,prompt\none,"a, with a comma"\n,b\n', [("a, with a comma", "one"), ("b", "")]),
+    ],
+)
+def test_prompt_files_of_every_form_are_read(name, text, expected, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert [tuple(prompt) for prompt in load_prompts(str(tmp_path / name))] == expected
+
+
+def test_a_folder_of_styles_is_read_as_categories(tmp_path):
+    for style in ("photo", "anime"):
+        (tmp_path / f"{style}.json").write_text(f'["a {style}"]')
+    assert load_prompts(str(tmp_path)) == [Prompt("a anime", "anime"), Prompt("a photo", "photo")]
+
+
+@pytest.mark.parametrize(("name", "text"), [("p.json", "[1]"), ("p.json", "[{}]"), ("p.jsonl", "{"), ("p.csv", "text\na\n")])
+def test_a_prompt_file_of_another_form_is_refused(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_prompts(str(tmp_path / name))

@@ -1,0 +1,233 @@
+"""`flowbp eval`: base and tuned weights on the same prompts and seeds, resumable, by any number of processes.
+
+    FOLDER/<model>/model.json             what was scored: settings, versions, SHA-256 of prompts and weights
+    FOLDER/<model>/00000.safetensors ...  one chunk each, written whole: scores, and the images of the grid
+    FOLDER/results.json                   means and paired changes with their intervals
+    FOLDER/samples.csv, samples.json      one row an image: prompt, category, seed, and every score of every model
+    FOLDER/samples_<model>.png, report.html
+
+The processes of a distributed run (torchrun, accelerate launch) take chunks in turn, and a killed run leaves whole chunks behind: what is
+written at the end is the same to the byte however the chunks came about. On a CPU every process computes on one thread for that.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+
+from flowbp import checkpoint, report
+from flowbp.backbones import load_backbone
+from flowbp.config import ConfigError, RunConfig
+from flowbp.console import progress_bar
+from flowbp.data import load_prompts
+from flowbp.embeddings import embed_once
+from flowbp.evaluation import Part, Samples, Scores, compare, draw_samples, join, score_chunk, scorers, summarise
+from flowbp.image_statistics import IMAGE_STATISTICS
+from flowbp.report import to_json
+
+__all__ = ["BASE", "Model", "name_models", "run_evaluation"]
+
+MANIFEST = "model.json"
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights to score, under the name they have in the results; no weights means the base model."""
+
+    name: str
+    weights: Path | None = None
+
+
+BASE = Model("base")
+
+
+def name_models(specs: Iterable[str]) -> list[Model]:
+    """The base model, then each of `specs`: "PATH" (named after its last part) or "NAME=PATH". Raises ValueError for equal names."""
+    models = [BASE]
+    for spec in specs:
+        name, equals, path = spec.rpartition("=")
+        path = Path(path if equals else spec)
+        models.append(Model(name or path.resolve().stem, path))
+    names = [model.name for model in models]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two models are called {name!r}: give them names of their own, --weights NAME=PATH")
+        if not name.replace("-", "").replace("_", "").replace(".", "").replace(" ", "").isalnum():
+            raise ValueError(f"{name!r} cannot be a folder's name: use letters, digits, '.', '-', '_' in --weights NAME=PATH")
+    return models
+
+
+def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Score every model that is not scored yet and write the results into `folder`; returns what results.json holds.
+
+    Raises ValueError where `folder` holds scores of other settings or weights, unless `overwrite` says to throw those away.
+    """
+    if config.evaluation is None:
+        raise ConfigError("this config has no evaluation: add evaluation.prompts=... to say what to score")
+    prompts = load_prompts(config.evaluation.prompts)
+    samples = draw_samples(prompts, config.evaluation)
+    manifests = [manifest(config, samples, model) for model in models]
+    state = PartialState()
+    if state.is_main_process:
+        for model, about in zip(models, manifests, strict=True):
+            open_model(folder / model.name, about, overwrite)
+    state.wait_for_everyone()
+    for model, about in zip(models, manifests, strict=True):  # the other processes meet a refusal of the main one here
+        open_model(folder / model.name, about)
+        score_model(config, model, samples, folder / model.name, state)
+    state.wait_for_everyone()
+    metrics = (*config.reward, *config.evaluation.monitors, "checker", *IMAGE_STATISTICS)
+    scores = {model.name: read_scores(folder / model.name, samples, metrics) for model in models}
+    results = summarise_models(manifests, scores)
+    if state.is_main_process:
+        write_results(config, folder, results, scores)
+    state.wait_for_everyone()
+    return results
+
+
+def manifest(config: RunConfig, samples: Samples, model: Model) -> dict[str, Any]:
+    """All that the scores of a model depend on."""
+    settings = config.model_dump(mode="json", include={"backbone", "guidance", "reward", "evaluation"})
+    settings["rollout"] = config.evaluation_rollout.model_dump(mode="json")
+    versions = {package: importlib.metadata.version(package) for package in ("flowbp", "torch", "diffusers", "transformers", "numpy")}
+    return {
+        "name": model.name,
+        "weights": None if model.weights is None else str(model.weights),
+        "sha256": None if model.weights is None else digest_files(checkpoint.weight_files(model.weights)),
+        "prompts_sha256": hashlib.sha256(json.dumps(samples.prompts).encode()).hexdigest(),
+        "settings": settings,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": versions,
+    }
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """SHA-256 of the files' contents, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> None:
+    """Make the folder of a model's scores, or check that the one there holds scores of the same things."""
+    path = folder / MANIFEST
+    if path.is_file():
+        found = json.loads(path.read_text())
+        differing = [key for key in about if found.get(key) != about[key] and key != "weights"]
+        if not differing:
+            return
+        if not overwrite:
+            raise ValueError(
+                f"{folder} holds scores of another evaluation ({', '.join(differing)} differ): choose another --out, or pass --overwrite"
+            )
+        shutil.rmtree(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and holds no scores (it has no {MANIFEST}): choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.replace_file(path, json.dumps(about, indent=1))
+
+
+def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path, state: PartialState) -> None:
+    """Score this process's share of the chunks that have no file yet; nothing is loaded if no process lacks any."""
+    state.wait_for_everyone()
+    missing = [i for i in range(len(samples.chunks)) if not chunk_file(folder, i).is_file()]
+    if not missing:
+        return
+    device = str(state.device)
+    backbone = load_backbone(**config.backbone.model_dump(), device=device)
+    if model.weights is not None:
+        checkpoint.load_weights(backbone, model.weights)
+    if config.data.embeddings == "cached":
+        embed_once(backbone, [prompt.text for prompt in samples.prompts], config.data.cache)
+    rewards, monitors = ({name: spec.load(device) for name, spec in specs.items()} for specs in (config.reward, config.evaluation.monitors))
+    named = scorers(config.evaluation, rewards, monitors, device)
+    share = [i for i in missing if i % state.num_processes == state.process_index]
+    with one_thread(), progress_bar(model.name, "image", sum(size(samples.chunks[i]) for i in share)) as bar:
+        for i in share:
+            chunk = samples.chunks[i]
+            write_chunk(chunk_file(folder, i), score_chunk(backbone, samples, chunk, config.evaluation_rollout, config.guidance, named))
+            bar.update(size(chunk))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run CPU operations on one thread: the last bits of a sum depend on how many share it. Processes, not threads, make it faster."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def size(chunk: slice) -> int:
+    return chunk.stop - chunk.start
+
+
+def chunk_file(folder: Path, index: int) -> Path:
+    return folder / f"{index:05d}.safetensors"
+
+
+def write_chunk(path: Path, part: Part) -> None:
+    scratch = path.with_suffix(".partial")
+    save_file(part, scratch)
+    os.replace(scratch, path)
+
+
+def read_scores(folder: Path, samples: Samples, metrics: Sequence[str]) -> Scores:
+    """The scores of a model, all chunks of which are there; `metrics` is the order in which they are reported."""
+    scores = join(samples, [load_file(chunk_file(folder, i)) for i in range(len(samples.chunks))])
+    return replace(scores, values={name: scores.values[name] for name in metrics if name in scores.values})
+
+
+# -- results -----------------------------------------------------------------------------------------------------------------------
+
+
+def summarise_models(manifests: Sequence[dict[str, Any]], scores: Mapping[str, Scores]) -> dict[str, Any]:
+    """{"models": manifests, "means": a row a model, metric and category, "changes": the same, paired with the first model}."""
+    first, *others = scores
+    return {
+        "models": list(manifests),
+        "means": [{"model": name} | asdict(row) for name, found in scores.items() for row in summarise(found)],
+        "changes": [{"model": name, "against": first} | asdict(row) for name in others for row in compare(scores[first], scores[name])],
+    }
+
+
+def write_results(config: RunConfig, folder: Path, results: dict[str, Any], scores: Mapping[str, Scores]) -> None:
+    """results.json, samples.csv, samples.json, samples_<model>.png and report.html."""
+    rows = list(sample_rows(scores))
+    metrics = [f"{model} {metric}" for model, found in rows[0]["scores"].items() for metric in found]
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["prompt", "category", "seed", *metrics])
+    for row in rows:
+        writer.writerow([row["prompt"], row["category"], row["seed"], *(v for found in row["scores"].values() for v in found.values())])
+    checkpoint.replace_file(folder / "samples.csv", table.getvalue())
+    checkpoint.replace_file(folder / "samples.json", to_json(rows))
+    checkpoint.replace_file(folder / "results.json", to_json(results))
+    report.write_evaluation(config, folder, results, scores)
+
+
+def sample_rows(scores: Mapping[str, Scores]) -> Iterator[dict[str, Any]]:
+    """{"prompt", "category", "seed", "scores": {model: {metric: score}}} for each sample."""
+    first = next(iter(scores.values()))
+    for i, (prompt, seed) in enumerate(zip(first.prompts, first.seeds, strict=True)):
+        found = {name: {metric: float(column[i]) for metric, column in s.values.items()} for name, s in scores.items()}
+        yield {"prompt": prompt.text, "category": prompt.category, "seed": seed, "scores": found}

@@ -1,0 +1,294 @@
+"""Does an image show what its prompt says? GenEval's judgement by an object detector (Ghosh et al. 2023, arXiv 2310.11513).
+
+A prompt comes with what its image must hold, a line of evaluation_metadata.jsonl:
+
+    {"tag": "position", "prompt": "a photo of a dog right of a bench",
+     "include": [{"class": "bench", "count": 1}, {"class": "dog", "count": 1, "position": ["right of", 0]}], "exclude": []}
+
+All `include` clauses must hold and no `exclude` clause may. A clause with count n is held by the n most confident detections of its class;
+"color" asks all n for that colour, "position" [relation, i] asks all n to stand so to every object of the i-th include clause. An exclude
+clause is broken by `count` or more detections. Detections count above a score of .3, or .9 for the tag "counting", at most 16 a class.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from flowbp.config import GenEvalConfig
+    from flowbp.rewards.clip import CLIPReward
+
+__all__ = ["Clause", "ClipColours", "Detection", "GenEval", "Requirement", "TransformersDetector", "faults", "load_geneval", "relations"]
+
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+RELATIONS = ("left of", "right of", "above", "below")
+TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
+BACKGROUND = 0.6  # grey #999 around a masked object
+MOST_OBJECTS = 16  # of a class
+SLACK = 0.1  # of the two objects' sizes: offsets within it are no relation
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A found object. box: (left, top, right, bottom) in pixels. mask: [H, W] bool, where the detector segments."""
+
+    box: tuple[float, float, float, float]
+    score: float
+    mask: np.ndarray | None = None
+
+
+Detections = Mapping[str, Sequence[Detection]]  # by class, most confident first
+Detector = Callable[[Tensor, Sequence[str]], Detections]  # (image [3, H, W] in [0, 1], classes)
+NameColours = Callable[[Tensor, Sequence[Detection], str], list[str]]  # (image, detections, class) -> one of COLOURS each
+
+
+@dataclass(frozen=True)
+class Clause:
+    """`count` objects of a class, perhaps of a colour and in a relation to the objects of an earlier include clause."""
+
+    name: str
+    count: int
+    colour: str | None = None
+    position: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """What the image of a prompt must hold and must not."""
+
+    tag: str
+    include: tuple[Clause, ...]
+    exclude: tuple[Clause, ...] = ()
+
+    @classmethod
+    def parse(cls, entry: Mapping[str, Any]) -> Requirement:
+        """From an object of evaluation_metadata.jsonl. Raises ValueError for a colour, relation or reference that GenEval does not have."""
+        include, exclude = (
+            tuple(
+                Clause(c["class"], int(c["count"]), c.get("color"), (c["position"][0], int(c["position"][1])) if "position" in c else None)
+                for c in entry.get(key, ())
+            )
+            for key in ("include", "exclude")
+        )
+        for i, clause in enumerate(include):
+            if clause.colour is not None and clause.colour not in COLOURS:
+                raise ValueError(f"colour {clause.colour!r} in {entry!r} must be one of {', '.join(COLOURS)}")
+            if clause.position is not None and (clause.position[0] not in RELATIONS or not 0 <= clause.position[1] < i):
+                raise ValueError(
+                    f"position {clause.position!r} in {entry!r} must be [{' or '.join(RELATIONS)}, index of an earlier clause]"
+                )
+        return cls(entry["tag"], include, exclude)
+
+    @property
+    def classes(self) -> list[str]:
+        return list(dict.fromkeys(clause.name for clause in (*self.include, *self.exclude)))
+
+
+def load_requirements(path: str) -> dict[str, Requirement]:
+    """By prompt, of an evaluation_metadata.jsonl. Raises ValueError for a line that is none."""
+    found = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                entry = json.loads(line)
+                found[entry["prompt"].strip()] = Requirement.parse(entry)
+            except (KeyError, TypeError, json.JSONDecodeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: {error!r}; GenEval's metadata has tag, prompt, include and exclude in every line"
+                ) from error
+    return found
+
+
+# -- the judgement -----------------------------------------------------------------------------------------------------------------
+
+
+def faults(requirement: Requirement, found: Detections, colours: Callable[[Sequence[Detection], str], list[str]]) -> list[str]:
+    """What is wrong with an image in which `found` was detected; nothing means that it is right."""
+    wrong: list[str] = []
+    matched: list[Sequence[Detection] | None] = []
+    for clause in requirement.include:
+        objects = found.get(clause.name, ())[: clause.count]
+        fault = include_fault(clause, objects, matched, colours)
+        matched.append(None if fault else objects)
+        wrong += [fault] if fault else []
+    for clause in requirement.exclude:
+        count = len(found.get(clause.name, ()))
+        if count >= clause.count:
+            wrong.append(f"{count} {clause.name}, fewer than {clause.count} wanted")
+    return wrong
+
+
+def include_fault(
+    clause: Clause,
+    objects: Sequence[Detection],
+    matched: Sequence[Sequence[Detection] | None],
+    colours: Callable[[Sequence[Detection], str], list[str]],
+) -> str | None:
+    """Why `objects`, the most confident ones of the clause's class, do not hold it; None if they do."""
+    if len(objects) < clause.count:
+        return f"{len(objects)} {clause.name}, {clause.count} wanted"
+    if clause.colour is not None:
+        seen = colours(objects, clause.name)
+        if seen.count(clause.colour) < clause.count:
+            return f"{clause.name} is {' and '.join(seen)}, {clause.colour} wanted"
+    if clause.position is not None:
+        relation, target = clause.position
+        others = matched[target]
+        if others is None or any(relation not in relations(a.box, b.box) for a in objects for b in others):
+            return f"{clause.name} is not {relation} its target"
+    return None
+
+
+def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
+    """How box a stands to box b: the offset d of their centres, each axis shortened by .1 of both sizes along it, over |d|, beyond .5."""
+    (a0, a1), (b0, b1) = (np.asarray(box, dtype=float)[:4].reshape(2, 2) for box in (a, b))
+    offset = (a0 + a1 - b0 - b1) / 2
+    rest = np.maximum(abs(offset) - SLACK * (abs(a1 - a0) + abs(b1 - b0)), 0) * np.sign(offset)
+    if (abs(rest) < 1e-3).all():
+        return set()
+    x, y = rest / np.linalg.norm(offset)
+    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {relation for relation, true in holds.items() if true}
+
+
+class GenEval:
+    """The scorer (images [B, 3, H, W] in [0, 1], prompts) -> [B]: 1 where every requirement of the prompt is met, else 0."""
+
+    def __init__(
+        self,
+        requirements: Mapping[str, Requirement],
+        detect: Detector,
+        name_colours: NameColours,
+        threshold: float = 0.3,
+        counting_threshold: float = 0.9,
+    ):
+        self.requirements, self.detect, self.name_colours = requirements, detect, name_colours
+        self.threshold, self.counting_threshold = threshold, counting_threshold
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return torch.tensor([not self.faults(image, prompt) for image, prompt in zip(images, prompts, strict=True)], dtype=torch.float32)
+
+    def faults(self, image: Tensor, prompt: str) -> list[str]:
+        """What is wrong with the image [3, H, W] of a prompt. Raises ValueError for a prompt without a requirement."""
+        if prompt not in self.requirements:
+            raise ValueError(f"no GenEval metadata for the prompt {prompt!r}: evaluation.prompts must be the evaluation_metadata.jsonl")
+        requirement = self.requirements[prompt]
+        least = self.counting_threshold if requirement.tag == "counting" else self.threshold
+        found = {
+            name: [d for d in sorted(detections, key=lambda d: -d.score) if d.score > least][:MOST_OBJECTS]
+            for name, detections in self.detect(image, requirement.classes).items()
+        }
+        return faults(requirement, found, lambda objects, name: self.name_colours(image, objects, name))
+
+
+# -- networks ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_geneval(config: GenEvalConfig, metadata: str, device: str = "cpu") -> GenEval:
+    """The scorer that `config` describes, for the prompts of the file `metadata`."""
+    from flowbp.rewards import load_reward
+
+    colours = ClipColours(load_reward("clip", config.colours, device))
+    detector = TransformersDetector(config.detector, device)
+    return GenEval(load_requirements(metadata), detector, colours, config.threshold, config.counting_threshold)
+
+
+class TransformersDetector:
+    """A detector of transformers: zero-shot (OWLv2, Grounding DINO), segmenting (Mask2Former) or of fixed classes (DETR), by its config.
+
+    model: a local folder or Hub id. A detector of fixed classes must know every class that it is asked for (COCO's, for GenEval).
+    """
+
+    def __init__(self, model: str, device: str = "cpu"):
+        from transformers import AutoConfig, pipeline
+        from transformers.models.auto.modeling_auto import (
+            MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES,
+            MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES,
+        )
+
+        config = AutoConfig.from_pretrained(model)
+        self.zero_shot = config.model_type in MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
+        self.segments = config.model_type in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
+        self.known = {name.lower() for name in config.id2label.values()}
+        task = "zero-shot-object-detection" if self.zero_shot else "image-segmentation" if self.segments else "object-detection"
+        self.find = pipeline(task, model=model, device=device)
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, classes: Sequence[str]) -> dict[str, list[Detection]]:
+        """Detections of each class, at any score."""
+        picture = as_picture(image)
+        if self.zero_shot:
+            rows = self.find(picture, candidate_labels=list(classes), threshold=0.0)
+        else:
+            unknown = [name for name in classes if name.lower() not in self.known]
+            if unknown:
+                raise ValueError(f"the detector does not know {', '.join(unknown)}: use one that knows COCO's classes, or OWLv2")
+            rows = self.find(picture, threshold=0.0, **({"subtask": "instance"} if self.segments else {}))
+        found: dict[str, list[Detection]] = {name: [] for name in classes}
+        names = {name.lower(): name for name in classes}
+        for row in rows:
+            if row["label"].lower() in names:
+                found[names[row["label"].lower()]].append(as_detection(row))
+        return found
+
+
+def as_detection(row: Mapping[str, Any]) -> Detection:
+    """From a row of a pipeline of transformers; a segment's box is that of its mask."""
+    if "box" in row:
+        return Detection(tuple(float(row["box"][key]) for key in ("xmin", "ymin", "xmax", "ymax")), row["score"])
+    mask = np.asarray(row["mask"]) > 0
+    ys, xs = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    box = (float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1)) if mask.any() else (0.0, 0.0, 0.0, 0.0)
+    return Detection(box, row["score"], mask)
+
+
+def as_picture(image: Tensor):
+    """[3, H, W] in [0, 1] -> a Pillow image."""
+    from PIL import Image
+
+    return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+class ClipColours:
+    """Names the colour of detections: the nearest of `COLOURS` to the crop in CLIP's space, each the mean of three templates' texts.
+
+    Where the detector segments, all but the object is painted grey first.
+    """
+
+    def __init__(self, clip: CLIPReward):
+        self.clip = clip
+        self._texts: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, detections: Sequence[Detection], name: str) -> list[str]:
+        crops = torch.cat([self.clip.preprocess(crop(image, detection)[None]) for detection in detections])
+        embedded = F.normalize(self.clip.model.get_image_features(pixel_values=crops.to(self.clip.model.dtype)).pooler_output, dim=-1)
+        return [COLOURS[i] for i in (embedded @ self.texts(name).T).argmax(dim=1).tolist()]
+
+    def texts(self, name: str) -> Tensor:
+        """One unit vector a colour, for objects of the class `name`."""
+        if name not in self._texts:
+            lines = [template.format(colour=colour, name=name) for colour in COLOURS for template in TEMPLATES]
+            tokens = self.clip.tokenizer(lines, padding=True, truncation=True, return_tensors="pt").to(self.clip.model.device)
+            embedded = F.normalize(self.clip.model.get_text_features(**tokens).pooler_output, dim=-1)
+            self._texts[name] = F.normalize(embedded.view(len(COLOURS), len(TEMPLATES), -1).mean(dim=1), dim=-1)
+        return self._texts[name]
+
+
+def crop(image: Tensor, detection: Detection) -> Tensor:
+    """The detection's part of the image [3, H, W], at least one pixel wide and high, grey outside its mask."""
+    if detection.mask is not None:
+        image = torch.where(torch.from_numpy(detection.mask).to(image.device), image, BACKGROUND)
+    height, width = image.shape[-2:]
+    x0, y0, x1, y1 = detection.box
+    left, top = min(max(int(x0), 0), width - 1), min(max(int(y0), 0), height - 1)
+    return image[:, top : max(int(np.ceil(y1)), top + 1), left : max(int(np.ceil(x1)), left + 1)]

@@ -1,0 +1,88 @@
+"""Means with intervals, and paired tests, when several images show the same prompt.
+
+Scores of one prompt under several seeds are not independent draws from the world of prompts, so the unit that is resampled is the prompt
+(the cluster bootstrap: Davison and Hinkley 1997, section 3.8). A sample i has a score x_i and a weight u_i:
+
+    mean = sum_i u_i x_i / sum_i u_i
+
+interval        95 % bootstrap, bias-corrected and accelerated (BCa: Efron 1987), over whole prompts; `scipy.stats.bootstrap`
+paired_p_value  sign-flip permutation test of equal means: without a change, a prompt's difference is as likely d as -d (Fisher 1935);
+                p = (1 + #{|T*| >= |T|}) / (1 + resamples), never 0 (Phipson and Smyth 2010); `scipy.stats.permutation_test`
+
+Both draw from a generator with a fixed seed: the same scores give the same numbers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+__all__ = ["interval", "paired_p_value", "weighted_mean"]
+
+RESAMPLES = 9999
+BATCH = 1000  # resamples held in memory at once
+
+
+def weighted_mean(values: np.ndarray, weights: np.ndarray) -> float:
+    """sum_i u_i x_i / sum_i u_i of values, weights [n]."""
+    return float((weights * values).sum() / weights.sum())
+
+
+def interval(values: np.ndarray, weights: np.ndarray, prompts: Sequence[str], level: float = 0.95) -> tuple[float, float]:
+    """(low, high) of the weighted mean of values [n]; samples with equal `prompts` are resampled together.
+
+    One prompt alone tells nothing of others: (nan, nan). Prompts that all have the same mean give that mean twice.
+    """
+    sums, totals = by_prompt(values, weights, prompts)
+    if len(sums) < 2:
+        return float("nan"), float("nan")
+    if np.ptp(sums / totals) == 0:
+        mean = weighted_mean(values, weights)
+        return mean, mean
+    for method in ("BCa", "percentile"):  # BCa is undefined where every resample lies on one side of the mean, as a few prompts can
+        with warnings.catch_warnings(category=stats.DegenerateDataWarning, action="ignore"), np.errstate(invalid="ignore"):
+            low, high = stats.bootstrap(
+                (sums, totals),
+                ratio,
+                paired=True,
+                method=method,
+                n_resamples=RESAMPLES,
+                batch=BATCH,
+                confidence_level=level,
+                rng=np.random.default_rng(0),
+            ).confidence_interval
+        if np.isfinite((low, high)).all():
+            break
+    return float(low), float(high)
+
+
+def paired_p_value(before: np.ndarray, after: np.ndarray, weights: np.ndarray, prompts: Sequence[str]) -> float:
+    """Two-sided p of the hypothesis that before, after [n] have equal weighted means; nan for a single prompt, which cannot be tested."""
+    old, _ = by_prompt(before, weights, prompts)
+    new, _ = by_prompt(after, weights, prompts)
+    if len(old) < 2:
+        return float("nan")
+    return float(
+        stats.permutation_test(
+            (old, new),
+            lambda x, y, axis: (y - x).mean(axis),
+            permutation_type="samples",
+            n_resamples=RESAMPLES,
+            batch=BATCH,
+            rng=np.random.default_rng(0),
+        ).pvalue
+    )
+
+
+def by_prompt(values: np.ndarray, weights: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of u_i x_i and of u_i over the samples of each prompt that has any weight, in the order of the prompts' names."""
+    kept = weights > 0
+    _, index = np.unique(np.asarray(prompts)[kept], return_inverse=True)
+    return np.bincount(index, (weights * values)[kept]), np.bincount(index, weights[kept])
+
+
+def ratio(sums: np.ndarray, totals: np.ndarray, axis: int) -> np.ndarray:
+    return sums.sum(axis) / totals.sum(axis)

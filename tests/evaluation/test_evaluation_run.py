@@ -1,0 +1,131 @@
+"""`flowbp eval`: the same numbers however the work was split or interrupted, and never a mixture of two evaluations."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flowbp import checkpoint, evaluation, evaluation_run
+from flowbp.backbones import load_backbone
+from flowbp.cli import app
+from flowbp.config import load
+from flowbp.evaluation_run import BASE, Model, name_models, run_evaluation
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """The folder of an evaluation in one go."""
+    folder = tmp_path_factory.mktemp("whole") / "eval"
+    run_evaluation(load(run / "config.yaml"), [BASE, Model("tuned", run)], folder)
+    return folder
+
+
+def test_a_killed_evaluation_resumes_to_the_same_bytes(run, whole, tmp_path, monkeypatch):
+    config, models, folder = load(run / "config.yaml"), [BASE, Model("tuned", run)], tmp_path / "eval"
+    written, write = [], evaluation_run.write_chunk
+
+    def write_until_killed(path, part):
+        if len(written) == 2:
+            path.with_suffix(".partial").write_bytes(b"half a chu")
+            raise KeyboardInterrupt
+        write(path, part)
+        written.append(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation_run, "write_chunk", write_until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_evaluation(config, models, folder)
+    before = {path: path.stat().st_mtime_ns for path in written}
+    run_evaluation(config, models, folder)
+    assert {path: path.stat().st_mtime_ns for path in written} == before, "chunks that were whole are scored once"
+    expected, got = contents(whole), contents(folder)
+    assert expected.keys() == got.keys() and not [name for name in expected if expected[name] != got[name]]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes_as_one(run, whole, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29731", "-m", "flowbp"]
+    command = ["eval", str(run / "config.yaml"), "--weights", f"tuned={run}", "--out", str(tmp_path / "eval")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    expected, got = contents(whole), contents(tmp_path / "eval")
+    assert expected.keys() == got.keys() and not [name for name in expected if expected[name] != got[name]]
+
+
+def test_every_form_of_the_weights_gives_the_same_scores(run, tmp_path):
+    (step,) = (run / "checkpoints").iterdir()
+    lora = tmp_path / "renamed.safetensors"
+    lora.write_bytes((run / checkpoint.LORA).read_bytes())
+    forms = {"run": run, "file": run / checkpoint.LORA, "renamed": lora, "folder": tmp_path, "checkpoint": step}
+    config = load(run / "config.yaml")
+    images = {}
+    for name, source in forms.items():
+        backbone = load_backbone(**config.backbone.model_dump())
+        checkpoint.load_weights(backbone, source)
+        images[name] = evaluation.generate(backbone, ["a red circle"], [7], config.rollout, config.guidance)
+    base = evaluation.generate(load_backbone(**config.backbone.model_dump()), ["a red circle"], [7], config.rollout, config.guidance)
+    assert not torch.equal(images["run"], base)
+    assert not [name for name in images if not torch.equal(images[name], images["run"])]
+
+
+def test_results_repeat_the_scores_of_the_samples(run, whole):
+    results, samples = (json.loads((whole / name).read_text()) for name in ("results.json", "samples.json"))
+    lines = (whole / "samples.csv").read_text().splitlines()
+    assert len(samples) == 9 == len(lines) - 1 and lines[0].startswith("prompt,category,seed,base reward,base monitor,base checker")
+    by_hand = {model: np.mean([row["scores"][model]["reward"] for row in samples]) for model in ("base", "tuned")}
+    (mean,) = (r for r in results["means"] if (r["model"], r["metric"], r["category"]) == ("tuned", "reward", "all"))
+    (change,) = (r for r in results["changes"] if (r["metric"], r["category"]) == ("reward", "all"))
+    assert mean["mean"] == pytest.approx(by_hand["tuned"]) and change["change"] == pytest.approx(by_hand["tuned"] - by_hand["base"])
+    trained = json.loads((run / "evaluation.json").read_text())
+    keys = ("count", "before", "after", "change", "low", "high")
+    for ours, theirs in zip(trained, results["changes"], strict=True):
+        assert [ours[key] for key in keys] == pytest.approx([theirs[key] for key in keys], abs=1e-5), "the run's own table agrees"
+    assert all(row["low"] <= row["change"] <= row["high"] for row in results["changes"] if row["low"] is not None)
+    page = (whole / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page must stand alone"
+
+
+def test_scores_of_other_settings_or_weights_are_never_mixed(run, tmp_path):
+    config, folder = load(run / "config.yaml", ["evaluation.samples=4"]), tmp_path / "eval"
+    run_evaluation(config, [BASE], folder)
+    before = contents(folder / "base")
+    run_evaluation(config, [BASE, Model("tuned", run)], folder)
+    assert contents(folder / "base") == before
+    with pytest.raises(ValueError, match=r"another evaluation \(settings differ\): choose another --out, or pass --overwrite"):
+        run_evaluation(load(run / "config.yaml", ["evaluation.samples=4", "rollout.num_steps=5"]), [BASE], folder)
+    with pytest.raises(ValueError, match=r"another evaluation \(sha256 differ\)"):
+        run_evaluation(config, [Model("base", run)], folder)
+    run_evaluation(load(run / "config.yaml", ["evaluation.samples=4", "rollout.num_steps=5"]), [BASE], folder, overwrite=True)
+    assert contents(folder / "base") != before
+    (tmp_path / "mine" / "base").mkdir(parents=True)
+    (tmp_path / "mine" / "base" / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds no scores"):
+        run_evaluation(config, [BASE], tmp_path / "mine", overwrite=True)
+
+
+def test_models_are_named_after_their_folders_or_as_told():
+    assert name_models(["runs/a", "b=runs/x"]) == [BASE, Model("a", Path("runs/a")), Model("b", Path("runs/x"))]
+    with pytest.raises(ValueError, match="two models are called 'a'"):
+        name_models(["runs/a", "other/a"])
+    with pytest.raises(ValueError, match="cannot be a folder's name"):
+        name_models(["a/b=runs/x"])
+
+
+def test_the_command_scores_a_run_by_its_folder(run, tmp_path):
+    result = CliRunner().invoke(app, ["eval", str(run), "--out", str(tmp_path / "eval"), "evaluation.samples=4", "evaluation.batch_size=2"])
+    assert result.exit_code == 0, result.output
+    assert "small against base" in result.output and "diversity" in result.output and (tmp_path / "eval" / "report.html").is_file()
+    result = CliRunner().invoke(app, ["eval", str(run), "--weights", str(tmp_path), "--out", str(tmp_path / "other")])
+    assert isinstance(result.exception, FileNotFoundError) and "pass the folder of a finished run" in str(result.exception)

@@ -1,0 +1,174 @@
+"""GenEval's judgement: known boxes give the verdict that its rules say, and a real detector class fits in."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny_rewards import clip_folder
+from tokenizers.processors import TemplateProcessing
+from transformers import BatchFeature
+
+from flowbp.config import GenEvalConfig
+from flowbp.data import load_prompts
+from flowbp.geneval import ClipColours, Detection, GenEval, Requirement, TransformersDetector, crop, faults, load_geneval, relations
+from flowbp.shapes.models import build_tokenizer
+
+DOG, BENCH = (0, 0, 10, 10), (40, 0, 50, 10)
+
+
+def requirement(tag="position", include=(), exclude=()):
+    return Requirement.parse({"tag": tag, "prompt": "p", "include": list(include), "exclude": list(exclude)})
+
+
+def dog_and_bench(relation):
+    return [{"class": "bench", "count": 1}, {"class": "dog", "count": 1, "position": [relation, 0]}]
+
+
+def found(**boxes):
+    return {name: [Detection(box, 0.95 - 0.01 * i) for i, box in enumerate(listed)] for name, listed in boxes.items()}
+
+
+@pytest.mark.parametrize(
+    ("a", "expected"),
+    [
+        ((0, 40, 10, 50), {"left of"}),
+        ((80, 40, 90, 50), {"right of"}),
+        ((40, 0, 50, 10), {"above"}),
+        ((40, 80, 50, 90), {"below"}),
+        ((0, 0, 10, 10), {"left of", "above"}),
+        ((41, 41, 51, 51), set()),  # within a tenth of both sizes
+        ((40, 40, 50, 50), set()),
+    ],
+)
+def test_relations_are_those_of_the_centres_less_a_tenth_of_the_sizes(a, expected):
+    assert relations(a, (40, 40, 50, 50)) == expected
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "boxes", "right"),
+    [
+        ([{"class": "dog", "count": 2}], [], {"dog": [DOG, BENCH]}, True),
+        ([{"class": "dog", "count": 2}], [], {"dog": [DOG]}, False),
+        ([{"class": "dog", "count": 2}], [{"class": "dog", "count": 3}], {"dog": [DOG, BENCH]}, True),
+        ([{"class": "dog", "count": 2}], [{"class": "dog", "count": 3}], {"dog": [DOG, BENCH, DOG]}, False),
+        ([{"class": "dog", "count": 1}, {"class": "bench", "count": 1}], [], {"dog": [DOG]}, False),
+        (dog_and_bench("left of"), [], {"dog": [DOG], "bench": [BENCH]}, True),
+        (dog_and_bench("above"), [], {"dog": [DOG], "bench": [BENCH]}, False),
+        (dog_and_bench("left of"), [], {"dog": [DOG]}, False),
+        (dog_and_bench("left of"), [], {"dog": [DOG, (90, 0, 99, 10)], "bench": [BENCH]}, True),  # the most confident dog alone is asked
+        ([{"class": "dog", "count": 1, "color": "red"}], [], {"dog": [DOG]}, True),
+        ([{"class": "dog", "count": 1, "color": "blue"}], [], {"dog": [DOG]}, False),
+        ([{"class": "dog", "count": 2, "color": "red"}], [], {"dog": [DOG, BENCH]}, False),
+    ],
+)
+def test_known_boxes_give_the_known_verdict(include, exclude, boxes, right):
+    by_place = {DOG: "red", BENCH: "green"}
+    wrong = faults(requirement("t", include, exclude), found(**boxes), lambda objects, name: [by_place[d.box] for d in objects])
+    assert (not wrong) == right, wrong
+
+
+def test_counting_asks_for_more_confidence_than_the_other_tags():
+    def detect(image, classes):
+        return {"dog": [Detection(DOG, 0.5)]}
+
+    prompts = {tag: requirement(tag, [{"class": "dog", "count": 1}]) for tag in ("counting", "single_object")}
+    assert GenEval(prompts, detect, None)(torch.zeros(2, 3, 8, 8), ["counting", "single_object"]).tolist() == [0.0, 1.0]
+    with pytest.raises(ValueError, match="no GenEval metadata for the prompt 'a cat'"):
+        GenEval(prompts, detect, None)(torch.zeros(1, 3, 8, 8), ["a cat"])
+
+
+@pytest.mark.parametrize(
+    ("clause", "says"),
+    [
+        ({"color": "beige"}, "colour 'beige'"),
+        ({"position": ["behind", 0]}, "position .'behind', 0"),
+        ({"position": ["above", 1]}, "earlier clause"),
+    ],
+)
+def test_metadata_that_cannot_be_judged_is_refused(clause, says):
+    with pytest.raises(ValueError, match=says):
+        requirement("t", [{"class": "a", "count": 1}, {"class": "dog", "count": 1} | clause])
+
+
+class MeanColour:
+    """A CLIP whose space is RGB: an image lies at its mean colour, a text at the colour that it names."""
+
+    RGB = {"red": (1.0, 0, 0), "blue": (0, 0, 1.0), "green": (0, 1.0, 0), "yellow": (1.0, 1.0, 0), "white": (1.0, 1.0, 1.0)}
+    device, dtype, model = "cpu", torch.float32, property(lambda self: self)
+
+    def preprocess(self, images):
+        return images.mean(dim=(2, 3))
+
+    def get_image_features(self, pixel_values):
+        return SimpleNamespace(pooler_output=pixel_values)
+
+    def tokenizer(self, lines, **_):
+        found = [next((rgb for name, rgb in self.RGB.items() if f"a {name}" in line), (-1.0, -1.0, -1.0)) for line in lines]
+        return BatchFeature({"colours": torch.tensor(found)})
+
+    def get_text_features(self, colours):
+        return SimpleNamespace(pooler_output=colours)
+
+
+def test_a_colour_is_that_of_the_crop_with_all_but_the_object_greyed():
+    image = torch.zeros(3, 16, 16)
+    image[2, :8], image[0, 8:], image[1, 12:] = 1.0, 1.0, 1.0  # blue above, red and then yellow below
+    lower_right = np.zeros((16, 16), dtype=bool)
+    lower_right[12:, 8:] = True
+    boxes = [Detection((0, 0, 16, 8), 1.0), Detection((2, 8, 9, 11.5), 1.0), Detection((0, 0, 16, 16), 1.0, lower_right)]
+    assert ClipColours(MeanColour())(image, boxes, "dog") == ["blue", "red", "white"]
+    small = Detection((8, 12, 16, 16), 1.0, lower_right)
+    assert ClipColours(MeanColour())(image, [small], "dog") == ["yellow"]
+    assert crop(image, Detection((20, -3, 20, -3), 1.0)).shape == (3, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """The folder of a tiny OWLv2 of random weights."""
+    from transformers import Owlv2Config, Owlv2ForObjectDetection
+    from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("owl")
+    tokenizer = build_tokenizer()
+    tower = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    text = tower | dict(vocab_size=len(tokenizer), max_position_embeddings=16) | ends
+    config = Owlv2Config(text_config=text, vision_config=tower | dict(image_size=32, patch_size=8), projection_dim=32)
+    torch.manual_seed(0)
+    Owlv2ForObjectDetection(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Owlv2ImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+def without_start_token(detector):
+    """OWL takes a first token of 0 for padding, and this vocabulary starts its texts with 0."""
+    detector.find.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    return detector
+
+
+def test_a_detector_of_transformers_judges_prompts_from_the_metadata_file(detector, tmp_path):
+    lines = [
+        {"tag": "single_object", "prompt": "a circle", "include": [{"class": "circle", "count": 1, "color": "red"}], "exclude": []},
+        {"tag": "counting", "prompt": "two stars", "include": [{"class": "star", "count": 2}], "exclude": [{"class": "star", "count": 3}]},
+    ]
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert [tuple(prompt) for prompt in load_prompts(str(path))] == [("a circle", "single_object"), ("two stars", "counting")]
+    images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    detected = without_start_token(TransformersDetector(detector))(images[0], ["circle", "star"])
+    assert (
+        set(detected) == {"circle", "star"}
+        and all(len(d.box) == 4 and 0 <= d.score <= 1 for d in detected["circle"])
+        and detected["circle"]
+    )
+    clip = str(clip_folder(tmp_path / "clip"))
+    strict = load_geneval(GenEvalConfig(detector=detector, colours=clip, threshold=1.0, counting_threshold=1.0), str(path))
+    assert strict(images, ["a circle", "two stars"]).tolist() == [0.0, 0.0]
+    assert strict.faults(images[1], "two stars") == ["0 star, 2 wanted"]
+    lax = load_geneval(GenEvalConfig(detector=detector, colours=clip, threshold=0.0, counting_threshold=0.0), str(path))
+    without_start_token(lax.detect)
+    assert lax.faults(images[1], "two stars") == ["16 star, fewer than 3 wanted"]
+    assert set(lax(images, ["a circle", "two stars"]).tolist()) <= {0.0, 1.0}

@@ -1,0 +1,99 @@
+"""A comparison of runs says when it is none: every difference is the point, unfair, or shown to change nothing."""
+
+import json
+import re
+import shutil
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from flowbp.cli import app
+from flowbp.config import dump, load
+from flowbp.evaluation import Scores
+from flowbp.run_comparison import IMAGES_A_STEP, compare_runs, contrast, short_names
+
+
+def configs(*overrides):
+    return [yaml.safe_load(dump(load("demo", each))) for each in ([], *overrides)]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("data.batch_size=16", IMAGES_A_STEP),
+        ("data.accumulate=2", IMAGES_A_STEP),
+        ("guidance.scale=3.5", "guidance.scale"),
+        ("guidance.detach_negative=false", "guidance.detach_negative"),
+        ("rollout.height=64", "rollout.height"),
+        ("rollout.num_steps=25", "rollout.num_steps"),
+        ("steps=100", "steps"),
+        ("seed=1", "seed"),
+        ("evaluation.prompts=shapes:dev", "evaluation.prompts"),
+        ("evaluation.seed=1", "evaluation.seed"),
+        ("backbone.dtype=bfloat16", "backbone.dtype"),
+        ("reward.model=shapes-monitor", "reward.model"),
+        ("reward.smooth=null", "reward.smooth.copies"),
+        ("optimizer.lr=1e-5", "optimizer.lr"),
+        ("tuning.rank=4", "tuning.rank"),
+    ],
+)
+def test_what_reaches_weights_or_scores_is_unfair(override, key):
+    found = contrast(configs([override]))
+    assert key in found.unfair and not found.point and found.unfair[key][1]
+
+
+def test_the_method_is_the_point_and_bookkeeping_changes_nothing():
+    found = contrast(
+        configs(["method.name=leapalign", "output=elsewhere", "checkpoint_every=7", "data.batch_size=16", "data.accumulate=2"])
+    )
+    assert not found.unfair, "16 x 2 images a step are the 32 x 1 of the other run"
+    assert found.point["method.name"] == ["flowbp-lagrange", "leapalign"] and all(key.startswith("method.") for key in found.point)
+    assert set(found.bookkeeping) == {"output", "checkpoint_every", "data.batch_size", "data.accumulate"}
+
+
+@pytest.fixture(scope="module")
+def other(run, tmp_path_factory):
+    """A copy of the run that claims another method and guidance, and scores .1 more at every sample."""
+    folder = tmp_path_factory.mktemp("others") / "other"
+    shutil.copytree(run, folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["method"], config["guidance"]["scale"] = {"name": "refl", "last_n": 2}, 4.0
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    scores = Scores.read_csv(folder / "scores_after.csv")
+    scores.values["reward"] += 0.1
+    scores.write_csv(folder / "scores_after.csv")
+    return folder
+
+
+def test_the_command_compares_pair_by_pair_and_warns(run, other, tmp_path):
+    result = CliRunner().invoke(app, ["compare", str(run), str(other), "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "not a fair comparison" in result.output and "guidance.scale" in result.output
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    (reward,) = (row for row in found["changes"] if (row["metric"], row["category"]) == ("reward", "all"))
+    assert reward["change"] == pytest.approx(0.1, abs=1e-5) and reward["low"] > 0.09
+    assert found["point"]["method.name"] == ["draft-lv", "refl"] and list(found["unfair"]) == ["guidance.scale"]
+    page = (tmp_path / "comparison.html").read_text()
+    assert "Not a fair comparison" in page and not re.findall(r'(?:src|href)="(?!data:)', page)
+
+
+def test_an_unfinished_run_and_other_samples_are_named(run, other, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(other, copy)
+    (copy / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().splitlines()[0] + "\n")
+    table = (copy / "scores_after.csv").read_text().splitlines()
+    (copy / "scores_after.csv").write_text("\n".join(table[:5]) + "\n")
+    found = compare_runs([run, copy, other], tmp_path / "out")
+    assert found["warnings"] == ["copy has taken 1 of 2 steps", "copy was scored on other prompts or seeds than small: no paired test"]
+    assert {row["run"] for row in found["changes"]} == {"other"}
+
+
+def test_runs_are_named_by_as_much_of_their_paths_as_tells_them_apart(tmp_path):
+    assert short_names([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
+    with pytest.raises(ValueError, match="compared with itself"):
+        short_names([tmp_path / "a", tmp_path / "a"])
+    with pytest.raises(FileNotFoundError, match="holds no config.yaml"):
+        compare_runs([tmp_path, tmp_path / "other"], tmp_path)
+    with pytest.raises(ValueError, match="two runs or more"):
+        compare_runs([tmp_path], tmp_path)

@@ -1,0 +1,139 @@
+"""The sentinel sees over-optimisation, leaves training as it is, and decides alike after a kill."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowbp import checkpoint
+from flowbp.config import ConfigError, dump, load
+from flowbp.data import Prompt
+from flowbp.evaluation import Scores
+from flowbp.sentinel import best_step, exhausted, warnings
+from flowbp.trainer import Trainer, train
+
+N = 60
+
+
+def history(**curves):
+    """Scores of the same samples at steps 0, 50, 100, ... whose means are those of `curves`, with a luck that each seed keeps."""
+    rng = np.random.default_rng(0)
+    prompts, seeds, luck = [Prompt(str(i)) for i in range(N)], list(range(N)), rng.normal(size=N)
+    found = {}
+    for i, means in enumerate(zip(*curves.values(), strict=True)):
+        noise = rng.normal(size=(len(means), N))
+        noise -= noise.mean(axis=1, keepdims=True)
+        found[50 * i] = Scores(prompts, seeds, {k: m + luck - luck.mean() + 0.1 * e for k, m, e in zip(curves, means, noise, strict=True)})
+    return found
+
+
+def test_a_reward_that_rises_while_a_monitor_falls_is_named_with_the_step():
+    (line,) = warnings(history(reward=[0, 1, 2, 3], monitor=[0, 1, 0.6, 0.5]), ["reward"], ["monitor"])
+    assert line.startswith("over-optimised: from step 50 to 150 the trained reward rose by +2.000") and "monitor fell by -0.500" in line
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [
+        {"reward": [0, 1, 2], "monitor": [0, 1, 2]},
+        {"reward": [0, 1, 0.5], "monitor": [0, 1, 0.5]},  # both fell: the run is bad, the reward is not exploited
+        {"reward": [0, 1, 2], "monitor": [0, 1, 0.999]},  # within the interval
+        {"reward": [0], "monitor": [0]},
+    ],
+)
+def test_a_run_without_that_is_not_accused(curves):
+    assert warnings(history(**curves), ["reward"], ["monitor"]) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "end", "warned"),
+    [("diversity", 8, False), ("diversity", 7, True), ("diversity", 13, False), ("saturation", 16, True), ("high_frequency", 14, False)],
+)
+def test_image_statistics_warn_beyond_their_limit_and_in_their_direction(metric, end, warned):
+    found = warnings(history(**{"reward": [0, 1], metric: [10, end + 0.01]}), ["reward"], [])
+    assert bool(found) == warned and all(line.startswith(f"{metric} changed by") for line in found)
+
+
+def test_the_best_step_is_the_first_of_the_highest_and_patience_counts_from_it():
+    seen = history(monitor=[0, 2, 1, 2 - 1e-9, 1.5])
+    assert best_step(seen, "monitor") == 50
+    assert [exhausted(seen, "monitor", patience) for patience in (2, 3, 4)] == [True, True, False]
+    assert not exhausted({}, "monitor", 1)
+
+
+PERIODIC = ["evaluation.every=1", "evaluation.best=monitor", "evaluation.validation_samples=4", "evaluation.validation_prompts=shapes:dev"]
+SMALL = [
+    "data.batch_size=2",
+    "rollout.num_steps=4",
+    "checkpoint_every=2",
+    "method.name=draft-lv",
+    "evaluation.samples=4",
+    "evaluation.grid=4",
+]
+
+
+def weights(folder):
+    return load_file(folder / checkpoint.LORA)
+
+
+def test_watching_leaves_training_bit_identical_and_resumes_exactly(tmp_path):
+    blind = train(load("demo", [f"output={tmp_path / 'blind'}", "steps=3", *SMALL]))
+    whole = train(load("demo", [f"output={tmp_path / 'whole'}", "steps=3", *SMALL, *PERIODIC]))
+    expected = weights(blind)
+    assert all(expected[key].equal(value) for key, value in weights(whole).items()), "watching changed the training"
+    losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (blind, whole)]
+    assert losses[0] == losses[1]
+
+    broken = load("demo", [f"output={tmp_path / 'broken'}", "steps=3", *SMALL, *PERIODIC])
+    checkpoint.open_run(broken.output, dump(broken), overwrite=False)
+    killed = Trainer(broken)
+    step, kill_at = killed.step, 2
+    killed.step = lambda i: step(i) if i < kill_at else pytest.fail("killed")
+    with pytest.raises(pytest.fail.Exception):
+        killed.run()
+    stale = broken.output / "validation" / "step-000003.safetensors"  # as if seen after the checkpoint, before the kill
+    shutil.copy(whole / "validation" / "step-000000.safetensors", stale)
+    train(broken, resume=True)
+    names = [f"validation/step-{i:06d}.safetensors" for i in range(4)] + ["validation.json"]
+    assert [name for name in names if (whole / name).read_bytes() != (broken.output / name).read_bytes()] == []
+    for folder in (".", "best"):
+        assert all(weights(whole / folder)[key].equal(value) for key, value in weights(broken.output / folder).items())
+    best = json.loads((whole / "validation.json").read_text())["best"]
+    assert best == max(range(4), key=lambda i: load_file(whole / "validation" / f"step-{i:06d}.safetensors")["monitor"].mean().item())
+    assert "Held-out prompts during training" in (whole / "report.html").read_text()
+
+
+def test_training_stops_when_patience_ends_and_stays_stopped(tmp_path, monkeypatch):
+    from flowbp import evaluation
+
+    def falling(*arguments):
+        falling.calls += 1
+        prompts = arguments[1].prompts
+        now = np.full(len(prompts), float(falling.calls))
+        values = {"reward": now, "monitor": -now, "checker": 0 * now}
+        return Scores(prompts, arguments[1].seeds, values, torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
+
+    falling.calls = 0
+    config = load("demo", [f"output={tmp_path / 'run'}", "steps=9", *SMALL, *PERIODIC, "evaluation.patience=2"])
+    monkeypatch.setattr(evaluation, "evaluate", falling)
+    train(config)
+    train(config, resume=True)
+    assert len((config.output / "metrics.jsonl").read_text().splitlines()) == 2
+    found = json.loads((config.output / "validation.json").read_text())
+    assert found["stopped"] and found["best"] == 0 and "over-optimised" in found["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["evaluation.best=monitor"], "best=monitor needs every"),
+        (["evaluation.every=1", "evaluation.best=reward"], "unknown held-out metric for evaluation.best 'reward'"),
+        (["evaluation.every=1", "evaluation.patience=2"], "patience=2 needs best"),
+    ],
+)
+def test_a_best_step_needs_a_held_out_metric(overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        load("demo", overrides)
