@@ -81,7 +81,7 @@ class Report:
     def curve_titles(self) -> dict[str, str]:
         """Metric -> title of its panel: what was trained on, the optimisation, and the monitors."""
         trained = {name: f"training {name}" for name in self.config.reward}
-        return trained | CURVES | {d.metric: d.metric for d in self.differences if d.metric not in trained}
+        return trained | CURVES | {d["metric"]: d["metric"] for d in self.differences if d["metric"] not in trained}
 
 
 def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], scores: Mapping[str, Scores]) -> None:
