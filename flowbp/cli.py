@@ -1,7 +1,8 @@
-"""The command line: train, sample, export, eval, compare, plan, rewards, doctor, bench."""
+"""The command line: train, presets, sample, export, eval, compare, plan, rewards, doctor, bench."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -199,32 +200,31 @@ def rewards(name: Annotated[str | None, typer.Argument(help="tell more of one re
 @app.command()
 def presets(name: Annotated[str | None, typer.Argument(help="print this one as a config")] = None) -> None:
     """List the presets, or print one as a config to start from."""
-    from flowbp.config import dump, load, merge
-    from flowbp.presets import layers, names
+    from flowbp.config import dump, load
+    from flowbp.presets import names
 
     if name is not None:
         typer.echo(dump(load(name)), nl=False)
         return
-    table = Table("preset", "reward", "batch", "guidance", "method's values", title="flowbp train PRESET, flowbp presets PRESET")
+    table = Table(title="flowbp train PRESET; defaults are left out, flowbp presets PRESET prints all")
+    table.add_column("preset", no_wrap=True)
+    for column in ("batch", "guidance", "method"):
+        table.add_column(column)
     for preset in names():
-        values: dict = {}
-        for layer in layers(preset):
-            merge(values, layer)
-        method = {key: value for key, value in values["method"].items() if key != "name"}
-        table.add_row(preset, values["reward"]["name"], str(values["data"]["batch_size"]), _in_line(values["guidance"]), _in_line(method))
+        run = load(preset)
+        guidance, method = non_defaults(run.guidance), non_defaults(run.method)
+        table.add_row(preset, str(run.data.batch_size), guidance, method, end_section=preset.endswith("/flowbp-lagrange"))
     console.print(table)
 
 
-def _in_line(values: dict) -> str:
-    """Keys and values on one line, those of a nested mapping in brackets; switches by name when they are on."""
+def non_defaults(built) -> str:
+    """The fields of a dataclass that differ from its defaults, on one line; a nested one by its class and its own."""
     shown = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            shown.append(f"{key} ({_in_line(value)})")
-        elif value is True:
-            shown.append(key)
-        elif value is not False:
-            shown.append(f"{key} {value}")
+    for field in dataclasses.fields(built):
+        value, default = getattr(built, field.name), field.default
+        if value != default:
+            nested = f"{type(value).__name__}({non_defaults(value)})" if dataclasses.is_dataclass(value) else value
+            shown.append(f"{field.name} {nested}")
     return ", ".join(shown)
 
 

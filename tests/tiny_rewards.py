@@ -286,6 +286,7 @@ def hpsv3_folder(folder):
         state[f"rm_head.{place}.weight"] = torch.randn(outputs, inputs, generator=rng) * inputs**-0.5
         state[f"rm_head.{place}.bias"] = torch.randn(outputs, generator=rng)
     save_file(state, folder / "HPSv3.safetensors")
+    (folder / "instruction.txt").write_text("Rate {prompt}: <|Reward|> END")
     model.config.text_config.vocab_size -= 1  # the base does not know the reward token
     model.config.save_pretrained(folder)
     return folder
@@ -296,6 +297,7 @@ def unifiedreward_folder(folder):
 
     vision = dict(hidden_size=32, out_hidden_size=32, intermediate_size=48, fullatt_block_indexes=[1])
     qwen_model(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, qwen_tokenizer(folder), **vision).save_pretrained(folder)
+    (folder / "instruction.txt").write_text("Rate {prompt}")
     return folder
 
 

@@ -1,6 +1,6 @@
 """HPSv3 (Ma et al. 2025, arXiv 2508.03789): Qwen2-VL-7B reads instruction, prompt and image; a head rates them at a special token.
 
-Instruction (MIT licence, MizzenAI), key names and head shape are from the published source; the real checkpoint was not loaded here.
+Key names and head shape are from the published source; the real checkpoint was not loaded here.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ __all__ = ["HPSv3"]
 class HPSv3:
     """The mean mu of the head's (mu, sigma), about 0 to 15.
 
-    model: a folder with HPSv3.safetensors; base: a folder with config and tokenizer of Qwen2-VL-7B-Instruct. The picture is resized to
-    about 448 x 448 pixels (256 tokens). Positions count up through text and image alike, since the published code, which trained the
-    model, hands none to the language model; Qwen2-VL's own would be two-dimensional inside the image.
+    model: a folder with HPSv3.safetensors and instruction.txt (see `qwen.instruction`); base: a folder with config and tokenizer of
+    Qwen2-VL-7B-Instruct. The picture is resized to about 448 x 448 pixels (256 tokens). Positions count up through text and
+    image alike, since the published code, which trained the model, hands none to the language model; Qwen2-VL's own would be
+    two-dimensional inside the image.
     """
 
     PIXELS = 256 * 28 * 28
@@ -31,6 +32,7 @@ class HPSv3:
     def __init__(self, model: str | Path, base: str | Path, device: str = "cpu", dtype: str = "bfloat16"):
         from transformers import AddedToken, AutoConfig, AutoTokenizer, Qwen2VLModel
 
+        self.instruction = instruction(model, "the code of HPSv3 (github.com/MizzenAI/HPSv3)", self.REWARD_TOKEN)
         state, dtype = read_state_dict(model, "HPSv3"), getattr(torch, dtype)
         self.head = reward_head(state, dtype).to(device)
         renamed = {rename(key): value for key, value in state.items() if not key.startswith(("lm_head.", "rm_head."))}
@@ -46,7 +48,6 @@ class HPSv3:
                 f"the tokenizer of {base} puts {self.REWARD_TOKEN} at {self.reward_id}, the checkpoint at "
                 f"{config.text_config.vocab_size - 1}: pass the tokenizer of Qwen2-VL-7B-Instruct"
             )
-        self.instruction = instruction("hpsv3")
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         texts = [self.instruction.replace("{prompt}", prompt) for prompt in prompts]

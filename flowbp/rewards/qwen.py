@@ -7,7 +7,7 @@ token of the language model; a still image stands for two equal frames.
 from __future__ import annotations
 
 import math
-from importlib.resources import files
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -56,9 +56,23 @@ def conversation(text: str, image_tokens: int, answer: str = "") -> str:
     )
 
 
-def instruction(name: str) -> str:
-    """The instruction a model was trained with, {prompt} in place of the caption. Its wording and blanks are part of the model."""
-    return (files("flowbp.rewards") / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
+def instruction(folder: str | Path, published: str, *needed: str) -> str:
+    """The text of instruction.txt in `folder`: what the model was trained to be asked, {prompt} in place of the caption.
+
+    Wording and blanks are part of the model as its weights are, and belong to its authors: the file is the user's to fetch from where it is
+    published. Raises FileNotFoundError when it is absent, ValueError when {prompt} or one of `needed` does not stand in it once.
+    """
+    path = Path(folder, "instruction.txt")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: the text that the model was trained to be asked, with {{prompt}} where the caption goes. It is published "
+            f"in {published}; save it there, blanks and line ends included (not in the Hub's cache: name a folder of your own as model=)"
+        )
+    text = path.read_text(encoding="utf-8")
+    for mark in ("{prompt}", *needed):
+        if text.count(mark) != 1:
+            raise ValueError(f"{path} must hold {mark} once, and holds it {text.count(mark)} times")
+    return text
 
 
 def inputs(

@@ -1,6 +1,6 @@
 """UnifiedReward 2.0 (Wang et al. 2025, arXiv 2503.05236): a Qwen2.5-VL that writes ratings; here, their expected value.
 
-Instruction and answer format are from the published source; the real checkpoint was not loaded here.
+The answer format is from the published source; the real checkpoint was not loaded here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class UnifiedReward:
     sum_d d p(d) over the first digits d = 1 ... 5, renormalised: differentiable, and less fine than the written number. Alignment comes
     first in the answer, so nothing has to be made up before it.
 
-    model: a folder with a Qwen2-VL or Qwen2.5-VL checkpoint and its tokenizer.
+    model: a folder with a Qwen2-VL or Qwen2.5-VL checkpoint, its tokenizer, and instruction.txt (see `qwen.instruction`).
     """
 
     MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 16384 * 28 * 28
@@ -31,6 +31,7 @@ class UnifiedReward:
     def __init__(self, model: str | Path, device: str = "cpu", dtype: str = "bfloat16"):
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+        self.instruction = instruction(model, "the code of UnifiedReward (github.com/CodeGoat24/UnifiedReward)")
         kind = AutoConfig.from_pretrained(model, local_files_only=True).model_type
         if kind not in ("qwen2_vl", "qwen2_5_vl"):
             raise ValueError(f"{model} is a {kind}; this reward reads a qwen2_vl or qwen2_5_vl")
@@ -38,7 +39,6 @@ class UnifiedReward:
         self.model.to(device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         self.digits = self.tokenizer.convert_tokens_to_ids(list("12345"))
-        self.instruction = instruction("unifiedreward")
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         texts = [self.instruction.replace("{prompt}", prompt) for prompt in prompts]

@@ -1,15 +1,13 @@
 import pytest
 import tiny_rewards
 
-from flowbp.rewards import hpsv3, unifiedreward
+from flowbp.rewards.hpsv3 import HPSv3
 
 
 @pytest.fixture(autouse=True)
-def short_and_small(monkeypatch):
-    """The instructions run to thousands of the tiny tokenizer's tokens, and HPSv3's pictures to 256: cut both."""
-    monkeypatch.setattr(hpsv3, "instruction", lambda name: "Rate {prompt}: <|Reward|> END")
-    monkeypatch.setattr(hpsv3.HPSv3, "PIXELS", 6 * 28 * 28)
-    monkeypatch.setattr(unifiedreward, "instruction", lambda name: "Rate {prompt}")
+def small_pictures(monkeypatch):
+    """HPSv3's pictures take 256 tokens: cut them to 6."""
+    monkeypatch.setattr(HPSv3, "PIXELS", 6 * 28 * 28)
 
 
 @pytest.fixture(scope="session")

@@ -193,10 +193,13 @@ def test_a_prompt_with_hpsv3s_own_mark_is_refused(folders):
         load_reward("hpsv3", str(folders["hpsv3"]))(images(), ["a <|Reward|>", "b"])
 
 
-def test_the_instructions_hold_what_their_models_look_for():
-    assert instruction("hpsv3").count("{prompt}") == instruction("hpsv3").count("<|Reward|>") == 1
-    assert instruction("hpsv3").startswith("\nYou are tasked") and instruction("hpsv3").endswith("<|Reward|>\n\nEND\n")
-    assert "Alignment Score (1-5): X" in instruction("unifiedreward") and instruction("unifiedreward").endswith("Text Caption: [{prompt}]")
+def test_an_instruction_is_the_users_to_fetch_and_is_checked(tmp_path):
+    with pytest.raises(FileNotFoundError, match="instruction.txt is missing.*published in the code of"):
+        instruction(tmp_path, "the code of the model")
+    (tmp_path / "instruction.txt").write_text("Rate {prompt}")
+    assert instruction(tmp_path, "the code of the model") == "Rate {prompt}"
+    with pytest.raises(ValueError, match=re.escape("must hold <|Reward|> once, and holds it 0 times")):
+        instruction(tmp_path, "the code of the model", "<|Reward|>")
 
 
 @pytest.mark.parametrize("key", ["visual.proj", "ln_final.bias", "visual.transformer.resblocks.0.mlp.c_fc.weight"])
