@@ -313,7 +313,3 @@ def bench(context: typer.Context) -> None:
     from flowbp_kernels.bench import main as run
 
     run(context.args)
-
-
-if __name__ == "__main__":  # torchrun -m flowbp.cli, accelerate launch -m flowbp.cli
-    main()

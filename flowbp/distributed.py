@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +26,12 @@ from torch.utils._pytree import tree_map
 from flowbp.backbones import Backbone
 from flowbp.guidance import Conditioning
 
-__all__ = ["Ranks", "VelocityModule", "full", "gathered", "laid_out_as"]
+__all__ = ["Ranks", "VelocityModule", "full", "gathered", "laid_out_as", "process_state"]
+
+
+def process_state() -> PartialState:
+    """This process among those of the run. A CPU is asked for by name, or processes on CPUs would not know of one another."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 class VelocityModule(nn.Module):

@@ -22,13 +22,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowbp.backbones import Backbone
 from flowbp.console import progress_bar
+from flowbp.distributed import process_state
 from flowbp.guidance import Conditioning
 
 __all__ = ["EmbeddingCache", "default_cache", "embed_once", "encoder_hash"]
@@ -47,7 +47,7 @@ def embed_once(backbone: Backbone, prompts: Iterable[str], cache: Path | None = 
     The processes of a distributed run share the work. Raises OSError when the disk is too small.
     """
     embeddings = EmbeddingCache((cache or default_cache()) / "embeddings" / encoder_hash(backbone), backbone.denoiser.device)
-    state = PartialState()
+    state = process_state()
     texts = list(dict.fromkeys(["", *prompts]))
     embeddings.fill(backbone.encode, [""])
     share = texts[state.process_index :: state.num_processes]

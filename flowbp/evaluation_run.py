@@ -34,6 +34,7 @@ from flowbp.backbones import load_backbone
 from flowbp.config import ConfigError, RunConfig
 from flowbp.console import progress_bar
 from flowbp.data import load_prompts
+from flowbp.distributed import process_state
 from flowbp.embeddings import embed_once
 from flowbp.evaluation import Part, Samples, Scores, compare, draw_samples, join, score_chunk, scorers, summarise
 from flowbp.image_statistics import IMAGE_STATISTICS
@@ -81,7 +82,7 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
     prompts = load_prompts(config.evaluation.prompts)
     samples = draw_samples(prompts, config.evaluation)
     manifests = [manifest(config, samples, model) for model in models]
-    state = PartialState()
+    state = process_state()
     if state.is_main_process:
         for model, about in zip(models, manifests, strict=True):
             open_model(folder / model.name, about, overwrite)

@@ -25,7 +25,7 @@ from flowbp.backbones import Backbone, bind_velocity, check_guidance, load_backb
 from flowbp.config import ConfigError, OptimizerConfig, RunConfig, TuningConfig, dump
 from flowbp.console import progress_bar
 from flowbp.data import PromptStream, load_prompts, sample_seeds
-from flowbp.distributed import Ranks, full, laid_out_as
+from flowbp.distributed import Ranks, full, laid_out_as, process_state
 from flowbp.embeddings import embed_once
 from flowbp.methods import draw_plans
 from flowbp.objective import loss_factors, reward_gradient, sample_weights
@@ -66,8 +66,7 @@ class Trainer:
         periodic = config.evaluation is not None and config.evaluation.every is not None
         self.sentinel = Sentinel(config.evaluation, config.reward, config.output) if periodic else None
         torch.manual_seed(config.seed)  # LoRA's initial weights
-        cpu = not torch.accelerator.is_available()  # said, or processes that torchrun starts on CPUs would not know of one another
-        self.accelerator = Accelerator(cpu=cpu, log_with="tensorboard", project_dir=config.output)
+        self.accelerator = Accelerator(cpu=process_state().device.type == "cpu", log_with="tensorboard", project_dir=config.output)
         device = str(self.accelerator.device)
         self.backbone = backbone or load_backbone(**config.backbone.model_dump(), device=device)
         check_guidance(self.backbone, config.guidance)

@@ -55,7 +55,7 @@ def test_a_killed_evaluation_resumes_to_the_same_bytes(run, whole, tmp_path, mon
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_bytes_as_one(run, whole, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29731", "-m", "flowbp"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flowbp"]
     command = ["eval", str(run / "config.yaml"), "--weights", f"tuned={run}", "--out", str(tmp_path / "eval")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=300)
