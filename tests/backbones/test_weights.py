@@ -17,14 +17,14 @@ from flowbp.trainer import Trainer
 
 TOKENS = 48
 SETTINGS = [
-    "steps=2", "data.batch_size=2", "data.embeddings=live", "evaluation=null", "ema=null", "rollout={num_steps: 6, height: 32, width: 32}",
+    "steps=5", "data.batch_size=2", "data.embeddings=live", "evaluation=null", "ema=null", "rollout={num_steps: 6, height: 32, width: 32}",
     f"backbone.max_sequence_length={TOKENS}", "optimizer={lr: 1.0e-2, warmup: 0}", "reward.smooth=null", "tuning={rank: 2, alpha: 6}",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=TINY_PIPELINES)
 def trained(request, tmp_path_factory):
-    """(class name, method name) -> a trainer of the class after two steps of the method."""
+    """(class name, method name) -> a trainer of the class after five steps of the method."""
     name = request.param
     folder = tmp_path_factory.mktemp("pipelines") / name
     tiny_pipeline(name).save_pretrained(folder)
@@ -42,7 +42,7 @@ def trained(request, tmp_path_factory):
         with torch.no_grad():
             for key, parameter in run.parameters.items():
                 parameter.copy_(run.base[key])
-        for step in range(2):
+        for step in range(run.config.steps):
             row = run.step(step)
             assert not row["skipped"] and row["grad_norm"] > 0
         return run
