@@ -16,93 +16,28 @@ import json
 import statistics
 import sys
 import tempfile
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import diffusers
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from flowbp.architectures import ARCHITECTURES, IMAGE_TOWERS, ImageTower, build_backbone, image_tower  # noqa: E402
 from flowbp.backbones import BACKBONES  # noqa: E402
 from flowbp.backbones.tiny import tiny_pipeline  # noqa: E402
 from flowbp.config import RunConfig, build_method  # noqa: E402
 from flowbp.methods import METHODS  # noqa: E402
 from flowbp.performance import Phases, memory_mb  # noqa: E402
-from flowbp.rewards.preprocessing import fit_short_side, normalise  # noqa: E402
 from flowbp.trainer import Trainer  # noqa: E402
 from flowbp_kernels.bench import machine  # noqa: E402
 
 MODES = {"sweep": "always", "graph": "never"}
 PHASES = ("rollout", "reward", "sweep", "update")
-VAE = dict(
-    block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    layers_per_block=2, latent_channels=16, sample_size=1024, use_quant_conv=False, use_post_quant_conv=False,
-)  # fmt: skip
-KLEIN = dict(
-    patch_size=1, in_channels=128, attention_head_dim=128, timestep_guidance_channels=256, mlp_ratio=3.0, axes_dims_rope=(32,) * 4,
-    rope_theta=2000, eps=1e-6, guidance_embeds=False,
-)  # fmt: skip
-DYNAMIC_SHIFT = dict(use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A pipeline without text encoders: classes of diffusers, their arguments, and the shapes of a prompt's embeddings."""
-
-    pipeline: str
-    transformer: tuple[str, dict]
-    vae: tuple[str, dict]
-    scheduler: dict
-    text: dict[str, tuple[int, ...]]
-    guidance: dict[str, float]
-
-
-ARCHITECTURES = {
-    "sd3.5-medium": Architecture(
-        "StableDiffusion3Pipeline",
-        ("SD3Transformer2DModel", dict(
-            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
-            joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=384,
-            dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
-        )),
-        ("AutoencoderKL", VAE | dict(scaling_factor=1.5305, shift_factor=0.0609)),
-        dict(shift=3.0),
-        {"encoder_hidden_states": (333, 4096), "pooled_projections": (2048,)},
-        {"scale": 3.5},
-    ),
-    "flux.1-dev": Architecture(
-        "FluxPipeline",
-        ("FluxTransformer2DModel", dict(
-            patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
-            joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56),
-        )),
-        ("AutoencoderKL", VAE | dict(scaling_factor=0.3611, shift_factor=0.1159)),
-        DYNAMIC_SHIFT,
-        {"encoder_hidden_states": (512, 4096), "pooled_projections": (768,)},
-        {"embedded": 3.5},
-    ),
-    "flux.2-klein-base-4b": Architecture(
-        "Flux2KleinPipeline",
-        ("Flux2Transformer2DModel", KLEIN | dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680)),
-        ("AutoencoderKLFlux2", {}),
-        DYNAMIC_SHIFT,
-        {"encoder_hidden_states": (512, 7680)},
-        {"scale": 4.0},
-    ),
-    "flux.2-klein-base-9b": Architecture(
-        "Flux2KleinPipeline",
-        ("Flux2Transformer2DModel", KLEIN | dict(num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288)),
-        ("AutoencoderKLFlux2", {}),
-        DYNAMIC_SHIFT,
-        {"encoder_hidden_states": (512, 12288)},
-        {"scale": 4.0},
-    ),
-}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -132,7 +67,7 @@ def measure(name: str, method: dict, tuning: str, checkpointing: bool, recompute
     phases = Phases(memory=True)
     try:
         dtype = getattr(torch, config.backbone.dtype)
-        backbone, reward = random_backbone(name, options.device, dtype, tiny), RandomReward(options.device, dtype, tiny)
+        backbone, reward = random_backbone(name, options.device, dtype, tiny), random_reward(options.device, dtype, tiny)
         trainer = Trainer(config, backbone, reward)
         trainer.phases = phases
         trainer.step(0)
@@ -167,54 +102,16 @@ def run_config(name: str, method: dict, tuning: str, checkpointing: bool, recomp
 
 def random_backbone(name: str, device: str, dtype: torch.dtype, tiny: bool):
     """The backbone with random weights and random prompt embeddings, made on `device` in `dtype`."""
-    architecture = ARCHITECTURES[name]
-    if tiny:
-        return BACKBONES[architecture.pipeline](tiny_pipeline(architecture.pipeline).to(device, dtype), "float32", 48)
-    with made_on(device, dtype):
-        transformer, vae = (getattr(diffusers, kind)(**arguments) for kind, arguments in (architecture.transformer, architecture.vae))
-    parts = {"text_encoder": None, "tokenizer": None, "transformer": transformer, "vae": vae}
-    pipeline = getattr(diffusers, architecture.pipeline)
-    parts |= {key: None for key in ("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3") if key in signature(pipeline)}
-    pipe = pipeline(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**architecture.scheduler), **parts)
-    backbone = BACKBONES[architecture.pipeline](pipe)
-    backbone.encode = lambda prompts: {
-        key: torch.randn(len(prompts), *shape, device=device, dtype=dtype) for key, shape in architecture.text.items()
-    }
-    return backbone
+    if not tiny:
+        return build_backbone(ARCHITECTURES[name], device, dtype)
+    pipeline = ARCHITECTURES[name].pipeline
+    return BACKBONES[pipeline](tiny_pipeline(pipeline).to(device, dtype), "float32", 48)
 
 
-def signature(pipeline: type) -> set[str]:
-    return set(pipeline._get_signature_types())
-
-
-class RandomReward:
-    """The image half of a CLIP ViT-H/14 (the size of HPSv2 and PickScore) with random weights; every prompt embeds as one fixed vector."""
-
-    def __init__(self, device: str, dtype: torch.dtype, tiny: bool):
-        width, layers = (32, 2) if tiny else (1280, 32)
-        config = CLIPVisionConfig(
-            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 16 if tiny else 16,
-            image_size=56 if tiny else 224, patch_size=14, projection_dim=1024,
-        )  # fmt: skip
-        with made_on(device, dtype):
-            self.model = CLIPVisionModelWithProjection(config).eval().requires_grad_(False)
-            self.text = torch.randn(1024)
-
-    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        pixels = normalise(fit_short_side(images, self.model.config.image_size)).to(self.text.dtype)
-        return torch.cosine_similarity(self.model(pixels).image_embeds.float(), self.text.float(), dim=-1)
-
-
-@contextmanager
-def made_on(device: str, dtype: torch.dtype):
-    """Modules made in the block lie on `device` in `dtype` from the first."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)
+def random_reward(device: str, dtype: torch.dtype, tiny: bool) -> ImageTower:
+    """The image half of a CLIP ViT-H/14, the size of HPSv2 and PickScore."""
+    config = CLIPVisionConfig(**image_tower(32, 2, 2, 14, 56, projection=1024)) if tiny else IMAGE_TOWERS["hpsv2"]
+    return ImageTower(config, device, dtype)
 
 
 def table(report: dict) -> Table:

@@ -1,4 +1,4 @@
-"""The command line: train, presets, sample, export, eval, compare, plan, rewards, doctor, bench."""
+"""The command line: train, presets, estimate, sample, export, eval, compare, plan, rewards, doctor, bench."""
 
 from __future__ import annotations
 
@@ -56,6 +56,48 @@ def train(
         for line in json.loads((output / "validation.json").read_text())["warnings"]:
             console.print(f"[bold yellow]warning:[/] {line}", highlight=False)
     console.print(f"report: {(output / 'report.html').resolve()}", soft_wrap=True)
+
+
+@app.command()
+def estimate(
+    config: Annotated[str, typer.Argument(help="a YAML file, or a preset such as demo")],
+    overrides: Overrides = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="say whether it fits, and if not what does: 24GB, 24GiB or 80e9")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="GPUs of the run, one process each")] = 1,
+    json: Annotated[Path | None, typer.Option(help="write all numbers here")] = None,
+) -> None:
+    """Predict the peak memory and the cost of a training step. Needs no GPU and reads no weights."""
+    import json as writer
+
+    from flowbp import estimate as estimates
+    from flowbp.config import load
+
+    memory = None if gpu_memory is None else estimates.parse_size(gpu_memory)
+    found = estimates.estimate(load(config, overrides or ()), processes)
+    console.print(estimate_table(found, f"{config}, {processes} process{'es' if processes > 1 else ''}"))
+    console.print(
+        f"a step costs {found.relative_cost:.1f} x sampling its images: {sum(found.calls.values()):.0f} forward passes of "
+        f"{found.forward_flops / 1e12:.3g} TFLOP ({', '.join(f'{name} {count:.1f}' for name, count in found.calls.items())})",
+        highlight=False,
+    )
+    for note in found.notes:
+        console.print(f"[yellow]not counted:[/] {note}", highlight=False)
+    if json is not None:
+        json.write_text(writer.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+    if memory is None:
+        return
+    share = f"{found.peak / memory:.0%} of {gpu_memory}; {estimates.MARGIN:.0%} are left for what is not counted"
+    if found.fits(memory):
+        console.print(f"[green]fits:[/] {share}", highlight=False)
+        return
+    console.print(f"[red]does not fit:[/] {share}", highlight=False)
+    way_out = estimates.suggest(config, overrides or [], memory, processes)
+    if way_out is None:
+        console.print("nothing tried here makes it fit: take a smaller image, a smaller backbone or a larger GPU")
+        return
+    added, count, smaller = way_out
+    console.print(f"fits, at {smaller.peak / 1e9:.1f} GB and {smaller.relative_cost:.1f} x sampling, with", highlight=False)
+    console.print("  " + " ".join(added + ([f"  on {count} processes"] if count > processes else [])), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -252,6 +294,30 @@ def doctor() -> None:
     for name, runs, why in backend.report():
         table.add_row(f"kernels: {name}", f"{'runs' if runs else 'cannot run'}: {why}")
     console.print(table)
+
+
+def estimate_table(found, title: str) -> Table:
+    """Terms in gigabytes; what is always there, then what the parts of a step add, the largest in bold."""
+    table = Table("memory", "GB", title=title)
+    table.columns[1].justify = "right"
+    for name, size in found.resident.items():
+        if size:
+            table.add_row(name, _gigabytes(size))
+    table.add_section()
+    for name, size in found.working.items():
+        if size:
+            table.add_row(name, _gigabytes(size), style="dim")
+    table.add_section()
+    for name, size in found.phases.items():
+        table.add_row(f"in the {name}, above what is always there", _gigabytes(size), style="bold" if name == found.peak_phase else None)
+    table.add_section()
+    table.add_row(f"peak (in the {found.peak_phase})", _gigabytes(found.peak), style="bold")
+    table.caption = f"{found.trained:,} of {found.parameters:,} parameters trained" if found.trained <= found.parameters else None
+    return table
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3f}" if size < 1e9 else f"{size / 1e9:.1f}"
 
 
 def plan_table(drawn, sigmas, title: str) -> Table:

@@ -8,17 +8,20 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowbp.backbones import Backbone
 from flowbp.config import MemoryConfig, unknown
 
-__all__ = ["Phases", "compile_blocks", "memory_mb", "peak_memory_mb", "save_memory"]
+__all__ = ["LiveBytes", "Phases", "compile_blocks", "memory_mb", "peak_memory_mb", "save_memory"]
 
 
 def save_memory(backbone: Backbone, config: MemoryConfig) -> None:
@@ -97,3 +100,36 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of tensors, on any device, the meta device too: of those that exist and of all that the block makes.
+
+    alive  bytes of tensors that are alive now. peak  the most that were alive at once.
+    """
+
+    def __init__(self, existing: Iterable[Tensor] = ()):
+        super().__init__()
+        self.alive, self.peak, self._seen = 0, 0, {}
+        for tensor in existing:
+            self._count(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._seen or storage.nbytes() == 0:
+            return
+        size = storage.nbytes()
+        self._seen[key] = weakref.finalize(storage, self._release, key, size)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+    def _release(self, key: int, size: int) -> None:
+        self._seen.pop(key, None)
+        self.alive -= size

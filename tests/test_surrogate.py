@@ -1,19 +1,18 @@
 """The sweep: equal to its autograd graph for any plan, bounded in memory, sparing with network calls, and loud when nothing is learned."""
 
 import gc
-import weakref
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from toy import ToyField, toy_reward, toy_rollout, toy_sigmas, toy_velocity
 
 from flowbp.active_sets import stratified
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import METHODS, FlowBPSparse, LeapAlign, draw_plans
 from flowbp.objective import Objective, loss_factors, reward_gradient, sample_weights
+from flowbp.performance import LiveBytes
 from flowbp.plan import Bridge, PlanBatch, PosteriorMean, Similarity, SurrogatePlan
 from flowbp.replay import Recompute, spare_bytes
 from flowbp.surrogate import as_graph, backward, residuals, reward_input
@@ -265,36 +264,6 @@ def test_plans_drawn_for_each_sample_leave_the_expected_gradient_as_it_is():
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------------------
-
-
-class LiveBytes(TorchDispatchMode):
-    """Tracks the bytes of `existing` tensors and of all made inside the block; `peak` is the most that were alive at once."""
-
-    def __init__(self, existing):
-        super().__init__()
-        self.alive, self.peak, self._seen = 0, 0, {}
-        for tensor in existing:
-            self._count(tensor.untyped_storage())
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage):
-        key = storage._cdata
-        if key in self._seen or storage.nbytes() == 0:
-            return
-        size = storage.nbytes()
-        self._seen[key] = weakref.finalize(storage, self._release, key, size)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-
-    def _release(self, key, size):
-        self._seen.pop(key, None)
-        self.alive -= size
 
 
 class DeepField(torch.nn.Module):

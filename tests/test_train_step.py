@@ -51,4 +51,4 @@ def test_a_full_size_backbone_has_its_published_size_and_runs(name, parameters):
     x = torch.empty(1, *backbone.latent_shape(rows, columns), device="meta")
     conditioning = backbone.encode(["a"]) | ({"guidance": torch.ones(1, device="meta")} if backbone.embeds_guidance else {})
     assert backbone.velocity(x, torch.tensor(0.5, device="meta"), conditioning).shape == x.shape
-    assert train_step.RandomReward("meta", torch.bfloat16, tiny=False)(backbone.decode(x), ["a"]).shape == (1,)
+    assert train_step.random_reward("meta", torch.bfloat16, tiny=False)(backbone.decode(x), ["a"]).shape == (1,)

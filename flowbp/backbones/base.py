@@ -100,6 +100,11 @@ class DiffusersBackbone(ABC):
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning: ...
 
+    @property
+    @abstractmethod
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one prompt's conditioning by name, at its full length; told by the configs, without text encoders."""
+
     @abstractmethod
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
 

@@ -30,6 +30,11 @@ class FluxBackbone(DiffusersBackbone):
         embeds, pooled, _ = self.pipe.encode_prompt(prompts, prompt_2=None, device=self.denoiser.device, **self.text_options)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
+    @property
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        config, tokens = self.denoiser.config, self.text_options.get("max_sequence_length", 512)
+        return {"encoder_hidden_states": (tokens, config.joint_attention_dim), "pooled_projections": (config.pooled_projection_dim,)}
+
     def schedule(self, num_steps: int, num_tokens: int) -> dict:
         return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": self.resolution_shift(num_tokens)}
 

@@ -27,6 +27,11 @@ class SD3Backbone(DiffusersBackbone):
         embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, prompt_2=None, prompt_3=None, **options)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
+    @property
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        config, tokens = self.denoiser.config, self.pipe.tokenizer_max_length + self.text_options.get("max_sequence_length", 256)
+        return {"encoder_hidden_states": (tokens, config.joint_attention_dim), "pooled_projections": (config.pooled_projection_dim,)}
+
     def schedule(self, num_steps: int, num_tokens: int) -> dict:
         """The scheduler's own levels. They start from an already shifted range and are shifted once more: read, not to be rebuilt."""
         dynamic = self.pipe.scheduler.config.use_dynamic_shifting

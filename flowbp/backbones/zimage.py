@@ -35,6 +35,10 @@ class ZImageBackbone(DiffusersBackbone):
         padded = [F.pad(embed, (0, 0, 0, options["max_sequence_length"] - len(embed))) for embed in embeds]
         return {"embeds": torch.stack(padded), "lengths": torch.tensor(lengths, device=embeds[0].device)}
 
+    @property
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"embeds": (self.text_options.get("max_sequence_length", 512), self.denoiser.config.cap_feat_dim), "lengths": ()}
+
     def schedule(self, num_steps: int, num_tokens: int) -> dict:
         return {"sigmas": torch.linspace(1.0, 1 / num_steps, num_steps).tolist(), "mu": self.resolution_shift(num_tokens)}
 
