@@ -5,6 +5,7 @@ Backbones without text encoders, and the image towers of the CLIP-like rewards. 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,7 +151,8 @@ def read_backbone(
     location, known = locate(name), name in ARCHITECTURES
     here = {"local_files_only": known or Path(location).is_dir()}
     try:
-        index = diffusers.DiffusionPipeline.load_config(location, **here)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # diffusers hands the Hub a deprecated option
+            index = diffusers.DiffusionPipeline.load_config(location, **here)
     except OSError as error:
         if known:
             architecture = ARCHITECTURES[name]

@@ -64,10 +64,10 @@ def estimate(
     overrides: Overrides = None,
     gpu_memory: Annotated[str | None, typer.Option(help="say whether it fits, and if not what does: 24GB, 24GiB or 80e9")] = None,
     processes: Annotated[int, typer.Option(min=1, help="GPUs of the run, one process each")] = 1,
-    json: Annotated[Path | None, typer.Option(help="write all numbers here")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write all numbers here, in bytes")] = None,
 ) -> None:
     """Predict the peak memory and the cost of a training step. Needs no GPU and reads no weights."""
-    import json as writer
+    import json
 
     from flowbp import estimate as estimates
     from flowbp.config import load
@@ -82,8 +82,8 @@ def estimate(
     )
     for note in found.notes:
         console.print(f"[yellow]not counted:[/] {note}", highlight=False)
-    if json is not None:
-        json.write_text(writer.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+    if json_file is not None:
+        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
     if memory is None:
         return
     share = f"{found.peak / memory:.0%} of {gpu_memory}; {estimates.MARGIN:.0%} are left for what is not counted"
@@ -297,22 +297,16 @@ def doctor() -> None:
 
 
 def estimate_table(found, title: str) -> Table:
-    """Terms in gigabytes; what is always there, then what the parts of a step add, the largest in bold."""
-    table = Table("memory", "GB", title=title)
+    """Gigabytes of what is always there, of what comes and goes, and of all that each part of a run holds at its peak."""
+    table = Table("memory", "GB", title=title, caption=f"{found.trained:,} parameters trained, on a network of {found.parameters:,}")
     table.columns[1].justify = "right"
-    for name, size in found.resident.items():
-        if size:
-            table.add_row(name, _gigabytes(size))
-    table.add_section()
-    for name, size in found.working.items():
-        if size:
-            table.add_row(name, _gigabytes(size), style="dim")
-    table.add_section()
-    for name, size in found.phases.items():
-        table.add_row(f"in the {name}, above what is always there", _gigabytes(size), style="bold" if name == found.peak_phase else None)
-    table.add_section()
-    table.add_row(f"peak (in the {found.peak_phase})", _gigabytes(found.peak), style="bold")
-    table.caption = f"{found.trained:,} of {found.parameters:,} parameters trained" if found.trained <= found.parameters else None
+    sections = {"always there": found.resident, "comes and goes": found.working, "peak in": found.peaks}
+    for heading, terms in sections.items():
+        table.add_row(heading, "", style="dim")
+        for name, size in terms.items():
+            if size:
+                table.add_row(f"  {name}", _gigabytes(size), style="bold" if heading == "peak in" and name == found.peak_phase else None)
+        table.add_section()
     return table
 
 

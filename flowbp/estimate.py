@@ -68,12 +68,18 @@ class Estimate:
 
     @property
     def peak_phase(self) -> str:
+        """The part of a run that takes the most."""
         return max(self.phases, key=self.phases.get)
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Bytes that each part of a run takes in all."""
+        return {name: sum(self.resident.values()) + working for name, working in self.phases.items()}
 
     @property
     def peak(self) -> int:
         """Bytes."""
-        return sum(self.resident.values()) + self.phases[self.peak_phase]
+        return self.peaks[self.peak_phase]
 
     @property
     def relative_cost(self) -> float:
@@ -86,7 +92,7 @@ class Estimate:
 
     def as_dict(self) -> dict:
         """For JSON."""
-        return asdict(self) | {"peak": self.peak, "peak_phase": self.peak_phase, "relative_cost": self.relative_cost}
+        return asdict(self) | {"peaks": self.peaks, "peak": self.peak, "peak_phase": self.peak_phase, "relative_cost": self.relative_cost}
 
 
 def estimate(config: RunConfig, processes: int = 1) -> Estimate:
@@ -98,10 +104,11 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     replays = [len(plan.sweep) for plan in plans]
     moments = {"adamw": 2 * network.trained_bytes, "adamw8bit": 2 * network.trained}[config.optimizer.name]
     resident = {
-        "network": (network.frozen_bytes + network.trained_bytes) // shards,
+        "frozen weights": network.frozen_bytes // shards,
+        "trained weights": network.trained_bytes // shards,
         "gathered blocks": network.gathered_bytes if shards > 1 else 0,
         "VAE": network.vae_bytes,
-        "rewards, monitors": reward.weight_bytes,
+        "rewards and monitors": reward.weight_bytes,
         "text encoders": network.text_encoder_bytes if config.data.embeddings == "live" else 0,
         "optimizer": moments // shards,
         "moving average": network.trained_bytes // shards if config.ema is not None else 0,
@@ -146,9 +153,7 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     if memory.recompute == "auto" and memory.budget_gb is None:
         notes += ("memory.recompute=auto keeps graphs in what memory is left: counted as always",)
     sampling = config.rollout.num_steps * branches
-    return Estimate(
-        resident, working, phases, network.parameters, network.trained, calls, sampling, network.forward_flops, notes
-    )  # fmt: skip
+    return Estimate(resident, working, phases, network.parameters, network.trained, calls, sampling, network.forward_flops, notes)
 
 
 def _plan(config: RunConfig, draw: int, sigmas: np.ndarray):
@@ -287,9 +292,8 @@ def reward_pass(key: str) -> RewardPass:
 def _backbone(config: RunConfig) -> tuple[Backbone, int]:
     """The run's backbone on the meta device with the run's memory switches, and its text encoders' parameters."""
     options = config.backbone
-    backbone, text_encoders = read_backbone(
-        options.name, getattr(torch, options.dtype), options.precision, options.max_sequence_length
-    )  # fmt: skip
+    dtype = getattr(torch, options.dtype)
+    backbone, text_encoders = read_backbone(options.name, dtype, options.precision, options.max_sequence_length)
     save_memory(backbone, config.memory)
     return backbone, text_encoders
 

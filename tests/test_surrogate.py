@@ -1,6 +1,7 @@
 """The sweep: equal to its autograd graph for any plan, bounded in memory, sparing with network calls, and loud when nothing is learned."""
 
 import gc
+import weakref
 from dataclasses import dataclass, replace
 
 import numpy as np
