@@ -91,13 +91,12 @@ def estimate(
         console.print(f"[green]fits:[/] {share}", highlight=False)
         return
     console.print(f"[red]does not fit:[/] {share}", highlight=False)
-    way_out = estimates.suggest(config, overrides or [], memory, processes)
-    if way_out is None:
-        console.print("nothing tried here makes it fit: take a smaller image, a smaller backbone or a larger GPU")
-        return
-    added, count, smaller = way_out
-    console.print(f"fits, at {smaller.peak / 1e9:.1f} GB and {smaller.relative_cost:.1f} x sampling, with", highlight=False)
-    console.print("  " + " ".join(added + ([f"  on {count} processes"] if count > processes else [])), highlight=False, soft_wrap=True)
+    added, count, smaller = estimates.suggest(config, overrides or [], memory, processes)
+    outcome = "fits" if smaller.fits(memory) else f"the smallest found still does not fit, for the {smaller.peak_phase}"
+    console.print(f"{outcome}: {_gigabytes(smaller.peak)} GB a process, {smaller.relative_cost:.1f} x sampling, with", highlight=False)
+    console.print(f"  {' '.join(added) or 'nothing changed'}", highlight=False, soft_wrap=True)
+    if count > processes:
+        console.print(f"on {count} processes", highlight=False)
 
 
 @app.command()

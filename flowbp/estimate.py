@@ -374,18 +374,18 @@ def parse_size(text: str) -> float:
     return size
 
 
-def suggest(name: str, overrides: Iterable[str], memory: float, processes: int = 1) -> tuple[list[str], int, Estimate] | None:
-    """(overrides to add, processes, the estimate) of a run that fits into `memory` bytes; None where nothing that is known does.
+def suggest(name: str, overrides: Iterable[str], memory: float, processes: int = 1) -> tuple[list[str], int, Estimate]:
+    """(overrides to add, processes, the estimate) of a run that fits into `memory` bytes, or of the smallest that was found.
 
-    Each round takes the first change that acts where the peak is, and lowers it: changes that leave the step as it is come first.
+    Each round takes the first change that acts where the peak is and lowers it: changes that leave the step as it is come first. Then the
+    weights are sharded over twice as many processes, and again, as long as that helps.
     """
     overrides, added = list(overrides), []
     config = load(name, overrides)
     found, left = estimate(config, processes), _changes(config)
     while not found.fits(memory):
         for phases, change in left:
-            keys = {override.partition("=")[0] for override in change}
-            candidate = [old for old in added if old.partition("=")[0] not in keys] + change
+            candidate = _over(added, change)
             tried = estimate(load(name, [*overrides, *candidate]), processes) if found.peak_phase in phases else found
             if tried.peak < found.peak:
                 break
@@ -393,11 +393,19 @@ def suggest(name: str, overrides: Iterable[str], memory: float, processes: int =
             break
         left.remove((phases, change))
         added, found = candidate, tried
-    while not found.fits(memory) and processes < 64:
-        processes *= 2
-        added = [*(old for old in added if not old.startswith("memory.shard=")), "memory.shard=true"]
-        found = estimate(load(name, [*overrides, *added]), processes)
-    return (added, processes, found) if found.fits(memory) else None
+    while not found.fits(memory):
+        candidate = _over(added, ["memory.shard=true"])
+        tried = estimate(load(name, [*overrides, *candidate]), 2 * processes)
+        if tried.peak >= found.peak:
+            break
+        added, processes, found = candidate, 2 * processes, tried
+    return added, processes, found
+
+
+def _over(added: list[str], change: list[str]) -> list[str]:
+    """`change` in the place of older overrides of its keys."""
+    keys = {override.partition("=")[0] for override in change}
+    return [old for old in added if old.partition("=")[0] not in keys] + change
 
 
 def _changes(config: RunConfig) -> list[tuple[tuple[str, ...], list[str]]]:

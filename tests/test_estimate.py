@@ -20,7 +20,12 @@ from flowbp.trainer import Trainer
 def backbones(tmp_path_factory):
     """Overrides by pipeline class: tiny random pipelines at a size where activations are most of the memory."""
     folder, found = tmp_path_factory.mktemp("pipelines"), {}
-    guidances = {"StableDiffusion3Pipeline": "scale=3.0", "FluxPipeline": "embedded=3.5", "Flux2KleinPipeline": "scale=2.0"}
+    guidances = {
+        "StableDiffusion3Pipeline": "scale=3.0",
+        "FluxPipeline": "embedded=3.5",
+        "Flux2KleinPipeline": "scale=2.0",
+        "ZImagePipeline": "scale=2.0",
+    }
     for name, guidance in guidances.items():
         tiny_pipeline(name).save_pretrained(folder / name)
         found[name] = [f"backbone.name={folder / name}", "backbone.max_sequence_length=48", f"guidance.{guidance}"]
@@ -78,6 +83,7 @@ def measured_peaks(trainer):
         ("FluxPipeline", ["memory.reward_batch=1", "memory.recompute=never"]),
         ("FluxPipeline", ["memory.reward_batch=1", "tuning.mode=full", "memory.checkpointing=true"]),
         ("Flux2KleinPipeline", ["memory.reward_batch=1", "method={name: flowbp-sparse, num_active: 4}", "memory.nodes_per_forward=2"]),
+        ("ZImagePipeline", ["memory.reward_batch=1"]),
         ("Flux2KleinPipeline", ["memory.reward_batch=1", "tuning.mode=full", "memory.recompute=never", "ema=null"]),
     ],
 )
@@ -141,7 +147,11 @@ def test_a_suggestion_fits_and_keeps_the_samples_of_a_step(share, tmp_path):
     after = load("demo", [*overrides, *added])
     assert added and promised.fits(memory) and estimate(after, processes) == promised
     assert after.data.batch_size * after.data.accumulate == before.data.batch_size
-    assert suggest("demo", overrides, 1.0) is None
+
+
+def test_where_nothing_fits_the_smallest_found_is_told(tmp_path):
+    added, processes, smallest = suggest("demo", [f"output={tmp_path}"], 1.0)
+    assert not smallest.fits(1.0) and smallest.peak < estimate(load("demo")).peak and "memory.shard=true" in added and processes > 1
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("24 GiB", 24 * 2**30), ("80e9", 80e9), ("1.5tb", 1.5e12), ("512M", 512e6)])

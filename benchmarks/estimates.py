@@ -1,0 +1,42 @@
+"""The table of docs/estimate.md:  python benchmarks/estimates.py
+
+Gigabytes that a process takes at the peak of a step, by `flowbp estimate`, for every published preset with memory.vae_checkpointing=true
+memory.reward_batch=1, and before the first step, when the text encoders are in memory. Needs no GPU.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from flowbp import presets  # noqa: E402
+from flowbp.config import load  # noqa: E402
+from flowbp.estimate import Estimate, estimate  # noqa: E402
+
+SMALL = ["memory.vae_checkpointing=true", "memory.reward_batch=1"]
+
+
+def main() -> None:
+    print(
+        "| preset | batch | full, 1 process | full, 8 processes | LoRA, 1 process | embedding | cost, x sampling |\n|---|---|---|---|---|---|---|"
+    )
+    for name in presets.names():
+        if "/" not in name:
+            continue
+        full, lora = load(name, SMALL), load(name, [*SMALL, "tuning.mode=lora"])
+        found = [estimate(full), estimate(full, processes=8), estimate(lora)]
+        peaks = " | ".join(step_peak(each) for each in found)
+        embedding = found[1].peaks["embedding"] / 1e9
+        print(f"| {name} | {full.data.batch_size} | {peaks} | {embedding:.1f} | {found[0].relative_cost:.1f} |", flush=True)
+
+
+def step_peak(found: Estimate) -> str:
+    """The most that a part of a step takes, and which."""
+    part = max((name for name in found.peaks if name != "embedding"), key=found.peaks.get)
+    return f"{found.peaks[part] / 1e9:.1f} ({part})"
+
+
+if __name__ == "__main__":
+    main()
