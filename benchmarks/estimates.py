@@ -19,9 +19,8 @@ SMALL = ["memory.vae_checkpointing=true", "memory.reward_batch=1"]
 
 
 def main() -> None:
-    print(
-        "| preset | batch | full, 1 process | full, 8 processes | LoRA, 1 process | embedding | cost, x sampling |\n|---|---|---|---|---|---|---|"
-    )
+    columns = ("preset", "batch", "full, 1 process", "full, 8 processes", "LoRA, 1 process", "embedding", "cost, x sampling")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in presets.names():
         if "/" not in name:
             continue

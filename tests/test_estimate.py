@@ -133,6 +133,11 @@ def test_network_calls_are_those_of_the_plan(guidance, memory, calls, tmp_path):
     assert found.relative_cost == sum(calls) / calls[0]
 
 
+def test_the_cached_rollout_is_what_the_plan_reads(tmp_path):
+    found = estimate(tiny(tmp_path, "method={name: flowbp-sparse, num_active: 3}", side=32))
+    assert found.working["cached rollout"] == (3 + 3) * 4 * (4 * 8 * 8 * 8)  # 3 nodes; noise, sample and reward input; batch of 4, float32
+
+
 def test_moments_in_8_bits_are_a_quarter_of_float32(tmp_path):
     plain, small = (estimate(tiny(tmp_path, f"optimizer.name={name}", side=32)).resident["optimizer"] for name in ("adamw", "adamw8bit"))
     assert plain == 4 * small > 0
