@@ -66,6 +66,17 @@ ARCHITECTURES = {
         {"scale": 3.5},
         T5_XXL + CLIP_L_PROJECTED + CLIP_G,
     ),
+    "sd3.5-large": Architecture(
+        "StableDiffusion3Pipeline",
+        ("SD3Transformer2DModel", dict(
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=38, attention_head_dim=64, num_attention_heads=38,
+            joint_attention_dim=4096, caption_projection_dim=2432, pooled_projection_dim=2048, pos_embed_max_size=192, qk_norm="rms_norm",
+        )),
+        ("AutoencoderKL", VAE | dict(scaling_factor=1.5305, shift_factor=0.0609)),
+        dict(shift=3.0),
+        {"scale": 3.5},
+        T5_XXL + CLIP_L_PROJECTED + CLIP_G,
+    ),
     "flux.1-dev": Architecture(
         "FluxPipeline",
         ("FluxTransformer2DModel", dict(
@@ -92,6 +103,14 @@ ARCHITECTURES = {
         DYNAMIC_SHIFT,
         {"scale": 4.0},
         QWEN3_8B,
+    ),
+    "z-image": Architecture(
+        "ZImagePipeline",
+        ("ZImageTransformer2DModel", {}),
+        ("AutoencoderKL", VAE | dict(scaling_factor=0.3611, shift_factor=0.1159)),
+        dict(shift=3.0),
+        {"scale": 5.0},
+        QWEN3_4B,
     ),
 }  # fmt: skip
 

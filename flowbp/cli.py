@@ -297,7 +297,8 @@ def doctor() -> None:
 
 def estimate_table(found, title: str) -> Table:
     """Gigabytes of what is always there, of what comes and goes, and of all that each part of a run holds at its peak."""
-    table = Table("memory", "GB", title=title, caption=f"{found.trained:,} parameters trained, on a network of {found.parameters:,}")
+    caption = f"{found.trained:,} parameters trained,\non a network of {found.parameters:,}"
+    table = Table("memory", "GB", title=title, caption=caption, min_width=44)
     table.columns[1].justify = "right"
     sections = {"always there": found.resident, "comes and goes": found.working, "peak in": found.peaks}
     for heading, terms in sections.items():

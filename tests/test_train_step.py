@@ -39,6 +39,8 @@ def test_running_out_of_memory_is_a_row_not_an_end(tmp_path, monkeypatch):
     ("name", "parameters"),
     [
         ("sd3.5-medium", 2_243_171_520),
+        ("sd3.5-large", 8_056_627_520),
+        ("z-image", 6_154_908_736),
         ("flux.1-dev", 11_901_408_320),
         ("flux.2-klein-base-4b", 3_875_544_576),
         ("flux.2-klein-base-9b", 9_078_581_248),
