@@ -1,7 +1,7 @@
 """The table of docs/estimate.md:  python benchmarks/estimates.py
 
-Gigabytes that a process takes at the peak of a step, by `flowbp estimate`, for every published preset with memory.vae_checkpointing=true
-memory.reward_batch=1, and before the first step, when the text encoders are in memory. Needs no GPU.
+Gigabytes that a process takes at the peak of a step, by `flowbp estimate`, for every published preset, and before the first step, when the text
+encoders are in memory. Needs no GPU.
 """
 
 import os
@@ -15,8 +15,6 @@ from flowbp import presets  # noqa: E402
 from flowbp.config import load  # noqa: E402
 from flowbp.estimate import Estimate, estimate  # noqa: E402
 
-SMALL = ["memory.vae_checkpointing=true", "memory.reward_batch=1"]
-
 
 def main() -> None:
     columns = ("preset", "batch", "full, 1 process", "full, 8 processes", "LoRA, 1 process", "embedding", "cost, x sampling")
@@ -24,7 +22,7 @@ def main() -> None:
     for name in presets.names():
         if "/" not in name:
             continue
-        full, lora = load(name, SMALL), load(name, [*SMALL, "tuning.mode=lora"])
+        full, lora = load(name), load(name, ["tuning.mode=lora"])
         found = [estimate(full), estimate(full, processes=8), estimate(lora)]
         peaks = " | ".join(step_peak(each) for each in found)
         embedding = found[1].peaks["embedding"] / 1e9
