@@ -1,7 +1,7 @@
 """The table of docs/estimate.md:  python benchmarks/estimates.py
 
-Gigabytes that a process takes at the peak of a step, by `flowbp estimate`, for every published preset, and before the first step, when the text
-encoders are in memory. Needs no GPU.
+Gigabytes that a process takes at the peak of a step, by `flowbp estimate`, for every published preset, and before the first step, when the
+text encoders are in memory. Needs no GPU.
 """
 
 import os
