@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+import yaml
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ __all__ = [
     "base_weights",
     "check_run",
     "export_comfyui",
+    "keep_first_lines",
     "latest_checkpoint",
     "load_checkpoint",
     "load_weights",
@@ -48,8 +50,23 @@ def check_run(output: Path, resolved_config: str, resume: bool, overwrite: bool)
         raise FileExistsError(f"{output} exists and is not a run of flowbp (it has no {CONFIG}): choose another output=")
     if not (resume or overwrite):
         raise FileExistsError(f"{output} already holds a run: pass --resume to go on, --overwrite to start afresh, or another output=")
-    if resume and (output / CONFIG).read_text() != resolved_config:
-        raise ValueError(f"a resumed run must keep its config: train from {output / CONFIG}, or choose another output=")
+    if resume:
+        old, new = (flat(yaml.safe_load(text)) for text in ((output / CONFIG).read_text(), resolved_config))
+        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        if set(changed) - {"steps"} or new["steps"] < old.get("steps", 0):
+            changes = ", ".join(f"{key} from {old.get(key)} to {new.get(key)}" for key in changed)
+            raise ValueError(
+                f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from {output / CONFIG}, or "
+                "choose another output="
+            )
+
+
+def flat(values: dict, prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def open_run(output: Path, resolved_config: str, overwrite: bool) -> None:
@@ -62,14 +79,22 @@ def open_run(output: Path, resolved_config: str, overwrite: bool) -> None:
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `folder` when the block ends without error."""
+    """A scratch folder that becomes `folder` when the block ends without error, and is gone when it does not.
+
+    Raises OSError when a file cannot be written: on a full disk, safetensors and torch raise errors of their own.
+    """
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    yield scratch
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(scratch, folder)
+    try:
+        yield scratch
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(scratch, folder)
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def save_checkpoint(output: Path, step: int, parameters: dict[str, Tensor], optimizer, ema, rewards: Mixture, write: bool = True) -> None:
@@ -81,7 +106,6 @@ def save_checkpoint(output: Path, step: int, parameters: dict[str, Tensor], opti
     tensors, state = gathered((dict(parameters), state))
     if not write:
         return
-    state["rewards"] = rewards.state_dict()
     folder = output / "checkpoints" / f"step-{step:06d}"
     with written_whole(folder) as scratch:
         save_file({name: p.detach().contiguous() for name, p in tensors.items()}, scratch / CHECKPOINT)
@@ -105,7 +129,7 @@ def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema,
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(laid_out_as(parameter, saved[name]))
-    state, trained = torch.load(folder / "state.pt", weights_only=True), list(parameters.values())
+    state, trained = load_state(folder), list(parameters.values())
     for index, moments in state["optimizer"]["state"].items():
         p = trained[index]
         moments.update({key: laid_out_as(p, value) for key, value in moments.items() if torch.is_tensor(value) and value.shape == p.shape})
@@ -115,6 +139,11 @@ def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema,
         ema.load_state_dict(state["ema"])
     rewards.load_state_dict(state["rewards"])
     return json.loads((folder / "step.json").read_text())["step"]
+
+
+def load_state(folder: Path) -> dict:
+    """What a checkpoint holds beside the parameters, on the CPU: the main process wrote it, from a device that this one may not have."""
+    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
 
 
 def save_weights(backbone: Backbone, output: Path, write: bool = True) -> Path:
@@ -226,7 +255,7 @@ def weight_files(source: Path) -> list[Path]:
 def load_training_checkpoint(backbone: Backbone, folder: Path) -> None:
     """Load the weights that a run would have delivered after the checkpoint `folder`: the moving average if it keeps one."""
     from flowbp.config import load
-    from flowbp.trainer import assign, trainable_parameters
+    from flowbp.tuning import assign, trainable_parameters
 
     config = folder.parents[1] / CONFIG
     if not config.is_file():
@@ -234,9 +263,15 @@ def load_training_checkpoint(backbone: Backbone, folder: Path) -> None:
     saved, parameters = load_file(folder / CHECKPOINT), trainable_parameters(backbone, load(config).tuning)
     if saved.keys() != parameters.keys():
         raise ValueError(f"{folder} holds {len(saved)} tensors and {config} trains {len(parameters)}: they belong to different models")
-    average = torch.load(folder / "state.pt", weights_only=True)["ema"]
+    average = load_state(folder)["ema"]
     assign(parameters, dict(zip(parameters, average["shadow_params"], strict=True)) if average else saved)
     backbone.denoiser.eval()  # the layers of a new adapter drop out
+
+
+def keep_first_lines(path: Path, count: int) -> None:
+    """Drop the lines that were logged after the checkpoint a run resumes from."""
+    if path.is_file():
+        replace_file(path, "".join(path.read_text().splitlines(keepends=True)[:count]))
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

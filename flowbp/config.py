@@ -70,9 +70,12 @@ def build_named(kind: str, registry: Mapping[str, type], spec: Any) -> Any:
     if isinstance(name, str) and ":" in name:
         module, _, attribute = name.partition(":")
         try:
-            return build(getattr(importlib.import_module(module), attribute), fields)
+            cls = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"cannot import {kind} {name!r}: {error}") from error
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+            raise ConfigError(f"{kind} {name!r} is {cls!r}: name a dataclass")
+        return build(cls, fields)
     if name not in registry:
         raise unknown(kind, name, registry)
     return build(registry[name], fields)
@@ -88,7 +91,10 @@ def describe(built: Any, registry: Mapping[str, type]) -> dict[str, Any]:
 
 def build_method(spec: Any) -> Any:
     """The method that `spec` ("name" or {name: ..., **fields}) describes."""
-    return build_named("method", METHODS, spec)
+    method = build_named("method", METHODS, spec)
+    if not hasattr(method, "plan"):
+        raise ConfigError(f"{spec!r} is no method: give a name, or a mapping of name and fields; known: {', '.join(sorted(METHODS))}")
+    return method
 
 
 def from_mapping(cls: type) -> BeforeValidator:
@@ -255,7 +261,7 @@ class RunConfig(Strict):
     """Everything a run needs; a resolved copy is written beside its results."""
 
     output: Path
-    seed: int = 42
+    seed: int = Field(42, ge=0)
     steps: int = Field(300, ge=1)
     checkpoint_every: int = Field(100, ge=1)
     backbone: BackboneConfig
@@ -339,7 +345,10 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ConfigError(f"override {override!r} must read key.path=value, such as method.alpha=0.3")
         for part in reversed(key.split(".")):
-            value = {part: value if isinstance(value, dict) else _number_or_yaml(value)}
+            try:
+                value = {part: value if isinstance(value, dict) else _number_or_yaml(value)}
+            except yaml.YAMLError as error:
+                raise ConfigError(f"override {override!r}: the value is not YAML ({error.problem or error}); quote it") from None
         merge(values, value)
     return values
 
@@ -370,7 +379,8 @@ def _number_or_yaml(text: str) -> Any:
 
 
 def _readable(error: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "config"
+    parts = error["loc"][error["loc"][:2] == ("reward", "reward") :]  # one reward is not named in the config
+    where = ".".join(str(part) for part in parts) or "config"
     message = error["msg"].removeprefix("Value error, ")
     given = "" if error["type"] in ("value_error", "missing") else f", got {error['input']!r}"
     return f"{where}: {message}{given}"

@@ -12,7 +12,7 @@ Every process draws the plans of the whole batch from the same generator, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,6 +91,14 @@ class Ranks:
         torch.distributed.all_reduce(table)
         return dict(zip(values, (table / self.size).tolist(), strict=True))
 
+    def main_says(self, question: Callable[[], bool]) -> bool:
+        """The main process's answer, on every process; it alone is asked. What decides on a collective call must be the same everywhere."""
+        if self.size == 1:
+            return question()
+        answer = torch.tensor(int(self.is_main and question()), device=self.accelerator.device)
+        torch.distributed.broadcast(answer, 0)
+        return bool(answer)
+
 
 def replicate(module: nn.Module, device: torch.device) -> DistributedDataParallel:
     """DDP. Unused parameters are looked for: the last block of SD3 drops what some of its weights compute."""
@@ -124,7 +132,8 @@ def gathered(state: Any) -> Any:
 
 
 def laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
-    """`value`, whole or sharded, as `parameter` is sharded."""
+    """`value`, whole or sharded, as `parameter` is sharded, and on its device."""
+    value = value.to(parameter.device)
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowbp.plan import Similarity
 
-__all__ = ["Objective", "loss_factors", "reward_gradient", "sample_weights"]
+__all__ = ["Objective", "clip_samples", "loss_factors", "reward_gradient", "sample_weights"]
 
 
 def sample_weights(similarity: Similarity, d_j: Tensor, d_0: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,3 +70,11 @@ def reward_gradient(
         loss = loss + part_loss.detach()
         del scores, part_loss
     return torch.cat(rewards), loss, g
+
+
+def clip_samples(g: Tensor, largest: float | None) -> Tensor:
+    """Scale each sample's gradient [R, *S] so that R times its norm is at most `largest` (the loss is a mean over R samples)."""
+    if largest is None:
+        return g
+    norms = g.flatten(1).norm(dim=1) * len(g)
+    return g * (largest / norms.clamp(min=largest)).view(-1, *[1] * (g.dim() - 1))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,13 +22,13 @@ from torch import Tensor
 
 from flowbp import checkpoint, evaluation, report
 from flowbp.backbones import Backbone, bind_velocity, check_guidance, load_backbone
-from flowbp.config import ConfigError, OptimizerConfig, RunConfig, TuningConfig, dump
+from flowbp.config import RunConfig, dump
 from flowbp.console import progress_bar
 from flowbp.data import PromptStream, load_prompts, sample_seeds
-from flowbp.distributed import Ranks, full, laid_out_as, process_state
+from flowbp.distributed import Ranks, full, process_state
 from flowbp.embeddings import embed_once
 from flowbp.methods import draw_plans
-from flowbp.objective import loss_factors, reward_gradient, sample_weights
+from flowbp.objective import clip_samples, loss_factors, reward_gradient, sample_weights
 from flowbp.performance import Phases, compile_blocks, now, peak_memory_mb, save_memory
 from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.replay import Recompute
@@ -36,6 +36,7 @@ from flowbp.rewards import Mixture, Reward
 from flowbp.sentinel import Sentinel
 from flowbp.surrogate import backward, residuals, reward_input
 from flowbp.trajectory import Trajectory, rollout
+from flowbp.tuning import assign, build_optimizer, trainable_parameters, trained
 
 __all__ = ["Trainer", "train"]
 
@@ -112,7 +113,7 @@ class Trainer:
             done = checkpoint.load_checkpoint(found, self.parameters, self.optimizer, self.ema, self.mixture)
         main = self.ranks.is_main  # which alone writes
         metrics_path = config.output / "metrics.jsonl" if main else Path(os.devnull)
-        keep_first_lines(metrics_path, done)
+        checkpoint.keep_first_lines(metrics_path, done)
         if main and self.sentinel is not None:
             self.sentinel.forget_after(done)
         self.accelerator.init_trackers("tensorboard")
@@ -165,25 +166,22 @@ class Trainer:
     def watch_held_out(self, steps: int) -> bool:
         """Score the weights after `steps` optimizer steps if the sentinel asks for it, keep the best; returns whether training is to stop.
 
-        Every process scores all samples, in step with the others, and the main one writes. No random number of the training is drawn.
+        Every process scores all samples, in step with the others; the main one decides and writes. Nothing that training draws is drawn.
         """
         if self.sentinel is None:
             return False
-        self.accelerator.wait_for_everyone()  # the main process has dropped what a resumed run repeats
-        if self.sentinel.due(steps):
+        if self.ranks.main_says(lambda: self.sentinel.due(steps)):
             config = self.config.evaluation
             chosen = config.model_copy(update={"samples": config.validation_samples})
             named = evaluation.scorers(chosen, self.mixture.rewards, self.monitors, str(self.accelerator.device))
-            with torch.random.fork_rng(), self.weights(self.tuned):
+            with self.weights(self.tuned):
                 scores = self.score(self.sentinel.samples, named)
-                self.accelerator.wait_for_everyone()  # all have asked whether it is due
-                if self.sentinel.is_best(steps, scores):
+                if self.ranks.main_says(lambda: self.sentinel.is_best(steps, scores)):
                     checkpoint.save_weights(self.backbone, self.config.output / "best", write=self.ranks.is_main)
-                if self.ranks.is_main:
-                    self.sentinel.record(steps, scores)
+            if self.ranks.is_main:
+                self.sentinel.record(steps, scores)
             self.accelerator.log({f"validation/{name}": float(values.mean()) for name, values in scores.values.items()}, step=steps)
-            self.accelerator.wait_for_everyone()
-        return self.sentinel.stops
+        return self.ranks.main_says(lambda: self.sentinel.stops)
 
     def score(
         self, samples: evaluation.Samples, named: Mapping[str, evaluation.Scorer], progress: Callable[[int], object] = lambda done: None
@@ -288,14 +286,12 @@ class Trainer:
         """The weights that a run starts from: a LoRA of zero, or the checkpoint's own, read again."""
         if self.config.tuning.mode == "full":
             return checkpoint.base_weights(self.backbone)
-        return {name: torch.zeros_like(p) if "lora_B" in name else p.detach().clone() for name, p in self.parameters.items()}
+        return {name: torch.zeros_like(p) if "lora_B" in name else p for name, p in self.parameters.items()}
 
     @property
     def tuned(self) -> dict[str, Tensor]:
         """The weights that a run delivers: the moving average if there is one, else the last ones."""
-        if self.ema is None:
-            return {name: p.detach().clone() for name, p in self.parameters.items()}
-        return dict(zip(self.parameters, self.ema.shadow_params, strict=True))
+        return self.parameters if self.ema is None else dict(zip(self.parameters, self.ema.shadow_params, strict=True))
 
     @contextmanager
     def weights(self, values: dict[str, Tensor]) -> Iterator[None]:
@@ -307,60 +303,3 @@ class Trainer:
             yield
         finally:
             assign(self.parameters, kept)
-
-
-def trainable_parameters(backbone: Backbone, tuning: TuningConfig) -> dict[str, Tensor]:
-    """Adds a LoRA adapter to the denoiser, or unfreezes it whole; returns the parameters to train by name."""
-    denoiser = backbone.denoiser
-    if tuning.mode == "lora":
-        from diffusers.training_utils import cast_training_params
-        from peft import LoraConfig
-
-        denoiser.add_adapter(
-            LoraConfig(
-                r=tuning.rank,
-                lora_alpha=tuning.rank if tuning.alpha is None else tuning.alpha,
-                lora_dropout=tuning.dropout,
-                target_modules=tuning.targets or backbone.lora_targets,
-            )
-        )
-        cast_training_params(denoiser, torch.float32)  # on a bfloat16 network, small updates to bfloat16 weights would be rounded away
-    else:
-        denoiser.requires_grad_(True)
-    return trained(backbone)
-
-
-def trained(backbone: Backbone) -> dict[str, Tensor]:
-    """The denoiser's parameters that require grad, by name."""
-    return {name: p for name, p in backbone.denoiser.named_parameters() if p.requires_grad}
-
-
-def build_optimizer(parameters: Iterable[Tensor], options: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW, its moments in the parameters' dtype, or in 8 bits. Raises ConfigError where bitsandbytes is missing."""
-    kind = torch.optim.AdamW
-    if options.name == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit as kind
-        except ImportError as error:
-            raise ConfigError(f"optimizer.name=adamw8bit needs bitsandbytes ({error}): pip install bitsandbytes, or use adamw") from error
-    return kind(parameters, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
-
-
-def clip_samples(g: Tensor, largest: float | None) -> Tensor:
-    """Scale each sample's gradient [R, *S] so that R times its norm is at most `largest` (the loss is a mean over R samples)."""
-    if largest is None:
-        return g
-    norms = g.flatten(1).norm(dim=1) * len(g)
-    return g * (largest / norms.clamp(min=largest)).view(-1, *[1] * (g.dim() - 1))
-
-
-@torch.no_grad()
-def assign(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(laid_out_as(parameter, values[name]))
-
-
-def keep_first_lines(path: Path, count: int) -> None:
-    """Drop lines that were logged after the checkpoint a run resumes from."""
-    if path.is_file():
-        path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))

@@ -58,6 +58,11 @@ def test_another_method_does_not_inherit_the_fields_of_the_preset_one():
         (["optimizer.lr=-1"], "optimizer.lr: .*greater than 0, got -1"),
         (["steps=0"], "steps: .*greater than or equal to 1, got 0"),
         (["no-equals-sign"], "must read key.path=value"),
+        (["steps=["], "override 'steps=\\[': the value is not YAML"),
+        (["method=json:loads"], "method: method 'json:loads' is .*: name a dataclass"),
+        (["method=[1]"], r"method: \[1\] is no method: give a name"),
+        (["seed=-1"], "seed: .*greater than or equal to 0, got -1"),
+        (["reward.hinge=high"], "^reward.hinge: .*got 'high'"),
     ],
 )
 def test_bad_configuration_names_the_key_and_the_nearest_known_one(overrides, says):

@@ -16,8 +16,8 @@ from flowbp.guidance import Guidance
 from flowbp.methods import FlowBPBridge
 from flowbp.performance import Phases, compile_blocks, save_memory
 from flowbp.surrogate import backward, reward_input
-from flowbp.trainer import build_optimizer, trainable_parameters
 from flowbp.trajectory import rollout
+from flowbp.tuning import build_optimizer, trainable_parameters
 
 logging.set_verbosity_error()
 

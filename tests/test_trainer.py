@@ -17,10 +17,11 @@ from flowbp.data import Prompt, sample_seeds
 from flowbp.evaluation import Scores, compare
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
+from flowbp.objective import clip_samples
 from flowbp.replay import Recompute
 from flowbp.rewards import Smoothed, Smoothing, load_reward
 from flowbp.surrogate import as_graph, backward, reward_input
-from flowbp.trainer import Trainer, clip_samples, train
+from flowbp.trainer import Trainer, train
 from flowbp.trajectory import rollout
 
 TINY = ["steps=2", "data.batch_size=2", "rollout.num_steps=12", "checkpoint_every=1", "evaluation=null"]
@@ -98,6 +99,47 @@ def test_a_resumed_run_equals_an_unbroken_one(backbone_overrides, tmp_path):
     assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
     logged = [json.loads(line) for line in (broken.output / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged] == [1, 2, 3] and "lost" not in logged[2]
+
+
+def test_a_finished_run_goes_on_with_more_steps_and_with_no_other_change(tmp_path):
+    whole, short = tiny(tmp_path / "whole", "steps=3"), tiny(tmp_path / "short", "steps=2")
+    train(whole)
+    train(short)
+    changed = tiny(tmp_path / "short", "steps=3", "optimizer.lr=1e-3")
+    with pytest.raises(ValueError, match="optimizer.lr from 0.0007 to 0.001, steps from 2 to 3"):
+        train(changed, resume=True)
+    with pytest.raises(ValueError, match="steps from 2 to 1"):
+        train(tiny(tmp_path / "short", "steps=1"), resume=True)
+    train(tiny(tmp_path / "short", "steps=3"), resume=True)
+    expected, got = lora_file(whole.output), lora_file(short.output)
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    assert "steps: 3" in (short.output / "config.yaml").read_text()
+
+
+def test_a_checkpoint_of_a_device_that_is_gone_still_loads(tmp_path, monkeypatch):
+    """As when eight processes resume what the first wrote from its GPU."""
+    trainer = Trainer(tiny(tmp_path))
+    trainer.step(0)
+    state = (trainer.parameters, trainer.optimizer, trainer.ema, trainer.mixture)
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:99")
+    checkpoint.save_checkpoint(tmp_path, 1, *state)
+    assert checkpoint.load_checkpoint(checkpoint.latest_checkpoint(tmp_path), *state) == 1
+    devices = {p.device for p in trainer.parameters.values()}
+    assert {shadow.device for shadow in trainer.ema.shadow_params} == devices
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_leaves_no_scraps(tmp_path, monkeypatch):
+    trainer = Trainer(tiny(tmp_path))
+    state = (trainer.parameters, trainer.optimizer, trainer.ema, trainer.mixture)
+    checkpoint.save_checkpoint(tmp_path, 1, *state)
+
+    def full(*arguments):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="step-000002 cannot be written: PytorchStreamWriter failed"):
+        checkpoint.save_checkpoint(tmp_path, 2, *state)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
 
 def test_lora_weights_load_into_a_fresh_diffusers_pipeline(tmp_path):
@@ -220,7 +262,7 @@ def test_a_folder_that_holds_a_run_is_not_touched_without_being_told(tmp_path):
     (config.output / "config.yaml").write_text("another: run")
     with pytest.raises(FileExistsError, match="already holds a run: pass --resume to go on, --overwrite"):
         train(config)
-    with pytest.raises(ValueError, match="must keep its config"):
+    with pytest.raises(ValueError, match="keeps its config .*another from run to None"):
         train(config, resume=True)
     with pytest.raises(ValueError, match="exclude each other"):
         train(config, resume=True, overwrite=True)

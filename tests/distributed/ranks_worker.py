@@ -101,5 +101,7 @@ def run(rank, world, port, folder):
         results[case] = train_step(case, folder, world)
     for case in ("bridge, guided", "sharded bridge"):
         results[f"resume: {case}"] = resumes(case, folder, world)
+    ranks = make_trainer("bridge, guided", folder, world).ranks
+    results["main says"] = [ranks.main_says(lambda: rank == 0), ranks.main_says(lambda: rank != 0)]
     torch.save(results, Path(folder, f"{world}-{rank}.pt"))
     torch.distributed.destroy_process_group()

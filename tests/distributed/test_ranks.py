@@ -48,6 +48,7 @@ def alone(folder):
 def test_processes_take_the_step_of_one(world, alone, folder):
     ranks = launch(world, folder)
     assert all(rank.pop(f"resume: {case}") for rank in ranks for case in ("bridge, guided", "sharded bridge"))
+    assert all(rank.pop("main says") == [True, False] for rank in ranks)
     for case in ranks[0]:
         (row, gradient), (expected_row, expected) = ranks[0][case], alone[case]
         assert gradient.norm() > 0, case

@@ -1,0 +1,58 @@
+"""What is trained: LoRA layers or the whole denoiser, and the optimizer that trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from flowbp.backbones import Backbone
+from flowbp.config import ConfigError, OptimizerConfig, TuningConfig
+from flowbp.distributed import laid_out_as
+
+__all__ = ["assign", "build_optimizer", "trainable_parameters", "trained"]
+
+
+def trainable_parameters(backbone: Backbone, tuning: TuningConfig) -> dict[str, Tensor]:
+    """Adds a LoRA adapter to the denoiser, or unfreezes it whole; returns the parameters to train by name."""
+    denoiser = backbone.denoiser
+    if tuning.mode == "lora":
+        from diffusers.training_utils import cast_training_params
+        from peft import LoraConfig
+
+        denoiser.add_adapter(
+            LoraConfig(
+                r=tuning.rank,
+                lora_alpha=tuning.rank if tuning.alpha is None else tuning.alpha,
+                lora_dropout=tuning.dropout,
+                target_modules=tuning.targets or backbone.lora_targets,
+            )
+        )
+        cast_training_params(denoiser, torch.float32)  # on a bfloat16 network, small updates to bfloat16 weights would be rounded away
+    else:
+        denoiser.requires_grad_(True)
+    return trained(backbone)
+
+
+def trained(backbone: Backbone) -> dict[str, Tensor]:
+    """The denoiser's parameters that require grad, by name."""
+    return {name: p for name, p in backbone.denoiser.named_parameters() if p.requires_grad}
+
+
+def build_optimizer(parameters: Iterable[Tensor], options: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW, its moments in the parameters' dtype, or in 8 bits. Raises ConfigError where bitsandbytes is missing."""
+    kind = torch.optim.AdamW
+    if options.name == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit as kind
+        except ImportError as error:
+            raise ConfigError(f"optimizer.name=adamw8bit needs bitsandbytes ({error}): pip install bitsandbytes, or use adamw") from error
+    return kind(parameters, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
+
+
+@torch.no_grad()
+def assign(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Set `parameters` to `values`, in place; sharded ones take their part of a whole value."""
+    for name, parameter in parameters.items():
+        parameter.copy_(laid_out_as(parameter, values[name]))
