@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -12,6 +13,8 @@ from flowbp.config import ConfigError, OptimizerConfig, TuningConfig
 from flowbp.distributed import laid_out_as
 
 __all__ = ["assign", "build_optimizer", "trainable_parameters", "trained"]
+
+log = logging.getLogger(__name__)
 
 
 def trainable_parameters(backbone: Backbone, tuning: TuningConfig) -> dict[str, Tensor]:
@@ -32,6 +35,11 @@ def trainable_parameters(backbone: Backbone, tuning: TuningConfig) -> dict[str, 
         cast_training_params(denoiser, torch.float32)  # on a bfloat16 network, small updates to bfloat16 weights would be rounded away
     else:
         denoiser.requires_grad_(True)
+        if denoiser.dtype == torch.bfloat16:
+            log.warning(
+                "all weights are trained in bfloat16: a step of AdamW changes a weight by about optimizer.lr, and what is less than about "
+                "1/500 of the weight is rounded away; backbone.dtype=float32 keeps every step"
+            )
     return trained(backbone)
 
 
