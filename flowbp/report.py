@@ -102,6 +102,7 @@ def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], s
         overall=overall,
         by_model={name: [row for row in results["changes"] if row["model"] == name] for name in list(scores)[1:]},
         grids={name: as_data_uri(figure) for name, figure in grids.items()},
+        trained=" and ".join(config.reward),
         config=yaml.safe_dump(settings, sort_keys=False),
     )
     checkpoint.replace_file(folder / "report.html", page)
