@@ -172,7 +172,7 @@ def compare(
     if results["unfair"]:
         table = Table("key", *names, "so it is", title="[bold yellow]not a fair comparison[/]: more than the method differs")
         for key, found in results["unfair"].items():
-            table.add_row(key, *map(str, found["values"]), found["why"])
+            table.add_row(key, *("–" if value is None else str(value) for value in found["values"]), found["why"])
         console.print(table)
     for warning in results["warnings"]:
         console.print(f"[bold yellow]warning:[/] {warning}", highlight=False)
@@ -182,11 +182,11 @@ def compare(
             table.add_row(key, *("" if value is None else str(value) for value in values))
         console.print(table)
     columns = list(dict.fromkeys(row["run"] for row in results["means"]))
-    table = metric_table("mean, 95 %", *columns)
+    table, gap = metric_table("mean, 95 %", *columns), " " if len(columns) < 3 else "\n"
     for metric in dict.fromkeys(row["metric"] for row in results["means"]):
         rows = {row["run"]: row for row in results["means"] if (row["metric"], row["category"]) == (metric, "all")}
-        cells = (f"{number(rows[run]['mean'])} {between((rows[run]['low'], rows[run]['high']))}" if run in rows else "" for run in columns)
-        table.add_row(metric, *cells)
+        cells = {run: f"{number(row['mean'])}{gap}{between((row['low'], row['high']))}" for run, row in rows.items()}
+        table.add_row(metric, *(cells.get(run, "") for run in columns))
     console.print(table)
     for name in names[1:]:
         if rows := [row for row in results["changes"] if row["run"] == name]:
@@ -226,11 +226,15 @@ def rewards(name: Annotated[str | None, typer.Argument(help="tell more of one re
     """List the rewards: their checkpoints, licences, scores and usual hinges."""
     from flowbp.rewards.registry import REWARDS, find_source, how_to_fetch
 
-    table = Table("name", "checkpoint", "parameters", "licence", "scores", "hinge", "paper", title="flowbp rewards")
+    table = Table(title="flowbp rewards", show_lines=True)
+    table.add_column("reward, checkpoint, paper", no_wrap=True)
+    for column in ("size", "licence", "scores", "hinge"):
+        table.add_column(column)
     for key, source in REWARDS.items() if name is None else [(name, find_source(name))]:
         size = f"{source.parameters / 1e6:,.0f} M" if source.parameters else ""
         hinge = "" if source.hinge is None else f"{source.hinge:g}"
-        table.add_row(key, source.files["model"].repository, size, source.licence, source.scores, hinge, source.paper)
+        names = f"[bold]{key}[/]\n{source.files['model'].repository}\n{source.paper}"
+        table.add_row(names, size, source.licence, source.scores, hinge)
     console.print(table)
     if name is None:
         console.print("flowbp rewards NAME says how to fetch one; a function of your own is reward.name=module:function", highlight=False)
@@ -342,7 +346,8 @@ def comparison_table(rows: list[dict], title: str, before: str = "before", after
 
 def metric_table(title: str, *columns: str) -> Table:
     """An empty table of a column of metrics and `columns` of numbers."""
-    table = Table("metric", title=title)
+    table = Table(title=title)
+    table.add_column("metric", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table

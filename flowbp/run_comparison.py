@@ -39,8 +39,8 @@ BOOKKEEPING = (  # keys that reach neither weights nor scores, up to rounding; o
 )
 IMAGES_A_STEP = "data.batch_size x data.accumulate"
 REASONS = {
-    IMAGES_A_STEP: "more images an optimizer step",
-    "steps": "more optimizer steps",
+    IMAGES_A_STEP: "another number of images an optimizer step",
+    "steps": "another number of optimizer steps",
     "seed": "other prompts, noise and initial weights; compare means over several seeds instead",
     "guidance": "another velocity, and perhaps another gradient",
     "rollout": "another sampler or resolution",

@@ -99,8 +99,8 @@ def validation_samples(config: EvaluationConfig) -> Samples:
 
 
 def best_step(history: History, metric: str) -> int:
-    """The step with the highest mean of `metric`; of equal ones the first."""
-    return max(history, key=lambda step: (history[step].values[metric].mean(), -step))
+    """The step with the highest mean of `metric`; of equal ones the first. A mean that is not a number is the lowest."""
+    return max(history, key=lambda step: (np.nan_to_num(history[step].values[metric].mean(), nan=-np.inf), -step))
 
 
 def exhausted(history: History, metric: str, patience: int) -> bool:

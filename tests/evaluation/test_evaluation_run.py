@@ -129,3 +129,11 @@ def test_the_command_scores_a_run_by_its_folder(run, tmp_path):
     assert "small against base" in result.output and "diversity" in result.output and (tmp_path / "eval" / "report.html").is_file()
     result = CliRunner().invoke(app, ["eval", str(run), "--weights", str(tmp_path), "--out", str(tmp_path / "other")])
     assert isinstance(result.exception, FileNotFoundError) and "pass the folder of a finished run" in str(result.exception)
+
+
+def test_the_page_of_several_rewards_names_each(tmp_path):
+    overrides = [f"output={tmp_path / 'none'}", "evaluation={samples: 4, batch_size: 4, grid: 2}", "rollout.num_steps=3"]
+    rewards = "reward={one: {name: clip, model: shapes}, two: {name: clip, model: shapes-monitor, weight: 0.5}}"
+    results = run_evaluation(load("demo", [*overrides, rewards]), [BASE], tmp_path / "eval")
+    assert {"one", "two"} < {row["metric"] for row in results["means"]}
+    assert "one and two" in (tmp_path / "eval" / "report.html").read_text()
