@@ -82,7 +82,7 @@ def overlaid_curves(runs: Mapping[str, Sequence[dict]], keys: Mapping[str, str])
     rows = -(-len(keys) // columns)
     figure = Figure(figsize=(3.3 * columns, 2.5 * rows + 0.3), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, key in zip(panels, keys, strict=False):
+    for key, axes in zip(keys, panels, strict=False):  # in this order: zip takes no panel beyond the last key
         for name, logged in runs.items():
             values = np.array([row.get(key, np.nan) for row in logged], dtype=float)
             window = max(1, len(logged) // 10)
