@@ -29,6 +29,11 @@ def main() -> None:
         sys.exit(2)
 
 
+def is_main() -> bool:
+    """Whether this process speaks for those that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @app.callback()
 def quiet_libraries() -> None:
     """Align text-to-image flow models by reward backpropagation."""
@@ -49,6 +54,8 @@ def train(
     from flowbp.trainer import train as run
 
     output = run(load(config, overrides or ()), resume, overwrite)
+    if not is_main():
+        return
     if (output / "evaluation.json").is_file():
         rows = json.loads((output / "evaluation.json").read_text())
         console.print(comparison_table(rows, f"{output}: same prompts and seeds"))
@@ -152,7 +159,7 @@ def evaluate(
     models = name_models(weights or ([config] if is_run else []))
     folder = out or Path(f"{config.rstrip('/') if is_run else run.output}-eval")
     results = run_evaluation(run, models, folder, overwrite)
-    if os.environ.get("RANK", "0") == "0":
+    if is_main():
         for table in evaluation_tables(results, f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"):
             console.print(table)
         console.print(f"report: {(folder / 'report.html').resolve()}", soft_wrap=True, highlight=False)
