@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowbp.backbones import Backbone
+from flowbp.config import flatten, load
 from flowbp.distributed import gathered, laid_out_as
 from flowbp.rewards import Mixture
 
@@ -51,7 +52,7 @@ def check_run(output: Path, resolved_config: str, resume: bool, overwrite: bool)
     if not (resume or overwrite):
         raise FileExistsError(f"{output} already holds a run: pass --resume to go on, --overwrite to start afresh, or another output=")
     if resume:
-        old, new = (flat(yaml.safe_load(text)) for text in ((output / CONFIG).read_text(), resolved_config))
+        old, new = (flatten(yaml.safe_load(text)) for text in ((output / CONFIG).read_text(), resolved_config))
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         if set(changed) - {"steps"} or new["steps"] < old.get("steps", 0):
             changes = ", ".join(f"{key} from {old.get(key)} to {new.get(key)}" for key in changed)
@@ -59,14 +60,6 @@ def check_run(output: Path, resolved_config: str, resume: bool, overwrite: bool)
                 f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from {output / CONFIG}, or "
                 "choose another output="
             )
-
-
-def flat(values: dict, prefix: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    found: dict[str, object] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def open_run(output: Path, resolved_config: str, overwrite: bool) -> None:
@@ -254,7 +247,6 @@ def weight_files(source: Path) -> list[Path]:
 
 def load_training_checkpoint(backbone: Backbone, folder: Path) -> None:
     """Load the weights that a run would have delivered after the checkpoint `folder`: the moving average if it keeps one."""
-    from flowbp.config import load
     from flowbp.tuning import assign, trainable_parameters
 
     config = folder.parents[1] / CONFIG

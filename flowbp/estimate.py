@@ -38,7 +38,7 @@ from flowbp.performance import LiveBytes, save_memory
 from flowbp.replay import record
 from flowbp.rewards import Mixture
 from flowbp.rewards.registry import EMBEDDED, find_folders, find_source
-from flowbp.trainer import trainable_parameters
+from flowbp.tuning import trainable_parameters
 
 __all__ = ["MARGIN", "Estimate", "estimate", "parse_size", "suggest"]
 

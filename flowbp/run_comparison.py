@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from flowbp import checkpoint, figures
-from flowbp.config import dump, is_one_reward, load
+from flowbp.config import dump, flatten, is_one_reward, load
 from flowbp.evaluation import Scores, compare, summarise
 from flowbp.report import as_data_uri, render, without_nan
 
@@ -108,14 +108,6 @@ def contrast(configs: Sequence[Mapping[str, Any]]) -> Contrast:
         else:
             found.unfair[key] = values, next(why for prefix, why in REASONS.items() if within(key, (prefix,)) or not prefix)
     return found
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; a mapping under `monitors` too, key by key."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-    return flat
 
 
 def within(key: str, prefixes: Sequence[str]) -> bool:

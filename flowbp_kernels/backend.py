@@ -26,7 +26,7 @@ MAX_NODES = 256  # rows of a rule that fit a kernel's parameters: kMaxTerms in c
 
 
 def needs_operator(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through its operator of torch.library: a gradient is recorded, or it is traced, compiled or faked.
+    """Whether a call must go through its registered operator: a gradient is recorded, or it is traced, compiled or faked.
 
     Any other call runs its kernel at once: on a small latent the operator (20 us) would cost more than all the rest.
     """
