@@ -2,10 +2,15 @@
 
 FlowBP-Sparse on the embedded model, with prompts, noise and weights held fixed, so that only the plans differ. There the gradient is a
 sum, over samples b and their active nodes i, of weight_i J_{b,i}^T g_b; the sweep gives each of these terms once, and the gradient of any
-draw is a sum of them, checked against the sweep of one draw. Reported: the trace of the gradient's covariance over the squared norm of its
-mean, and the mean cosine of two samples' gradients. Where that is near 0, it makes no difference whether samples share a plan.
+draw is a sum of them, checked against the sweep of one draw. Reported for a gradient G with mean m over the plans:
 
-    python benchmarks/plan_variance.py --draws 2000 --json docs/plan_variance.json --png docs/plan_variance.png
+    gain       Var(G . m) / |m|^4          what a small step along G gains in reward is proportional to G . m
+    gradient   E|G - m|^2 / |m|^2          the trace of the covariance: all directions, most of which are a single sample's own
+
+and the mean cosine of two samples' gradients: where that is near 0, the second cannot tell whether samples share a plan.
+A batch size is measured on each of the groups of samples that it cuts the largest into, and the mean is reported.
+
+    python benchmarks/plan_variance.py --json docs/plan_variance.json --png docs/plan_variance.png
 """
 
 from __future__ import annotations
@@ -34,8 +39,8 @@ KINDS = ("shared", "per_sample", "stratified")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--active", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--json", type=Path)
@@ -54,23 +59,34 @@ def main() -> None:
     norms = np.sqrt(np.diag(whole))
     cosine = float((whole / np.outer(norms, norms))[~np.eye(len(terms), dtype=bool)].mean())
     print(f"mean cosine of two samples' gradients {cosine:.4f}", flush=True)
-    rows, batches = [], [size for size in (1, 2, 4, 8, 16, 32) if size <= arguments.batch]
-    for batch in batches:
-        g = gram[:batch, :, :batch].reshape(batch * arguments.steps, -1)
+    rows = []
+    for batch in (size for size in (1, 2, 4, 8, 16, 32, 64) if size <= arguments.batch):
         for kind in KINDS:
-            draws = [coefficients(draw_plans(method, sigmas, rng, batch, kind), batch, arguments.steps) for _ in range(arguments.draws)]
-            draws = np.array(draws).reshape(arguments.draws, -1) / batch
-            mean = draws.mean(axis=0)
-            variance = np.einsum("di,ij,dj->d", draws - mean, g, draws - mean, optimize=True).sum() / (arguments.draws - 1)
-            relative = variance / (mean @ g @ mean - variance / arguments.draws)
-            rows.append({"batch": batch, "plans": kind, "relative_variance": float(relative)})
-            print(f"batch {batch:3}  {kind:11} relative variance {relative:.5f}", flush=True)
+            groups = [gram[first:][:batch, :, first:][:, :, :batch] for first in range(0, len(terms) - batch + 1, batch)]
+            variances = []
+            for products in groups:
+                plans = (draw_plans(method, sigmas, rng, batch, kind) for _ in range(arguments.draws))
+                draws = np.array([coefficients(plan, batch, arguments.steps).ravel() for plan in plans]) / batch
+                variances.append(relative_variances(draws, products.reshape(draws.shape[1], -1)))
+            gain, gradient = map(float, np.mean(variances, axis=0))
+            rows.append({"batch": batch, "plans": kind, "gain": gain, "gradient": gradient})
+            print(f"batch {batch:3}  {kind:11} relative variance of the gain {gain:.4f}, of the gradient {gradient:.4f}", flush=True)
     if arguments.json:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
         meta = {"machine": platform.machine(), "torch": torch.__version__, "commit": commit, "draws": arguments.draws, "cosine": cosine}
         arguments.json.write_text(json.dumps(meta | {"active": arguments.active, "steps": arguments.steps, "rows": rows}, indent=1) + "\n")
     if arguments.png:
         draw(rows, arguments).savefig(arguments.png, dpi=130)
+
+
+def relative_variances(draws: np.ndarray, products: np.ndarray) -> tuple[float, float]:
+    """(gain, gradient) over gradients with the coefficients `draws` [D, B N] of terms whose inner products are `products` [B N, B N]."""
+    mean = draws.mean(axis=0)
+    deviation = draws - mean
+    images = deviation @ products
+    variance = (images * deviation).sum() / (len(draws) - 1)
+    squared_norm = mean @ products @ mean - variance / len(draws)
+    return (images @ mean).var(ddof=1) / squared_norm**2, variance / squared_norm
 
 
 def sample_gradients(batch: int, steps: int):
@@ -98,7 +114,7 @@ def sample_gradients(batch: int, steps: int):
     single = [FlowBPSparse(1, rescale=0.0).at(levels, [i]) for i in range(steps)]
     steps_taken = np.diff(levels)
     terms = [[sweep(plan, slice(b, b + 1)) / steps_taken[i] for i, plan in enumerate(single)] for b in range(batch)]
-    return np.array(terms, dtype=np.float64), sweep, levels
+    return np.array(terms), sweep, levels
 
 
 def coefficients(plan, batch: int, steps: int) -> np.ndarray:
@@ -111,22 +127,25 @@ def coefficients(plan, batch: int, steps: int) -> np.ndarray:
 
 
 def draw(rows: list[dict], arguments: argparse.Namespace):
-    """Relative variance over the batch size, a line a kind."""
+    """Both relative variances over the batch size, a line a kind."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for kind, color in zip(KINDS, ("#6b7785", "#d97706", "#2563eb"), strict=True):
-        points = [(row["batch"], row["relative_variance"]) for row in rows if row["plans"] == kind]
-        axes.plot(*zip(*points, strict=True), marker="o", color=color, label=kind)
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=0)
-    axes.set_xticks([row["batch"] for row in rows[:: len(KINDS)]], [str(row["batch"]) for row in rows[:: len(KINDS)]])
-    axes.set_xlabel("batch size")
-    axes.set_ylabel("variance / squared norm of the mean")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, title="plans")
-    axes.set_title(f"Gradient variance over plans: FlowBP-Sparse, {arguments.active} of {arguments.steps} nodes, noise fixed", fontsize=10)
+    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+    titles = {"gain": "gain of a step, to first order", "gradient": "gradient, all directions"}
+    sizes = sorted({row["batch"] for row in rows})
+    for axes, (measure, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for kind, color, marker in zip(KINDS, ("#6b7785", "#d97706", "#2563eb"), "os^", strict=True):
+            values = [row[measure] for row in rows if row["plans"] == kind]
+            axes.plot(sizes, values, marker=marker, color=color, label=kind.replace("_", " "))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("batch size")
+        axes.set_title(title, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("relative variance over plans")
+    figure.axes[1].legend(frameon=False, title="plans")
+    figure.suptitle(f"FlowBP-Sparse, {arguments.active} of {arguments.steps} nodes; prompts and noise fixed", fontsize=10)
     return figure
 
 
