@@ -89,6 +89,11 @@ class DiffusersBackbone(ABC):
         return self.pipe.transformer
 
     @property
+    def text_device(self) -> torch.device:
+        """Where the text encoders are, which need not be where the network is (`flowbp.embeddings`)."""
+        return self.pipe.text_encoder.device
+
+    @property
     def pipeline_dtype(self) -> torch.dtype:
         """The dtype in which the pipeline keeps its latents."""
         return self.denoiser.dtype

@@ -32,7 +32,7 @@ class Flux2Backbone(DiffusersBackbone):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        embeds, _ = self.pipe.encode_prompt(prompts, device=self.denoiser.device, **self.text_options)
+        embeds, _ = self.pipe.encode_prompt(prompts, device=self.text_device, **self.text_options)
         return {"encoder_hidden_states": embeds}
 
     @property

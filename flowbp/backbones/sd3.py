@@ -23,7 +23,7 @@ class SD3Backbone(DiffusersBackbone):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        options = {"device": self.denoiser.device, "do_classifier_free_guidance": False} | self.text_options
+        options = {"device": self.text_device, "do_classifier_free_guidance": False} | self.text_options
         embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, prompt_2=None, prompt_3=None, **options)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 

@@ -29,7 +29,7 @@ class ZImageBackbone(DiffusersBackbone):
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         """Embeddings [B, max_sequence_length, D], zeros from each prompt's own length [B] on."""
-        options = {"device": self.denoiser.device, "do_classifier_free_guidance": False, "max_sequence_length": 512} | self.text_options
+        options = {"device": self.text_device, "do_classifier_free_guidance": False, "max_sequence_length": 512} | self.text_options
         embeds, _ = self.pipe.encode_prompt(list(prompts), **options)  # a copy: the pipeline writes its chat template into the list
         lengths = [len(embed) for embed in embeds]
         padded = [F.pad(embed, (0, 0, 0, options["max_sequence_length"] - len(embed))) for embed in embeds]
