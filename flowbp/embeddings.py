@@ -41,9 +41,7 @@ Signature = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 log = logging.getLogger(__name__)
 
 
-def embed_once(
-    backbone: Backbone, prompts: Iterable[str], cache: Path | None = None, device: torch.device | str | None = None
-) -> None:
+def embed_once(backbone: Backbone, prompts: Iterable[str], cache: Path | None = None, device: torch.device | str | None = None) -> None:
     """Embed `prompts` and the empty prompt, unless `cache` has them; then release the text encoders and let `backbone.encode` read files.
 
     device: where to embed, and where `encode` puts what it reads; None means where the network is. A network that is not there yet leaves
@@ -113,9 +111,7 @@ class EmbeddingCache:
         self._check_space(len(missing))
         for first in range(0, len(missing), BATCH):
             chunk = missing[first : first + BATCH]
-            embedded = encode(chunk + chunk[-1:] * (BATCH - len(chunk)))
-            for row, prompt in enumerate(chunk):
-                self._write(prompt, {name: value[row].contiguous().cpu() for name, value in embedded.items()})
+            self._write(chunk, encode(chunk + chunk[-1:] * (BATCH - len(chunk))))
             progress(len(chunk))
 
     def signature(self, prompt: str) -> Signature | None:
@@ -128,11 +124,13 @@ class EmbeddingCache:
         whole = about.get("prompt") == prompt and about.get("sha256") == _digest(tensors)
         return {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()} if whole else None
 
-    def _write(self, prompt: str, tensors: dict[str, Tensor]) -> None:
-        """Whole or not at all; of several processes that write the same prompt, one wins."""
-        scratch = self.folder / f".{uuid.uuid4().hex}.partial"
-        save_file(tensors, scratch, metadata={"prompt": prompt, "sha256": _digest(tensors)})
-        os.replace(scratch, self.path(prompt))
+    def _write(self, prompts: list[str], embedded: Conditioning) -> None:
+        """A file a prompt, whole or not at all; of several processes that write the same prompt, one wins."""
+        for row, prompt in enumerate(prompts):
+            tensors = {name: value[row].contiguous().cpu() for name, value in embedded.items()}
+            scratch = self.folder / f".{uuid.uuid4().hex}.partial"
+            save_file(tensors, scratch, metadata={"prompt": prompt, "sha256": _digest(tensors)})
+            os.replace(scratch, self.path(prompt))
 
     def _check_space(self, count: int) -> None:
         one = self.path("")

@@ -32,7 +32,7 @@ class FluxBackbone(DiffusersBackbone):
 
     @property
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        config, tokens = self.denoiser.config, self.text_options.get("max_sequence_length", 512)
+        config, tokens = self.denoiser.config, self.text_tokens
         return {"encoder_hidden_states": (tokens, config.joint_attention_dim), "pooled_projections": (config.pooled_projection_dim,)}
 
     def schedule(self, num_steps: int, num_tokens: int) -> dict:

@@ -37,7 +37,7 @@ class Flux2Backbone(DiffusersBackbone):
 
     @property
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"encoder_hidden_states": (self.text_options.get("max_sequence_length", 512), self.denoiser.config.joint_attention_dim)}
+        return {"encoder_hidden_states": (self.text_tokens, self.denoiser.config.joint_attention_dim)}
 
     def schedule(self, num_steps: int, num_tokens: int) -> dict:
         return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": compute_empirical_mu(num_tokens, num_steps)}
