@@ -6,7 +6,7 @@ Backbones without text encoders, and the image towers of the CLIP-like rewards. 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PretrainedConfig, PreTrainedModel
 
 from flowbp.backbones import BACKBONES, Backbone, Precision, locate
 from flowbp.guidance import Conditioning
@@ -37,20 +37,31 @@ KLEIN = dict(
 DYNAMIC_SHIFT = dict(use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096)
 
 
-T5_XXL, CLIP_L, CLIP_L_PROJECTED, CLIP_G = 4_762_310_656, 123_060_480, 123_650_304, 694_659_840  # parameters of text encoders
-QWEN3_4B, QWEN3_8B = 4_022_468_096, 8_190_735_360
+
+# text encoders: class of transformers, arguments of its config
+T5_XXL = ("T5EncoderModel", dict(
+    vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu",
+))  # fmt: skip
+CLIP_L = ("CLIPTextModel", dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
+CLIP_L_PROJECTED = ("CLIPTextModelWithProjection", CLIP_L[1] | dict(projection_dim=768))
+CLIP_G = ("CLIPTextModelWithProjection", dict(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280, hidden_act="gelu",
+))  # fmt: skip
+QWEN3 = dict(vocab_size=151936, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+QWEN3_4B = QWEN3 | dict(hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True)
+QWEN3_8B = QWEN3 | dict(hidden_size=4096, intermediate_size=12288, tie_word_embeddings=False)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A pipeline of diffusers: classes and their arguments, its usual guidance, and how large its text encoders are."""
+    """A pipeline of diffusers: classes and their arguments, and its usual guidance."""
 
     pipeline: str
     transformer: tuple[str, dict]
     vae: tuple[str, dict]
     scheduler: dict
     guidance: dict[str, float]
-    text_encoders: int  # parameters
+    text_encoders: tuple[tuple[str, dict], ...]  # of transformers
 
 
 ARCHITECTURES = {
@@ -64,7 +75,7 @@ ARCHITECTURES = {
         ("AutoencoderKL", VAE | dict(scaling_factor=1.5305, shift_factor=0.0609)),
         dict(shift=3.0),
         {"scale": 3.5},
-        T5_XXL + CLIP_L_PROJECTED + CLIP_G,
+        (CLIP_L_PROJECTED, CLIP_G, T5_XXL),
     ),
     "sd3.5-large": Architecture(
         "StableDiffusion3Pipeline",
@@ -75,7 +86,7 @@ ARCHITECTURES = {
         ("AutoencoderKL", VAE | dict(scaling_factor=1.5305, shift_factor=0.0609)),
         dict(shift=3.0),
         {"scale": 3.5},
-        T5_XXL + CLIP_L_PROJECTED + CLIP_G,
+        (CLIP_L_PROJECTED, CLIP_G, T5_XXL),
     ),
     "flux.1-dev": Architecture(
         "FluxPipeline",
@@ -86,7 +97,7 @@ ARCHITECTURES = {
         ("AutoencoderKL", VAE | dict(scaling_factor=0.3611, shift_factor=0.1159)),
         DYNAMIC_SHIFT,
         {"embedded": 3.5},
-        T5_XXL + CLIP_L,
+        (CLIP_L, T5_XXL),
     ),
     "flux.2-klein-base-4b": Architecture(
         "Flux2KleinPipeline",
@@ -94,7 +105,7 @@ ARCHITECTURES = {
         ("AutoencoderKLFlux2", {}),
         DYNAMIC_SHIFT,
         {"scale": 4.0},
-        QWEN3_4B,
+        (("Qwen3ForCausalLM", QWEN3_4B),),
     ),
     "flux.2-klein-base-9b": Architecture(
         "Flux2KleinPipeline",
@@ -102,7 +113,7 @@ ARCHITECTURES = {
         ("AutoencoderKLFlux2", {}),
         DYNAMIC_SHIFT,
         {"scale": 4.0},
-        QWEN3_8B,
+        (("Qwen3ForCausalLM", QWEN3_8B),),
     ),
     "z-image": Architecture(
         "ZImagePipeline",
@@ -110,7 +121,7 @@ ARCHITECTURES = {
         ("AutoencoderKL", VAE | dict(scaling_factor=0.3611, shift_factor=0.1159)),
         dict(shift=3.0),
         {"scale": 5.0},
-        QWEN3_4B,
+        (("Qwen3Model", QWEN3_4B),),
     ),
 }  # fmt: skip
 
@@ -161,8 +172,8 @@ def build_backbone(
 
 def read_backbone(
     name: str, dtype: torch.dtype, precision: Precision = "float32", max_sequence_length: int | None = None
-) -> tuple[Backbone, int]:
-    """(the backbone of `name` on the meta device, the number of its text encoders' parameters), from config files: no weights are read.
+) -> tuple[Backbone, list[PreTrainedModel]]:
+    """(the backbone of `name`, its text encoders), both on the meta device, from config files: no weights are read.
 
     A model of ARCHITECTURES that is not on this disk is built from there. Raises ValueError for an unknown name, OSError for a model out
     of reach.
@@ -175,25 +186,35 @@ def read_backbone(
     except OSError as error:
         if known:
             architecture = ARCHITECTURES[name]
-            return build_backbone(architecture, "meta", dtype, precision, max_sequence_length), architecture.text_encoders
+            configs = [(kind, text_config(kind, arguments)) for kind, arguments in architecture.text_encoders]
+            return build_backbone(architecture, "meta", dtype, precision, max_sequence_length), text_encoders(configs, dtype)
         cause = str(error).splitlines()[0].rstrip(".")
         raise OSError(
             f"the config files of {location} are neither on this disk nor within reach ({cause}): pass the folder of a diffusers pipeline, "
             f"or a model whose architecture is known offline: {', '.join(ARCHITECTURES)}"
         ) from error
-    parts, text_encoders = {}, 0
+    parts = {}
     with made_on("meta", dtype):
         for part in ("transformer", "vae"):
             kind = getattr(diffusers, index[part][1])
             parts[part] = kind.from_config(kind.load_config(location, subfolder=part, **here)).to(dtype)
-        for part in (part for part in index if part.startswith("text_encoder") and index[part][1]):
-            config = transformers.AutoConfig.from_pretrained(location, subfolder=part, **here)
-            text_encoders += sum(p.numel() for p in getattr(transformers, index[part][1])(config).parameters())
     parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(location, subfolder="scheduler", **here)
     if index.get("tokenizer", [None, None])[1]:
         parts["tokenizer"] = transformers.AutoTokenizer.from_pretrained(location, subfolder="tokenizer", **here)
     flags = {"is_distilled": index["is_distilled"]} if "is_distilled" in index else {}
-    return assemble(index["_class_name"], parts | flags, precision, max_sequence_length), text_encoders
+    encoders = {part: index[part][1] for part in index if part.startswith("text_encoder") and index[part][1]}
+    configs = [(kind, transformers.AutoConfig.from_pretrained(location, subfolder=part, **here)) for part, kind in encoders.items()]
+    return assemble(index["_class_name"], parts | flags, precision, max_sequence_length), text_encoders(configs, dtype)
+
+
+def text_config(kind: str, arguments: dict) -> PretrainedConfig:
+    return getattr(transformers, kind).config_class(**arguments)
+
+
+def text_encoders(configs: Iterable[tuple[str, PretrainedConfig]], dtype: torch.dtype) -> list[PreTrainedModel]:
+    """Models of (class, config) on the meta device."""
+    with made_on("meta", dtype):
+        return [getattr(transformers, kind)(config).eval() for kind, config in configs]
 
 
 def assemble(pipeline: str, parts: dict[str, Any], precision: Precision, max_sequence_length: int | None) -> Backbone:

@@ -198,7 +198,14 @@ class MemoryConfig(Strict):
     vae_checkpointing: bool = Field(False, description="the same in the VAE's decoder")
     vae_slicing: bool = Field(False, description="decode one image at a time; saves memory together with vae_checkpointing")
     vae_tiling: bool = Field(False, description="decode images above the VAE's own sample size in overlapping tiles, blended")
-    shard: bool = Field(False, description="several processes: split the weights over them (FSDP2) instead of copying them (DDP)")
+    shard: bool = Field(False, description="several processes: split the weights over them (FSDP2) instead of copying them")
+    shard_gradients: bool = Field(False, description="with shard: reduce and split gradients after every backward pass, not once a step")
+
+    @model_validator(mode="after")
+    def _gradients_follow_weights(self):
+        if self.shard_gradients and not self.shard:
+            raise ValueError("shard_gradients=true needs shard=true: gradients are split as the weights are")
+        return self
 
 
 class TuningConfig(Strict):

@@ -1,11 +1,14 @@
-"""Several processes, one gradient: which rows of the global batch a process trains, and when gradients are reduced over all of them.
+"""Several processes, one gradient: which rows of the global batch a process trains, and how the gradients of all become their mean.
 
-A step runs many backward passes. Reducing gradients in each would multiply the communication, and DistributedDataParallel cannot tell which
-of several kept graphs is the last; so every forward pass runs without synchronisation, and the last backward pass alone is armed:
+A step runs many backward passes, all of which add to the process's own gradient; it is averaged over the processes once a step:
 
-    with ranks.accumulating():
+    with ranks.averaging():
         ...  # rollout, reward
         backward(plan, trajectory, velocity.replay, g, before_last=ranks.reduce_with)
+
+Copied weights: when the block ends, one all-reduce a parameter. Each process holds the gradient that it would hold alone, and no buckets of
+DistributedDataParallel, which reduces in the first backward pass unless told which of them is the last, and wants to know then which
+parameters took part in all. Sharded weights (FSDP2): the last backward pass, or with `memory.shard_gradients` each, reduces and splits it.
 
 Every process draws the plans of the whole batch from the same generator, so that all run the same number of forward passes.
 """
@@ -20,13 +23,11 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from flowbp.backbones import Backbone
-from flowbp.guidance import Conditioning
 
-__all__ = ["Ranks", "VelocityModule", "full", "gathered", "laid_out_as", "process_state"]
+__all__ = ["Ranks", "full", "gathered", "laid_out_as", "process_state"]
 
 
 def process_state() -> PartialState:
@@ -34,53 +35,44 @@ def process_state() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-class VelocityModule(nn.Module):
-    """A backbone's velocity as a module: what DistributedDataParallel and fully_shard wrap, while the backbone stays as it is."""
-
-    def __init__(self, backbone: Backbone):
-        super().__init__()
-        self.denoiser, self.velocity = backbone.denoiser, backbone.velocity
-
-    def forward(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.velocity(x, sigma, conditioning)
-
-
 class Ranks:
-    """The processes of a run, and its network as they share it.
+    """The processes of a run, and its network as they share it, which this puts on the device with the rest of the pipeline.
 
-    network  (x, sigma, conditioning) -> velocity: the backbone's, through the wrapper of DDP; or in place, with the weights of its blocks
-             sharded (FSDP2) if `shard`. One process wraps nothing.
+    shard            split the weights of the network's blocks over the processes (FSDP2): a block is moved to the device and split before
+                     the next one is, so that no device ever holds the whole network
+    shard_gradients  split gradients too after every backward pass, not in the last of a step alone
     """
 
-    def __init__(self, accelerator: Accelerator, backbone: Backbone, shard: bool = False):
+    def __init__(self, accelerator: Accelerator, backbone: Backbone, shard: bool = False, shard_gradients: bool = False):
         self.accelerator, self.size, self.rank = accelerator, accelerator.num_processes, accelerator.process_index
         self.is_main = accelerator.is_main_process
-        self.network, self.sharded = VelocityModule(backbone), None
+        self.shard_gradients, self.sharded = shard_gradients, None
         if self.size > 1 and shard:
             self.sharded = shard_weights(backbone.denoiser, accelerator.device)
-        elif self.size > 1:
-            self.network = replicate(self.network, accelerator.device)
+        backbone.pipe.to(accelerator.device)
+        self.trained = [p for p in backbone.denoiser.parameters() if p.requires_grad]
+        if self.size > 1 and not shard:
+            for p in self.trained:  # copies start equal
+                torch.distributed.broadcast(p.detach(), 0)
 
     def rows(self, per_rank: int) -> slice:
         """This process's part of a global batch of size * per_rank rows."""
         return slice(self.rank * per_rank, (self.rank + 1) * per_rank)
 
     @contextmanager
-    def accumulating(self) -> Iterator[None]:
-        """Backward passes add to this process's gradient alone; none is reduced until `reduce_with` arms one."""
-        if isinstance(self.network, DistributedDataParallel):
-            with self.network.no_sync():
-                yield
-            return
+    def averaging(self) -> Iterator[None]:
+        """One optimizer step's backward passes: what they leave in the parameters' .grad is averaged over the processes."""
         if self.sharded is not None:
-            self.sharded.set_requires_gradient_sync(False)
+            self.sharded.set_requires_gradient_sync(self.shard_gradients)
         yield
+        if self.size > 1 and self.sharded is None:
+            gradients = [p.grad.div_(self.size) for p in self.trained if p.grad is not None]
+            for work in [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
+                work.wait()
 
     def reduce_with(self, v: Tensor) -> None:
-        """The next backward pass, that of `v`, averages all that was accumulated over the processes."""
-        if isinstance(self.network, DistributedDataParallel):
-            self.network.reducer.prepare_for_backward([v])
-        elif self.sharded is not None:
+        """The next backward pass, that of `v`, is the last of the step: it reduces sharded gradients."""
+        if self.sharded is not None:
             self.sharded.set_requires_gradient_sync(True)
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -100,14 +92,8 @@ class Ranks:
         return bool(answer)
 
 
-def replicate(module: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """DDP. Unused parameters are looked for: the last block of SD3 drops what some of its weights compute."""
-    device_ids = None if device.type == "cpu" else [device]
-    return DistributedDataParallel(module, device_ids=device_ids, find_unused_parameters=True, broadcast_buffers=False)
-
-
 def shard_weights(denoiser: nn.Module, device: torch.device) -> nn.Module:
-    """FSDP2, in place: the weights of a transformer block are gathered when it runs, and dropped after."""
+    """FSDP2, in place, on `device`: the weights of a transformer block are gathered when it runs, and dropped after."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -41,22 +41,26 @@ Signature = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 log = logging.getLogger(__name__)
 
 
-def embed_once(backbone: Backbone, prompts: Iterable[str], cache: Path | None = None) -> None:
+def embed_once(backbone: Backbone, prompts: Iterable[str], cache: Path | None = None, device: torch.device | str | None = None) -> None:
     """Embed `prompts` and the empty prompt, unless `cache` has them; then release the text encoders and let `backbone.encode` read files.
 
-    The processes of a distributed run share the work. Raises OSError when the disk is too small.
+    device: where to embed, and where `encode` puts what it reads; None means where the network is. A network that is not there yet leaves
+    it to the text encoders, which may be as large. The processes of a distributed run share the work. Raises OSError when the disk is too
+    small.
     """
-    embeddings = EmbeddingCache((cache or default_cache()) / "embeddings" / encoder_hash(backbone), backbone.denoiser.device)
-    state = process_state()
+    device = torch.device(device or backbone.denoiser.device)
+    embeddings = EmbeddingCache((cache or default_cache()) / "embeddings" / encoder_hash(backbone), device)
+    state, encoders = process_state(), list(text_encoders(backbone))
+    for name in encoders:
+        getattr(backbone.pipe, name).to(device)
     texts = list(dict.fromkeys(["", *prompts]))
     embeddings.fill(backbone.encode, [""])
     share = texts[state.process_index :: state.num_processes]
-    with progress_bar("embed", "prompt", len(share)) as bar:
+    with progress_bar("embed", "prompt", len(share), shown=state.is_main_process) as bar:
         embeddings.fill(backbone.encode, share, embeddings.signature(""), bar.update)
     state.wait_for_everyone()
-    for name in backbone.pipe.components:
-        if name.startswith("text_encoder"):
-            setattr(backbone.pipe, name, None)
+    for name in encoders:
+        setattr(backbone.pipe, name, None)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -107,9 +111,7 @@ class EmbeddingCache:
         self._check_space(len(missing))
         for first in range(0, len(missing), BATCH):
             chunk = missing[first : first + BATCH]
-            embedded = encode(chunk + chunk[-1:] * (BATCH - len(chunk)))
-            for row, prompt in enumerate(chunk):
-                self._write(prompt, {name: value[row].contiguous().cpu() for name, value in embedded.items()})
+            self._write(chunk, encode(chunk + chunk[-1:] * (BATCH - len(chunk))))
             progress(len(chunk))
 
     def signature(self, prompt: str) -> Signature | None:
@@ -122,11 +124,13 @@ class EmbeddingCache:
         whole = about.get("prompt") == prompt and about.get("sha256") == _digest(tensors)
         return {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()} if whole else None
 
-    def _write(self, prompt: str, tensors: dict[str, Tensor]) -> None:
-        """Whole or not at all; of several processes that write the same prompt, one wins."""
-        scratch = self.folder / f".{uuid.uuid4().hex}.partial"
-        save_file(tensors, scratch, metadata={"prompt": prompt, "sha256": _digest(tensors)})
-        os.replace(scratch, self.path(prompt))
+    def _write(self, prompts: list[str], embedded: Conditioning) -> None:
+        """A file a prompt, whole or not at all; of several processes that write the same prompt, one wins."""
+        for row, prompt in enumerate(prompts):
+            tensors = {name: value[row].contiguous().cpu() for name, value in embedded.items()}
+            scratch = self.folder / f".{uuid.uuid4().hex}.partial"
+            save_file(tensors, scratch, metadata={"prompt": prompt, "sha256": _digest(tensors)})
+            os.replace(scratch, self.path(prompt))
 
     def _check_space(self, count: int) -> None:
         one = self.path("")
@@ -139,18 +143,24 @@ class EmbeddingCache:
             )
 
 
+def text_encoders(backbone: Backbone) -> dict[str, nn.Module]:
+    """Those that the pipeline has, by name."""
+    parts = sorted(backbone.pipe.components.items())
+    return {name: part for name, part in parts if name.startswith("text_encoder") and part is not None}
+
+
 def encoder_hash(backbone: Backbone) -> str:
     """Hash of all that determines an embedding beside the prompt; weights are represented by 64 evenly spaced values of each tensor."""
     digest = hashlib.sha256()
     versions = [importlib.metadata.version(package) for package in ("flowbp", "diffusers", "transformers")]
     digest.update(repr((type(backbone).__qualname__, backbone.text_options, versions)).encode())
+    for name, encoder in text_encoders(backbone).items():
+        digest.update(json.dumps([name, encoder.config.to_dict()], sort_keys=True, default=str).encode())
+        for key, value in encoder.state_dict().items():
+            sample = value.flatten()[:: max(1, value.numel() // 64)].double().cpu().numpy()
+            digest.update(repr((key, value.dtype, tuple(value.shape))).encode() + sample.tobytes())
     for name, part in sorted(backbone.pipe.components.items()):
-        if name.startswith("text_encoder") and isinstance(part, nn.Module):
-            digest.update(json.dumps([name, part.config.to_dict()], sort_keys=True, default=str).encode())
-            for key, value in part.state_dict().items():
-                sample = value.flatten()[:: max(1, value.numel() // 64)].double().cpu().numpy()
-                digest.update(repr((key, value.dtype, tuple(value.shape))).encode() + sample.tobytes())
-        elif name.startswith("tokenizer") and part is not None:
+        if name.startswith("tokenizer") and part is not None:
             for file, content in _tokenizer_files(part).items():
                 digest.update(file.encode() + content)
     return digest.hexdigest()[:32]

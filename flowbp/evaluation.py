@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowbp.backbones import Backbone, bind_velocity
 from flowbp.config import EvaluationConfig, RolloutConfig
 from flowbp.data import Prompt, sample_seeds
+from flowbp.distributed import process_state
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.rewards import Reward
@@ -148,12 +150,16 @@ def evaluate(
     named: Mapping[str, Scorer],
     progress: Callable[[int], object] = lambda done: None,
 ) -> Scores:
-    """Score all samples. progress is called with the number of images just scored."""
-    parts = []
-    for chunk in samples.chunks:
-        parts.append(score_chunk(backbone, samples, chunk, size, guidance, named))
-        progress(chunk.stop - chunk.start)
-    return join(samples, parts)
+    """Score all samples. The processes of a run take chunks in turn, and each gets all scores: they are those of one process.
+
+    progress is called with the number of images just scored.
+    """
+    state, chunks, parts = process_state(), samples.chunks, []
+    for first in range(0, len(chunks), state.num_processes):
+        own = chunks[min(first + state.process_index, len(chunks) - 1)]  # one without a chunk of its own keeps step: weights may be sharded
+        parts += gather_object([score_chunk(backbone, samples, own, size, guidance, named)])
+        progress(sum(chunk.stop - chunk.start for chunk in chunks[first : first + state.num_processes]))
+    return join(samples, parts[: len(chunks)])
 
 
 # -- summaries ---------------------------------------------------------------------------------------------------------------------

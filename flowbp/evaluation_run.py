@@ -152,11 +152,12 @@ def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path,
     if not missing:
         return
     device = str(state.device)
-    backbone = load_backbone(**config.backbone.model_dump(), device=device)
+    backbone = load_backbone(**config.backbone.model_dump())
     if model.weights is not None:
         checkpoint.load_weights(backbone, model.weights)
     if config.data.embeddings == "cached":
-        embed_once(backbone, [prompt.text for prompt in samples.prompts], config.data.cache)
+        embed_once(backbone, [prompt.text for prompt in samples.prompts], config.data.cache, device)
+    backbone.pipe.to(device)
     rewards, monitors = ({name: spec.load(device) for name, spec in specs.items()} for specs in (config.reward, config.evaluation.monitors))
     named = scorers(config.evaluation, rewards, monitors, device)
     share = [i for i in missing if i % state.num_processes == state.process_index]

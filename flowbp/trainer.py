@@ -69,10 +69,10 @@ class Trainer:
         torch.manual_seed(config.seed)  # LoRA's initial weights
         self.accelerator = Accelerator(cpu=process_state().device.type == "cpu", log_with="tensorboard", project_dir=config.output)
         device = str(self.accelerator.device)
-        self.backbone = backbone or load_backbone(**config.backbone.model_dump(), device=device)
+        self.backbone = backbone or load_backbone(**config.backbone.model_dump())  # on the CPU
         check_guidance(self.backbone, config.guidance)
-        if config.data.embeddings == "cached":
-            embed_once(self.backbone, self.texts(), config.data.cache)
+        if config.data.embeddings == "cached":  # the device holds the text encoders; then, without them, all else
+            embed_once(self.backbone, self.texts(), config.data.cache, device)
         self.mixture = Mixture({name: spec.term(device, reward) for name, spec in config.reward.items()})
         watched = config.evaluation.monitors if config.evaluation else {}
         self.monitors = {name: spec.load(device) for name, spec in watched.items()}
@@ -84,7 +84,7 @@ class Trainer:
         save_memory(self.backbone, config.memory)
         if config.compile is not None:
             compile_blocks(self.backbone.denoiser, config.compile)
-        self.ranks = Ranks(self.accelerator, self.backbone, config.memory.shard)
+        self.ranks = Ranks(self.accelerator, self.backbone, config.memory.shard, config.memory.shard_gradients)
         self.parameters = trained(self.backbone)  # by now, shards perhaps
         budget = config.memory.budget_gb
         self.recompute = Recompute(config.memory.recompute, None if budget is None else int(budget * 1e9))
@@ -141,7 +141,7 @@ class Trainer:
     def report(self) -> None:
         """Score base and tuned weights on the same prompts and seeds, draw both, and write everything into the run's folder.
 
-        Every process does, for sharded weights need them all; one writes.
+        The processes share the images and all have the scores; one writes.
         """
         config, main = self.config, self.ranks.is_main
         plan = config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(config.seed))
@@ -166,7 +166,7 @@ class Trainer:
     def watch_held_out(self, steps: int) -> bool:
         """Score the weights after `steps` optimizer steps if the sentinel asks for it, keep the best; returns whether training is to stop.
 
-        Every process scores all samples, in step with the others; the main one decides and writes. Nothing that training draws is drawn.
+        The processes share the samples; the main one decides and writes. Nothing that training draws is drawn.
         """
         if self.sentinel is None:
             return False
@@ -194,7 +194,7 @@ class Trainer:
     def step(self, step: int) -> dict:
         """One optimizer step over `data.accumulate` micro-batches; returns what is logged."""
         began, self.phases.seconds = now(), {}
-        with self.ranks.accumulating():
+        with self.ranks.averaging():
             rows = [self.accumulate_gradient(step, micro) for micro in range(self.config.data.accumulate)]
         row = self.ranks.mean({key: float(np.mean([r[key] for r in rows])) for key in rows[0] if key != "nodes"})
         row["nodes"] = rows[-1]["nodes"]
@@ -232,7 +232,6 @@ class Trainer:
         self.backbone.denoiser.train(config.tuning.dropout > 0)
         with self.phases("rollout"):
             velocity = bind_velocity(self.backbone, texts, config.guidance)
-            velocity.network = self.ranks.network
             noise = self.backbone.noise(size.height, size.width, generators)
             renoise = [self.backbone.noise(size.height, size.width, generators) for _ in range(plan.num_renoised)]
             trajectory = rollout(velocity, noise, self.sigmas, plan, renoise, self.recompute)

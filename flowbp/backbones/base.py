@@ -67,6 +67,7 @@ class DiffusersBackbone(ABC):
     guidance_branches: Literal["batched", "separate", "none"] = "separate"
     embeds_guidance = False
     patch = 2  # latents that one image token spans, along each side
+    default_text_tokens = 512
 
     def __init__(self, pipe: DiffusionPipeline, precision: Precision = "float32", max_sequence_length: int | None = None):
         scheduler = pipe.scheduler
@@ -87,6 +88,16 @@ class DiffusersBackbone(ABC):
     @property
     def denoiser(self) -> nn.Module:
         return self.pipe.transformer
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of a prompt for T5 or Qwen; shorter ones are padded. CLIP has a length of its own."""
+        return self.text_options.get("max_sequence_length", self.default_text_tokens)
+
+    @property
+    def text_device(self) -> torch.device:
+        """Where the text encoders are, which need not be where the network is (`flowbp.embeddings`)."""
+        return self.pipe.text_encoder.device
 
     @property
     def pipeline_dtype(self) -> torch.dtype:

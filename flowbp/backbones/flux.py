@@ -27,12 +27,12 @@ class FluxBackbone(DiffusersBackbone):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        embeds, pooled, _ = self.pipe.encode_prompt(prompts, prompt_2=None, device=self.denoiser.device, **self.text_options)
+        embeds, pooled, _ = self.pipe.encode_prompt(prompts, prompt_2=None, device=self.text_device, **self.text_options)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     @property
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        config, tokens = self.denoiser.config, self.text_options.get("max_sequence_length", 512)
+        config, tokens = self.denoiser.config, self.text_tokens
         return {"encoder_hidden_states": (tokens, config.joint_attention_dim), "pooled_projections": (config.pooled_projection_dim,)}
 
     def schedule(self, num_steps: int, num_tokens: int) -> dict:

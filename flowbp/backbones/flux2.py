@@ -32,12 +32,12 @@ class Flux2Backbone(DiffusersBackbone):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        embeds, _ = self.pipe.encode_prompt(prompts, device=self.denoiser.device, **self.text_options)
+        embeds, _ = self.pipe.encode_prompt(prompts, device=self.text_device, **self.text_options)
         return {"encoder_hidden_states": embeds}
 
     @property
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"encoder_hidden_states": (self.text_options.get("max_sequence_length", 512), self.denoiser.config.joint_attention_dim)}
+        return {"encoder_hidden_states": (self.text_tokens, self.denoiser.config.joint_attention_dim)}
 
     def schedule(self, num_steps: int, num_tokens: int) -> dict:
         return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": compute_empirical_mu(num_tokens, num_steps)}

@@ -16,6 +16,7 @@ class SD3Backbone(DiffusersBackbone):
 
     guidance_branches = "batched"
     lora_targets = JOINT_ATTENTION
+    default_text_tokens = 256
 
     @property
     def patch(self) -> int:
@@ -23,13 +24,13 @@ class SD3Backbone(DiffusersBackbone):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        options = {"device": self.denoiser.device, "do_classifier_free_guidance": False} | self.text_options
+        options = {"device": self.text_device, "do_classifier_free_guidance": False} | self.text_options
         embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, prompt_2=None, prompt_3=None, **options)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     @property
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        config, tokens = self.denoiser.config, self.pipe.tokenizer_max_length + self.text_options.get("max_sequence_length", 256)
+        config, tokens = self.denoiser.config, self.pipe.tokenizer_max_length + self.text_tokens
         return {"encoder_hidden_states": (tokens, config.joint_attention_dim), "pooled_projections": (config.pooled_projection_dim,)}
 
     def schedule(self, num_steps: int, num_tokens: int) -> dict:

@@ -29,15 +29,15 @@ class ZImageBackbone(DiffusersBackbone):
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         """Embeddings [B, max_sequence_length, D], zeros from each prompt's own length [B] on."""
-        options = {"device": self.denoiser.device, "do_classifier_free_guidance": False, "max_sequence_length": 512} | self.text_options
+        options = {"device": self.text_device, "do_classifier_free_guidance": False, "max_sequence_length": self.text_tokens}
         embeds, _ = self.pipe.encode_prompt(list(prompts), **options)  # a copy: the pipeline writes its chat template into the list
         lengths = [len(embed) for embed in embeds]
-        padded = [F.pad(embed, (0, 0, 0, options["max_sequence_length"] - len(embed))) for embed in embeds]
+        padded = [F.pad(embed, (0, 0, 0, self.text_tokens - len(embed))) for embed in embeds]
         return {"embeds": torch.stack(padded), "lengths": torch.tensor(lengths, device=embeds[0].device)}
 
     @property
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"embeds": (self.text_options.get("max_sequence_length", 512), self.denoiser.config.cap_feat_dim), "lengths": ()}
+        return {"embeds": (self.text_tokens, self.denoiser.config.cap_feat_dim), "lengths": ()}
 
     def schedule(self, num_steps: int, num_tokens: int) -> dict:
         return {"sigmas": torch.linspace(1.0, 1 / num_steps, num_steps).tolist(), "mu": self.resolution_shift(num_tokens)}

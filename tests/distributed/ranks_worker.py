@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging
 
-from flowbp import checkpoint
+from flowbp import checkpoint, evaluation
 from flowbp.backbones import BACKBONES
 from flowbp.backbones.tiny import tiny_pipeline
 from flowbp.config import load
+from flowbp.data import load_prompts
 from flowbp.distributed import full
 from flowbp.trainer import Trainer
 
@@ -33,6 +34,14 @@ CASES = {  # name: (pipeline, overrides)
     "lora": (FLUX2, (*LORA, "method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "data.accumulate=2")),
     "sharded bridge": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory.shard=true", "data.accumulate=2")),
     "sharded, kept graphs": (FLUX2, ("method.name=flowbp-lagrange", "memory={shard: true, recompute: never}")),
+    "sharded gradients": (
+        SD3,
+        ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory={shard: true, shard_gradients: true}", "data.accumulate=2"),
+    ),
+    "sharded gradients, kept graphs": (
+        FLUX2,
+        ("method.name=flowbp-lagrange", "memory={shard: true, shard_gradients: true, recompute: never}", "guidance.scale=3.0"),
+    ),
     "sharded, checkpointing": (SD3, ("method.name=flowbp-lagrange", "memory={shard: true, checkpointing: true}")),
 }
 
@@ -90,6 +99,25 @@ def resumes(case, folder, world):
     return rows[0] == rows[1] and all(torch.equal(full(a.detach()), full(b.detach())) for a, b in pairs)
 
 
+def splits_gradients(case, folder, world):
+    """Whether a process has its share of the gradient, instead of all of it, between the backward passes of a step."""
+    trainer = make_trainer(case, folder, world)
+    with trainer.ranks.averaging():
+        trainer.accumulate_gradient(0, 0)
+        return all(p.grad is not None for p in trainer.parameters.values())
+
+
+def scores(case, folder, world):
+    """(scores by metric, the first images, how many chunks this process scored) of the weights that a run starts from."""
+    evaluation_config = f"evaluation={{prompts: {folder}/prompts.txt, samples: 5, batch_size: 2, grid: 3, num_steps: 3}}"
+    trainer = make_trainer(case, folder, world, evaluation_config)
+    config, chunks = trainer.config.evaluation, []
+    named = evaluation.scorers(config, trainer.mixture.rewards, {})
+    named["count"] = lambda images, texts: chunks.append(len(texts)) or torch.zeros(len(texts))
+    found = trainer.score(evaluation.draw_samples(load_prompts(config.prompts), config), named)
+    return {name: torch.from_numpy(column) for name, column in found.values.items()}, found.images, len(chunks)
+
+
 def run(rank, world, port, folder):
     """Every case, as rank `rank` of `world`; writes what it got."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -101,6 +129,9 @@ def run(rank, world, port, folder):
         results[case] = train_step(case, folder, world)
     for case in ("bridge, guided", "sharded bridge"):
         results[f"resume: {case}"] = resumes(case, folder, world)
+        results[f"scores: {case}"] = scores(case, folder, world)
+    for case in ("sharded bridge", "sharded gradients"):
+        results[f"splits gradients: {case}"] = splits_gradients(case, folder, world)
     ranks = make_trainer("bridge, guided", folder, world).ranks
     results["main says"] = [ranks.main_says(lambda: rank == 0), ranks.main_says(lambda: rank != 0)]
     torch.save(results, Path(folder, f"{world}-{rank}.pt"))

@@ -11,6 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks_worker  # noqa: E402
 
+from flowbp.evaluation_run import one_thread  # noqa: E402
+
 
 def launch(world, folder):
     """The results of every rank. The processes fork from one that has imported everything."""
@@ -44,12 +46,14 @@ def alone(folder):
     return {case: ranks_worker.train_step(case, folder, 1) for case in ranks_worker.CASES}
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_processes_take_the_step_of_one(world, alone, folder):
-    ranks = launch(world, folder)
-    assert all(rank.pop(f"resume: {case}") for rank in ranks for case in ("bridge, guided", "sharded bridge"))
-    assert all(rank.pop("main says") == [True, False] for rank in ranks)
-    for case in ranks[0]:
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, folder):
+    """What each rank of 2, then of 4 found."""
+    return launch(request.param, folder)
+
+
+def test_processes_take_the_step_of_one(ranks, alone):
+    for case in ranks_worker.CASES:
         (row, gradient), (expected_row, expected) = ranks[0][case], alone[case]
         assert gradient.norm() > 0, case
         tolerance = 1e-9 if case != "lora" else 1e-5  # its weights are float32
@@ -58,6 +62,31 @@ def test_processes_take_the_step_of_one(world, alone, folder):
             assert row[key] == pytest.approx(expected_row[key], rel=tolerance), (case, key)
         for other_row, other in (rank[case] for rank in ranks[1:]):
             assert torch.equal(other, gradient) and other_row["loss"] == row["loss"]
+
+
+def test_processes_resume_exactly(ranks):
+    assert all(rank[f"resume: {case}"] for rank in ranks for case in ("bridge, guided", "sharded bridge"))
+
+
+def test_the_main_process_decides(ranks):
+    assert all(rank["main says"] == [True, False] for rank in ranks)
+
+
+def test_gradients_are_split_between_backward_passes_where_the_config_says(ranks):
+    for rank in ranks:
+        assert not rank["splits gradients: sharded bridge"] and rank["splits gradients: sharded gradients"]
+
+
+@pytest.mark.parametrize("case", ["bridge, guided", "sharded bridge"])
+def test_processes_share_an_evaluation_and_have_the_scores_of_one_to_the_byte(ranks, case, folder):
+    with one_thread():
+        values, images, chunks = ranks_worker.scores(case, folder, 1)
+    assert chunks == 3 and values.keys() > {"reward", "saturation"} and len(images) == 3
+    for rank in ranks:
+        found, pictures, share = rank[f"scores: {case}"]
+        assert share == -(-chunks // len(ranks))
+        assert found.keys() == values.keys() and all(torch.equal(found[name], values[name]) for name in values)
+        assert torch.equal(pictures, images)
 
 
 def test_the_filter_keeps_another_number_on_each_rank(alone):

@@ -1,0 +1,325 @@
+"""The passes of a run over its micro-batch, on PyTorch's meta device: what `flowbp estimate` adds up.
+
+Each is run by the code that a training run runs, at the run's own resolution, batch and prompt length, without weights and without a GPU.
+Every tensor that it makes and frees is counted in bytes, its operations in FLOPs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedModel, Qwen3Config
+
+from flowbp.architectures import IMAGE_TOWERS, ImageTower, read_backbone
+from flowbp.backbones import Backbone, bind_velocity
+from flowbp.config import BackboneConfig, RunConfig, ScorerConfig
+from flowbp.embeddings import BATCH
+from flowbp.guidance import GuidedVelocity
+from flowbp.methods import draw_plans
+from flowbp.objective import reward_gradient
+from flowbp.performance import LiveBytes, save_memory
+from flowbp.plan import PlanBatch, SurrogatePlan
+from flowbp.replay import record
+from flowbp.rewards import Mixture, Reward
+from flowbp.rewards.registry import EMBEDDED, find_folders, find_source
+from flowbp.tuning import trainable_parameters
+
+__all__ = ["NetworkPass", "RewardPass", "TextPass", "draw_plan", "network_pass", "reward_pass", "text_pass"]
+
+
+@dataclass(frozen=True)
+class NetworkPass:
+    """The network, and its passes over one micro-batch.
+
+    parameters, trained             how many. trained_bytes, frozen_bytes: as many bytes
+    weight_bytes                    of the network as it is loaded, before LoRA
+    block_bytes                     what FSDP2 holds whole at a time of all weights; of the trained ones alone: trained_block_bytes
+    vae_bytes                       weights of the VAE
+    latent_bytes                    one latent of the micro-batch
+    forward_bytes, forward_flops    forward pass without gradient, both branches of guidance; FLOPs: of one branch
+    graph_bytes                     the graph of a replay of `memory.nodes_per_forward` nodes
+    replay_bytes                    most of a replay, forward and backward
+    sigmas                          [N + 1] noise levels of the rollout
+    """
+
+    parameters: int
+    trained: int
+    trained_bytes: int
+    frozen_bytes: int
+    block_bytes: int
+    trained_block_bytes: int
+    vae_bytes: int
+    latent_bytes: int
+    forward_bytes: int
+    forward_flops: int
+    graph_bytes: int
+    replay_bytes: int
+    sigmas: np.ndarray
+
+
+@dataclass(frozen=True)
+class RewardPass:
+    """Weights of rewards and monitors; the most that decoder and rewards add, forward and backward; what could not be counted."""
+
+    weight_bytes: int
+    peak_bytes: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TextPass:
+    """Weights of the text encoders, and the most that embedding one batch of prompts adds."""
+
+    weight_bytes: int
+    peak_bytes: int
+
+
+def network_pass(config: RunConfig) -> NetworkPass:
+    """Forward pass and replay of the run. Raises ValueError or OSError where the backbone's architecture is not known."""
+    decoder_alone = {"reward_batch", "vae_checkpointing", "vae_slicing", "vae_tiling"}
+    return _network_pass(_relevant(config, decoder_alone, {"evaluation"}))
+
+
+def reward_pass(config: RunConfig) -> RewardPass:
+    """Decoder and rewards of the run, forward and backward."""
+    return _reward_pass(_relevant(config, {"checkpointing", "nodes_per_forward"}, {"tuning"}))
+
+
+def text_pass(config: RunConfig) -> TextPass:
+    """The run's text encoders, embedding as many prompts as `flowbp.embeddings` does at a time."""
+    return _text_pass(config.backbone.model_dump_json())
+
+
+def draw_plan(config: RunConfig, draw: int, sigmas: np.ndarray) -> SurrogatePlan | PlanBatch:
+    """A plan of the run's batch."""
+    return draw_plans(config.method, sigmas, np.random.default_rng((config.seed, draw)), config.data.batch_size, config.plans)
+
+
+def _relevant(config: RunConfig, ignored: set[str], sections: set[str]) -> str:
+    """The config as JSON, less what does not change a pass: these keys of `memory`, these sections, and what changes none."""
+    values = config.model_dump(mode="json", exclude=sections | {"optimizer", "ema", "steps", "checkpoint_every"})
+    for key in ignored | {"recompute", "budget_gb", "shard", "shard_gradients"}:
+        del values["memory"][key]
+    del values["data"]["accumulate"], values["data"]["embeddings"]
+    return json.dumps(values)
+
+
+# -- network -------------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _network_pass(relevant: str) -> NetworkPass:
+    config = RunConfig.model_validate(json.loads(relevant))
+    backbone = _backbone(config)
+    denoiser, parameters = backbone.denoiser, sum(p.numel() for p in backbone.denoiser.parameters())
+    with torch.device("meta"):
+        trained = trainable_parameters(backbone, config.tuning).values()
+    denoiser.train(config.tuning.dropout > 0)
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    latents, sigmas = _latents(backbone, config, config.data.batch_size), _sigmas(backbone, config)
+    with fused_attention(), LiveBytes([*tensors(denoiser), *(p.grad for p in trained)]) as live:
+        before = live.alive
+        velocity = bind_velocity(backbone, [""] * config.data.batch_size, config.guidance)
+        with torch.no_grad():
+            velocity.branches(latents, torch.empty((), device="meta"))
+        forward_bytes, live.peak = live.peak - before, live.alive
+        graph_bytes = _replay(velocity, latents, draw_plan(config, 0, sigmas), config.memory.nodes_per_forward, live)
+        replay_bytes = live.peak - before
+    return NetworkPass(
+        parameters=parameters,
+        trained=sum(p.numel() for p in trained),
+        trained_bytes=bytes_of(trained),
+        frozen_bytes=bytes_of(tensors(denoiser)) - bytes_of(trained),
+        block_bytes=block_bytes(denoiser, lambda p: True),
+        trained_block_bytes=block_bytes(denoiser, lambda p: p.requires_grad),
+        vae_bytes=bytes_of(tensors(backbone.pipe.vae)),
+        latent_bytes=latents.nbytes,
+        forward_bytes=forward_bytes,
+        forward_flops=_forward_flops(backbone, velocity, latents),
+        graph_bytes=graph_bytes,
+        replay_bytes=replay_bytes,
+        sigmas=sigmas,
+    )
+
+
+def _sigmas(backbone: Backbone, config: RunConfig) -> np.ndarray:
+    size = config.rollout
+    return backbone.sigmas(size.num_steps, size.height, size.width).double().numpy()
+
+
+def _latents(backbone: Backbone, config: RunConfig, rows: int) -> Tensor:
+    shape = backbone.latent_shape(*backbone.token_grid(config.rollout.height, config.rollout.width))
+    return torch.empty(rows, *shape, device="meta").to(backbone.latents_dtype)
+
+
+def _replay(velocity: GuidedVelocity, latents: Tensor, plan: SurrogatePlan | PlanBatch, nodes_per_forward: int, live: LiveBytes) -> int:
+    """Replay, forward and backward, as many of the plan's nodes as one forward pass takes; returns the bytes of their graph."""
+    nodes = min(nodes_per_forward, len(plan.sweep))
+    x, sigma = latents, torch.empty((), device="meta")
+    if nodes > 1:
+        x, sigma = torch.cat([latents] * nodes), sigma.expand(nodes * len(latents))
+    before = live.alive
+    graph = record(velocity.replay, x, sigma, any(replay.gated for replay in plan.sweep))
+    graph_bytes = live.alive - before
+    graph.v.backward(torch.empty_like(graph.v))
+    return graph_bytes
+
+
+def _forward_flops(backbone: Backbone, velocity: GuidedVelocity, latents: Tensor) -> int:
+    flops = FlopCounterMode(display=False, custom_mapping={FUSED: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)})
+    with fused_attention(), flops, torch.no_grad():
+        backbone.velocity(latents, torch.empty((), device="meta"), velocity.positive)
+    return flops.get_total_flops()
+
+
+def block_bytes(denoiser: nn.Module, counts: Callable[[nn.Parameter], bool]) -> int:
+    """What FSDP2 holds whole at a time of the parameters that count: two blocks, for one is fetched ahead, and what belongs to none."""
+    blocks = [module for module in denoiser.modules() if type(module).__name__ in denoiser._no_split_modules]
+    sizes = sorted(bytes_of(filter(counts, block.parameters())) for block in blocks)
+    return bytes_of(filter(counts, denoiser.parameters())) - sum(sizes[:-2])
+
+
+# -- decoder and rewards -------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _reward_pass(relevant: str) -> RewardPass:
+    config = RunConfig.model_validate(json.loads(relevant))
+    backbone = _backbone(config)
+    rewards = {name: _reward(spec) for name, spec in config.reward.items()}
+    monitors = [_reward(spec) for spec in (config.evaluation.monitors if config.evaluation else {}).values()]
+    mixture = Mixture({name: spec.term(reward=rewards[name].reward) for name, spec in config.reward.items()})
+    samples = config.data.batch_size * (1 + draw_plan(config, 0, np.linspace(1, 0, config.rollout.num_steps + 1)).num_renoised)
+    z = _latents(backbone, config, min(samples, config.memory.reward_batch or samples))
+
+    def score(part: Tensor, which: slice) -> Tensor:
+        return mixture.score(backbone.decode(part), [""] * len(part), list(range(len(part))))
+
+    models = [term.reward.model for term in mixture.terms.values() if isinstance(term.reward, ImageTower)]
+    with fused_attention(), LiveBytes(t for module in (backbone.pipe.vae, *models) for t in tensors(module)) as live:
+        before = live.alive
+        reward_gradient(mixture, score, z, torch.ones(len(z), device="meta"))
+        peak_bytes = live.peak - before
+    loaded = [*rewards.values(), *monitors]
+    return RewardPass(sum(each.weight_bytes for each in loaded), peak_bytes, tuple(each.note for each in loaded if each.note))
+
+
+class MetaReward(NamedTuple):
+    """A stand-in for a reward, on the meta device; the bytes of its weights; what of it could not be counted."""
+
+    reward: Reward
+    weight_bytes: int
+    note: str = ""
+
+
+def _reward(spec: ScorerConfig) -> MetaReward:
+    if ":" in spec.name:
+        return MetaReward(_no_graph, 0, f"the reward {spec.name} is code of your own: its weights and its graph are not counted")
+    source = find_source(spec.name)
+    parameters, tower = source.parameters, IMAGE_TOWERS.get(spec.name)
+    dtype = getattr(torch, spec.dtype or ("float32" if tower is not None else "bfloat16"))
+    if tower is not None and (spec.model in EMBEDDED or (spec.model is not None and Path(spec.model).is_dir())):
+        folder = find_folders(spec.name, source, spec.model, None)["model"]
+        if (folder / "config.json").is_file():
+            parameters, tower = _read_clip(folder)
+    if tower is None:
+        return MetaReward(_no_graph, parameters * dtype.itemsize, f"the graph of the reward {spec.name} is not counted, its weights are")
+    return MetaReward(ImageTower(tower, "meta", dtype), parameters * dtype.itemsize)
+
+
+def _read_clip(folder: Path) -> tuple[int, CLIPVisionConfig]:
+    """(parameters, config of the image tower) of the CLIP model in `folder`."""
+    config = CLIPConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in CLIPModel(config).parameters())
+    config.vision_config.projection_dim = config.projection_dim
+    return parameters, config.vision_config
+
+
+def _no_graph(images: Tensor, prompts: list[str]) -> Tensor:
+    return images.flatten(1).mean(dim=1)
+
+
+# -- text encoders -------------------------------------------------------------------------------------------------------------------
+
+ENCODE = {  # how the pipelines of diffusers call a class of text encoders
+    "CLIPTextModelWithProjection": {"output_hidden_states": True},
+    "Qwen3ForCausalLM": {"output_hidden_states": True, "use_cache": False},
+    "Qwen3Model": {"output_hidden_states": True},
+}
+
+
+@cache
+def _text_pass(relevant: str) -> TextPass:
+    options = BackboneConfig.model_validate_json(relevant)
+    backbone, encoders = read_backbone(options.name, getattr(torch, options.dtype), options.precision, options.max_sequence_length)
+    with torch.no_grad(), fused_attention(), LiveBytes(t for encoder in encoders for t in tensors(encoder)) as live:
+        weight_bytes = live.alive
+        for encoder in encoders:
+            _encode(encoder, backbone.text_tokens)
+        return TextPass(weight_bytes, live.peak - weight_bytes)
+
+
+def _encode(encoder: PreTrainedModel, tokens: int) -> None:
+    """One batch of prompts, as long as the encoder pads them."""
+    calls, masks = ENCODE.get(type(encoder).__name__, {}), {}
+    if isinstance(encoder.config, CLIPTextConfig):
+        tokens = encoder.config.max_position_embeddings
+    if isinstance(encoder.config, Qwen3Config):
+        masks["attention_mask"] = torch.ones(BATCH, 1, tokens, tokens, dtype=torch.bool, device="meta")
+    encoder(input_ids=torch.zeros(BATCH, tokens, dtype=torch.int64, device="meta"), **calls, **masks)
+
+
+# -- counting ------------------------------------------------------------------------------------------------------------------------
+
+
+def _backbone(config: RunConfig) -> Backbone:
+    """The run's backbone on the meta device with the run's memory switches."""
+    options = config.backbone
+    backbone, _ = read_backbone(options.name, getattr(torch, options.dtype), options.precision, options.max_sequence_length)
+    save_memory(backbone, config.memory)
+    return backbone
+
+
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Let attention on the meta device save what fused kernels save, not the matrices [B, heads, tokens, tokens] of the plain formula."""
+    plain = F.scaled_dot_product_attention
+
+    def fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if enable_gqa:
+            key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value))
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+        return FUSED(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+def tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers."""
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def bytes_of(parts: Iterable[Tensor]) -> int:
+    return sum(part.nbytes for part in parts)
