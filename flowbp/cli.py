@@ -341,9 +341,10 @@ def plan_table(drawn, sigmas, title: str) -> Table:
 
 def comparison_table(rows: list[dict], title: str, before: str = "before", after: str = "after") -> Table:
     """Paired changes; image statistics over all images only. Bold marks a change that its interval and its test confirm."""
-    from flowbp.report import between, direction, number, p_text, shown, signed
+    from flowbp.report import between, direction, notes, number, p_text, shown, signed
 
     table = metric_table(title, "n", before, after, "change, 95 %", "p")
+    table.caption = "\n".join(notes(rows)) or None
     for row in shown(rows):
         change = f"{signed(row['change'])} {between((row['low'], row['high']))}"
         cells = (str(row["count"]), number(row["before"]), number(row["after"]), change, p_text(row["p_value"]))
@@ -367,13 +368,14 @@ def metric_label(row: dict) -> str:
 
 def evaluation_tables(results: dict, title: str) -> Iterator[Table]:
     """One table of paired changes for each tuned model; without any, the base model's means."""
-    from flowbp.report import between, number
+    from flowbp.report import between, notes, number
 
     for name in [model["name"] for model in results["models"][1:]]:
         rows = [row for row in results["changes"] if row["model"] == name]
         yield comparison_table(rows, f"{name} against base: {title}", "base", "tuned")
     if not results["changes"]:
         table = metric_table(f"base: {title}", "n", "mean", "95 %")
+        table.caption = "\n".join(notes(results["means"])) or None
         for row in results["means"]:
             table.add_row(metric_label(row), str(row["count"]), number(row["mean"]), between((row["low"], row["high"])))
         yield table

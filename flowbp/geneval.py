@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowbp.rewards.clip import image_features
+
 if TYPE_CHECKING:
     from flowbp.config import GenEvalConfig
     from flowbp.rewards.clip import CLIPReward
@@ -271,7 +273,7 @@ class ClipColours:
     @torch.no_grad()
     def __call__(self, image: Tensor, detections: Sequence[Detection], name: str) -> list[str]:
         crops = torch.cat([self.clip.preprocess(crop(image, detection)[None]) for detection in detections])
-        embedded = F.normalize(self.clip.model.get_image_features(pixel_values=crops.to(self.clip.model.dtype)).pooler_output, dim=-1)
+        embedded = F.normalize(image_features(self.clip.model, crops), dim=-1)
         return [COLOURS[i] for i in (embedded @ self.texts(name).T).argmax(dim=1).tolist()]
 
     def texts(self, name: str) -> Tensor:
