@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -60,8 +61,14 @@ def train(
         rows = json.loads((output / "evaluation.json").read_text())
         console.print(comparison_table(rows, f"{output}: same prompts and seeds"))
     if (output / "validation.json").is_file():
-        for line in json.loads((output / "validation.json").read_text())["warnings"]:
+        validation = json.loads((output / "validation.json").read_text())
+        for line in validation["warnings"]:
             console.print(f"[bold yellow]warning:[/] {line}", highlight=False)
+        metric, best = validation["metric"], validation["best"]
+        if validation["stopped"]:
+            console.print(f"stopped early: evaluation.patience passed without a {metric} above that of step {best}", highlight=False)
+        if best is not None:
+            console.print(f"best by {metric}: step {best}, kept in {output / 'best'}", highlight=False, soft_wrap=True)
     console.print(f"report: {(output / 'report.html').resolve()}", soft_wrap=True)
 
 
@@ -354,7 +361,7 @@ def comparison_table(rows: list[dict], title: str, before: str = "before", after
 
 def metric_table(title: str, *columns: str) -> Table:
     """An empty table of a column of metrics and `columns` of numbers."""
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)

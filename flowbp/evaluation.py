@@ -68,7 +68,8 @@ def load_checker(config: EvaluationConfig, device: str) -> Scorer:
         return lambda images, texts: torch.from_numpy(np.asarray(check_batch(images.cpu(), texts), dtype=np.float32))
     from flowbp.geneval import load_geneval
 
-    return load_geneval(config.checker, config.prompts, device)
+    watched = [config.validation_prompts] if config.every is not None and config.validation_prompts is not None else []
+    return load_geneval(config.checker, [config.prompts, *watched], device)
 
 
 # -- samples and scores ------------------------------------------------------------------------------------------------------------

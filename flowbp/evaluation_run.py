@@ -102,6 +102,8 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
 
 def manifest(config: RunConfig, samples: Samples, model: Model) -> dict[str, Any]:
     """All that the scores of a model depend on."""
+    if model.weights is not None and not model.weights.exists():
+        raise FileNotFoundError(f"the weights of {model.name}, {model.weights}, do not exist")
     settings = config.model_dump(mode="json", include={"backbone", "guidance", "reward", "evaluation"})
     settings["rollout"] = config.evaluation_rollout.model_dump(mode="json")
     versions = {package: importlib.metadata.version(package) for package in ("flowbp", "torch", "diffusers", "transformers", "numpy")}

@@ -81,11 +81,12 @@ class Sentinel:
         return self.config.patience is not None and exhausted(self.history, self.config.best, self.config.patience)
 
     def summary(self) -> dict:
-        """{"means": a row a step, "best": step, "stopped": bool, "warnings": lines}."""
+        """{"means": a row a step, "metric": the one that chooses, "best": step, "stopped": bool, "warnings": lines}."""
         history = self.history
         held_out = [*self.config.monitors, *(["checker"] if self.config.checker is not None else [])]
         means = [{"step": step} | {name: float(v.mean()) for name, v in scores.values.items()} for step, scores in history.items()]
-        return {"means": means, "best": self.best, "stopped": self.stops, "warnings": warnings(history, self.trained, held_out)}
+        found = warnings(history, self.trained, held_out)
+        return {"means": means, "metric": self.config.best, "best": self.best, "stopped": self.stops, "warnings": found}
 
 
 def step_of(path: Path) -> int:

@@ -74,8 +74,9 @@ def paired_p_value(before: np.ndarray, after: np.ndarray, weights: np.ndarray, p
     return float(
         stats.permutation_test(
             (old, new),
-            lambda x, y, axis: (y - x).mean(axis),
+            lambda x, y, axis: np.abs((y - x).mean(axis)),
             permutation_type="samples",
+            alternative="greater",
             n_resamples=RESAMPLES,
             batch=BATCH,
             rng=np.random.default_rng(0),
