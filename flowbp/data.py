@@ -68,9 +68,7 @@ def _read_prompts(path: Path) -> list[Prompt]:
     if path.suffix == ".csv":
         table = csv.DictReader(io.StringIO("\n".join(lines)))
         if table.fieldnames and "prompt" not in table.fieldnames:
-            raise ValueError(
-                f"prompt file {str(path)!r} cannot be read: its first line must name a column prompt, it names {table.fieldnames}"
-            )
+            raise ValueError(f"prompt file {str(path)!r} cannot be read: a column must be called prompt, not {table.fieldnames}")
         return _entries([row for row in table if row["prompt"]])
     return [Prompt(line) for line in lines]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowbp.backbones import Backbone, bind_velocity
 from flowbp.config import EvaluationConfig, RolloutConfig
-from flowbp.data import Prompt, sample_seeds
+from flowbp.data import Prompt, load_prompts, sample_seeds
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import IMAGE_STATISTICS, OF_ONE_IMAGE, diversity, thumbnails
 from flowbp.rewards import ImageEncoder, Reward
@@ -61,15 +61,25 @@ def scorers(
 
 
 def load_checker(config: EvaluationConfig, device: str) -> Scorer:
-    """1 for an image that shows what its prompt says, else 0: exactly on `shapes`, by an object detector as GenEval does otherwise."""
+    """1 for an image that shows what its prompt says, else 0: exactly on `shapes`, by an object detector as GenEval does otherwise.
+
+    Raises ValueError for prompts that the checker cannot judge.
+    """
+    watched = [config.validation_prompts] if config.every is not None and config.validation_prompts is not None else []
+    sources = [config.prompts, *watched]
     if config.checker == "shapes":
         from flowbp.shapes.checker import check_batch
+        from flowbp.shapes.world import parse
 
+        for prompt in (prompt for source in sources for prompt in load_prompts(source)):
+            try:
+                parse(prompt.text)
+            except ValueError as error:
+                raise ValueError(f"evaluation.checker=shapes judges captions of its world alone, others take null: {error}") from error
         return lambda images, texts: torch.from_numpy(np.asarray(check_batch(images.cpu(), texts), dtype=np.float32))
     from flowbp.geneval import load_geneval
 
-    watched = [config.validation_prompts] if config.every is not None and config.validation_prompts is not None else []
-    return load_geneval(config.checker, [config.prompts, *watched], device)
+    return load_geneval(config.checker, sources, device)
 
 
 # -- samples and scores ------------------------------------------------------------------------------------------------------------

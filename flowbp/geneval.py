@@ -100,7 +100,7 @@ def load_requirements(path: str) -> dict[str, Requirement]:
     """By prompt, of an evaluation_metadata.jsonl. Raises ValueError for a line that is none, or that contradicts another."""
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"a detector judges prompts by GenEval's metadata, and {path!r} is no such file: name its .jsonl as prompts"
+            f"a detector judges prompts by GenEval's metadata, and {path!r} is not a file: name its .jsonl as prompts"
         )
     found: dict[str, Requirement] = {}
     for number, line in enumerate(read_lines(Path(path)), 1):

@@ -80,7 +80,7 @@ def test_a_folder_of_styles_is_read_as_categories(tmp_path):
         ("p.json", "[{}]", "neither a prompt nor an object"),
         ("p.json", '{"anime": ["a"', "cannot be read: Expecting"),
         ("p.jsonl", '{"prompt": "a"}\n\n{', "p.jsonl, line 3 cannot be read"),
-        ("p.csv", "text\na\n", r"must name a column prompt, it names \['text'\]"),
+        ("p.csv", "text\na\n", r"a column must be called prompt, not \['text'\]"),
         ("p.csv", "prompt,category\n,a\n", "holds no prompt"),
     ],
 )
