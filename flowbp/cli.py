@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -25,7 +27,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -60,8 +62,14 @@ def train(
         rows = json.loads((output / "evaluation.json").read_text())
         console.print(comparison_table(rows, f"{output}: same prompts and seeds"))
     if (output / "validation.json").is_file():
-        for line in json.loads((output / "validation.json").read_text())["warnings"]:
+        validation = json.loads((output / "validation.json").read_text())
+        for line in validation["warnings"]:
             console.print(f"[bold yellow]warning:[/] {line}", highlight=False)
+        metric, best = validation["metric"], validation["best"]
+        if validation["stopped"]:
+            console.print(f"stopped early: evaluation.patience passed without a {metric} above that of step {best}", highlight=False)
+        if best is not None:
+            console.print(f"best by {metric}: step {best}, kept in {output / 'best'}", highlight=False, soft_wrap=True)
     console.print(f"report: {(output / 'report.html').resolve()}", soft_wrap=True)
 
 
@@ -341,9 +349,10 @@ def plan_table(drawn, sigmas, title: str) -> Table:
 
 def comparison_table(rows: list[dict], title: str, before: str = "before", after: str = "after") -> Table:
     """Paired changes; image statistics over all images only. Bold marks a change that its interval and its test confirm."""
-    from flowbp.report import between, direction, number, p_text, shown, signed
+    from flowbp.report import between, direction, notes, number, p_text, shown, signed
 
     table = metric_table(title, "n", before, after, "change, 95 %", "p")
+    table.caption = "\n".join(notes(rows)) or None
     for row in shown(rows):
         change = f"{signed(row['change'])} {between((row['low'], row['high']))}"
         cells = (str(row["count"]), number(row["before"]), number(row["after"]), change, p_text(row["p_value"]))
@@ -353,7 +362,7 @@ def comparison_table(rows: list[dict], title: str, before: str = "before", after
 
 def metric_table(title: str, *columns: str) -> Table:
     """An empty table of a column of metrics and `columns` of numbers."""
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -367,13 +376,14 @@ def metric_label(row: dict) -> str:
 
 def evaluation_tables(results: dict, title: str) -> Iterator[Table]:
     """One table of paired changes for each tuned model; without any, the base model's means."""
-    from flowbp.report import between, number
+    from flowbp.report import between, notes, number
 
     for name in [model["name"] for model in results["models"][1:]]:
         rows = [row for row in results["changes"] if row["model"] == name]
         yield comparison_table(rows, f"{name} against base: {title}", "base", "tuned")
     if not results["changes"]:
         table = metric_table(f"base: {title}", "n", "mean", "95 %")
+        table.caption = "\n".join(notes(results["means"])) or None
         for row in results["means"]:
             table.add_row(metric_label(row), str(row["count"]), number(row["mean"]), between((row["low"], row["high"])))
         yield table

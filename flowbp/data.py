@@ -40,6 +40,8 @@ def load_prompts(source: str) -> list[Prompt]:
         )
     if path.is_dir():
         styles = {file.stem: _read_prompts(file) for file in sorted(path.glob("*.json"))}
+        if not styles:
+            raise ValueError(f"prompt folder {source!r} holds no .json file; a folder is read as one such file a style")
         found = [Prompt(text, category or style) for style, prompts in styles.items() for text, category in prompts]
     else:
         found = _read_prompts(path)
@@ -49,20 +51,33 @@ def load_prompts(source: str) -> list[Prompt]:
     return prompts
 
 
-def _read_prompts(path: Path) -> list[Prompt]:
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file; only line ends divide them, not the other separators of Unicode, which prompts may hold."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            return _entries([json.loads(line) for line in text.splitlines() if line.strip()])
-        if path.suffix == ".json":
-            return _entries(json.loads(text))
-        if path.suffix == ".csv":
-            return _entries(list(csv.DictReader(io.StringIO(text))))
-        return [Prompt(line) for line in text.splitlines()]
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt file {str(path)!r} is not UTF-8 text ({error}): save it as UTF-8") from error
+
+
+def _read_prompts(path: Path) -> list[Prompt]:
+    lines = read_lines(path)
+    if path.suffix == ".jsonl":
+        return [prompt for number, line in enumerate(lines, 1) if line.strip() for prompt in _parse(line, f"{path}, line {number}")]
+    if path.suffix == ".json":
+        return _parse("\n".join(lines), str(path))
+    if path.suffix == ".csv":
+        table = csv.DictReader(io.StringIO("\n".join(lines)))
+        if table.fieldnames and "prompt" not in table.fieldnames:
+            raise ValueError(f"prompt file {str(path)!r} cannot be read: a column must be called prompt, not {table.fieldnames}")
+        return _entries([row for row in table if row["prompt"]])
+    return [Prompt(line) for line in lines]
+
+
+def _parse(text: str, where: str) -> list[Prompt]:
+    try:
+        return _entries(json.loads(text))
     except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"prompt file {str(path)!r} cannot be read: {error}") from error
+        raise ValueError(f'prompt file {where} cannot be read: {error}; write {{"prompt": ..., "category": ...}}') from error
 
 
 def _entries(data: Any) -> list[Prompt]:

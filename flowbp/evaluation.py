@@ -7,7 +7,7 @@ on the batch it runs in. So scores do not depend on how many processes share the
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,18 +18,19 @@ from torch import Tensor
 
 from flowbp.backbones import Backbone, bind_velocity
 from flowbp.config import EvaluationConfig, RolloutConfig
-from flowbp.data import Prompt, sample_seeds
+from flowbp.data import Prompt, load_prompts, sample_seeds
 from flowbp.distributed import process_state
 from flowbp.guidance import Guidance
-from flowbp.image_statistics import IMAGE_STATISTICS
-from flowbp.rewards import Reward
+from flowbp.image_statistics import IMAGE_STATISTICS, OF_ONE_IMAGE, diversity, thumbnails
+from flowbp.rewards import ImageEncoder, Reward
 from flowbp.statistics import interval, paired_p_value, weighted_mean
 from flowbp.trajectory import rollout
 
 __all__ = ["Difference", "Samples", "Scores", "Summary", "compare", "draw_samples", "evaluate", "generate", "scorers", "summarise"]
 
-Scorer = Callable[[Tensor, list[str]], Tensor]  # (images [B, 3, H, W] in [0, 1], prompts) -> [B]
-Part = dict[str, Tensor]  # the scores of a chunk by metric, [b] float64 each, and "images" [m, 3, H, W] uint8
+Scorer = Callable[[Tensor, list[str]], Tensor]  # (images [B, 3, H, W] in [0, 1], prompts) -> [B], of an embedding [B, d]
+Part = dict[str, Tensor]  # the scores of a chunk by metric, [b] float64 each, its "embedding" [b, d], and "images" [m, 3, H, W] uint8
+EMBEDDING = "embedding"
 BALANCED = "category mean"
 
 
@@ -47,27 +48,40 @@ def scorers(
 ) -> dict[str, Scorer]:
     """The rewards, the monitors, the checker and the image statistics of a run, by name, in the order in which they are reported.
 
-    `diversity` is left out where a chunk would hold one image alone.
+    "embedding" is not a score but what `diversity` is made of, by the first monitor that is an `ImageEncoder`, else the first such reward
+    (which training may have learnt to deceive), else in thumbnails.
     """
     named: dict[str, Scorer] = {**rewards, **monitors}
     if config.checker is not None:
         named["checker"] = load_checker(config, device)
-    reserved = {"checker", *IMAGE_STATISTICS} & {*rewards, *monitors} | (rewards.keys() & monitors.keys())
+    reserved = {"checker", EMBEDDING, *IMAGE_STATISTICS} & {*rewards, *monitors} | (rewards.keys() & monitors.keys())
     if reserved:
         raise ValueError(f"a reward or monitor cannot be called {', '.join(sorted(reserved))}: that names another metric; rename it")
-    alone = any(chunk.stop - chunk.start == 1 for chunk in split(config.samples, config.batch_size))
-    return named | {name: scorer for name, scorer in IMAGE_STATISTICS.items() if not (alone and name == "diversity")}
+    encoders = [scorer.embed for scorer in (*monitors.values(), *rewards.values()) if isinstance(scorer, ImageEncoder)]
+    embed = (lambda images, texts: encoders[0](images)) if encoders else thumbnails
+    return named | OF_ONE_IMAGE | {EMBEDDING: embed}
 
 
 def load_checker(config: EvaluationConfig, device: str) -> Scorer:
-    """1 for an image that shows what its prompt says, else 0: exactly on `shapes`, by an object detector as GenEval does otherwise."""
+    """1 for an image that shows what its prompt says, else 0: exactly on `shapes`, by an object detector as GenEval does otherwise.
+
+    Raises ValueError for prompts that the checker cannot judge.
+    """
+    watched = [config.validation_prompts] if config.every is not None and config.validation_prompts is not None else []
+    sources = [config.prompts, *watched]
     if config.checker == "shapes":
         from flowbp.shapes.checker import check_batch
+        from flowbp.shapes.world import parse
 
+        for prompt in (prompt for source in sources for prompt in load_prompts(source)):
+            try:
+                parse(prompt.text)
+            except ValueError as error:
+                raise ValueError(f"evaluation.checker=shapes judges captions of its world alone, others take null: {error}") from error
         return lambda images, texts: torch.from_numpy(np.asarray(check_batch(images.cpu(), texts), dtype=np.float32))
     from flowbp.geneval import load_geneval
 
-    return load_geneval(config.checker, config.prompts, device)
+    return load_geneval(config.checker, sources, device)
 
 
 # -- samples and scores ------------------------------------------------------------------------------------------------------------
@@ -83,10 +97,10 @@ class Samples:
     kept_images: int = 0
 
 
-def draw_samples(prompts: list[Prompt], config: EvaluationConfig) -> Samples:
-    """config.samples prompts in order, and again from the first when they run out; seeds depend on config.seed alone."""
+def draw_samples(prompts: list[Prompt], config: EvaluationConfig, of_each: int = 1) -> Samples:
+    """config.samples images, `of_each` prompt in order, and again from the first when they run out; seeds depend on config.seed alone."""
     count = config.samples
-    chosen, seeds = [prompts[i % len(prompts)] for i in range(count)], sample_seeds(config.seed, count=count)
+    chosen, seeds = [prompts[i // of_each % len(prompts)] for i in range(count)], sample_seeds(config.seed, count=count)
     return Samples(chosen, seeds, split(count, config.batch_size), config.grid)
 
 
@@ -130,15 +144,19 @@ def score_chunk(
     """Generate and score the samples of one chunk."""
     texts = [prompt.text for prompt in samples.prompts[chunk]]
     images = generate(backbone, texts, samples.seeds[chunk], size, guidance)
-    part = {name: scorer(images, texts).double().cpu() for name, scorer in named.items()}
+    part = {name: scorer(images, texts).cpu() for name, scorer in named.items()}
+    part = {name: values if name == EMBEDDING else values.double() for name, values in part.items()}
     kept = images[: max(0, samples.kept_images - chunk.start)]
     return part | {"images": (kept.clamp(0, 1) * 255).round().to("cpu", torch.uint8).contiguous()}
 
 
 def join(samples: Samples, parts: Sequence[Part]) -> Scores:
-    """The scores of all chunks, in their order."""
+    """The scores of all chunks, in their order, and the diversity of prompts with two images or more, where there are any."""
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    images = whole.pop("images")
+    images, embeddings = whole.pop("images"), whole.pop(EMBEDDING)
+    texts = [prompt.text for prompt in samples.prompts]
+    if len(set(texts)) < len(texts):
+        whole["diversity"] = diversity(embeddings, texts)
     return Scores(samples.prompts, samples.seeds, {name: column.numpy() for name, column in whole.items()}, images)
 
 
@@ -165,24 +183,26 @@ def evaluate(
 # -- summaries ---------------------------------------------------------------------------------------------------------------------
 
 
-def groups(prompts: list[Prompt]) -> list[tuple[str, np.ndarray]]:
-    """(name, weight of each sample): "all" of them alike, then each category; where their sizes differ, also the mean of the categories."""
+def groups(prompts: list[Prompt]) -> dict[str, list[np.ndarray]]:
+    """Name -> the sets of samples [n] bool whose means are averaged: all in one, each category; where those differ in size, all of them."""
     labels = np.array([prompt.category for prompt in prompts])
     names = [name for name in sorted(set(labels)) if name]
-    members = {name: (labels == name).astype(float) for name in names if len(names) > 1}
-    found = [("all", np.ones(len(labels))), *members.items()]
-    if len({rows.sum() for rows in members.values()}) > 1:
-        found.append((BALANCED, sum(rows / rows.sum() for rows in members.values())))
+    categories = {name: labels == name for name in names if len(names) > 1}
+    found = {"all": [np.ones(len(labels), dtype=bool)]} | {name: [members] for name, members in categories.items()}
+    if len({members.sum() for members in categories.values()}) > 1:
+        found[BALANCED] = list(categories.values())
     return found
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A metric over the samples of a category: their number, that of their different prompts, the mean and its 95 % interval."""
+    """A metric over the images of a category that have a finite score, `missing` others: their number, that of their different prompts, the
+    mean and its 95 % interval."""
 
     metric: str
     category: str
     count: int
+    missing: int
     prompts: int
     mean: float
     low: float
@@ -191,11 +211,13 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric before and after on the same prompts and seeds: the mean change, its 95 % interval, and p of no change."""
+    """A metric before and after on the same prompts and seeds: the mean change, its 95 % interval, and p of no change. An image whose score
+    is not finite on either side is missing on both."""
 
     metric: str
     category: str
     count: int
+    missing: int
     prompts: int
     before: float
     after: float
@@ -207,11 +229,10 @@ class Difference:
 
 def summarise(scores: Scores) -> list[Summary]:
     """Every metric over all images, then over each category."""
-    texts = [prompt.text for prompt in scores.prompts]
     return [
-        Summary(metric, *sizes(category, weights, texts), weighted_mean(values, weights), *interval(values, weights, texts))
+        Summary(metric, *sizes, weighted_mean(x, weights), *interval(x, weights, texts))
         for metric, values in scores.values.items()
-        for category, weights in groups(scores.prompts)
+        for sizes, weights, texts, (x,) in scored(scores.prompts, values)
     ]
 
 
@@ -219,18 +240,23 @@ def compare(before: Scores, after: Scores) -> list[Difference]:
     """Every metric that both sides have, over all samples, then over each category. Raises ValueError unless prompts and seeds agree."""
     if (before.prompts, before.seeds) != (after.prompts, after.seeds):
         raise ValueError("a paired comparison needs the same prompts and seeds on both sides")
-    texts = [prompt.text for prompt in before.prompts]
     differences = []
     for metric in (name for name in before.values if name in after.values):
-        old, new = before.values[metric], after.values[metric]
-        for category, weights in groups(before.prompts):
+        for sizes, weights, texts, (old, new) in scored(before.prompts, before.values[metric], after.values[metric]):
             means = weighted_mean(old, weights), weighted_mean(new, weights)
             estimate = (weighted_mean(new - old, weights), *interval(new - old, weights, texts), paired_p_value(old, new, weights, texts))
-            differences.append(Difference(metric, *sizes(category, weights, texts), *means, *estimate))
+            differences.append(Difference(metric, *sizes, *means, *estimate))
     return differences
 
 
-def sizes(category: str, weights: np.ndarray, texts: list[str]) -> tuple[str, int, int]:
-    """(category, its samples, its different prompts)."""
-    members = np.flatnonzero(weights)
-    return category, len(members), len({texts[i] for i in members})
+def scored(prompts: list[Prompt], *columns: np.ndarray) -> Iterator[tuple[tuple[str, int, int, int], np.ndarray, list[str], np.ndarray]]:
+    """((category, count, missing, prompts), weights [m], texts, scores [K, m]) of each group, of its m samples that are finite in all K
+    `columns` [n]. weights: 1 / (size of the sample's set)."""
+    table = np.stack(columns)
+    finite = np.isfinite(table).all(axis=0)
+    for category, sets in groups(prompts).items():
+        weights = sum((members & finite) / max(1, (members & finite).sum()) for members in sets)
+        rows = np.flatnonzero(weights)
+        texts = [prompts[i].text for i in rows]
+        missing = sum(int((members & ~finite).sum()) for members in sets)
+        yield (category, len(rows), missing, len(set(texts))), weights[rows], texts, table[:, rows]

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from flowbp import checkpoint, report
 from flowbp.backbones import load_backbone
-from flowbp.config import ConfigError, RunConfig
+from flowbp.config import ConfigError, RunConfig, flatten
 from flowbp.console import progress_bar
 from flowbp.data import load_prompts
 from flowbp.distributed import process_state
@@ -102,6 +102,8 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
 
 def manifest(config: RunConfig, samples: Samples, model: Model) -> dict[str, Any]:
     """All that the scores of a model depend on."""
+    if model.weights is not None and not model.weights.exists():
+        raise FileNotFoundError(f"the weights of {model.name}, {model.weights}, do not exist")
     settings = config.model_dump(mode="json", include={"backbone", "guidance", "reward", "evaluation"})
     settings["rollout"] = config.evaluation_rollout.model_dump(mode="json")
     versions = {package: importlib.metadata.version(package) for package in ("flowbp", "torch", "diffusers", "transformers", "numpy")}
@@ -130,19 +132,25 @@ def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> 
     """Make the folder of a model's scores, or check that the one there holds scores of the same things."""
     path = folder / MANIFEST
     if path.is_file():
-        found = json.loads(path.read_text())
-        differing = [key for key in about if found.get(key) != about[key] and key != "weights"]
-        if not differing:
+        found = differences(json.loads(path.read_text()), about)
+        if not found:
             return
-        if not overwrite:
+        if not overwrite and any(folder.glob("*.safetensors")):
             raise ValueError(
-                f"{folder} holds scores of another evaluation ({', '.join(differing)} differ): choose another --out, or pass --overwrite"
+                f"{folder} holds scores of another evaluation: {'; '.join(found)}. Choose another --out, or pass --overwrite to lose them"
             )
         shutil.rmtree(folder)
     elif folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and holds no scores (it has no {MANIFEST}): choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.replace_file(path, json.dumps(about, indent=1))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What makes two manifests those of different scores, in words; where the weights lie does not."""
+    before, after = (flatten({key: value for key, value in side.items() if key != "weights"}) for side in (old, new))
+    keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    return [f"{key} was {before.get(key)} and is {after.get(key)}" for key in keys]
 
 
 def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path, state: PartialState) -> None:

@@ -23,6 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowbp.data import read_lines
+from flowbp.rewards.clip import image_features
+
 if TYPE_CHECKING:
     from flowbp.config import GenEvalConfig
     from flowbp.rewards.clip import CLIPReward
@@ -94,17 +97,23 @@ class Requirement:
 
 
 def load_requirements(path: str) -> dict[str, Requirement]:
-    """By prompt, of an evaluation_metadata.jsonl. Raises ValueError for a line that is none."""
-    found = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    """By prompt, of an evaluation_metadata.jsonl. Raises ValueError for a line that is none, or that contradicts another."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"a detector judges prompts by GenEval's metadata, and {path!r} is not a file: name its .jsonl as prompts"
+        )
+    found: dict[str, Requirement] = {}
+    for number, line in enumerate(read_lines(Path(path)), 1):
         if line.strip():
             try:
                 entry = json.loads(line)
-                found[entry["prompt"].strip()] = Requirement.parse(entry)
-            except (KeyError, TypeError, json.JSONDecodeError) as error:
+                prompt, requirement = entry["prompt"].strip(), Requirement.parse(entry)
+            except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
                 raise ValueError(
                     f"{path}, line {number}: {error!r}; GenEval's metadata has tag, prompt, include and exclude in every line"
                 ) from error
+            if found.setdefault(prompt, requirement) != requirement:
+                raise ValueError(f"{path}, line {number}: {prompt!r} stands there twice with different requirements; word one otherwise")
     return found
 
 
@@ -193,13 +202,14 @@ class GenEval:
 # -- networks ----------------------------------------------------------------------------------------------------------------------
 
 
-def load_geneval(config: GenEvalConfig, metadata: str, device: str = "cpu") -> GenEval:
-    """The scorer that `config` describes, for the prompts of the file `metadata`."""
+def load_geneval(config: GenEvalConfig, metadata: Sequence[str], device: str = "cpu") -> GenEval:
+    """The scorer that `config` describes, for the prompts of the files `metadata`."""
+    requirements = {prompt: requirement for path in metadata for prompt, requirement in load_requirements(path).items()}
     from flowbp.rewards import load_reward
 
     colours = ClipColours(load_reward("clip", config.colours, device))
     detector = TransformersDetector(config.detector, device)
-    return GenEval(load_requirements(metadata), detector, colours, config.threshold, config.counting_threshold)
+    return GenEval(requirements, detector, colours, config.threshold, config.counting_threshold)
 
 
 class TransformersDetector:
@@ -271,7 +281,7 @@ class ClipColours:
     @torch.no_grad()
     def __call__(self, image: Tensor, detections: Sequence[Detection], name: str) -> list[str]:
         crops = torch.cat([self.clip.preprocess(crop(image, detection)[None]) for detection in detections])
-        embedded = F.normalize(self.clip.model.get_image_features(pixel_values=crops.to(self.clip.model.dtype)).pooler_output, dim=-1)
+        embedded = F.normalize(image_features(self.clip.model, crops), dim=-1)
         return [COLOURS[i] for i in (embedded @ self.texts(name).T).argmax(dim=1).tolist()]
 
     def texts(self, name: str) -> Tensor:

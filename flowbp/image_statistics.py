@@ -1,32 +1,48 @@
-"""What an image looks like, whatever its prompt: the metrics that betray a reward being exploited instead of satisfied.
+"""What images look like, whatever their prompt: the metrics that betray a reward being exploited instead of satisfied.
 
-Each is a scorer, (images [B, 3, H, W] in [0, 1], prompts) -> [B] float32, and none is "better" when higher: what tells is a change.
+Two judge an image alone, (images [B, 3, H, W] in [0, 1], prompts) -> [B] float32; `diversity` compares the images of one prompt. None is
+"better" when higher: what tells is a change.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["IMAGE_STATISTICS", "diversity", "high_frequency", "saturation"]
+__all__ = ["IMAGE_STATISTICS", "OF_ONE_IMAGE", "diversity", "high_frequency", "saturation", "thumbnails"]
 
 THUMBNAIL = 32  # pixels a side; images are compared by their composition, not by their texture
 
 
-def diversity(images: Tensor, prompts: list[str] | None = None) -> Tensor:
-    """Mean distance of each image to the others of its batch; its mean over the batch is the mean pairwise distance.
+def diversity(embeddings: Tensor, prompts: Sequence[str]) -> Tensor:
+    """How far each of n images is from the m - 1 others of its prompt, [n] float64, from embeddings [n, d] float32:
 
-    d_i = 1 / (B - 1) sum_{j != i} sqrt(mean over pixels and channels of (x_i - x_j)^2), on thumbnails of at most 32 x 32 pixels. 0: the
-    images are equal; 1: one is black and the other white. Mean pairwise distance is the usual measure of mode collapse (Odena et al. 2017,
-    with MS-SSIM; Ruiz et al. 2023, with LPIPS); pixels need no model. Raises ValueError for a single image: it has no distance to others.
+        d_i = 1 / (m - 1) sum_{j != i} |e_i - e_j|^2 / 2           1 - cosine, averaged, where embeddings are unit vectors
+
+    nan for the only image of a prompt, which tells nothing. The mean of d_i over a prompt's images is their mean pairwise distance, as in
+    Sadat et al. 2024 (arXiv 2310.17347), and the unbiased variance of their embeddings: more images of a prompt do not change what is
+    estimated. 0: a prompt gives one image, whatever the seed.
     """
-    if len(images) < 2:
-        raise ValueError("diversity compares the images of a batch: pass at least two")
+    found = torch.full((len(prompts),), float("nan"), dtype=torch.float64)
+    images: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        images.setdefault(prompt, []).append(i)
+    for rows in images.values():
+        if len(rows) > 1:
+            e = embeddings[rows].double()
+            squares = (e - e.mean(dim=0)).square().sum(dim=1)  # sum_j |e_i - e_j|^2 = m |e_i - mean|^2 + sum_j |e_j - mean|^2
+            found[rows] = (len(rows) * squares + squares.sum()) / (2 * (len(rows) - 1))
+    return found
+
+
+def thumbnails(images: Tensor, prompts: list[str] | None = None) -> Tensor:
+    """Embeddings [B, d] for want of an encoder: 32 x 32 pixels or less; |e_i - e_j|^2 / 2 is the mean squared difference of two images."""
     height, width = images.shape[-2:]
     small = F.interpolate(images.float(), (min(height, THUMBNAIL), min(width, THUMBNAIL)), mode="area").flatten(1)
-    distances = torch.stack([(small - row).square().mean(dim=1).sqrt() for row in small])
-    return distances.sum(dim=1) / (len(images) - 1)
+    return small * (2 / small.shape[1]) ** 0.5
 
 
 def saturation(images: Tensor, prompts: list[str] | None = None) -> Tensor:
@@ -53,4 +69,5 @@ def high_frequency(images: Tensor, prompts: list[str] | None = None) -> Tensor:
     return torch.where(total > 1e-6 * height * width, high / total.clamp(min=1e-12), torch.zeros_like(total))
 
 
-IMAGE_STATISTICS = {"diversity": diversity, "saturation": saturation, "high_frequency": high_frequency}
+OF_ONE_IMAGE = {"saturation": saturation, "high_frequency": high_frequency}
+IMAGE_STATISTICS = (*OF_ONE_IMAGE, "diversity")

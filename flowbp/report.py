@@ -23,7 +23,7 @@ from flowbp.plan import SurrogatePlan
 if TYPE_CHECKING:
     from flowbp.evaluation import Difference, Scores
 
-__all__ = ["Report", "between", "number", "p_text", "render", "shown", "signed", "to_json", "write_evaluation"]
+__all__ = ["Report", "between", "notes", "number", "p_text", "render", "shown", "signed", "to_json", "write_evaluation"]
 
 CURVES = {"grad_norm": "gradient norm", "d_j": "residual d_j", "d_0": "residual d_0"}
 
@@ -129,22 +129,50 @@ def render(template: str, **values: Any) -> str:
     """A page of flowbp/templates, as HTML."""
     loader = jinja2.PackageLoader("flowbp")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"number": number, "signed": signed, "between": between, "p": p_text, "direction": direction, "shown": shown}
+    environment.filters |= {"number": number, "signed": signed, "between": between, "p": p_text, "direction": direction}
+    environment.filters |= {"shown": shown, "notes": notes}
     environment.globals["statistics"] = list(IMAGE_STATISTICS)
     return environment.get_template(template).render(**values)
 
 
-def number(value: float) -> str:
-    return f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no negative zero
+def number(value: float | None, sign: str = "") -> str:
+    """Five digits, at most three of them decimals; two digits of what is smaller than .01. A dash for what is not a number."""
+    if undefined(value):
+        return "–"
+    magnitude = math.floor(math.log10(abs(value))) if value and math.isfinite(value) else 0  # 10^magnitude <= |value|
+    if magnitude < -4:
+        return f"{value:{sign}.1e}"
+    decimals = 1 - magnitude if magnitude < -2 else min(3, max(0, 4 - magnitude))
+    return f"{value + 0.0:{sign}.{decimals}f}"  # + 0.0: no negative zero
 
 
-def signed(value: float) -> str:
-    return f"{round(value, 3) + 0.0:+.3f}"
+def signed(value: float | None) -> str:
+    return number(value, "+")
 
 
 def between(ends: Sequence[float | None]) -> str:
-    """An interval; a dash where a single prompt gives none."""
-    return "–" if undefined(ends[0]) else f"[{number(ends[0])}, {number(ends[1])}]"
+    """An interval; a dash where there are too few prompts for one, and words where they do not differ."""
+    if undefined(ends[0]):
+        return "–"
+    return "all equal" if ends[0] == ends[1] else f"[{number(ends[0])}, {number(ends[1])}]"
+
+
+def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader of a table of means or changes must know of its gaps, a line each."""
+    found, overall = [], {row["metric"]: row for row in rows if row["category"] == "all"}
+    for metric, row in overall.items():
+        everyone = row["missing"] + row["count"]
+        if row["missing"] and metric == "diversity":
+            found.append(f"diversity: {row['missing']} of {everyone} images are the only one of their prompt, and are left out.")
+        elif row["missing"]:
+            found.append(f"{metric}: {row['missing']} of {everyone} images have no finite score, and are left out.")
+    if "diversity" not in overall:
+        found.append("diversity compares images of one prompt, and here each has one: let evaluation.samples exceed the number of prompts.")
+    if any(undefined(row["low"]) for row in shown(rows)):
+        found.append("–: fewer than six prompts bear no 95 % interval.")
+    if any(row["low"] == row["high"] for row in shown(rows) if not undefined(row["low"])):
+        found.append("all equal: no prompt differs from another, which is not certainty: none of n leaves up to 3 / n.")
+    return found
 
 
 def p_text(p: float | None) -> str:

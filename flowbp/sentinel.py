@@ -27,7 +27,7 @@ __all__ = ["Sentinel", "best_step", "exhausted", "warnings"]
 History = Mapping[int, Scores]  # by optimizer steps taken, increasing; all of the same samples
 
 LIMITS = {  # relative changes of image statistics since the first evaluation that are worth a warning: a judgement, not a law
-    "diversity": (-0.2, "images grow alike: the model may be collapsing"),
+    "diversity": (-0.5, "images of a prompt grow alike: the model may be collapsing"),
     "saturation": (0.5, "colours grow stronger than the base model's"),
     "high_frequency": (0.5, "fine patterns grow: look for grids and fringes"),
 }
@@ -81,11 +81,12 @@ class Sentinel:
         return self.config.patience is not None and exhausted(self.history, self.config.best, self.config.patience)
 
     def summary(self) -> dict:
-        """{"means": a row a step, "best": step, "stopped": bool, "warnings": lines}."""
+        """{"means": a row a step, "metric": the one that chooses, "best": step, "stopped": bool, "warnings": lines}."""
         history = self.history
         held_out = [*self.config.monitors, *(["checker"] if self.config.checker is not None else [])]
         means = [{"step": step} | {name: float(v.mean()) for name, v in scores.values.items()} for step, scores in history.items()]
-        return {"means": means, "best": self.best, "stopped": self.stops, "warnings": warnings(history, self.trained, held_out)}
+        found = warnings(history, self.trained, held_out)
+        return {"means": means, "metric": self.config.best, "best": self.best, "stopped": self.stops, "warnings": found}
 
 
 def step_of(path: Path) -> int:
@@ -93,9 +94,9 @@ def step_of(path: Path) -> int:
 
 
 def validation_samples(config: EvaluationConfig) -> Samples:
-    """The samples of the periodic evaluations; no image is kept."""
+    """The samples of the periodic evaluations: two images of each prompt, for their diversity. No image is kept."""
     prompts = load_prompts(config.validation_prompts or config.prompts)
-    return draw_samples(prompts, config.model_copy(update={"samples": config.validation_samples, "grid": 0}))
+    return draw_samples(prompts, config.model_copy(update={"samples": config.validation_samples, "grid": 0}), of_each=2)
 
 
 def best_step(history: History, metric: str) -> int:
@@ -112,12 +113,17 @@ def warnings(history: History, trained: Sequence[str], held_out: Sequence[str]) 
     """What the last evaluation says against the run, each in one line.
 
     A held-out metric fell from its best step on while a trained reward rose: both paired 95 % intervals exclude zero. An image statistic
-    changed by more than `LIMITS` since the first evaluation, and its interval excludes zero.
+    changed by more than `LIMITS` since the first evaluation, and its interval excludes zero. With too few prompts for an interval, that.
     """
     steps = list(history)
     if len(steps) < 2:
         return []
-    found = []
+    found = [
+        f"nothing can be said of {row.metric}: {row.count} scored images of {row.prompts} prompts bear no interval; with finite scores of "
+        f"six prompts, evaluation.validation_samples=12, they do"
+        for metric, row in overall(history[steps[0]], history[steps[-1]]).items()
+        if metric in held_out and np.isnan(row.low)
+    ]
     for metric in held_out:
         peak = best_step(history, metric)
         if peak == steps[-1]:

@@ -5,7 +5,8 @@ Scores of one prompt under several seeds are not independent draws from the worl
 
     mean = sum_i u_i x_i / sum_i u_i
 
-interval        95 % bootstrap, bias-corrected and accelerated (BCa: Efron 1987), over whole prompts; `scipy.stats.bootstrap`
+interval        95 % bootstrap, bias-corrected and accelerated (BCa: Efron 1987), over whole prompts; `scipy.stats.bootstrap`. The spread of
+                n prompts is too narrow by sqrt((n - 1) / n), and z is less than t: a raised level makes up for both (Hesterberg 2015)
 paired_p_value  sign-flip permutation test of equal means: without a change, a prompt's difference is as likely d as -d (Fisher 1935);
                 p = (1 + #{|T*| >= |T|}) / (1 + resamples), never 0 (Phipson and Smyth 2010); `scipy.stats.permutation_test`
 
@@ -27,21 +28,23 @@ BATCH = 1000  # resamples held in memory at once
 
 
 def weighted_mean(values: np.ndarray, weights: np.ndarray) -> float:
-    """sum_i u_i x_i / sum_i u_i of values, weights [n]."""
-    return float((weights * values).sum() / weights.sum())
+    """sum_i u_i x_i / sum_i u_i of values, weights [n]; nan for none."""
+    return float((weights * values).sum() / weights.sum()) if len(values) else float("nan")
 
 
 def interval(values: np.ndarray, weights: np.ndarray, prompts: Sequence[str], level: float = 0.95) -> tuple[float, float]:
-    """(low, high) of the weighted mean of values [n]; samples with equal `prompts` are resampled together.
+    """(low, high) of the weighted mean of finite values [n]; samples with equal `prompts` are resampled together.
 
-    One prompt alone tells nothing of others: (nan, nan). Prompts that all have the same mean give that mean twice.
+    Where n prompts are too few to bear an interval of this level, it is (nan, nan): all of them lie on one side of their median with
+    probability 2^(1 - n), so 95 % takes six. Prompts that all have the same mean give that mean twice: no variation was seen, which
+    is not to say that there is none.
     """
     sums, totals = by_prompt(values, weights, prompts)
-    if len(sums) < 2:
+    if 2.0 ** (1 - len(sums)) > 1 - level:
         return float("nan"), float("nan")
-    if np.ptp(sums / totals) == 0:
-        mean = weighted_mean(values, weights)
-        return mean, mean
+    means = sums / totals
+    if np.ptp(means) <= 1e-12 * np.abs(means).max():  # rounding of equal scores
+        return (weighted_mean(values, weights),) * 2
     for method in ("BCa", "percentile"):  # BCa is undefined where every resample lies on one side of the mean, as a few prompts can
         with warnings.catch_warnings(category=stats.DegenerateDataWarning, action="ignore"), np.errstate(invalid="ignore"):
             low, high = stats.bootstrap(
@@ -51,7 +54,7 @@ def interval(values: np.ndarray, weights: np.ndarray, prompts: Sequence[str], le
                 method=method,
                 n_resamples=RESAMPLES,
                 batch=BATCH,
-                confidence_level=level,
+                confidence_level=expanded(level, len(sums)),
                 rng=np.random.default_rng(0),
             ).confidence_interval
         if np.isfinite((low, high)).all():
@@ -60,7 +63,10 @@ def interval(values: np.ndarray, weights: np.ndarray, prompts: Sequence[str], le
 
 
 def paired_p_value(before: np.ndarray, after: np.ndarray, weights: np.ndarray, prompts: Sequence[str]) -> float:
-    """Two-sided p of the hypothesis that before, after [n] have equal weighted means; nan for a single prompt, which cannot be tested."""
+    """Two-sided p of the hypothesis that before, after [n] have equal weighted means; nan for a single prompt, which cannot be tested.
+
+    No p is below 2^(1 - prompts): five prompts or fewer cannot show a change at the level of 5 %.
+    """
     old, _ = by_prompt(before, weights, prompts)
     new, _ = by_prompt(after, weights, prompts)
     if len(old) < 2:
@@ -68,13 +74,20 @@ def paired_p_value(before: np.ndarray, after: np.ndarray, weights: np.ndarray, p
     return float(
         stats.permutation_test(
             (old, new),
-            lambda x, y, axis: (y - x).mean(axis),
+            lambda x, y, axis: np.abs((y - x).mean(axis)),
             permutation_type="samples",
+            alternative="greater",
             n_resamples=RESAMPLES,
             batch=BATCH,
             rng=np.random.default_rng(0),
         ).pvalue
     )
+
+
+def expanded(level: float, prompts: int) -> float:
+    """The level at which a bootstrap of n prompts is as wide as a t interval of `level`: 1 - 2 Phi(-sqrt(n / (n - 1)) t_{n - 1})."""
+    t = stats.t.ppf((1 + level) / 2, prompts - 1)
+    return float(1 - 2 * stats.norm.cdf(-t * np.sqrt(prompts / (prompts - 1))))
 
 
 def by_prompt(values: np.ndarray, weights: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -73,8 +73,32 @@ def test_a_folder_of_styles_is_read_as_categories(tmp_path):
     assert load_prompts(str(tmp_path)) == [Prompt("a anime", "anime"), Prompt("a photo", "photo")]
 
 
-@pytest.mark.parametrize(("name", "text"), [("p.json", "[1]"), ("p.json", "[{}]"), ("p.jsonl", "{"), ("p.csv", "text\na\n")])
-def test_a_prompt_file_of_another_form_is_refused(name, text, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("p.json", "[1]", "p.json cannot be read: '1' is neither a prompt"),
+        ("p.json", "[{}]", "neither a prompt nor an object"),
+        ("p.json", '{"anime": ["a"', "cannot be read: Expecting"),
+        ("p.jsonl", '{"prompt": "a"}\n\n{', "p.jsonl, line 3 cannot be read"),
+        ("p.csv", "text\na\n", r"a column must be called prompt, not \['text'\]"),
+        ("p.csv", "prompt,category\n,a\n", "holds no prompt"),
+    ],
+)
+def test_a_prompt_file_of_another_form_is_refused_with_the_place(name, text, says, tmp_path):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=says):
         load_prompts(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(("name", "line"), [("p.txt", "{}"), ("p.jsonl", '{{"prompt": "{}"}}'), ("p.csv", "{}")])
+def test_prompts_in_any_script_and_with_any_line_ends(name, line, tmp_path):
+    prompts = ["ein Bär am Fluß", "猫が二匹", "🦊 fox", "one line\u2028by JSON and by us"]
+    head = ["prompt"] if name == "p.csv" else []
+    for end in ("\n", "\r\n"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + end.join([*head, *map(line.format, prompts)]).encode())
+        assert [prompt.text for prompt in load_prompts(str(tmp_path / name))] == prompts
+
+
+def test_a_folder_without_json_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no .json file"):
+        load_prompts(str(tmp_path))

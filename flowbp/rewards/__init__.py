@@ -3,8 +3,8 @@
 A reward model is one file here, on transformers alone, and one entry of `registry.REWARDS`, which says where its checkpoint is.
 """
 
-from flowbp.rewards.base import Reward, Smoothed, Smoothing
+from flowbp.rewards.base import ImageEncoder, Reward, Smoothed, Smoothing
 from flowbp.rewards.mixture import Mixture, RunningScale, Term
 from flowbp.rewards.registry import REWARDS, RewardSource, load_reward
 
-__all__ = ["REWARDS", "Mixture", "Reward", "RewardSource", "RunningScale", "Smoothed", "Smoothing", "Term", "load_reward"]
+__all__ = ["REWARDS", "ImageEncoder", "Mixture", "Reward", "RewardSource", "RunningScale", "Smoothed", "Smoothing", "Term", "load_reward"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowbp.rewards.clip import image_features
 from flowbp.rewards.files import read_state_dict
 from flowbp.rewards.preprocessing import fit_short_side, normalise
 
@@ -33,9 +34,11 @@ class AestheticReward:
         self.head = rating_head({key.removeprefix("layers."): value for key, value in state.items()}, self.clip.dtype).to(device)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.head(self.embed(images)).squeeze(-1)
+
+    def embed(self, images: Tensor) -> Tensor:
         pixels = normalise(fit_short_side(images, self.clip.config.vision_config.image_size))
-        embeddings = self.clip.get_image_features(pixel_values=pixels.to(self.clip.dtype)).pooler_output
-        return self.head(F.normalize(embeddings.to(self.head[0].weight.dtype), dim=-1)).squeeze(-1)
+        return F.normalize(image_features(self.clip, pixels), dim=-1)
 
 
 def rating_head(state: dict[str, Tensor], dtype: torch.dtype) -> nn.Sequential:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["Reward", "Smoothed", "Smoothing"]
+__all__ = ["ImageEncoder", "Reward", "Smoothed", "Smoothing"]
 
 
 class Reward(Protocol):
@@ -16,6 +16,15 @@ class Reward(Protocol):
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B] float32, higher is better, differentiable in `images`."""
+        ...
+
+
+@runtime_checkable
+class ImageEncoder(Protocol):
+    """A reward that can also say how much images resemble each other."""
+
+    def embed(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in [0, 1] -> unit vectors [B, d] float32, whose cosine is their likeness."""
         ...
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from flowbp.rewards.preprocessing import fit_short_side, normalise
 
-__all__ = ["CLIPReward", "PickScore", "cosine_similarity"]
+__all__ = ["CLIPReward", "PickScore", "cosine_similarity", "image_features"]
 
 
 class CLIPReward:
@@ -25,8 +25,9 @@ class CLIPReward:
     def __init__(self, model: str | Path, device: str = "cpu", dtype: str = "float32"):
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        self.model = CLIPModel.from_pretrained(model, local_files_only=True, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-        self.model.to(device)
+        self.model = CLIPModel.from_pretrained(model, local_files_only=True, dtype=torch.float32).eval().requires_grad_(False)
+        self.temperature = self.model.logit_scale.exp().item()  # bfloat16 would round ln 100 to 4.59375, and 100 to 98.9
+        self.model.to(device, getattr(torch, dtype))
         self.tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         self.size = self.model.config.vision_config.image_size
         processor = AutoImageProcessor.from_pretrained(model, local_files_only=True)
@@ -34,6 +35,9 @@ class CLIPReward:
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         return cosine_similarity(self.model, self.tokenizer, self.preprocess(images), prompts)
+
+    def embed(self, images: Tensor) -> Tensor:
+        return F.normalize(image_features(self.model, self.preprocess(images)), dim=-1)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, 3, size, size], normalised."""
@@ -47,14 +51,18 @@ class PickScore(CLIPReward):
     """
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return self.model.logit_scale.exp() * super().__call__(images, prompts)
+        return self.temperature * super().__call__(images, prompts)
 
 
 def cosine_similarity(model, tokenizer, pixels: Tensor, prompts: list[str]) -> Tensor:
     """[B] in [-1, 1], float32 or the model's float64, of normalised pixels [B, 3, size, size] and their prompts under a `CLIPModel`."""
     length = model.config.text_config.max_position_embeddings
     tokens = tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(model.device)
-    text = model.get_text_features(**tokens).pooler_output
-    image = model.get_image_features(pixel_values=pixels.to(model.dtype)).pooler_output
-    precision = torch.promote_types(image.dtype, torch.float32)
-    return F.cosine_similarity(image.to(precision), text.to(precision), dim=-1)
+    image, text = image_features(model, pixels), model.get_text_features(**tokens).pooler_output
+    return F.cosine_similarity(image, text.to(image.dtype), dim=-1)
+
+
+def image_features(model, pixels: Tensor) -> Tensor:
+    """[B, d] of normalised pixels [B, 3, size, size] under a `CLIPModel`, float32 or the model's float64; not of unit length."""
+    features = model.get_image_features(pixel_values=pixels.to(model.dtype)).pooler_output
+    return features.to(torch.promote_types(features.dtype, torch.float32))

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from flowbp.rewards.clip import cosine_similarity
+from flowbp.rewards.clip import cosine_similarity, image_features
 from flowbp.rewards.files import frozen_model, read_state_dict
 from flowbp.rewards.preprocessing import fit_long_side, normalise
 
@@ -37,8 +38,14 @@ class HPSv2:
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        pixels = normalise(fit_long_side(images, self.model.config.vision_config.image_size))
-        return cosine_similarity(self.model, self.tokenizer, pixels, prompts)
+        return cosine_similarity(self.model, self.tokenizer, self.preprocess(images), prompts)
+
+    def embed(self, images: Tensor) -> Tensor:
+        return F.normalize(image_features(self.model, self.preprocess(images)), dim=-1)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> [B, 3, size, size], normalised."""
+        return normalise(fit_long_side(images, self.model.config.vision_config.image_size))
 
 
 RENAMED = (  # open_clip -> transformers, applied in order

@@ -89,9 +89,9 @@ def test_results_repeat_the_scores_of_the_samples(run, whole):
     (change,) = (r for r in results["changes"] if (r["metric"], r["category"]) == ("reward", "all"))
     assert mean["mean"] == pytest.approx(by_hand["tuned"]) and change["change"] == pytest.approx(by_hand["tuned"] - by_hand["base"])
     trained = json.loads((run / "evaluation.json").read_text())
-    keys = ("count", "before", "after", "change", "low", "high")
     for ours, theirs in zip(trained, results["changes"], strict=True):
-        assert [ours[key] for key in keys] == pytest.approx([theirs[key] for key in keys], abs=1e-5), "the run's own table agrees"
+        for keys, rounding in ((("count", "before", "after", "change"), 1e-5), (("low", "high"), 1e-3)):  # quantiles amplify it
+            assert [ours[key] for key in keys] == pytest.approx([theirs[key] for key in keys], abs=rounding), "the run's own table agrees"
     assert all(row["low"] <= row["change"] <= row["high"] for row in results["changes"] if row["low"] is not None)
     page = (whole / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page must stand alone"
@@ -103,9 +103,9 @@ def test_scores_of_other_settings_or_weights_are_never_mixed(run, tmp_path):
     before = contents(folder / "base")
     run_evaluation(config, [BASE, Model("tuned", run)], folder)
     assert contents(folder / "base") == before
-    with pytest.raises(ValueError, match=r"another evaluation \(settings differ\): choose another --out, or pass --overwrite"):
+    with pytest.raises(ValueError, match=r"evaluation: settings.rollout.num_steps was 4 and is 5. Choose another --out, or"):
         run_evaluation(load(run / "config.yaml", ["evaluation.samples=4", "rollout.num_steps=5"]), [BASE], folder)
-    with pytest.raises(ValueError, match=r"another evaluation \(sha256 differ\)"):
+    with pytest.raises(ValueError, match="another evaluation: sha256 was None and is [0-9a-f]{64}"):
         run_evaluation(config, [Model("base", run)], folder)
     run_evaluation(load(run / "config.yaml", ["evaluation.samples=4", "rollout.num_steps=5"]), [BASE], folder, overwrite=True)
     assert contents(folder / "base") != before
@@ -126,7 +126,9 @@ def test_models_are_named_after_their_folders_or_as_told():
 def test_the_command_scores_a_run_by_its_folder(run, tmp_path):
     result = CliRunner().invoke(app, ["eval", str(run), "--out", str(tmp_path / "eval"), "evaluation.samples=4", "evaluation.batch_size=2"])
     assert result.exit_code == 0, result.output
-    assert "small against base" in result.output and "diversity" in result.output and (tmp_path / "eval" / "report.html").is_file()
+    for said in ("small against base", "diversity compares images of one prompt", "fewer than six prompts bear no 95 % interval"):
+        assert said in result.output
+    assert (tmp_path / "eval" / "report.html").is_file()
     result = CliRunner().invoke(app, ["eval", str(run), "--weights", str(tmp_path), "--out", str(tmp_path / "other")])
     assert isinstance(result.exception, FileNotFoundError) and "pass the folder of a finished run" in str(result.exception)
 

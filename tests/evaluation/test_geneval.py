@@ -12,7 +12,18 @@ from transformers import BatchFeature
 
 from flowbp.config import GenEvalConfig
 from flowbp.data import load_prompts
-from flowbp.geneval import ClipColours, Detection, GenEval, Requirement, TransformersDetector, crop, faults, load_geneval, relations
+from flowbp.geneval import (
+    ClipColours,
+    Detection,
+    GenEval,
+    Requirement,
+    TransformersDetector,
+    crop,
+    faults,
+    load_geneval,
+    load_requirements,
+    relations,
+)
 from flowbp.shapes.models import build_tokenizer
 
 DOG, BENCH = (0, 0, 10, 10), (40, 0, 50, 10)
@@ -92,6 +103,24 @@ def test_metadata_that_cannot_be_judged_is_refused(clause, says):
         requirement("t", [{"class": "a", "count": 1}, {"class": "dog", "count": 1} | clause])
 
 
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (['{"tag": "t", "prompt": "p"}', "", '{"tag": "t"}'], "line 3: KeyError.'prompt'"),
+        (['{"tag": "t", "prompt": "p", "include": [{"class": "a", "count": 1, "position": ["above"]}]}'], "line 1: IndexError"),
+        (["[1]"], "line 1: TypeError"),
+        (['{"tag": "t", "prompt": "p"}', '{"tag": "counting", "prompt": "p"}'], "line 2: 'p' stands there twice"),
+    ],
+)
+def test_a_malformed_metadata_line_is_named(lines, says, tmp_path):
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=says):
+        load_requirements(str(path))
+    with pytest.raises(FileNotFoundError, match="'shapes:test' is not a file: name its .jsonl as prompts"):
+        load_requirements("shapes:test")
+
+
 class MeanColour:
     """A CLIP whose space is RGB: an image lies at its mean colour, a text at the colour that it names."""
 
@@ -165,10 +194,10 @@ def test_a_detector_of_transformers_judges_prompts_from_the_metadata_file(detect
         and detected["circle"]
     )
     clip = str(clip_folder(tmp_path / "clip"))
-    strict = load_geneval(GenEvalConfig(detector=detector, colours=clip, threshold=1.0, counting_threshold=1.0), str(path))
+    strict = load_geneval(GenEvalConfig(detector=detector, colours=clip, threshold=1.0, counting_threshold=1.0), [str(path)])
     assert strict(images, ["a circle", "two stars"]).tolist() == [0.0, 0.0]
     assert strict.faults(images[1], "two stars") == ["0 star, 2 wanted"]
-    lax = load_geneval(GenEvalConfig(detector=detector, colours=clip, threshold=0.0, counting_threshold=0.0), str(path))
+    lax = load_geneval(GenEvalConfig(detector=detector, colours=clip, threshold=0.0, counting_threshold=0.0), [str(path)])
     without_start_token(lax.detect)
     assert lax.faults(images[1], "two stars") == ["16 star, fewer than 3 wanted"]
     assert set(lax(images, ["a circle", "two stars"]).tolist()) <= {0.0, 1.0}

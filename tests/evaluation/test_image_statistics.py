@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flowbp.image_statistics import diversity, high_frequency, saturation
+from flowbp.image_statistics import diversity, high_frequency, saturation, thumbnails
 
 ROWS, COLUMNS = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
 
@@ -36,13 +36,22 @@ def test_saturation_is_that_of_hsv():
     assert saturation(colours[:, :, None, None].expand(-1, -1, 4, 6)).tolist() == pytest.approx([1.0, 0.0, 0.0, 0.5, 0.75])
 
 
-def test_diversity_is_the_mean_distance_to_the_other_images():
+def test_diversity_is_the_mean_pairwise_distance_of_the_images_of_a_prompt():
+    embeddings = torch.nn.functional.normalize(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    prompts = ["a", "b", "a", "c", "a", "b", "d"]
+    found = diversity(embeddings, prompts)
+    cosine = torch.nn.functional.cosine_similarity(embeddings[:, None], embeddings[None], dim=2)
+    assert found[[0, 2, 4]].mean().item() == pytest.approx(1 - (cosine[0, 2] + cosine[0, 4] + cosine[2, 4]).item() / 3)
+    assert found[[1, 5]].tolist() == pytest.approx([1 - cosine[1, 5].item()] * 2)
+    assert found[[3, 6]].isnan().all(), "the only image of a prompt has no diversity"
+    assert found[[0, 2, 4]].mean().item() == pytest.approx(embeddings[[0, 2, 4]].var(dim=0).sum().item())
+    assert diversity(embeddings[[1] * 4], ["a"] * 4).tolist() == [0.0] * 4
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(diversity(embeddings[order], [prompts[i] for i in order]), found[order], equal_nan=True)
+
+
+def test_without_an_encoder_the_distance_is_that_of_pixels():
     black, white = torch.zeros(1, 3, 40, 40), torch.ones(1, 3, 40, 40)
-    assert diversity(torch.cat([black, black, black])).tolist() == [0.0] * 3
-    assert diversity(torch.cat([black, white])).tolist() == [1.0] * 2
-    assert diversity(torch.cat([black, black, white])).tolist() == pytest.approx([0.5, 0.5, 1.0])
-    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    by_hand = [(a - b).square().mean().sqrt() for i, a in enumerate(images) for b in images[:i]]
-    assert diversity(images).mean().item() == pytest.approx(sum(by_hand).item() / 10)
-    with pytest.raises(ValueError, match="at least two"):
-        diversity(black)
+    assert diversity(thumbnails(torch.cat([black, white])), ["a"] * 2).tolist() == pytest.approx([1.0] * 2)
+    images = torch.rand(2, 3, 16, 20, generator=torch.Generator().manual_seed(0))
+    assert diversity(thumbnails(images), ["a"] * 2)[0].item() == pytest.approx((images[0] - images[1]).square().mean().item())

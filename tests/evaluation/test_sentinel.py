@@ -50,11 +50,20 @@ def test_a_run_without_that_is_not_accused(curves):
 
 @pytest.mark.parametrize(
     ("metric", "end", "warned"),
-    [("diversity", 8, False), ("diversity", 7, True), ("diversity", 13, False), ("saturation", 16, True), ("high_frequency", 14, False)],
+    [("diversity", 6, False), ("diversity", 4, True), ("diversity", 16, False), ("saturation", 16, True), ("high_frequency", 14, False)],
 )
 def test_image_statistics_warn_beyond_their_limit_and_in_their_direction(metric, end, warned):
     found = warnings(history(**{"reward": [0, 1], metric: [10, end + 0.01]}), ["reward"], [])
     assert bool(found) == warned and all(line.startswith(f"{metric} changed by") for line in found)
+
+
+def test_too_few_prompts_are_said_instead_of_no_warning():
+    few = {
+        step: Scores(scores.prompts[:5], scores.seeds[:5], {name: values[:5] for name, values in scores.values.items()})
+        for step, scores in history(reward=[0, 1], monitor=[1, 0]).items()
+    }
+    (line,) = warnings(few, ["reward"], ["monitor"])
+    assert line.startswith("nothing can be said of monitor: 5 scored images of 5 prompts bear no interval")
 
 
 def test_the_best_step_is_the_first_of_the_highest_and_patience_counts_from_it():
@@ -117,7 +126,8 @@ def test_training_stops_when_patience_ends_and_stays_stopped(tmp_path, monkeypat
         return Scores(prompts, arguments[1].seeds, values, torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
 
     falling.calls = 0
-    config = load("demo", [f"output={tmp_path / 'run'}", "steps=9", *SMALL, *PERIODIC, "evaluation.patience=2"])
+    twelve = ["evaluation.validation_samples=12", "evaluation.patience=2"]
+    config = load("demo", [f"output={tmp_path / 'run'}", "steps=9", *SMALL, *PERIODIC, *twelve])
     monkeypatch.setattr(evaluation, "evaluate", falling)
     train(config)
     train(config, resume=True)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from flowbp import statistics
 from flowbp.statistics import interval, paired_p_value, weighted_mean
@@ -52,10 +53,10 @@ def test_paired_intervals_cover_the_true_change_and_the_test_holds_its_level(few
 
 
 def test_weights_choose_and_balance_samples():
-    values, prompts = np.array([1.0, 3.0, 10.0]), ["a", "b", "c"]
+    values = np.array([1.0, 3.0, 10.0])
     assert weighted_mean(values, np.array([1.0, 1.0, 0.0])) == 2.0
     assert weighted_mean(values, np.array([0.25, 0.25, 0.5])) == 6.0
-    low, high = interval(values, np.array([1.0, 1.0, 0.0]), prompts)
+    low, high = interval(np.array([1.0, 3, 1, 3, 1, 3, 10]), np.array([1.0] * 6 + [0]), [*SIX, "not asked"])
     assert 1.0 <= low <= high <= 3.0
 
 
@@ -66,9 +67,46 @@ def test_the_same_scores_give_the_same_numbers():
     assert paired_p_value(scores, scores + 0.1, weights, prompts) == paired_p_value(scores, scores + 0.1, weights, prompts)
 
 
+@pytest.mark.parametrize("prompts", [6, 8, 15])
+def test_intervals_of_few_prompts_are_as_wide_as_a_t_interval(prompts, few_resamples):
+    rng, widths = np.random.default_rng(3), []
+    for _ in range(40):
+        scores = rng.normal(size=prompts)
+        low, high = interval(scores, np.ones(prompts), [str(i) for i in range(prompts)])
+        by_t = stats.t.interval(0.95, prompts - 1, scale=scores.std(ddof=1) / prompts**0.5)
+        widths.append((high - low) / (by_t[1] - by_t[0]))
+    assert 0.88 <= np.mean(widths) <= 1.05, "a plain bootstrap of six prompts is .7 as wide"
+
+
+SIX = ["a", "b", "c", "d", "e", "f"]
+SCORES = {
+    "nothing": [],
+    "a single prompt": [1.0],
+    "two prompts": [1.0, 2.0],
+    "equal scores": [0.1] * 9,
+    "one success": [0.0] * 39 + [1.0],
+    "one failure": [1.0] * 5 + [0.0],
+    "ties": [1.0, 1, 1, -1, -1, -1, 0, 0],
+    "an outlier": [1e6] + [0.0] * 19,
+    "tiny": [1e-30 * i for i in range(9)],
+    "all but equal": [1e8 + 1e-7 * i for i in range(9)],
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_degenerate_scores_give_an_ordered_interval_or_none_and_no_warning(scores):
+    values, prompts, weights = np.array(scores), [str(i) for i in range(len(scores))], np.ones(len(scores))
+    low, high = interval(values, weights, prompts)
+    p = paired_p_value(np.zeros(len(values)), values, weights, prompts)
+    assert np.isnan([low, high]).all() if len(values) < 6 else low <= weighted_mean(values, weights) <= high
+    assert np.isnan(p) if len(values) < 2 else 2.0 ** (1 - len(values)) * 0.99 <= p <= 1
+
+
 def test_what_cannot_be_estimated_is_not_a_number_and_a_constant_has_no_width():
-    ones = np.ones(4)
-    assert np.isnan(interval(np.arange(4.0), ones, ["a"] * 4)).all()
-    assert np.isnan(paired_p_value(np.arange(4.0), ones, ones, ["a"] * 4))
-    assert interval(ones, ones, ["a", "b", "c", "d"]) == (1.0, 1.0)
-    assert paired_p_value(ones, ones, ones, ["a", "b", "c", "d"]) == 1.0
+    assert np.isnan(interval(np.arange(12.0), np.ones(12), ["a"] * 12)).all(), "one prompt tells nothing of others, whatever its seeds"
+    assert np.isnan(paired_p_value(np.arange(4.0), np.ones(4), np.ones(4), ["a"] * 4))
+    low, high = interval(np.full(15, 0.1), np.ones(15), [*SIX, *SIX, "a", "a", "b"])
+    assert low == high == pytest.approx(0.1)
+    assert paired_p_value(np.ones(6), np.ones(6), np.ones(6), SIX) == 1.0
+    assert np.isnan(interval(np.arange(5.0), np.ones(5), SIX[:5])).all() and interval(np.arange(6.0), np.ones(6), SIX)[0] > 0
