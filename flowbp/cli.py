@@ -14,7 +14,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console()
@@ -179,33 +179,28 @@ def compare(
     out: Annotated[Path, typer.Option(help="folder of comparison.html and comparison.json")] = Path("comparison"),
 ) -> None:
     """Put several runs into one table and one page, and name the differences that make their comparison unfair."""
-    from flowbp.report import between, number
-    from flowbp.run_comparison import compare_runs
+    from flowbp.run_comparison import compare_runs, grouped
 
     results = compare_runs(runs, out)
-    names = [run["name"] for run in results["runs"]]
+    first, *others = names = [run["name"] for run in results["runs"]]
     if results["unfair"]:
-        table = Table("key", *names, "so it is", title="[bold yellow]not a fair comparison[/]: more than the method differs")
+        title = "[bold yellow]not a fair comparison[/]: " + ("more than the method differs" if results["point"] else "of equal methods")
+        table = Table(Column("key", overflow="fold"), "value: runs", "so it is", title=title)
         for key, found in results["unfair"].items():
-            table.add_row(key, *("–" if value is None else str(value) for value in found["values"]), found["why"])
+            table.add_row(key, listed(grouped(found["values"], names)), found["why"])
         console.print(table)
     for warning in results["warnings"]:
-        console.print(f"[bold yellow]warning:[/] {warning}", highlight=False)
+        console.print(f"[bold yellow]warning:[/] {escape(warning)}", highlight=False)
     if results["point"]:
-        table = Table("method", *names, title="what is compared")
+        table = Table("key", "value: runs", title="what is compared")
         for key, values in results["point"].items():
-            table.add_row(key, *("" if value is None else str(value) for value in values))
+            table.add_row(key, listed(grouped(values, names)))
         console.print(table)
-    columns = list(dict.fromkeys(row["run"] for row in results["means"]))
-    table, gap = metric_table("mean, 95 %", *columns), " " if len(columns) < 3 else "\n"
-    for metric in dict.fromkeys(row["metric"] for row in results["means"]):
-        rows = {row["run"]: row for row in results["means"] if (row["metric"], row["category"]) == (metric, "all")}
-        cells = {run: f"{number(row['mean'])}{gap}{between((row['low'], row['high']))}" for run, row in rows.items()}
-        table.add_row(metric, *(cells.get(run, "") for run in columns))
-    console.print(table)
-    for name in names[1:]:
-        if rows := [row for row in results["changes"] if row["run"] == name]:
-            console.print(comparison_table(rows, f"{name} against {names[0]}", names[0], name))
+    if results["means"]:
+        console.print(means_table(results["means"], "run", "means over all images"))
+    for name in others:
+        if rows := [row for row in results["changes"] if row["run"] == name and row["category"] == "all"]:
+            console.print(comparison_table(rows, f"{name} against {first}", "first", "other"))
     console.print(f"page: {(out / 'comparison.html').resolve()}", soft_wrap=True, highlight=False)
 
 
@@ -349,14 +344,41 @@ def plan_table(drawn, sigmas, title: str) -> Table:
 
 def comparison_table(rows: list[dict], title: str, before: str = "before", after: str = "after") -> Table:
     """Paired changes; image statistics over all images only. Bold marks a change that its interval and its test confirm."""
-    from flowbp.report import between, direction, notes, number, p_text, shown, signed
+    from flowbp.report import between, direction, notes, number, p_text, scale_of, shown, signed
 
     table = metric_table(title, "n", before, after, "change, 95 %", "p")
     table.caption = "\n".join(notes(rows)) or None
     for row in shown(rows):
-        change = f"{signed(row['change'])} {between((row['low'], row['high']))}"
-        cells = (str(row["count"]), number(row["before"]), number(row["after"]), change, p_text(row["p_value"]))
+        scale = scale_of(row)
+        change = f"{signed(row['change'], scale)} {between((row['low'], row['high']), scale)}"
+        cells = (str(row["count"]), number(row["before"], scale), number(row["after"], scale), change, p_text(row["p_value"]))
         table.add_row(metric_label(row), *cells, style="bold" if direction(row) else None)
+    return table
+
+
+def listed(parts: list[tuple[str, str]]) -> str:
+    """value: the runs that have it, one value a line."""
+    return escape("\n".join(f"{value}: {names}" for value, names in parts))
+
+
+def means_table(rows: list[dict], column: str, title: str) -> Table:
+    """The mean of each metric over all images and its interval, for each run or model."""
+    from flowbp.report import between, number, scale_of
+
+    table = Table(title=title)
+    table.add_column("metric", no_wrap=True)
+    table.add_column(column)
+    for name in ("n", "mean", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    by_metric: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["category"] == "all":
+            by_metric.setdefault(row["metric"], []).append(row)
+    for metric, found in by_metric.items():
+        for i, row in enumerate(found):
+            interval = between((row["low"], row["high"]), scale_of(row))
+            cells = (escape(row[column]), str(row["count"]), number(row["mean"], scale_of(row)), interval)
+            table.add_row("" if i else metric, *cells, end_section=i + 1 == len(found))
     return table
 
 

@@ -26,7 +26,8 @@ from flowbp.rewards import Reward, RunningScale, Smoothing, Term, load_reward
 
 __all__ = ["ConfigError", "RunConfig", "build_method", "dump", "load", "parse_overrides"]
 
-METRICS = frozenset("step nodes loss grad_norm sample_grad_norm d_j d_0 kept skipped lr seconds peak_mb checker".split())  # logged anyway
+# what is logged anyway
+METRICS = frozenset("step nodes images loss grad_norm sample_grad_norm d_j d_0 kept skipped lr seconds peak_mb checker".split())
 
 
 class ConfigError(ValueError):

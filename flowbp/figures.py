@@ -1,7 +1,12 @@
-"""Pictures: a plan, training curves, and grids of samples. Each function returns a matplotlib figure."""
+"""Pictures: a plan, training curves, and grids of samples. Each function returns a matplotlib figure.
+
+One palette serves them all. Its colours are at least 23 apart (CIE76) for normal sight and for each of the three colour blindnesses
+(Machado et al. 2009, severity 1), and at least 3:1 against white; what they tell apart is told by a shape, a dash or a mark as well.
+"""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,9 +15,9 @@ from matplotlib.patches import FancyArrowPatch
 
 from flowbp.plan import SurrogatePlan
 
-__all__ = ["curves", "draw_plan", "overlaid_curves", "sample_grid"]
+__all__ = ["curves", "draw_plan", "running_mean", "sample_grid", "styles"]
 
-INK, QUIET, ACTIVE, BRIDGE, REWARD = "#1f2933", "#b8c1cc", "#2563eb", "#d97706", "#059669"
+INK, QUIET, ACTIVE, BRIDGE, REWARD, EXTRA = "#1f2933", "#b8c1cc", "#2563eb", "#d97706", "#059669", "#86198f"
 
 
 def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> Figure:
@@ -24,15 +29,16 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
     path, bars = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
 
     visited = plan.num_steps(total)
-    path.plot(range(total + 1), sigmas, color=QUIET, lw=1.2, zorder=1)
+    reached = total + 1 if plan.reward_input is None else visited
+    path.plot(range(reached), sigmas[:reached], color=QUIET, lw=1.2, zorder=1)
     path.scatter(range(visited), sigmas[:visited], s=14, color=QUIET, zorder=2, label="rolled out, no gradient")
-    path.scatter(list(active), sigmas[list(active)], s=64, color=ACTIVE, zorder=3, label="active: replayed with gradient")
+    path.scatter(list(active), sigmas[list(active)], s=64, color=ACTIVE, zorder=3, label="active: replayed, with gradient")
     if plan.reward_input is None:
         path.scatter([total], [sigmas[-1]], s=150, marker="*", color=REWARD, zorder=4, label="reward sees the sample")
     else:
         e = plan.reward_input.at
-        path.annotate("", (total, 0), (e, sigmas[e]), arrowprops={"arrowstyle": "->", "color": REWARD, "ls": "--"})
-        path.scatter([e], [sigmas[e]], s=150, marker="*", color=REWARD, zorder=4, label=f"reward sees the posterior mean of node {e}")
+        path.annotate("", (total, 0), (e, sigmas[e]), arrowprops={"arrowstyle": "->", "color": REWARD, "ls": "--", "shrinkB": 7})
+        path.scatter([total], [0], s=150, marker="*", color=REWARD, zorder=4, label=f"reward sees the posterior mean of node {e}")
     if plan.bridge is not None:
         j = plan.bridge.node
         at_j = (j, sigmas[j])
@@ -43,79 +49,74 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
             path.add_patch(FancyArrowPatch(at_j, (i, sigmas[i]), lw=1.2, **arrow))
     path.set_ylabel("noise level $\\sigma$")
     path.set_title(title, loc="left", color=INK)
-    path.legend(frameon=False, fontsize=8, loc="lower left")
+    path.legend(frameon=False, fontsize=9, loc="lower left", markerscale=0.75, labelspacing=0.6)
 
     bars.bar(plan.nodes, plan.weights, width=0.72, color=QUIET, label="value weight")
     nodes, weights = list(active), list(active.values())
     bars.vlines(nodes, 0, weights, color=ACTIVE, lw=2)
     bars.scatter(nodes, weights, s=26, color=ACTIVE, zorder=3, label="gradient weight")
     bars.axhline(0, color=INK, lw=0.6)
-    bars.set_xlabel("node (0: noise end)")
+    bars.set_xlabel(f"node of the rollout (0: noise, {total}: sample)")
     bars.set_ylabel("weight ($\\sigma$ units)")
-    bars.legend(frameon=False, fontsize=8, loc="best")
+    bars.legend(frameon=False, fontsize=9, loc="best")
     for axes in (path, bars):
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def curves(rows: Sequence[dict], keys: dict[str, str]) -> Figure:
-    """One panel for each of `keys` (metric -> title) that the rows of metrics.jsonl hold: values, and their running mean over a tenth."""
-    shown = [key for key in keys if any(key in row for row in rows)]
-    figure = Figure(figsize=(3.3 * len(shown), 2.5), layout="constrained")
-    steps = [row["step"] for row in rows]
-    window = max(1, len(rows) // 10)
-    for axes, key in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
-        values = np.array([row.get(key, np.nan) for row in rows], dtype=float)
-        axes.plot(steps, values, color=QUIET, lw=0.8)
-        if len(rows) >= window > 1:
-            axes.plot(steps[window - 1 :], np.convolve(values, np.ones(window) / window, mode="valid"), color=ACTIVE, lw=1.8)
-        axes.set_title(keys[key], fontsize=10, color=INK, loc="left")
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
+def styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """A line of its own, {"color", "linestyle"}, for each of up to fifteen names; then they repeat."""
+    colours, dashes = (ACTIVE, BRIDGE, REWARD, EXTRA, INK), ("solid", "dashed", "dotted")
+    return {name: {"color": colours[i % 5], "linestyle": dashes[i // 5 % 3]} for i, name in enumerate(names)}
+
+
+def curves(runs: Mapping[str, Sequence[Mapping]], metric: str, title: str, unit: str = "", smooth: bool = True) -> Figure:
+    """A metric of the rows of metrics.jsonl over steps, one line a run: its running mean over a tenth of the run, each step faint behind.
+
+    smooth = False marks every value instead: for metrics that few steps have.
+    """
+    figure = Figure(figsize=(3.6, 2.6), layout="constrained")
+    axes = figure.subplots()
+    for name, style in styles(list(runs)).items():
+        logged = [(row["step"], row[metric]) for row in runs[name] if metric in row]
+        if not logged:
+            continue
+        steps, values = np.array(logged, dtype=float).T
+        window = max(1, len(values) // 10) if smooth else 1
+        if window > 1:
+            axes.plot(steps, values, color=style["color"], lw=0.7, alpha=0.25)
+        axes.plot(steps[window - 1 :], running_mean(values, window), lw=1.8, marker="" if smooth else "o", ms=4, label=name, **style)
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.set_xlabel("optimizer step", fontsize=9)
+    axes.set_ylabel(unit, fontsize=9)
+    axes.tick_params(labelsize=9)
+    axes.locator_params(nbins=5)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def overlaid_curves(runs: Mapping[str, Sequence[dict]], keys: Mapping[str, str]) -> Figure:
-    """One panel for each of `keys` (metric -> title): the running mean over a tenth of each run's rows, in a colour a run."""
-    columns = min(4, len(keys))
-    rows = -(-len(keys) // columns)
-    figure = Figure(figsize=(3.3 * columns, 2.5 * rows + 0.3), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for key, axes in zip(keys, panels, strict=False):  # in this order: zip takes no panel beyond the last key
-        for name, logged in runs.items():
-            values = np.array([row.get(key, np.nan) for row in logged], dtype=float)
-            window = max(1, len(logged) // 10)
-            steps = [row["step"] for row in logged][window - 1 :]
-            axes.plot(steps, np.convolve(values, np.ones(window) / window, mode="valid"), lw=1.6, label=name)
-        axes.set_title(keys[key], fontsize=10, color=INK, loc="left")
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in list(panels):
-        axes.axis("off")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside upper left", ncols=4)
-    return figure
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Means [n - window + 1] over each `window` of values [n], of those that are finite; nan where none is."""
+    finite, ones = np.isfinite(values), np.ones(window)
+    counts = np.convolve(finite, ones, mode="valid")
+    sums = np.convolve(np.where(finite, values, 0.0), ones, mode="valid")
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def sample_grid(images: np.ndarray, captions: Sequence[str], passed: Sequence[bool | None], columns: int = 4) -> Figure:
-    """images [n, H, W, 3] in [0, 1] with their captions; a green or red frame where a checker passed or failed them (None: no frame)."""
+    """images [n, H, W, 3] in [0, 1] with their captions. Where a checker judged, a tick and a solid frame, or a cross and a dashed one."""
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.75 * columns, 2.05 * rows), layout="constrained")
+    figure = Figure(figsize=(1.75 * columns, 2.1 * rows), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, image, caption, ok in zip(figure.axes, images, captions, passed, strict=False):
         axes.imshow(image, interpolation="nearest" if image.shape[0] < 128 else "antialiased")
-        axes.set_title("\n".join(wrap(caption, 22)), fontsize=7.5, color=INK)
+        mark = {None: "", True: "\N{CHECK MARK} ", False: "\N{BALLOT X} "}[ok]
+        lines = textwrap.wrap(caption, 21, max_lines=3, placeholder=" ...") or [""]
+        axes.set_title(mark + "\n".join(lines), fontsize=9, color=INK)
         if ok is not None:
             axes.axis("on")
             axes.set(xticks=[], yticks=[])
             for spine in axes.spines.values():
-                spine.set(color=REWARD if ok else "#dc2626", linewidth=2.2)
+                spine.set(color=REWARD if ok else BRIDGE, linewidth=2.2, linestyle="solid" if ok else (0, (4, 2)))
     return figure
-
-
-def wrap(text: str, width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width, max_lines=3, placeholder=" ...") or [""]

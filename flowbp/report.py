@@ -12,20 +12,47 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import torch
 import yaml
 from matplotlib.figure import Figure
 
+import flowbp
 from flowbp import checkpoint, figures
-from flowbp.config import RunConfig, dump
+from flowbp.config import RewardConfig, RunConfig, dump, flatten
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.plan import SurrogatePlan
+from flowbp_kernels.bench import machine
 
 if TYPE_CHECKING:
     from flowbp.evaluation import Difference, Scores
 
-__all__ = ["Report", "between", "notes", "number", "p_text", "render", "shown", "signed", "to_json", "write_evaluation"]
+__all__ = [
+    "Report",
+    "between",
+    "describe_environment",
+    "describe_reward",
+    "environment",
+    "notes",
+    "number",
+    "p_text",
+    "panels",
+    "record_environment",
+    "render",
+    "shown",
+    "signed",
+    "to_json",
+    "training_facts",
+    "with_fields",
+    "write_evaluation",
+]
 
-CURVES = {"grad_norm": "gradient norm", "d_j": "residual d_j", "d_0": "residual d_0"}
+ENVIRONMENT = "environment.json"
+AXES = {  # metric -> title of its panel, and what its vertical axis counts; any other is a score
+    "grad_norm": ("gradient norm", "L2 norm before clipping"),
+    "d_j": ("residual d_j", "mean gap, latent units"),
+    "d_0": ("residual d_0", "mean gap, latent units"),
+    "checker": ("checker", "share of images"),
+} | {name: (name, "mean over images") for name in IMAGE_STATISTICS}
 
 
 class Report:
@@ -60,16 +87,14 @@ class Report:
         page = render(
             "report.html",
             name=self.output.name,
-            method=self.config.method_name,
-            rows=rows,
-            seconds=sum(row["seconds"] for row in rows),
+            facts_of_run=training_facts(self.config, rows) | {"made with": describe_environment(environment())},
             differences=self.differences,
             validation=self.validation,
-            best_metric=self.config.evaluation and self.config.evaluation.best,
-            patience=self.config.evaluation and self.config.evaluation.patience,
-            held_out=self.validation and as_data_uri(held_out_curves(self.validation)),
+            evaluation=self.config.evaluation,
+            held_out=self.validation and panels({"held-out prompts": self.validation["means"]}, self.held_out, smooth=False),
             plan=as_data_uri(self.plan_figure),
-            curves=as_data_uri(figures.curves(rows, self.curve_titles())),
+            curves=panels({self.output.name: rows}, [*self.config.reward, *self.monitors, "grad_norm", "d_j", "d_0"]),
+            window=max(1, len(rows) // 10),
             trained=" and ".join(self.config.reward),
             grids={name: as_data_uri(figure) for name, figure in self.grids.items()},
             config=dump(self.config),
@@ -78,10 +103,71 @@ class Report:
         checkpoint.replace_file(path, page)
         return path
 
-    def curve_titles(self) -> dict[str, str]:
-        """Metric -> title of its panel: what was trained on, the optimisation, and the monitors."""
-        trained = {name: f"training {name}" for name in self.config.reward}
-        return trained | CURVES | {d["metric"]: d["metric"] for d in self.differences if d["metric"] not in trained}
+    @property
+    def monitors(self) -> list[str]:
+        return list(self.config.evaluation.monitors) if self.config.evaluation else []
+
+    @property
+    def held_out(self) -> list[str]:
+        """What the periodic evaluations score, as the tables order it."""
+        return [*self.config.reward, *self.monitors, "checker", *IMAGE_STATISTICS]
+
+
+# -- what a page says on top -------------------------------------------------------------------------------------------------------
+
+
+def training_facts(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What was trained, how, and what it took: {label: text}. rows: of metrics.jsonl."""
+    tuned = f"LoRA of rank {config.tuning.rank}" if config.tuning.mode == "lora" else "all weights"
+    size, seconds = config.rollout, sum(row["seconds"] for row in rows)
+    return {
+        "method": config.method_name,
+        "model": f"{config.backbone.name}, {config.backbone.dtype}; trained: {tuned}, learning rate {config.optimizer.lr:g}",
+        "reward": "; ".join(("" if name == "reward" else f"{name}: ") + describe_reward(spec) for name, spec in config.reward.items()),
+        "training": f"{len(rows)} of {config.steps} steps, {images_a_step(config, rows)} images each, prompts {config.data.prompts}",
+        "rollout": f"{size.num_steps} steps, {size.height} x {size.width} pixels, guidance {config.guidance.scale:g}",
+        "seed": str(config.seed),
+        "took": f"{duration(seconds)} of training, at most {max(row['peak_mb'] for row in rows):,.0f} MB of memory",
+    }
+
+
+def images_a_step(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Images of an optimizer step over all processes, as the run recorded them; of one process where it did not. Another number of
+    processes after a resume makes another number of images: "8, then 16"."""
+    product = config.data.batch_size * config.data.accumulate
+    return ", then ".join(str(count) for count in dict.fromkeys(row.get("images", product) for row in rows))
+
+
+def describe_reward(spec: RewardConfig) -> str:
+    """The reward model, and what its spec says beyond the defaults: "clip (model shapes, hinge 0.8)"."""
+    return with_fields(spec.name, spec.model_dump(mode="json", exclude_defaults=True, exclude={"name"}))
+
+
+def with_fields(name: str, fields: Mapping[str, Any]) -> str:
+    """`name (field value, ...)`, without fields that are None."""
+    said = ", ".join(key if value == {} else f"{key} {value}" for key, value in flatten(fields).items() if value is not None)
+    return f"{name} ({said})" if said else name
+
+
+def environment() -> dict[str, Any]:
+    """What ran: flowbp's version and commit, Python, torch and the device."""
+    about = machine("cuda" if torch.cuda.is_available() else "cpu")
+    return {"flowbp": flowbp.__version__, "commit": about["commit"], "device": about["device"]} | about["versions"]
+
+
+def record_environment(folder: Path) -> None:
+    """Keep what runs as environment.json; a resumed run's is that of its last part."""
+    checkpoint.replace_file(folder / ENVIRONMENT, to_json(environment()))
+
+
+def describe_environment(about: Mapping[str, Any]) -> str:
+    """One line of `environment`."""
+    return ", ".join(f"{value}" if key == "device" else f"{key} {value}" for key, value in about.items() if value)
+
+
+def duration(seconds: float) -> str:
+    """Two figures of it: 45 s, 12.5 min, 3.2 h."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], scores: Mapping[str, Scores]) -> None:
@@ -89,29 +175,47 @@ def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], s
     grids = {name: draw_samples(found) for name, found in scores.items()}
     for name, figure in grids.items():
         checkpoint.replace_file(folder / f"samples_{name}.png", as_png(figure))
-    overall: dict[str, list[dict[str, Any]]] = {}
+    overall: dict[str, dict[str, dict[str, Any]]] = {}
     for row in results["means"]:
         if row["category"] == "all":
-            overall.setdefault(row["metric"], []).append(row)
-    settings = results["models"][0]["settings"]
+            overall.setdefault(row["metric"], {})[row["model"]] = row
+    about = results["models"][0]
+    made_with = describe_environment(about["versions"] | {"commit": environment()["commit"], "device": about["device"]})
     page = render(
         "evaluation.html",
         name=folder.name,
-        settings=settings,
+        facts_of_evaluation=evaluation_facts(config, list(scores)) | {"made with": made_with},
         models=results["models"],
         overall=overall,
         by_model={name: [row for row in results["changes"] if row["model"] == name] for name in list(scores)[1:]},
         grids={name: as_data_uri(figure) for name, figure in grids.items()},
         trained=" and ".join(config.reward),
-        config=yaml.safe_dump(settings, sort_keys=False),
+        config=yaml.safe_dump(about["settings"], sort_keys=False),
+        checker=config.evaluation.checker,
     )
     checkpoint.replace_file(folder / "report.html", page)
 
 
-def held_out_curves(validation: Mapping[str, Any]) -> Figure:
-    """One panel a metric of the periodic evaluations."""
-    rows = validation["means"]
-    return figures.overlaid_curves({"held-out prompts": rows}, {key: key for key in rows[0] if key != "step"})
+def evaluation_facts(config: RunConfig, models: Sequence[str]) -> dict[str, str]:
+    """What was scored, and how: {label: text}."""
+    scored, size = config.evaluation, config.evaluation_rollout
+    return {
+        "models": ", ".join(models),
+        "backbone": f"{config.backbone.name}, {config.backbone.dtype}",
+        "prompts": f"{scored.prompts}, {scored.samples} images a model",
+        "rollout": f"{size.num_steps} steps, {size.height} x {size.width} pixels, guidance {config.guidance.scale:g}",
+        "seed": str(scored.seed),
+    }
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------------------
+
+
+def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str], smooth: bool = True) -> dict[str, str]:
+    """Title -> picture of each of `metrics` that the rows of any run hold."""
+    logged = {metric for rows in runs.values() for row in rows for metric in row}
+    axes = {metric: AXES.get(metric, (metric, "mean score")) for metric in metrics if metric in logged}
+    return {title: as_data_uri(figures.curves(runs, metric, title, unit, smooth)) for metric, (title, unit) in axes.items()}
 
 
 def draw_samples(scores: Scores) -> Figure:
@@ -129,32 +233,34 @@ def render(template: str, **values: Any) -> str:
     """A page of flowbp/templates, as HTML."""
     loader = jinja2.PackageLoader("flowbp")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"number": number, "signed": signed, "between": between, "p": p_text, "direction": direction}
-    environment.filters |= {"shown": shown, "notes": notes}
+    environment.filters |= {"number": number, "signed": signed, "between": between, "scale": scale_of, "p": p_text}
+    environment.filters |= {"direction": direction, "shown": shown, "notes": notes}
     environment.globals["statistics"] = list(IMAGE_STATISTICS)
     return environment.get_template(template).render(**values)
 
 
-def number(value: float | None, sign: str = "") -> str:
-    """Five digits, at most three of them decimals; two digits of what is smaller than .01. A dash for what is not a number."""
+def number(value: float | None, scale: float = 1.0, sign: str = "") -> str:
+    """Three decimals; three figures of `scale` where that is below .01 or from 100 on. A dash for nan."""
     if undefined(value):
         return "–"
-    magnitude = math.floor(math.log10(abs(value))) if value and math.isfinite(value) else 0  # 10^magnitude <= |value|
-    if magnitude < -4:
-        return f"{value:{sign}.1e}"
-    decimals = 1 - magnitude if magnitude < -2 else min(3, max(0, 4 - magnitude))
-    return f"{value + 0.0:{sign}.{decimals}f}"  # + 0.0: no negative zero
+    decimals = 3 if scale == 0 or 0.01 <= abs(scale) < 100 else max(0, 2 - math.floor(math.log10(abs(scale))))
+    return f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"  # + 0.0: no negative zero
 
 
-def signed(value: float | None) -> str:
-    return number(value, "+")
+def signed(value: float | None, scale: float = 1.0) -> str:
+    return number(value, scale, "+")
 
 
-def between(ends: Sequence[float | None]) -> str:
+def between(ends: Sequence[float | None], scale: float = 1.0) -> str:
     """An interval; a dash where there are too few prompts for one, and words where they do not differ."""
     if undefined(ends[0]):
         return "–"
-    return "all equal" if ends[0] == ends[1] else f"[{number(ends[0])}, {number(ends[1])}]"
+    return "all equal" if ends[0] == ends[1] else f"[{number(ends[0], scale)}, {number(ends[1], scale)}]"
+
+
+def scale_of(row: Mapping[str, Any]) -> float:
+    """The size of the numbers of a row of means or of paired changes."""
+    return max((abs(row[key]) for key in ("mean", "before", "after") if not undefined(row.get(key))), default=1.0)
 
 
 def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -17,14 +17,25 @@ import numpy as np
 import yaml
 
 from flowbp import checkpoint, figures
-from flowbp.config import dump, flatten, is_one_reward, load
+from flowbp.config import ConfigError, RewardConfig, RunConfig, by_name, dump, flatten, load
 from flowbp.evaluation import Scores, compare, summarise
-from flowbp.report import as_data_uri, render, without_nan
+from flowbp.image_statistics import IMAGE_STATISTICS
+from flowbp.report import (
+    ENVIRONMENT,
+    describe_environment,
+    describe_reward,
+    images_a_step,
+    panels,
+    render,
+    training_facts,
+    with_fields,
+    without_nan,
+)
 
-__all__ = ["Contrast", "Run", "compare_runs", "contrast", "read_run"]
+__all__ = ["Contrast", "Run", "compare_runs", "contrast", "grouped", "read_run"]
 
 THE_POINT = ("method",)
-BOOKKEEPING = (  # keys that reach neither weights nor scores, up to rounding; of batches, the product counts
+BOOKKEEPING = (  # keys that reach neither weights nor scores, up to rounding; of batches, the images of a step count
     "output",
     "checkpoint_every",
     "memory",
@@ -35,9 +46,11 @@ BOOKKEEPING = (  # keys that reach neither weights nor scores, up to rounding; o
     "data.cache",
     "evaluation.batch_size",
     "evaluation.grid",
-    "evaluation.every",
 )
-IMAGES_A_STEP = "data.batch_size x data.accumulate"
+SEEN = "memory.vae_tiling"  # by the reward: the seams of tiles
+STOPPING = tuple(f"evaluation.{key}" for key in ("best", "patience", "every", "validation_prompts", "validation_samples"))
+EVALUATED = "final evaluation"
+IMAGES_A_STEP = "images a step"  # processes x data.batch_size x data.accumulate
 REASONS = {
     IMAGES_A_STEP: "another number of images an optimizer step",
     "steps": "another number of optimizer steps",
@@ -47,8 +60,8 @@ REASONS = {
     "backbone": "another model",
     "reward": "another objective",
     "data": "other training prompts",
-    "evaluation.best": "another rule for when to stop",
-    "evaluation.patience": "another rule for when to stop",
+    EVALUATED: "no scores to compare",
+    **dict.fromkeys(STOPPING, "another rule for when to stop"),
     "evaluation": "scored on other samples or by other metrics",
     "": "another training recipe",
 }
@@ -56,27 +69,36 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds. config: nested, with defaults. rows: of metrics.jsonl. before, after: its evaluation, if it made one."""
+    """What a run's folder holds. rows: of metrics.jsonl. before, after: its final evaluation, if it made one. environment: what made it."""
 
     name: str
     folder: Path
-    config: dict[str, Any]
+    config: RunConfig
     rows: list[dict[str, Any]]
     before: Scores | None
     after: Scores | None
+    environment: dict[str, Any]
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Raises FileNotFoundError for a folder that holds no run, or one that has not started."""
+    """Raises FileNotFoundError for a folder that holds no run, or one that has not started, ConfigError for one of another version."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: pass the folders of runs")
     for file in ("config.yaml", "metrics.jsonl"):
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder} holds no {file}: pass the folders of runs")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    if not rows:
+            raise FileNotFoundError(f"{folder} holds no {file}, so it is no run: pass the folders that flowbp train wrote (its output)")
+    try:
+        config = load(folder / "config.yaml")
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.yaml'} is not of this version of flowbp: {error}") from None
+    *lines, _unfinished = (folder / "metrics.jsonl").read_text().split("\n")  # a run that still writes may be in the middle of a line
+    if not lines:
         raise FileNotFoundError(f"{folder}/metrics.jsonl is empty: the run has not taken a step")
     tables = (folder / f"scores_{side}.csv" for side in ("before", "after"))
     scores = (Scores.read_csv(table) if table.is_file() else None for table in tables)
-    return Run(name, folder, yaml.safe_load(dump(load(folder / "config.yaml"))), rows, *scores)
+    recorded = folder / ENVIRONMENT
+    environment = json.loads(recorded.read_text()) if recorded.is_file() else {}
+    return Run(name, folder, config, [json.loads(line) for line in lines], *scores, environment)
 
 
 # -- configs -----------------------------------------------------------------------------------------------------------------------
@@ -91,11 +113,20 @@ class Contrast:
     bookkeeping: dict[str, list[Any]]
 
 
-def contrast(configs: Sequence[Mapping[str, Any]]) -> Contrast:
-    """Sort the differences of nested configs into the point (the method), what is unfair, and what changes no result."""
-    flat = [flatten(config) for config in configs]
-    for values in flat:
-        values[IMAGES_A_STEP] = values.get("data.batch_size", 1) * values.get("data.accumulate", 1)
+def contrast(configs: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> Contrast:
+    """Sort the differences of nested configs into the point (the method), what is unfair, and what changes no result.
+
+    images: those of an optimizer step, of each run.
+    """
+    configs = [dict(config) for config in configs]
+    if len({tuple(by_name(config["reward"])) for config in configs}) > 1:  # one against several, or others: field by field says nothing
+        for config in configs:
+            config["reward"] = objective(config["reward"])
+    if len({config["method"]["name"] for config in configs}) > 1:  # other methods have other fields
+        for config in configs:
+            config["method"] = with_fields(config["method"]["name"], {k: v for k, v in config["method"].items() if k != "name"})
+    flat = [flatten(scored) | {IMAGES_A_STEP: count} for scored, count in zip(with_evaluation(configs), images, strict=True)]
+    early_stops = any(values.get("evaluation.patience") is not None for values in flat)
     found = Contrast({}, {}, {})
     for key in dict.fromkeys(key for values in flat for key in values):
         values = [one.get(key) for one in flat]
@@ -103,11 +134,33 @@ def contrast(configs: Sequence[Mapping[str, Any]]) -> Contrast:
             continue
         if within(key, THE_POINT):
             found.point[key] = values
-        elif within(key, BOOKKEEPING) and key != "memory.vae_tiling":  # whose seams are seen by the reward
+        elif (within(key, BOOKKEEPING) and key != SEEN) or (key in STOPPING and not early_stops):
             found.bookkeeping[key] = values
         else:
             found.unfair[key] = values, next(why for prefix, why in REASONS.items() if within(key, (prefix,)) or not prefix)
     return found
+
+
+def with_evaluation(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Configs that say in one key whether they have an evaluation; those without get the settings of the first that has one, unstopped."""
+    settings = next((config["evaluation"] for config in configs if config["evaluation"] is not None), None)
+    without = settings and settings | {"patience": None}
+    return [
+        dict(config) | ({EVALUATED: "none", "evaluation": without} if config["evaluation"] is None else {EVALUATED: "made"})
+        for config in configs
+    ]
+
+
+def objective(rewards: Mapping[str, Any]) -> str:
+    """The loss in words: "one reward: clip (hinge 0.8)", "2 rewards: clip + pickscore (weight 0.5)"."""
+    terms = [describe_reward(RewardConfig(**spec)) for spec in by_name(rewards).values()]
+    return f"{'one reward' if len(terms) == 1 else f'{len(terms)} rewards'}: {' + '.join(terms)}"
+
+
+def grouped(values: Sequence[Any], names: Sequence[str]) -> list[tuple[str, str]]:
+    """(value, the runs that have it) for each value: readable however many runs there are. A dash stands for a key that a run lacks."""
+    texts = ["–" if value is None else str(value) for value in values]
+    return [(text, ", ".join(name for name, own in zip(names, texts, strict=True) if own == text)) for text in dict.fromkeys(texts)]
 
 
 def within(key: str, prefixes: Sequence[str]) -> bool:
@@ -120,22 +173,23 @@ def within(key: str, prefixes: Sequence[str]) -> bool:
 def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     """Compare at least two runs, write comparison.json and comparison.html into `out`, and return what the former holds.
 
-    {"runs", "point", "unfair", "bookkeeping", "warnings", "costs", "means", "changes": paired with the first run, where samples agree}
+    {"runs": what each is and what it took, "point", "unfair", "bookkeeping", "warnings", "means",
+    "changes": paired with the first run, where samples agree}
     """
     if len(folders) < 2:
         raise ValueError(f"a comparison needs two runs or more, got {len(folders)}")
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
-    first, found = runs[0], contrast([run.config for run in runs])
+    images = {run.name: images_a_step(run.config, run.rows) for run in runs}
+    first, found = runs[0], contrast([yaml.safe_load(dump(run.config)) for run in runs], list(images.values()))
     scored = {run.name: run.after for run in runs if run.after is not None}
     paired = [run for run in runs[1:] if same_samples(run, first)]
-    base = {"before training": first.before} if first.before is not None else {}
+    base = {f"{first.name} before training": first.before} if first.before is not None else {}
     results = {
-        "runs": [{"name": run.name, "folder": str(run.folder), "steps": len(run.rows)} for run in runs],
+        "runs": [about(run) | {"images": images[run.name]} for run in runs],
         "point": found.point,
         "unfair": {key: {"values": values, "why": why} for key, (values, why) in found.unfair.items()},
         "bookkeeping": found.bookkeeping,
         "warnings": run_warnings(runs, paired),
-        "costs": {run.name: cost(run.rows) for run in runs},
         "means": [{"run": name} | asdict(row) for name, scores in (base | scored).items() for row in summarise(scores)],
         "changes": [{"run": r.name, "against": first.name} | asdict(row) for r in paired for row in compare(first.after, r.after)],
     }
@@ -153,7 +207,8 @@ def short_names(folders: Sequence[Path]) -> list[str]:
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"a run is compared with itself: {', '.join(map(str, folders))}")
+    twice = dict.fromkeys(str(folder) for folder, own in zip(folders, parts, strict=True) if parts.count(own) > 1)
+    raise ValueError(f"a run is compared with itself: {', '.join(twice)}; name each folder once")
 
 
 def same_samples(run: Run, first: Run) -> bool:
@@ -161,36 +216,50 @@ def same_samples(run: Run, first: Run) -> bool:
     return one is not None and other is not None and (one.prompts, one.seeds) == (other.prompts, other.seeds)
 
 
+def about(run: Run) -> dict[str, Any]:
+    """What a run is and what it took: median seconds a step, and the highest peak memory in MB."""
+    seconds, peak = float(np.median([row["seconds"] for row in run.rows])), max(row["peak_mb"] for row in run.rows)
+    settings = {"method": run.config.method_name, "steps": len(run.rows), "seed": run.config.seed, "environment": run.environment}
+    return {"name": run.name, "folder": str(run.folder)} | settings | {"seconds_a_step": seconds, "peak_mb": peak}
+
+
 def run_warnings(runs: Sequence[Run], paired: Sequence[Run]) -> list[str]:
     """What a reader of the table must know before its numbers."""
-    found = [f"{run.name} has taken {len(run.rows)} of {run.config['steps']} steps" for run in runs if len(run.rows) != run.config["steps"]]
-    found += [f"{run.name} has no evaluation: score it with flowbp eval" for run in runs if run.after is None]
+    first = runs[0]
+    found = [f"{run.name} has taken {len(run.rows)} of {run.config.steps} steps" for run in runs if len(run.rows) != run.config.steps]
+    unscored = [run.name for run in runs if run.after is None]
+    if unscored:
+        command = f"flowbp eval {first.folder} " + " ".join(f"--weights {run.name}={run.folder}" for run in runs)
+        found.append(f"no final evaluation (scores_after.csv): {', '.join(unscored)}. To score runs on the same samples: {command}")
     found += [
-        f"{run.name} was scored on other prompts or seeds than {runs[0].name}: no paired test"
+        f"{run.name} was scored on other prompts or seeds than {first.name}: no paired test"
         for run in runs[1:]
-        if run.after is not None and run not in paired
+        if run.after is not None and first.after is not None and run not in paired
     ]
+    made_with = [describe_environment(run.environment) or "not recorded" for run in runs]
+    if len(set(made_with)) > 1:
+        parts = grouped(made_with, [run.name for run in runs])
+        found.append("made with different versions or devices: " + "; ".join(f"{names} with {text}" for text, names in parts))
     return found
 
 
-def cost(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Median seconds a step, and the highest peak memory in MB."""
-    return {"seconds a step": float(np.median([row["seconds"] for row in rows])), "peak MB": max(row["peak_mb"] for row in rows)}
-
-
 def page(runs: Sequence[Run], results: Mapping[str, Any]) -> str:
-    metrics = dict.fromkeys(row["metric"] for row in results["means"])
-    overall = {metric: {r["run"]: r for r in results["means"] if (r["metric"], r["category"]) == (metric, "all")} for metric in metrics}
-    trained = [name for run in runs for name in (["reward"] if is_one_reward(run.config["reward"]) else run.config["reward"])]
-    keys = {key: key for key in dict.fromkeys([*trained, *metrics, "grad_norm"]) if any(key in row for run in runs for row in run.rows)}
+    names = [run.name for run in runs]
+    found = dict.fromkeys(row["metric"] for row in results["means"])
+    overall = {metric: {r["run"]: r for r in results["means"] if (r["metric"], r["category"]) == (metric, "all")} for metric in found}
+    metrics = dict.fromkeys([*(name for run in runs for name in run.config.reward), *found, "grad_norm"])
     grids = {run.name: run.folder / "samples_after.png" for run in runs}
     return render(
         "comparison.html",
-        name=" against ".join(run.name for run in runs),
+        name=" against ".join(names) if len(names) < 4 else f"{names[0]} against {len(names) - 1} runs",
         results=results,
-        columns=list(dict.fromkeys(row["run"] for row in results["means"])),
+        facts_of_first=training_facts(runs[0].config, runs[0].rows),
+        styles=figures.styles(names),
+        made_with={run.name: describe_environment(run.environment) or "not recorded" for run in runs},
+        differences=lambda values: grouped(values, names),
         overall=overall,
         by_run={run.name: [row for row in results["changes"] if row["run"] == run.name] for run in runs[1:]},
-        curves=as_data_uri(figures.overlaid_curves({run.name: run.rows for run in runs}, keys)),
+        curves=panels({run.name: run.rows for run in runs}, [metric for metric in metrics if metric not in IMAGE_STATISTICS]),
         grids={name: "data:image/png;base64," + base64.b64encode(p.read_bytes()).decode() for name, p in grids.items() if p.is_file()},
+        checker=any(run.config.evaluation and run.config.evaluation.checker for run in runs),
     )

@@ -114,6 +114,8 @@ class Trainer:
         main = self.ranks.is_main  # which alone writes
         metrics_path = config.output / "metrics.jsonl" if main else Path(os.devnull)
         checkpoint.keep_first_lines(metrics_path, done)
+        if main:
+            report.record_environment(config.output)
         if main and self.sentinel is not None:
             self.sentinel.forget_after(done)
         self.accelerator.init_trackers("tensorboard")
@@ -198,6 +200,7 @@ class Trainer:
             rows = [self.accumulate_gradient(step, micro) for micro in range(self.config.data.accumulate)]
         row = self.ranks.mean({key: float(np.mean([r[key] for r in rows])) for key in rows[0] if key != "nodes"})
         row["nodes"] = rows[-1]["nodes"]
+        row["images"] = self.ranks.size * len(rows) * self.config.data.batch_size
         with self.phases("update"):
             row |= self.update(step)
         seconds = {f"{name}_seconds": seconds for name, seconds in self.phases.seconds.items()}

@@ -11,11 +11,14 @@ from typer.testing import CliRunner
 from flowbp.cli import app
 from flowbp.config import dump, load
 from flowbp.evaluation import Scores
-from flowbp.run_comparison import IMAGES_A_STEP, compare_runs, contrast, short_names
+from flowbp.run_comparison import EVALUATED, IMAGES_A_STEP, compare_runs, contrast, grouped, short_names
 
 
-def configs(*overrides):
-    return [yaml.safe_load(dump(load("demo", each))) for each in ([], *overrides)]
+def demo_against(*overrides, processes=1):
+    """The contrast of the demo with itself, overridden, in the second place of which `processes` take part."""
+    runs = [load("demo"), load("demo", overrides)]
+    images = [count * run.data.batch_size * run.data.accumulate for run, count in zip(runs, (1, processes), strict=True)]
+    return contrast([yaml.safe_load(dump(run)) for run in runs], images)
 
 
 @pytest.mark.parametrize(
@@ -39,17 +42,45 @@ def configs(*overrides):
     ],
 )
 def test_what_reaches_weights_or_scores_is_unfair(override, key):
-    found = contrast(configs([override]))
+    found = demo_against(override)
     assert key in found.unfair and not found.point and found.unfair[key][1]
 
 
 def test_the_method_is_the_point_and_bookkeeping_changes_nothing():
-    found = contrast(
-        configs(["method.name=leapalign", "output=elsewhere", "checkpoint_every=7", "data.batch_size=16", "data.accumulate=2"])
-    )
+    found = demo_against("method.name=leapalign", "output=elsewhere", "checkpoint_every=7", "data.batch_size=16", "data.accumulate=2")
     assert not found.unfair, "16 x 2 images a step are the 32 x 1 of the other run"
-    assert found.point["method.name"] == ["flowbp-lagrange", "leapalign"] and all(key.startswith("method.") for key in found.point)
+    (ours, other), *more = found.point.values()
+    assert ours.startswith("flowbp-lagrange (order 3") and other.startswith("leapalign (alpha 0.3") and not more
     assert set(found.bookkeeping) == {"output", "checkpoint_every", "data.batch_size", "data.accumulate"}
+    assert demo_against("method.alpha=0.5").point == {"method.alpha": [0.1, 0.5]}
+
+
+def test_images_a_step_count_every_process():
+    assert not demo_against("data.batch_size=16", processes=2).unfair
+    assert demo_against(processes=2).unfair[IMAGES_A_STEP][0] == [32, 64]
+
+
+def test_one_reward_against_several_is_one_difference_in_words():
+    several = "reward={style: {name: clip, model: shapes, weight: 0.5}, other: {name: clip, model: shapes-monitor}}"
+    found = demo_against(several)
+    (one, two), _ = found.unfair["reward"]
+    assert one.startswith("one reward: clip (model shapes, hinge 0.8")
+    assert two == "2 rewards: clip (model shapes, weight 0.5) + clip (model shapes-monitor)"
+    assert list(found.unfair) == ["reward"]
+
+
+def test_a_run_without_evaluation_differs_in_that_alone():
+    assert list(demo_against("evaluation=null").unfair) == [EVALUATED]
+
+
+def test_how_often_a_run_is_watched_matters_only_where_that_can_stop_it():
+    watched = ("evaluation.every=10", "evaluation.best=monitor")
+    assert not demo_against(*watched).unfair
+    assert "evaluation.every" in demo_against(*watched, "evaluation.patience=2").unfair
+
+
+def test_values_are_listed_with_the_runs_that_have_them():
+    assert grouped([1, None, 1], ["a", "b", "c"]) == [("1", "a, c"), ("–", "b")]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +104,7 @@ def test_the_command_compares_pair_by_pair_and_warns(run, other, tmp_path):
     found = json.loads((tmp_path / "comparison.json").read_text())
     (reward,) = (row for row in found["changes"] if (row["metric"], row["category"]) == ("reward", "all"))
     assert reward["change"] == pytest.approx(0.1, abs=1e-5) and reward["low"] > 0.09
-    assert found["point"]["method.name"] == ["draft-lv", "refl"] and list(found["unfair"]) == ["guidance.scale"]
+    assert found["point"] == {"method": ["draft-lv (num_renoised 2)", "refl (last_n 2)"]} and list(found["unfair"]) == ["guidance.scale"]
     page = (tmp_path / "comparison.html").read_text()
     assert "Not a fair comparison" in page and not re.findall(r'(?:src|href)="(?!data:)', page)
 
@@ -89,11 +120,27 @@ def test_an_unfinished_run_and_other_samples_are_named(run, other, tmp_path):
     assert {row["run"] for row in found["changes"]} == {"other"}
 
 
+def test_a_run_that_still_writes_and_one_without_scores_are_compared_as_far_as_they_go(run, other, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(other, copy)
+    (copy / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + '{"step": 3, "los')
+    (copy / "scores_after.csv").unlink()
+    (copy / "environment.json").write_text('{"flowbp": "0.0.9"}')
+    found = compare_runs([run, copy], tmp_path / "out")
+    assert [one["steps"] for one in found["runs"]] == [2, 2] and not found["changes"]
+    missing, versions = found["warnings"]
+    assert f"copy. To score runs on the same samples: flowbp eval {run} --weights small={run} --weights copy={copy}" in missing
+    assert versions.endswith("copy with flowbp 0.0.9")
+
+
 def test_runs_are_named_by_as_much_of_their_paths_as_tells_them_apart(tmp_path):
     assert short_names([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
     with pytest.raises(ValueError, match="compared with itself"):
         short_names([tmp_path / "a", tmp_path / "a"])
-    with pytest.raises(FileNotFoundError, match="holds no config.yaml"):
-        compare_runs([tmp_path, tmp_path / "other"], tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty holds no config.yaml, so it is no run: pass the folders that flowbp train wrote"):
+        compare_runs([tmp_path / "empty", tmp_path / "other"], tmp_path)
+    with pytest.raises(FileNotFoundError, match="missing is no folder"):
+        compare_runs([tmp_path / "missing", tmp_path / "other"], tmp_path)
     with pytest.raises(ValueError, match="two runs or more"):
         compare_runs([tmp_path], tmp_path)

@@ -1,0 +1,102 @@
+"""Pages stand alone and anyone can read them: right nesting, named tables and pictures, nothing fetched, numbers in due figures."""
+
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from flowbp import figures
+from flowbp.config import load
+from flowbp.evaluation_run import Model, run_evaluation
+from flowbp.report import between, duration, images_a_step, number, signed
+from flowbp.run_comparison import compare_runs
+
+VOID = {"meta", "img", "br", "link"}
+
+
+class Outline(HTMLParser):
+    """Fails on a tag that closes another; keeps what tables, pictures and links say."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.images, self.links, self.headers, self.tables, self.captions = [], [], [], [], 0, 0
+        self.feed(page)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(found)
+        if tag == "th":
+            self.headers.append(found.get("scope"))
+        self.links += [found[key] for key in ("src", "href") if key in found]
+        self.tables += tag == "table"
+        self.captions += tag == "caption"
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def pages(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    config = load(run / "config.yaml")
+    run_evaluation(config, [Model("base"), Model("tuned", run)], folder / "eval")
+    shutil.copytree(run, folder / "again")
+    compare_runs([run, folder / "again"], folder)
+    files = {"run": run / "report.html", "evaluation": folder / "eval" / "report.html", "comparison": folder / "comparison.html"}
+    return {name: file.read_text() for name, file in files.items()}
+
+
+@pytest.mark.parametrize("name", ["run", "evaluation", "comparison"])
+def test_a_page_is_nested_right_names_its_tables_and_pictures_and_fetches_nothing(pages, name):
+    page = pages[name]
+    outline = Outline(page)
+    assert outline.tables == outline.captions > 0 and set(outline.headers) <= {"col", "row", "rowgroup"}
+    assert outline.images and all(len(image["alt"]) > 10 for image in outline.images)
+    assert all(link.startswith("data:") for link in outline.links) and "http" not in page and "@import" not in page
+    assert "prefers-color-scheme: dark" in page
+
+
+@pytest.mark.parametrize("name", ["run", "evaluation", "comparison"])
+def test_a_page_says_first_what_was_made_how_and_with_which_version(pages, name):
+    page = pages[name]
+    for text in ("4 steps, 32 x 32 pixels, guidance 1", "flowbp 0.1.0", "torch "):
+        assert text in page
+    assert (">2026<" if name == "evaluation" else ">42<") in page, "the seed"
+
+
+def test_runs_of_equal_methods_are_not_called_a_comparison_of_methods(run, pages):
+    assert "The methods are the same" in pages["comparison"]
+
+
+@pytest.mark.parametrize(
+    ("value", "scale", "text"),
+    [(0.51234, 0.5, "0.512"), (-0.0001, 0.5, "0.000"), (0.000123, 0.0004, "0.000123"), (123.456, 123.4, "123"), (1.5, 0.0, "1.500")],
+)
+def test_numbers_have_three_decimals_or_three_figures_of_their_scale(value, scale, text):
+    assert number(value, scale) == text
+
+
+def test_what_is_no_number_is_a_dash():
+    assert number(None) == number(float("nan")) == between((None, None)) == "–"
+    assert signed(0.1) == "+0.100" and between((-1, 250), 250) == "[-1, 250]"
+    assert (duration(45), duration(600), duration(36000)) == ("45 s", "10.0 min", "10.0 h")
+
+
+def test_images_a_step_are_those_that_were_recorded():
+    config = load("demo")
+    assert images_a_step(config, [{"images": 64}, {"images": 64}, {"images": 128}]) == "64, then 128"
+    assert images_a_step(config, [{}]) == "32", "an older run, of one process as far as is known"
+
+
+def test_a_running_mean_leaves_out_what_is_not_finite():
+    np.testing.assert_allclose(figures.running_mean(np.array([1.0, np.nan, 3.0, np.inf, np.nan]), 2), [1, 3, 3, np.nan])
+
+
+def test_each_run_has_a_line_of_its_own():
+    lines = figures.styles([f"run {i}" for i in range(15)])
+    assert len({tuple(style.values()) for style in lines.values()}) == 15
