@@ -64,6 +64,7 @@ class Trainer:
         """backbone and reward take the place of those that `config` names; weight, hinge and the like stay."""
         self.config = config
         self.prompts = PromptStream(load_prompts(config.data.prompts), config.seed)
+        self.held_out = load_prompts(config.evaluation.prompts) if config.evaluation else []
         periodic = config.evaluation is not None and config.evaluation.every is not None
         self.sentinel = Sentinel(config.evaluation, config.reward, config.output) if periodic else None
         torch.manual_seed(config.seed)  # LoRA's initial weights
@@ -71,14 +72,14 @@ class Trainer:
         device = str(self.accelerator.device)
         self.backbone = backbone or load_backbone(**config.backbone.model_dump())  # on the CPU
         check_guidance(self.backbone, config.guidance)
+        size = config.rollout
+        self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width)
+        config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(0))  # a method that does not fit says so now
         if config.data.embeddings == "cached":  # the device holds the text encoders; then, without them, all else
             embed_once(self.backbone, self.texts(), config.data.cache, device)
         self.mixture = Mixture({name: spec.term(device, reward) for name, spec in config.reward.items()})
         watched = config.evaluation.monitors if config.evaluation else {}
         self.monitors = {name: spec.load(device) for name, spec in watched.items()}
-        size = config.rollout
-        self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width)
-        config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(0))  # a method that does not fit says so now
 
         trainable_parameters(self.backbone, config.tuning)
         save_memory(self.backbone, config.memory)
@@ -101,7 +102,7 @@ class Trainer:
         config = self.config
         texts = self.prompts.texts(config.steps * config.data.accumulate * config.data.batch_size * self.accelerator.num_processes)
         if config.evaluation is not None:
-            texts += [prompt.text for prompt in load_prompts(config.evaluation.prompts)[: config.evaluation.samples]]
+            texts += [prompt.text for prompt in self.held_out[: config.evaluation.samples]]
         if self.sentinel is not None:
             texts += [prompt.text for prompt in self.sentinel.samples.prompts]
         return texts
@@ -147,7 +148,7 @@ class Trainer:
         plan = config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(config.seed))
         pages = report.Report(config, plan, self.sigmas.tolist())
         if config.evaluation is not None:
-            samples = evaluation.draw_samples(load_prompts(config.evaluation.prompts), config.evaluation)
+            samples = evaluation.draw_samples(self.held_out, config.evaluation)
             named = evaluation.scorers(config.evaluation, self.mixture.rewards, self.monitors, str(self.accelerator.device))
             scores = []
             with progress_bar("evaluate", "image", 2 * config.evaluation.samples, shown=main) as bar:

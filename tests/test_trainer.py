@@ -279,10 +279,10 @@ def test_a_folder_of_other_files_is_never_deleted(tmp_path):
 
 
 def test_bad_input_is_found_before_an_old_run_is_overwritten(tmp_path):
-    config = tiny(tmp_path, "method={name: flowbp-sparse, num_active: 13}")
+    config = tiny(tmp_path, "guidance.embedded=3.5")  # which this backbone does not read
     config.output.mkdir()
     (config.output / "config.yaml").write_text("old: run")
-    with pytest.raises(ValueError, match=r"num_active must lie in \[1, 12\]"):
+    with pytest.raises(ValueError, match="set guidance.embedded to null"):
         train(config, overwrite=True)
     assert (config.output / "config.yaml").read_text() == "old: run"
 
