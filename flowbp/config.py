@@ -278,6 +278,7 @@ class TuningConfig(Strict):
     alpha: Positive | None = Field(None, description="LoRA scale numerator; null means equal to rank")
     dropout: Decay = Field(0.0, description="of the LoRA branches' inputs; replays draw the rollout's masks again")
     targets: Annotated[list[Text], Field(min_length=1)] | None = Field(None, description="module names; null means the backbone's default")
+    master_weights: bool = Field(True, description="keep float32 copies for the optimizer of trained weights that are narrower")
 
     @model_validator(mode="after")
     def _lora_settings_are_for_lora(self):

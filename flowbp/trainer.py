@@ -36,7 +36,7 @@ from flowbp.rewards import Mixture, Reward
 from flowbp.sentinel import Sentinel
 from flowbp.surrogate import backward, residuals, reward_input
 from flowbp.trajectory import Trajectory, rollout
-from flowbp.tuning import assign, build_optimizer, trainable_parameters, trained
+from flowbp.tuning import assign, build_optimizer, hand_over_gradients, master_weights, trainable_parameters, trained
 
 __all__ = ["Trainer", "train"]
 
@@ -89,13 +89,15 @@ class Trainer:
         self.parameters = trained(self.backbone)  # by now, shards perhaps
         budget = config.memory.budget_gb
         self.recompute = Recompute(config.memory.recompute, None if budget is None else int(budget * 1e9))
-        self.optimizer = build_optimizer(self.parameters.values(), config.optimizer)
+        self.masters = master_weights(self.parameters) if config.tuning.master_weights else self.parameters
+        self.optimizer = build_optimizer(self.masters.values(), config.optimizer)
         self.phases = Phases()
         self.ema = None
         if config.ema is not None:
             from diffusers.training_utils import EMAModel
 
-            self.ema = EMAModel(self.parameters.values(), decay=config.ema)
+            wide = master_weights(self.masters)  # an average moves by (1 - decay) of a step, which bfloat16 would round away
+            self.ema = EMAModel(wide.values(), decay=config.ema)
 
     def texts(self) -> list[str]:
         """Every prompt that the run will draw, in training and in evaluation."""
@@ -111,7 +113,8 @@ class Trainer:
         config, done = self.config, 0
         found = checkpoint.latest_checkpoint(config.output)
         if found is not None:
-            done = checkpoint.load_checkpoint(found, self.parameters, self.optimizer, self.ema, self.mixture)
+            done = checkpoint.load_checkpoint(found, self.masters, self.optimizer, self.ema, self.mixture)
+            assign(self.parameters, self.masters)
         main = self.ranks.is_main  # which alone writes
         metrics_path = config.output / "metrics.jsonl" if main else Path(os.devnull)
         checkpoint.keep_first_lines(metrics_path, done)
@@ -130,7 +133,7 @@ class Trainer:
                 bar.update()
                 stopped = self.watch_held_out(step + 1)
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopped:
-                    state = (self.parameters, self.optimizer, self.ema, self.mixture)
+                    state = (self.masters, self.optimizer, self.ema, self.mixture)
                     checkpoint.save_checkpoint(config.output, step + 1, *state, write=main)
                 if stopped:
                     break
@@ -207,14 +210,16 @@ class Trainer:
     def update(self, step: int) -> dict:
         """Clip the gradient and step the optimizer and the moving average; a broken gradient is skipped."""
         options = self.config.optimizer
-        norm = full(torch.nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm)).item()
+        hand_over_gradients(self.parameters, self.masters)
+        norm = full(torch.nn.utils.clip_grad_norm_(self.masters.values(), options.max_grad_norm)).item()
         lr = options.lr * min(1.0, (step + 1) / (options.warmup + 1))
         if np.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            assign(self.parameters, self.masters)
             if self.ema is not None:
-                self.ema.step(self.parameters.values())
+                self.ema.step(self.masters.values())
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "skipped": not np.isfinite(norm), "lr": lr}
 
