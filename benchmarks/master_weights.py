@@ -2,8 +2,8 @@
 
     python benchmarks/master_weights.py --steps 50
 
-Same prompts, noise and plans in the three runs. Of the weights that the optimizer steps, after the last step: the share that is exactly where
-it began, the length of the way from there, and the cosine of that way with the float32 run's.
+Same prompts, noise and plans in the three runs. Of the weights that the optimizer steps, after the last step: the share that never left its
+place, the length of the way from there, and the cosine of that way with the float32 run's.
 """
 
 import argparse

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowbp.backbones import Backbone
-from flowbp.config import flatten, load
-from flowbp.distributed import gathered, laid_out_as
+from flowbp.config import RunConfig, flatten, load
+from flowbp.distributed import gathered, laid_out_as, process_state
 from flowbp.rewards import Mixture
 
 __all__ = [
     "base_weights",
     "check_run",
+    "claimed",
     "export_comfyui",
     "keep_first_lines",
     "latest_checkpoint",
@@ -39,6 +42,7 @@ __all__ = [
 CONFIG = "config.yaml"
 LORA = "pytorch_lora_weights.safetensors"
 CHECKPOINT = "parameters.safetensors"
+METRICS = "metrics.jsonl"
 
 
 def check_run(output: Path, resolved_config: str, resume: bool, overwrite: bool) -> None:
@@ -47,8 +51,10 @@ def check_run(output: Path, resolved_config: str, resume: bool, overwrite: bool)
         raise ValueError("--resume and --overwrite exclude each other: continue the run, or start it afresh")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not (output / CONFIG).is_file():
-        raise FileExistsError(f"{output} exists and is not a run of flowbp (it has no {CONFIG}): choose another output=")
+    if not is_run(output):
+        raise FileExistsError(
+            f"{output} exists and is not a run of flowbp (which has a {CONFIG} of its own and {METRICS}): choose another output="
+        )
     if not (resume or overwrite):
         raise FileExistsError(f"{output} already holds a run: pass --resume to go on, --overwrite to start afresh, or another output=")
     if resume:
@@ -60,14 +66,58 @@ def check_run(output: Path, resolved_config: str, resume: bool, overwrite: bool)
                 f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from {output / CONFIG}, or "
                 "choose another output="
             )
+        found = latest_checkpoint(output)
+        before, now = found and progress(found)["processes"], process_state().num_processes
+        if found and before != now:
+            raise ValueError(
+                f"{found} is of {before} process{'es' if before > 1 else ''}, and this run has {now}: a step's samples are processes x "
+                f"batch_size x accumulate, and a resumed run keeps them. Start {before}"
+            )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run wrote `folder`: it holds metrics, and a config with all that a run must name. Many a folder has some config.yaml."""
+    if not ((folder / CONFIG).is_file() and (folder / METRICS).is_file()):
+        return False
+    try:
+        keys = yaml.safe_load((folder / CONFIG).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False
+    needed = {name for name, field in RunConfig.model_fields.items() if field.is_required()}
+    return isinstance(keys, dict) and needed <= keys.keys()
+
+
+@contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """The folder of a run, made if need be, for this process alone; it is gone again if it stays empty.
+
+    The claim is the kernel's lock on the folder: a killed process leaves none. Raises FileExistsError while another one holds it.
+    """
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output} is a file: choose another output=")
+    output.mkdir(parents=True, exist_ok=True)
+    if not os.access(output, os.W_OK):
+        raise PermissionError(f"{output} cannot be written to: choose another output=, or change its permissions")
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another process trains in {output} right now: wait for it, or choose another output=") from None
+        yield
+    finally:
+        os.close(folder)
+        with suppress(OSError):  # it holds something
+            output.rmdir()
 
 
 def open_run(output: Path, resolved_config: str, overwrite: bool) -> None:
-    """Make the folder of a run, which `check_run` let pass, and write its resolved config."""
-    if overwrite and output.exists():
-        shutil.rmtree(output)
+    """Make the folder of a run, which `check_run` let pass: its resolved config, and metrics to append to."""
     output.mkdir(parents=True, exist_ok=True)
-    (output / CONFIG).write_text(resolved_config)
+    for child in output.iterdir() if overwrite else ():
+        shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+    (output / METRICS).touch()
+    replace_file(output / CONFIG, resolved_config)
 
 
 @contextmanager
@@ -103,7 +153,7 @@ def save_checkpoint(output: Path, step: int, parameters: dict[str, Tensor], opti
     with written_whole(folder) as scratch:
         save_file({name: p.detach().contiguous() for name, p in tensors.items()}, scratch / CHECKPOINT)
         torch.save(state, scratch / "state.pt")
-        (scratch / "step.json").write_text(json.dumps({"step": step}))
+        (scratch / "step.json").write_text(json.dumps({"step": step, "processes": process_state().num_processes}))
     for other in folder.parent.glob("step-*"):
         if other != folder:
             shutil.rmtree(other)
@@ -114,9 +164,29 @@ def latest_checkpoint(output: Path) -> Path | None:
     return max((output / "checkpoints").glob("step-*"), default=None)
 
 
+def progress(folder: Path) -> dict[str, int]:
+    """{"step": optimizer steps done, "processes": that took them} of a checkpoint. Raises OSError when it is damaged."""
+    try:
+        return json.loads((folder / "step.json").read_text())
+    except ValueError as error:
+        raise damaged(folder, error) from error
+
+
+def damaged(folder: Path, error: Exception) -> OSError:
+    return OSError(f"the checkpoint {folder} is damaged ({error}): delete it to resume from the first step, or restore it from a copy")
+
+
+def load_parameters(folder: Path) -> dict[str, Tensor]:
+    """The trained parameters of a checkpoint, on the CPU. Raises OSError when it is damaged."""
+    try:
+        return load_file(folder / CHECKPOINT)
+    except SafetensorError as error:
+        raise damaged(folder, error) from error
+
+
 def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema, rewards: Mixture) -> int:
-    """Restore what `save_checkpoint` wrote, in place; returns the number of steps done."""
-    saved = load_file(folder / CHECKPOINT)
+    """Restore what `save_checkpoint` wrote, in place; returns the number of steps done. Raises OSError when it is damaged."""
+    saved = load_parameters(folder)
     if saved.keys() != parameters.keys():
         raise ValueError(f"{folder} holds other parameters than this config trains: {len(saved)} saved, {len(parameters)} expected")
     with torch.no_grad():
@@ -131,12 +201,15 @@ def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema,
         state["ema"]["shadow_params"] = [laid_out_as(p, shadow) for p, shadow in zip(trained, state["ema"]["shadow_params"], strict=True)]
         ema.load_state_dict(state["ema"])
     rewards.load_state_dict(state["rewards"])
-    return json.loads((folder / "step.json").read_text())["step"]
+    return progress(folder)["step"]
 
 
 def load_state(folder: Path) -> dict:
     """What a checkpoint holds beside the parameters, on the CPU: the main process wrote it, from a device that this one may not have."""
-    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    try:
+        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise damaged(folder, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
 
 
 def save_weights(backbone: Backbone, output: Path, write: bool = True) -> Path:
@@ -252,7 +325,7 @@ def load_training_checkpoint(backbone: Backbone, folder: Path) -> None:
     config = folder.parents[1] / CONFIG
     if not config.is_file():
         raise FileNotFoundError(f"{folder} is a checkpoint of a run, but {config}, which says what was trained, is missing")
-    saved, parameters = load_file(folder / CHECKPOINT), trainable_parameters(backbone, load(config).tuning)
+    saved, parameters = load_parameters(folder), trainable_parameters(backbone, load(config).tuning)
     if saved.keys() != parameters.keys():
         raise ValueError(f"{folder} holds {len(saved)} tensors and {config} trains {len(parameters)}: they belong to different models")
     average = load_state(folder)["ema"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +48,13 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> P
 
     All input is checked before the folder is touched. Raises ValueError or FileExistsError on bad input.
     """
-    checkpoint.check_run(config.output, dump(config), resume, overwrite)
-    trainer = Trainer(config)
-    if trainer.ranks.is_main:
-        checkpoint.open_run(config.output, dump(config), overwrite)
-    trainer.accelerator.wait_for_everyone()
-    trainer.run()
+    with checkpoint.claimed(config.output) if process_state().is_main_process else nullcontext():
+        checkpoint.check_run(config.output, dump(config), resume, overwrite)
+        trainer = Trainer(config)
+        if trainer.ranks.is_main:
+            checkpoint.open_run(config.output, dump(config), overwrite)
+        trainer.accelerator.wait_for_everyone()
+        trainer.run()
     return config.output
 
 
@@ -116,7 +117,7 @@ class Trainer:
             done = checkpoint.load_checkpoint(found, self.masters, self.optimizer, self.ema, self.mixture)
             assign(self.parameters, self.masters)
         main = self.ranks.is_main  # which alone writes
-        metrics_path = config.output / "metrics.jsonl" if main else Path(os.devnull)
+        metrics_path = config.output / checkpoint.METRICS if main else Path(os.devnull)
         checkpoint.keep_first_lines(metrics_path, done)
         if main and self.sentinel is not None:
             self.sentinel.forget_after(done)

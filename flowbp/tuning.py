@@ -55,9 +55,7 @@ def trained(backbone: Backbone) -> dict[str, Tensor]:
 
 def master_weights(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the optimizer steps, by name: float32 copies of narrower parameters, sharded as they are; wider ones are their own."""
-    return {
-        name: p if p.dtype.itemsize >= 4 else p.detach().to(torch.float32).requires_grad_() for name, p in parameters.items()
-    }
+    return {name: p if p.dtype.itemsize >= 4 else p.detach().float().requires_grad_() for name, p in parameters.items()}
 
 
 def hand_over_gradients(parameters: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> None:
