@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pickle
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ def check_run(output: Path, resolved_config: str, resume: bool, overwrite: bool)
         if set(changed) - {"steps"} or new["steps"] < old.get("steps", 0):
             changes = ", ".join(f"{key} from {old.get(key)} to {new.get(key)}" for key in changed)
             raise ValueError(
-                f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from {output / CONFIG}, or "
+                f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from {output}, or "
                 "choose another output="
             )
         found = latest_checkpoint(output)
@@ -135,7 +136,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
             shutil.rmtree(folder)
         os.replace(scratch, folder)
     except (SafetensorError, RuntimeError) as error:
-        raise OSError(f"{folder} cannot be written: {error}") from error
+        raise OSError(f"{folder} cannot be written: {error}. Its disk may be full") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -182,6 +183,15 @@ def load_parameters(folder: Path) -> dict[str, Tensor]:
         return load_file(folder / CHECKPOINT)
     except SafetensorError as error:
         raise damaged(folder, error) from error
+
+
+def how_to_go_on(output: Path) -> str:
+    """What to type after a run in `output` was interrupted."""
+    if not is_run(output):
+        return "Nothing was trained yet"
+    found = latest_checkpoint(output)
+    done = f"{progress(found)['step']} steps are saved" if found else "No step is saved yet, for want of a checkpoint"
+    return f"{done}; to go on: flowbp train {shlex.quote(str(output))} --resume"
 
 
 def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema, rewards: Mixture) -> int:
@@ -246,7 +256,7 @@ def export_comfyui(source: Path, target: Path) -> None:
     does not accept; so alpha / rank is multiplied into lora_B. Raises FileNotFoundError when the run holds no LoRA.
     """
     if not (source / LORA).is_file():
-        raise FileNotFoundError(f"{source} holds no {LORA}: only a run with tuning.mode=lora can be exported for ComfyUI")
+        raise FileNotFoundError(f"{source} holds no {LORA}: pass the folder of a finished run with tuning.mode=lora")
     with safe_open(source / LORA, "pt") as file:
         adapter = json.loads(file.metadata()["lora_adapter_metadata"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

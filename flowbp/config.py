@@ -1,7 +1,8 @@
 """Typed, strict configuration of a run. Unknown keys and names are errors that name the nearest known one.
 
-A config is a YAML file, or the name of a preset (`flowbp.presets`), with `key.path=value` overrides. Method, pair sampler,
-guidance and smoothing are built straight from their constructors: their fields are their configuration.
+A config is a YAML file, the folder of a run, or the name of a preset (`flowbp.presets`), with `key.path=value` overrides. Method, pair
+sampler, guidance and smoothing are built straight from their constructors: their fields are their configuration. What can be known
+without loading a model is checked here.
 """
 
 from __future__ import annotations
@@ -56,9 +57,13 @@ class ConfigError(ValueError):
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a name that does not exist, with the nearest one that does."""
     known = sorted(known)
+    return ConfigError(f"unknown {kind} {name!r}; {nearest(name, known)}known: {', '.join(known)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'did you mean ...? ', or nothing where no name is near."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return ConfigError(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}")
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def build(cls: type, values: Mapping[str, Any]) -> Any:
@@ -420,7 +425,7 @@ class RunConfig(Strict):
 
 
 def load(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """The config of a YAML file or preset, with `key.path=value` overrides applied. Raises ConfigError."""
+    """The config of a YAML file, a run's folder or a preset, with `key.path=value` overrides applied. Raises ConfigError."""
     values: dict[str, Any] = {}
     for layer in read(name):
         merge(values, layer)
@@ -432,12 +437,15 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def read(name: str | Path) -> list[dict[str, Any]]:
-    """The mappings that make up a config file or preset, each to be laid over those before it."""
+    """The mappings that make up a config file, that of a run's folder, or a preset, each to be laid over those before it."""
     path = Path(name)
-    if not path.is_file():
-        if str(name) not in presets.names():
-            raise ConfigError(f"no config file {str(name)!r}, and {unknown('preset', str(name), presets.names())}")
+    if str(name) in presets.names() and not path.is_file():
         return presets.layers(str(name))
+    if path.is_dir():
+        path = path / "config.yaml"
+    if not path.is_file():
+        hint = nearest(str(name), presets.names())
+        raise ConfigError(f"no config file {str(path)!r}, and unknown preset {str(name)!r}; {hint}flowbp presets lists them")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
