@@ -1,5 +1,19 @@
-"""`python -m flowbp`: the command line, for launchers of several processes (torchrun -m flowbp eval ...)."""
+"""`flowbp` and `python -m flowbp`: the command line, also for launchers of several processes (torchrun -m flowbp eval ...)."""
 
-from flowbp.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command line. Where the core install (torch, NumPy) lacks a package, say which extra has it."""
+    try:
+        from flowbp.cli import main as run
+
+        run()
+    except ModuleNotFoundError as error:
+        if (error.name or "flowbp").startswith("flowbp"):  # ours, not a package that is missing
+            raise
+        sys.exit(f"error: {error.name} is not installed. The command line needs the extra train: pip install 'flowbp[train]'")
+
+
+if __name__ == "__main__":
+    main()

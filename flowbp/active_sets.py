@@ -121,6 +121,8 @@ class UniformPair:
         lo, hi = reverse_bounds(self, num_steps, start, fewest=2)
         if self.max_j_rev is None:
             k_rev, j_rev = sorted(rng.choice(np.arange(lo, hi), size=2, replace=False), reverse=True)
+        elif self.max_j_rev < lo:
+            raise ValueError(f"max_j_rev must be at least {lo}, the first reverse index open to j, got {self.max_j_rev}")
         else:
             j_rev = rng.integers(lo, min(self.max_j_rev, hi - 2) + 1)
             k_rev = rng.integers(j_rev + 1, hi)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pickle
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowbp.backbones import Backbone
-from flowbp.config import flatten, load
-from flowbp.distributed import gathered, laid_out_as
+from flowbp.config import RunConfig, flatten, load
+from flowbp.distributed import gathered, laid_out_as, process_state
 from flowbp.rewards import Mixture
 
 __all__ = [
     "base_weights",
     "check_run",
+    "claimed",
     "export_comfyui",
     "keep_first_lines",
     "latest_checkpoint",
@@ -39,6 +43,7 @@ __all__ = [
 CONFIG = "config.yaml"
 LORA = "pytorch_lora_weights.safetensors"
 CHECKPOINT = "parameters.safetensors"
+METRICS = "metrics.jsonl"
 
 
 def check_run(output: Path, resolved_config: str, resume: bool, overwrite: bool) -> None:
@@ -47,8 +52,10 @@ def check_run(output: Path, resolved_config: str, resume: bool, overwrite: bool)
         raise ValueError("--resume and --overwrite exclude each other: continue the run, or start it afresh")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    if not (output / CONFIG).is_file():
-        raise FileExistsError(f"{output} exists and is not a run of flowbp (it has no {CONFIG}): choose another output=")
+    if not is_run(output):
+        raise FileExistsError(
+            f"{output} exists and is not a run of flowbp (which has a {CONFIG} of its own and {METRICS}): choose another output="
+        )
     if not (resume or overwrite):
         raise FileExistsError(f"{output} already holds a run: pass --resume to go on, --overwrite to start afresh, or another output=")
     if resume:
@@ -57,17 +64,61 @@ def check_run(output: Path, resolved_config: str, resume: bool, overwrite: bool)
         if set(changed) - {"steps"} or new["steps"] < old.get("steps", 0):
             changes = ", ".join(f"{key} from {old.get(key)} to {new.get(key)}" for key in changed)
             raise ValueError(
-                f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from {output / CONFIG}, or "
+                f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from {output}, or "
                 "choose another output="
+            )
+        found = latest_checkpoint(output)
+        before, now = found and progress(found)["processes"], process_state().num_processes
+        if found and before != now:
+            raise ValueError(
+                f"{found} is of {before} process{'es' if before > 1 else ''}, and this run has {now}: a step's samples are processes x "
+                f"batch_size x accumulate, and a resumed run keeps them. Start {before}"
             )
 
 
-def open_run(output: Path, resolved_config: str, overwrite: bool) -> None:
-    """Make the folder of a run, which `check_run` let pass, and write its resolved config."""
-    if overwrite and output.exists():
-        shutil.rmtree(output)
+def is_run(folder: Path) -> bool:
+    """Whether a run wrote `folder`: it holds metrics, and a config with all that a run must name. Many a folder has some config.yaml."""
+    if not ((folder / CONFIG).is_file() and (folder / METRICS).is_file()):
+        return False
+    try:
+        keys = yaml.safe_load((folder / CONFIG).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False
+    needed = {name for name, field in RunConfig.model_fields.items() if field.is_required()}
+    return isinstance(keys, dict) and needed <= keys.keys()
+
+
+@contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """The folder of a run, made if need be, for this process alone; it is gone again if it stays empty.
+
+    The claim is the kernel's lock on the folder: a killed process leaves none. Raises FileExistsError while another one holds it.
+    """
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output} is a file: choose another output=")
     output.mkdir(parents=True, exist_ok=True)
-    (output / CONFIG).write_text(resolved_config)
+    if not os.access(output, os.W_OK):
+        raise PermissionError(f"{output} cannot be written to: choose another output=, or change its permissions")
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another process trains in {output} right now: wait for it, or choose another output=") from None
+        yield
+    finally:
+        os.close(folder)
+        with suppress(OSError):  # it holds something
+            output.rmdir()
+
+
+def open_run(output: Path, resolved_config: str, overwrite: bool) -> None:
+    """Make the folder of a run, which `check_run` let pass: its resolved config, and metrics to append to."""
+    output.mkdir(parents=True, exist_ok=True)
+    for child in output.iterdir() if overwrite else ():
+        shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+    (output / METRICS).touch()
+    replace_file(output / CONFIG, resolved_config)
 
 
 @contextmanager
@@ -85,7 +136,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
             shutil.rmtree(folder)
         os.replace(scratch, folder)
     except (SafetensorError, RuntimeError) as error:
-        raise OSError(f"{folder} cannot be written: {error}") from error
+        raise OSError(f"{folder} cannot be written: {error}. Its disk may be full") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -103,7 +154,7 @@ def save_checkpoint(output: Path, step: int, parameters: dict[str, Tensor], opti
     with written_whole(folder) as scratch:
         save_file({name: p.detach().contiguous() for name, p in tensors.items()}, scratch / CHECKPOINT)
         torch.save(state, scratch / "state.pt")
-        (scratch / "step.json").write_text(json.dumps({"step": step}))
+        (scratch / "step.json").write_text(json.dumps({"step": step, "processes": process_state().num_processes}))
     for other in folder.parent.glob("step-*"):
         if other != folder:
             shutil.rmtree(other)
@@ -114,9 +165,38 @@ def latest_checkpoint(output: Path) -> Path | None:
     return max((output / "checkpoints").glob("step-*"), default=None)
 
 
+def progress(folder: Path) -> dict[str, int]:
+    """{"step": optimizer steps done, "processes": that took them} of a checkpoint. Raises OSError when it is damaged."""
+    try:
+        return json.loads((folder / "step.json").read_text())
+    except ValueError as error:
+        raise damaged(folder, error) from error
+
+
+def damaged(folder: Path, error: Exception) -> OSError:
+    return OSError(f"the checkpoint {folder} is damaged ({error}): delete it to resume from the first step, or restore it from a copy")
+
+
+def load_parameters(folder: Path) -> dict[str, Tensor]:
+    """The trained parameters of a checkpoint, on the CPU. Raises OSError when it is damaged."""
+    try:
+        return load_file(folder / CHECKPOINT)
+    except SafetensorError as error:
+        raise damaged(folder, error) from error
+
+
+def how_to_go_on(output: Path) -> str:
+    """What to type after a run in `output` was interrupted."""
+    if not is_run(output):
+        return "Nothing was trained yet"
+    found = latest_checkpoint(output)
+    done = f"{progress(found)['step']} steps are saved" if found else "No step is saved yet, for want of a checkpoint"
+    return f"{done}; to go on: flowbp train {shlex.quote(str(output))} --resume"
+
+
 def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema, rewards: Mixture) -> int:
-    """Restore what `save_checkpoint` wrote, in place; returns the number of steps done."""
-    saved = load_file(folder / CHECKPOINT)
+    """Restore what `save_checkpoint` wrote, in place; returns the number of steps done. Raises OSError when it is damaged."""
+    saved = load_parameters(folder)
     if saved.keys() != parameters.keys():
         raise ValueError(f"{folder} holds other parameters than this config trains: {len(saved)} saved, {len(parameters)} expected")
     with torch.no_grad():
@@ -131,12 +211,15 @@ def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema,
         state["ema"]["shadow_params"] = [laid_out_as(p, shadow) for p, shadow in zip(trained, state["ema"]["shadow_params"], strict=True)]
         ema.load_state_dict(state["ema"])
     rewards.load_state_dict(state["rewards"])
-    return json.loads((folder / "step.json").read_text())["step"]
+    return progress(folder)["step"]
 
 
 def load_state(folder: Path) -> dict:
     """What a checkpoint holds beside the parameters, on the CPU: the main process wrote it, from a device that this one may not have."""
-    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    try:
+        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise damaged(folder, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
 
 
 def save_weights(backbone: Backbone, output: Path, write: bool = True) -> Path:
@@ -173,7 +256,7 @@ def export_comfyui(source: Path, target: Path) -> None:
     does not accept; so alpha / rank is multiplied into lora_B. Raises FileNotFoundError when the run holds no LoRA.
     """
     if not (source / LORA).is_file():
-        raise FileNotFoundError(f"{source} holds no {LORA}: only a run with tuning.mode=lora can be exported for ComfyUI")
+        raise FileNotFoundError(f"{source} holds no {LORA}: pass the folder of a finished run with tuning.mode=lora")
     with safe_open(source / LORA, "pt") as file:
         adapter = json.loads(file.metadata()["lora_adapter_metadata"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -252,7 +335,7 @@ def load_training_checkpoint(backbone: Backbone, folder: Path) -> None:
     config = folder.parents[1] / CONFIG
     if not config.is_file():
         raise FileNotFoundError(f"{folder} is a checkpoint of a run, but {config}, which says what was trained, is missing")
-    saved, parameters = load_file(folder / CHECKPOINT), trainable_parameters(backbone, load(config).tuning)
+    saved, parameters = load_parameters(folder), trainable_parameters(backbone, load(config).tuning)
     if saved.keys() != parameters.keys():
         raise ValueError(f"{folder} holds {len(saved)} tensors and {config} trains {len(parameters)}: they belong to different models")
     average = load_state(folder)["ema"]

@@ -46,16 +46,22 @@ def quiet_libraries() -> None:
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="a YAML file, or a preset such as demo")],
+    config: Annotated[str, typer.Argument(help="a YAML file, the folder of a run, or a preset such as demo")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="go on from the run's last checkpoint")] = False,
-    overwrite: Annotated[bool, typer.Option(help="delete the run that the output folder holds")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="delete the run that the output folder holds")] = False,
 ) -> None:
     """Fine-tune a backbone; writes weights, metrics, samples and report.html into the config's output folder."""
+    from flowbp.checkpoint import how_to_go_on
     from flowbp.config import load
     from flowbp.trainer import train as run
 
-    output = run(load(config, overrides or ()), resume, overwrite)
+    settings = load(config, overrides or ())
+    try:
+        output = run(settings, resume, overwrite)
+    except KeyboardInterrupt:
+        console.print(f"\nstopped. {how_to_go_on(settings.output)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
     if not is_main():
         return
     if (output / "evaluation.json").is_file():
@@ -75,7 +81,7 @@ def train(
 
 @app.command()
 def estimate(
-    config: Annotated[str, typer.Argument(help="a YAML file, or a preset such as demo")],
+    config: Annotated[str, typer.Argument(help="a YAML file, the folder of a run, or a preset such as demo")],
     overrides: Overrides = None,
     gpu_memory: Annotated[str | None, typer.Option(help="say whether it fits, and if not what does: 24GB, 24GiB or 80e9")] = None,
     processes: Annotated[int, typer.Option(min=1, help="GPUs of the run, one process each")] = 1,
@@ -116,7 +122,7 @@ def estimate(
 
 @app.command()
 def sample(
-    config: Annotated[str, typer.Argument(help="the config.yaml of a run, or a preset")],
+    config: Annotated[str, typer.Argument(help="the folder of a run, a YAML file, or a preset")],
     prompts: Annotated[list[str], typer.Argument(help="prompts to draw")],
     weights: Annotated[Path | None, typer.Option(help="folder of a finished run; without it the base model is drawn")] = None,
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("samples.png"),
@@ -156,14 +162,14 @@ def evaluate(
     overrides: Overrides = None,
     weights: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH of a run, checkpoint, or LoRA; may be repeated")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the results; default: <run>-eval")] = None,
-    overwrite: Annotated[bool, typer.Option(help="throw away scores of other settings that the folder holds")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="throw away scores of other settings that the folder holds")] = False,
 ) -> None:
     """Score the base and tuned models on the same prompts and seeds: means, intervals, paired tests, and a page. A killed run goes on."""
     from flowbp.config import load
     from flowbp.evaluation_run import name_models, run_evaluation
 
     is_run = (Path(config) / "config.yaml").is_file()
-    run = load(Path(config) / "config.yaml" if is_run else config, overrides or ())
+    run = load(config, overrides or ())
     models = name_models(weights or ([config] if is_run else []))
     folder = out or Path(f"{config.rstrip('/') if is_run else run.output}-eval")
     results = run_evaluation(run, models, folder, overwrite)

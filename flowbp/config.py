@@ -1,7 +1,8 @@
 """Typed, strict configuration of a run. Unknown keys and names are errors that name the nearest known one.
 
-A config is a YAML file, or the name of a preset (`flowbp.presets`), with `key.path=value` overrides. Method, pair sampler,
-guidance and smoothing are built straight from their constructors: their fields are their configuration.
+A config is a YAML file, the folder of a run, or the name of a preset (`flowbp.presets`), with `key.path=value` overrides. Method, pair
+sampler, guidance and smoothing are built straight from their constructors: their fields are their configuration. What can be known
+without loading a model is checked here.
 """
 
 from __future__ import annotations
@@ -14,20 +15,36 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
+import numpy as np
+import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from flowbp import presets
 from flowbp.active_sets import PAIR_SAMPLERS, PairSampler
 from flowbp.guidance import Guidance
+from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.methods import METHODS
 from flowbp.objective import Objective
-from flowbp.rewards import Reward, RunningScale, Smoothing, Term, load_reward
+from flowbp.rewards import Reward, RunningScale, Smoothing, Term, check_options, load_reward
 
 __all__ = ["ConfigError", "RunConfig", "build_method", "dump", "load", "parse_overrides"]
 
-# what is logged anyway
-METRICS = frozenset("step nodes images loss grad_norm sample_grad_norm d_j d_0 kept skipped lr seconds peak_mb checker".split())
+LOGGED = "step nodes images loss grad_norm sample_grad_norm d_j d_0 kept skipped lr seconds peak_mb".split()  # columns of metrics.jsonl
+SCORED = ["prompt", "category", "seed", "checker", "embedding", *IMAGE_STATISTICS]  # columns of an evaluation
+FINITE = ConfigDict(allow_inf_nan=False)
 
 
 class ConfigError(ValueError):
@@ -40,9 +57,13 @@ class ConfigError(ValueError):
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a name that does not exist, with the nearest one that does."""
     known = sorted(known)
+    return ConfigError(f"unknown {kind} {name!r}; {nearest(name, known)}known: {', '.join(known)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'did you mean ...? ', or nothing where no name is near."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return ConfigError(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}")
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def build(cls: type, values: Mapping[str, Any]) -> Any:
@@ -53,10 +74,14 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
         if key not in names:
             raise unknown(f"{cls.__name__} key", key, names)
         if hints[key] is PairSampler:
-            arguments[key] = build_named("pair sampler", PAIR_SAMPLERS, value)
+            default = next(field.default for field in dataclasses.fields(cls) if field.name == key)
+            named = describe(default, PAIR_SAMPLERS)["name"] if dataclasses.is_dataclass(default) else None
+            arguments[key] = build_named("pair sampler", PAIR_SAMPLERS, {"name": named} | value if isinstance(value, Mapping) else value)
+        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            arguments[key] = build(hints[key], value)
         else:
             try:
-                arguments[key] = TypeAdapter(hints[key]).validate_python(value)
+                arguments[key] = TypeAdapter(hints[key], config=FINITE).validate_python(value)
             except ValidationError as error:
                 raise ConfigError(f"{key} = {value!r}: {error.errors()[0]['msg']}") from None
     return cls(**arguments)
@@ -64,8 +89,10 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
 
 def build_named(kind: str, registry: Mapping[str, type], spec: Any) -> Any:
     """Build from "name" or {name: ..., **fields}. A name "module:Class" imports a class of your own."""
-    if not isinstance(spec, (str, Mapping)):
+    if dataclasses.is_dataclass(spec):
         return spec  # already built
+    if not isinstance(spec, (str, Mapping)):
+        raise ConfigError(f"{spec!r} is no {kind}: give a name, or a mapping of name and fields; known: {', '.join(sorted(registry))}")
     fields = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = fields.pop("name", None)
     if isinstance(name, str) and ":" in name:
@@ -94,7 +121,7 @@ def build_method(spec: Any) -> Any:
     """The method that `spec` ("name" or {name: ..., **fields}) describes."""
     method = build_named("method", METHODS, spec)
     if not hasattr(method, "plan"):
-        raise ConfigError(f"{spec!r} is no method: give a name, or a mapping of name and fields; known: {', '.join(sorted(METHODS))}")
+        raise ConfigError(f"{spec!r} is no method: it has no plan(sigmas, rng)")
     return method
 
 
@@ -104,11 +131,41 @@ def from_mapping(cls: type) -> BeforeValidator:
 
 MethodField = Annotated[Any, BeforeValidator(build_method), PlainSerializer(lambda method: describe(method, METHODS))]
 
+# -- kinds of values; numbers are finite wherever they stand -------------------------------------------------------------------------
+
+
+def no_switch(value: Any) -> Any:
+    """YAML reads yes, no, on and off as booleans, which would pass for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, got the switch {str(value).lower()}")
+    return value
+
+
+def known_backend(name: str) -> str:
+    known = torch.compiler.list_backends(exclude_tags=None)
+    if name not in known:
+        raise unknown("compile backend", name, known)
+    return name
+
+
+Number = BeforeValidator(no_switch)
+Count = Annotated[int, Number, Field(ge=1)]
+Seed = Annotated[int, Number, Field(ge=0, lt=2**63)]
+Pixels = Annotated[int, Number, Field(ge=8, multiple_of=8)]
+Real = Annotated[float, Number]
+Positive = Annotated[float, Number, Field(gt=0)]
+NonNegative = Annotated[float, Number, Field(ge=0)]
+Share = Annotated[float, Number, Field(ge=0, le=1)]
+Decay = Annotated[float, Number, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+MetricName = Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
+
 # -- the run -----------------------------------------------------------------------------------------------------------------------
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True) | FINITE
 
     @model_validator(mode="before")
     @classmethod
@@ -120,26 +177,31 @@ class Strict(BaseModel):
 
 
 class BackboneConfig(Strict):
-    name: str = Field(description='"shapes", a known model, a local diffusers folder or a Hub id')
+    name: Text = Field(description='"shapes", a known model, a local diffusers folder or a Hub id')
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     precision: Literal["pipeline", "float32"] = Field("float32", description="of the latents between network calls")
-    max_sequence_length: int | None = Field(None, ge=1, description="tokens of the prompt embedding; null means the pipeline's default")
+    max_sequence_length: Count | None = Field(None, description="tokens of the prompt embedding; null means the pipeline's default")
 
 
 class RolloutConfig(Strict):
-    num_steps: int = Field(25, ge=1)
-    height: int = Field(512, ge=8)
-    width: int = Field(512, ge=8)
+    num_steps: Count = 25
+    height: Pixels = 512
+    width: Pixels = 512
 
 
 class ScorerConfig(Strict):
     """A reward model and where its weights are."""
 
-    name: str = Field("clip", description="one of `flowbp rewards`, or a function of your own as module:function")
-    model: str | None = Field(None, description='a local folder, a Hub id, "shapes" or "shapes-monitor"; null means the published one')
+    name: Text = Field("clip", description="one of `flowbp rewards`, or a function of your own as module:function")
+    model: Text | None = Field(None, description='a local folder, a Hub id, "shapes" or "shapes-monitor"; null means the published one')
     dtype: Literal["float32", "bfloat16"] | None = Field(None, description="of the weights; null means the reward's own")
-    revision: str | None = Field(None, description="commit of a Hub checkpoint")
-    sha256: str | None = Field(None, description="digest of the checkpoint file")
+    revision: Text | None = Field(None, description="commit of a Hub checkpoint")
+    sha256: Sha256 | None = Field(None, description="digest of the checkpoint file")
+
+    @model_validator(mode="after")
+    def _options_fit(self):
+        check_options(self.name, self.model, self.dtype, self.revision, self.sha256)
+        return self
 
     def load(self, device: str = "cpu") -> Reward:
         return load_reward(self.name, self.model, device, self.dtype, self.revision, self.sha256)
@@ -148,8 +210,8 @@ class ScorerConfig(Strict):
 class RewardConfig(ScorerConfig):
     """A reward to train on, and its part in the loss. Several are a mapping from names of your choice to such specs."""
 
-    weight: float = Field(1.0, gt=0)
-    hinge: float | None = Field(None, description="target in the reward's own units; no gradient from there on; null means no target")
+    weight: Positive = 1.0
+    hinge: Real | None = Field(None, description="target in the reward's own units; no gradient from there on; null means no target")
     normalise: bool = Field(False, description="divide the loss by the running deviation of the reward")
     smooth: Annotated[Smoothing | None, from_mapping(Smoothing)] = None
 
@@ -160,8 +222,8 @@ class RewardConfig(ScorerConfig):
 
 
 def is_one_reward(spec: Mapping[str, Any]) -> bool:
-    """Whether `spec` holds the fields of one reward; if not, it maps names to several."""
-    return any(key in RewardConfig.model_fields for key in spec)
+    """Whether `spec` holds the fields of one reward; if not, it maps names to several, each a mapping itself."""
+    return any(key in RewardConfig.model_fields or not isinstance(value, Mapping) for key, value in spec.items())
 
 
 def by_name(rewards: Any) -> Any:
@@ -175,13 +237,13 @@ def shortest(rewards: dict[str, RewardConfig]) -> Any:
     return dumped["reward"] if dumped.keys() == {"reward"} else dumped
 
 
-RewardsField = Annotated[dict[str, RewardConfig], Field(min_length=1), BeforeValidator(by_name), PlainSerializer(shortest)]
+RewardsField = Annotated[dict[MetricName, RewardConfig], Field(min_length=1), BeforeValidator(by_name), PlainSerializer(shortest)]
 
 
 class DataConfig(Strict):
-    prompts: str = Field(description='a text file, one prompt a line, or "shapes:train"')
-    batch_size: int = Field(8, ge=1)
-    accumulate: int = Field(1, ge=1, description="micro-batches an optimizer step")
+    prompts: Text = Field(description='a text file, one prompt a line, or "shapes:train"')
+    batch_size: Count = 8
+    accumulate: Count = Field(1, description="micro-batches an optimizer step")
     embeddings: Literal["cached", "live"] = Field(
         "cached", description="cached: embed all prompts first, keep them on disk, release the text encoders; live: encode every batch"
     )
@@ -192,9 +254,9 @@ class MemoryConfig(Strict):
     """Where the memory of a step goes, and what it buys in time. Only vae_tiling changes the gradient: its seams are blended."""
 
     recompute: Literal["always", "never", "auto"] = Field("always", description="replay active nodes, keep their graphs, or keep what fits")
-    budget_gb: float | None = Field(None, ge=0, description="recompute: auto only: 1e9 bytes for kept graphs; null measures what is free")
-    nodes_per_forward: int = Field(1, ge=1, description="active nodes replayed in one batched forward pass")
-    reward_batch: int | None = Field(None, ge=1, description="samples decoded and scored at a time; null takes the whole batch")
+    budget_gb: NonNegative | None = Field(None, description="recompute: auto only: 1e9 bytes for kept graphs; null measures what is free")
+    nodes_per_forward: Count = Field(1, description="active nodes replayed in one batched forward pass")
+    reward_batch: Count | None = Field(None, description="samples decoded and scored at a time; null takes the whole batch")
     checkpointing: bool = Field(False, description="keep the inputs of the transformer's blocks alone and run them again in backward")
     vae_checkpointing: bool = Field(False, description="the same in the VAE's decoder")
     vae_slicing: bool = Field(False, description="decode one image at a time; saves memory together with vae_checkpointing")
@@ -208,50 +270,71 @@ class MemoryConfig(Strict):
             raise ValueError("shard_gradients=true needs shard=true: gradients are split as the weights are")
         return self
 
+    @model_validator(mode="after")
+    def _budget_is_for_auto(self):
+        if self.budget_gb is not None and self.recompute != "auto":
+            raise ValueError(f"budget_gb={self.budget_gb} needs recompute=auto, not {self.recompute}: it says how many graphs auto keeps")
+        return self
+
 
 class TuningConfig(Strict):
     mode: Literal["lora", "full"] = "lora"
-    rank: int = Field(16, ge=1)
-    alpha: float | None = Field(None, description="LoRA scale numerator; null means equal to rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of the LoRA branches' inputs; replays draw the rollout's masks again")
-    targets: list[str] | None = Field(None, description="module names; null means the backbone's default")
+    rank: Count = Field(16, description="of the LoRA matrices")
+    alpha: Positive | None = Field(None, description="LoRA scale numerator; null means equal to rank")
+    dropout: Decay = Field(0.0, description="of the LoRA branches' inputs; replays draw the rollout's masks again")
+    targets: Annotated[list[Text], Field(min_length=1)] | None = Field(None, description="module names; null means the backbone's default")
+    master_weights: bool = Field(True, description="keep float32 copies for the optimizer of trained weights that are narrower")
+
+    @model_validator(mode="after")
+    def _lora_settings_are_for_lora(self):
+        given = {"alpha": self.alpha, "dropout": self.dropout or None, "targets": self.targets}
+        for key, value in given.items():
+            if self.mode == "full" and value is not None:
+                raise ValueError(f"{key}={value} is a setting of LoRA: leave it out, as mode=full trains all weights, or use mode=lora")
+        return self
 
 
 class OptimizerConfig(Strict):
     name: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit needs bitsandbytes and a GPU")
-    lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
-    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
-    max_grad_norm: float = Field(1.0, gt=0)
-    max_sample_grad_norm: float | None = Field(None, gt=0, description="clip each sample's reward gradient at the reward input")
+    lr: Positive = 1e-4
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 1e-4
+    warmup: Annotated[int, Number, Field(ge=0)] = Field(0, description="steps of linear warm-up")
+    max_grad_norm: Positive = 1.0
+    max_sample_grad_norm: Positive | None = Field(None, description="clip each sample's reward gradient at the reward input")
 
 
 class GenEvalConfig(Strict):
     """GenEval's judgement of `evaluation.prompts`, which must then be its evaluation_metadata.jsonl. The thresholds are those it uses with
     Mask2Former; a detector with scores of another kind needs its own."""
 
-    detector: str = Field(description="a local folder or Hub id: OWLv2, Grounding DINO, Mask2Former, DETR, ...")
-    colours: str = Field(description="a local folder or Hub id of a CLIP model; GenEval: openai/clip-vit-large-patch14")
-    threshold: float = Field(0.3, ge=0, le=1, description="least score of a detection")
-    counting_threshold: float = Field(0.9, ge=0, le=1, description="the same for prompts with the tag 'counting'")
+    detector: Text = Field(description="a local folder or Hub id: OWLv2, Grounding DINO, Mask2Former, DETR, ...")
+    colours: Text = Field(description="a local folder or Hub id of a CLIP model; GenEval: openai/clip-vit-large-patch14")
+    threshold: Share = Field(0.3, description="least score of a detection")
+    counting_threshold: Share = Field(0.9, description="the same for prompts with the tag 'counting'")
+
+
+CheckerField = Annotated[
+    Annotated[Literal["shapes"], Tag("shapes")] | Annotated[GenEvalConfig, Tag("geneval")],
+    Discriminator(lambda spec: "shapes" if isinstance(spec, str) else "geneval"),
+]
 
 
 class EvaluationConfig(Strict):
-    prompts: str
-    samples: int = Field(256, ge=1)
-    batch_size: int = Field(64, ge=1)
-    seed: int = 1234
-    num_steps: int | None = Field(None, ge=1, description="rollout steps of the images that are scored; null means as in training")
-    monitors: dict[str, ScorerConfig] = Field(default_factory=dict, description="scored, never trained on")
-    checker: Literal["shapes"] | GenEvalConfig | None = None
-    grid: int = Field(16, ge=1, description="images in the before/after grids")
-    every: int | None = Field(None, ge=1, description="steps between evaluations during training; null makes none")
-    validation_prompts: str | None = Field(None, description="prompts of those; null means `prompts`, which then chose the best step")
+    prompts: Text
+    samples: Count = 256
+    batch_size: Count = 64
+    seed: Seed = 1234
+    num_steps: Count | None = Field(None, description="rollout steps of the images that are scored; null means as in training")
+    monitors: dict[MetricName, ScorerConfig] = Field(default_factory=dict, description="scored, never trained on")
+    checker: CheckerField | None = None
+    grid: Count = Field(16, description="images in the before/after grids")
+    every: Count | None = Field(None, description="steps between evaluations during training; null makes none")
+    validation_prompts: Text | None = Field(None, description="prompts of those; null means `prompts`, which then chose the best step")
     validation_samples: int = Field(96, ge=2)
     best: str | None = Field(None, description="held-out metric, a monitor or checker, by which the best step's weights are kept")
-    patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a new best step")
+    patience: Count | None = Field(None, description="stop after so many evaluations without a new best step")
 
     @model_validator(mode="after")
     def _best_is_held_out(self):
@@ -260,6 +343,8 @@ class EvaluationConfig(Strict):
             raise unknown("held-out metric for evaluation.best", self.best, held_out)
         if self.best is not None and self.every is None:
             raise ValueError(f"best={self.best} needs every: the steps between evaluations during training")
+        if self.validation_prompts is not None and self.every is None:
+            raise ValueError(f"validation_prompts={self.validation_prompts} needs every: the steps between evaluations during training")
         if self.patience is not None and self.best is None:
             raise ValueError(f"patience={self.patience} needs best: the held-out metric that must improve")
         return self
@@ -269,9 +354,9 @@ class RunConfig(Strict):
     """Everything a run needs; a resolved copy is written beside its results."""
 
     output: Path
-    seed: int = Field(42, ge=0)
-    steps: int = Field(300, ge=1)
-    checkpoint_every: int = Field(100, ge=1)
+    seed: Seed = 42
+    steps: Count = 300
+    checkpoint_every: Count = 100
     backbone: BackboneConfig
     rollout: RolloutConfig = RolloutConfig()
     guidance: Annotated[Guidance, from_mapping(Guidance)] = Guidance()
@@ -282,10 +367,12 @@ class RunConfig(Strict):
     reward: RewardsField
     data: DataConfig
     memory: MemoryConfig = MemoryConfig()
-    compile: str | None = Field(None, description="torch.compile backend for the transformer's blocks, such as inductor; null runs eagerly")
+    compile: Annotated[str, AfterValidator(known_backend)] | None = Field(
+        None, description="torch.compile backend for the transformer's blocks, such as inductor; null runs eagerly"
+    )
     tuning: TuningConfig = TuningConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    ema: float | None = Field(None, gt=0, lt=1)
+    ema: Annotated[float, Number, Field(gt=0, lt=1)] | None = Field(None, description="decay of the moving average of the weights")
     evaluation: EvaluationConfig | None = None
 
     @model_validator(mode="after")
@@ -299,11 +386,31 @@ class RunConfig(Strict):
         return self
 
     @model_validator(mode="after")
-    def _one_name_a_metric(self) -> RunConfig:
+    def _one_name_a_metric(self):
         watched = self.evaluation.monitors if self.evaluation else {}
         for name in {*self.reward, *watched}:
-            if (name in self.reward and name in watched) or name in METRICS or name.endswith("_seconds"):
+            if (name in self.reward and name in watched) or name in (*LOGGED, *SCORED) or name.endswith("_seconds"):
                 raise ConfigError(f"{name!r} names two metrics: give the reward or monitor another name")
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits_the_rollout(self):
+        sigmas = np.linspace(1, 0, self.rollout.num_steps + 1)
+        try:
+            self.method.plan(sigmas, np.random.default_rng(0))
+        except ValueError as error:
+            raise ValueError(f"method {self.method_name} with rollout.num_steps={self.rollout.num_steps}: {error}") from error
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_tile_the_image(self):
+        """Of published models, 2 latents to a token and 8 pixels to a latent. What another folder asks for is known once it is read."""
+        height, width = self.rollout.height, self.rollout.width
+        if height % 16 or width % 16:
+            from flowbp.backbones import KNOWN_MODELS  # imports diffusers
+
+            if self.backbone.name in KNOWN_MODELS:
+                raise ValueError(f"{self.backbone.name} draws images whose sides are multiples of 16 pixels, not {height} x {width}")
         return self
 
     @property
@@ -318,7 +425,7 @@ class RunConfig(Strict):
 
 
 def load(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """The config of a YAML file or preset, with `key.path=value` overrides applied. Raises ConfigError."""
+    """The config of a YAML file, a run's folder or a preset, with `key.path=value` overrides applied. Raises ConfigError."""
     values: dict[str, Any] = {}
     for layer in read(name):
         merge(values, layer)
@@ -330,12 +437,15 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def read(name: str | Path) -> list[dict[str, Any]]:
-    """The mappings that make up a config file or preset, each to be laid over those before it."""
+    """The mappings that make up a config file, that of a run's folder, or a preset, each to be laid over those before it."""
     path = Path(name)
-    if not path.is_file():
-        if str(name) not in presets.names():
-            raise ConfigError(f"no config file {str(name)!r}, and {unknown('preset', str(name), presets.names())}")
+    if str(name) in presets.names() and not path.is_file():
         return presets.layers(str(name))
+    if path.is_dir():
+        path = path / "config.yaml"
+    if not path.is_file():
+        hint = nearest(str(name), presets.names())
+        raise ConfigError(f"no config file {str(path)!r}, and unknown preset {str(name)!r}; {hint}flowbp presets lists them")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -396,7 +506,7 @@ def _number_or_yaml(text: str) -> Any:
 
 def _readable(error: Mapping[str, Any]) -> str:
     parts = error["loc"][error["loc"][:2] == ("reward", "reward") :]  # one reward is not named in the config
-    where = ".".join(str(part) for part in parts) or "config"
+    where = ".".join(str(part) for part in parts)
     message = error["msg"].removeprefix("Value error, ")
     given = "" if error["type"] in ("value_error", "missing") else f", got {error['input']!r}"
-    return f"{where}: {message}{given}"
+    return f"{where}{': ' if where else ''}{message}{given}"

@@ -1,7 +1,7 @@
 """Predicted peak memory and relative cost of a run's training step, without a GPU and without weights.
 
     peak  =  max(embedding, resident + max(rollout, reward, sweep, update))
-    resident  =  weights of network, VAE and rewards, optimizer state, moving average
+    resident  =  weights of network, VAE and rewards, master weights, optimizer state, moving average
     rollout   =  cached rollout + kept graphs + one forward pass without gradient
     reward    =  cached rollout + kept graphs + decoder and reward graph of `memory.reward_batch` samples
     sweep     =  cached rollout + gradients + other kept graphs + one replay with its backward pass (of `memory.nodes_per_forward` nodes)
@@ -131,10 +131,20 @@ class Run:
     # -- memory --------------------------------------------------------------------------------------------------------------------
 
     @property
+    def wide_bytes(self) -> int:
+        """The trained weights in float32, or wider where the network has them so."""
+        return max(self.network.trained_bytes, 4 * self.network.trained)
+
+    @property
+    def stepped_bytes(self) -> int:
+        """What the optimizer steps: master weights, or the network's own."""
+        return self.wide_bytes if self.config.tuning.master_weights else self.network.trained_bytes
+
+    @property
     def resident(self) -> dict[str, int]:
         """Bytes that are there from the first step to the last."""
-        config, network, shards = self.config, self.network, self.shards
-        moments = {"adamw": 2 * network.trained_bytes, "adamw8bit": 2 * network.trained}[config.optimizer.name]
+        config, network, shards, stepped = self.config, self.network, self.shards, self.stepped_bytes
+        moments = {"adamw": 2 * stepped, "adamw8bit": 2 * network.trained}[config.optimizer.name]
         return {
             "frozen weights": network.frozen_bytes // shards,
             "trained weights": network.trained_bytes // shards,
@@ -142,8 +152,9 @@ class Run:
             "VAE": network.vae_bytes,
             "rewards and monitors": self.reward.weight_bytes,
             "text encoders": self.text.weight_bytes if config.data.embeddings == "live" else 0,
+            "master weights": stepped // shards if stepped > network.trained_bytes else 0,
             "optimizer": moments // shards,
-            "moving average": network.trained_bytes // shards if config.ema is not None else 0,
+            "moving average": self.wide_bytes // shards if config.ema is not None else 0,
         }
 
     @property
@@ -160,7 +171,7 @@ class Run:
             "forward pass": network.forward_bytes,
             "replay with backward": network.replay_bytes,
             "reward with backward": self.reward.peak_bytes,
-            "update": network.trained_bytes // self.shards,
+            "update": self.stepped_bytes // self.shards,
         }
 
     @property
@@ -175,7 +186,7 @@ class Run:
             "rollout": always + earlier + between + working["forward pass"],
             "reward": always + earlier + between + working["reward with backward"],
             "sweep": always + gradients + between + max(working["replay with backward"] - already, 0),
-            "update": always + self.network.trained_bytes // self.shards + working["update"],
+            "update": always + 2 * working["update"],  # gradients in the dtype that is stepped
         }
         embeds_first = self.config.data.embeddings == "cached" and self.text.weight_bytes
         return peaks | ({"embedding": self.text.weight_bytes + self.text.peak_bytes} if embeds_first else {})

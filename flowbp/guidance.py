@@ -8,6 +8,7 @@ is scale times the VJP of v_pos, and a replay does not run the negative branch a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -34,6 +35,11 @@ class Guidance:
     detach_negative: bool = True
     compensate: bool = False
     embedded: float | None = None
+
+    def __post_init__(self):
+        for name, value in (("scale", self.scale), ("embedded", self.embedded)):
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"guidance {name} must be a finite number of 0 or more, got {value}")
 
     @property
     def active(self) -> bool:

@@ -63,6 +63,9 @@ class Similarity:
     def __post_init__(self):
         if not self.tau > 0:
             raise ValueError(f"similarity tau must be positive, got {self.tau}: it is the floor under each residual")
+        for name in ("max_dj", "max_d0"):
+            if (largest := getattr(self, name)) is not None and not largest > 0:
+                raise ValueError(f"similarity {name} must be positive, got {largest}: samples beyond it are dropped; None keeps all")
 
 
 class Replay(NamedTuple):

@@ -86,4 +86,6 @@ def rescale_factor(total: float, active: float, strength: float) -> float:
     total and active are sums of absolute weights; strength 0 leaves the gradient as it is, 1 restores the full length. It multiplies
     gradients only, never a value.
     """
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"rescale must lie in [0, 1], got {strength}: 0 leaves the gradient as it is, 1 restores the full length")
     return 1.0 + strength * (total / active - 1.0) if strength > 0 and active > 1e-8 else 1.0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from flowbp.rewards import Mixture, Reward
 from flowbp.sentinel import Sentinel
 from flowbp.surrogate import backward, residuals, reward_input
 from flowbp.trajectory import Trajectory, rollout
-from flowbp.tuning import assign, build_optimizer, trainable_parameters, trained
+from flowbp.tuning import assign, build_optimizer, hand_over_gradients, master_weights, trainable_parameters, trained
 
 __all__ = ["Trainer", "train"]
 
@@ -48,12 +48,13 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> P
 
     All input is checked before the folder is touched. Raises ValueError or FileExistsError on bad input.
     """
-    checkpoint.check_run(config.output, dump(config), resume, overwrite)
-    trainer = Trainer(config)
-    if trainer.ranks.is_main:
-        checkpoint.open_run(config.output, dump(config), overwrite)
-    trainer.accelerator.wait_for_everyone()
-    trainer.run()
+    with checkpoint.claimed(config.output) if process_state().is_main_process else nullcontext():
+        checkpoint.check_run(config.output, dump(config), resume, overwrite)
+        trainer = Trainer(config)
+        if trainer.ranks.is_main:
+            checkpoint.open_run(config.output, dump(config), overwrite)
+        trainer.accelerator.wait_for_everyone()
+        trainer.run()
     return config.output
 
 
@@ -64,6 +65,7 @@ class Trainer:
         """backbone and reward take the place of those that `config` names; weight, hinge and the like stay."""
         self.config = config
         self.prompts = PromptStream(load_prompts(config.data.prompts), config.seed)
+        self.held_out = load_prompts(config.evaluation.prompts) if config.evaluation else []
         periodic = config.evaluation is not None and config.evaluation.every is not None
         self.sentinel = Sentinel(config.evaluation, config.reward, config.output) if periodic else None
         torch.manual_seed(config.seed)  # LoRA's initial weights
@@ -71,14 +73,14 @@ class Trainer:
         device = str(self.accelerator.device)
         self.backbone = backbone or load_backbone(**config.backbone.model_dump())  # on the CPU
         check_guidance(self.backbone, config.guidance)
+        size = config.rollout
+        self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width)
+        config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(0))  # a method that does not fit says so now
         if config.data.embeddings == "cached":  # the device holds the text encoders; then, without them, all else
             embed_once(self.backbone, self.texts(), config.data.cache, device)
         self.mixture = Mixture({name: spec.term(device, reward) for name, spec in config.reward.items()})
         watched = config.evaluation.monitors if config.evaluation else {}
         self.monitors = {name: spec.load(device) for name, spec in watched.items()}
-        size = config.rollout
-        self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width)
-        config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(0))  # a method that does not fit says so now
 
         trainable_parameters(self.backbone, config.tuning)
         save_memory(self.backbone, config.memory)
@@ -88,20 +90,22 @@ class Trainer:
         self.parameters = trained(self.backbone)  # by now, shards perhaps
         budget = config.memory.budget_gb
         self.recompute = Recompute(config.memory.recompute, None if budget is None else int(budget * 1e9))
-        self.optimizer = build_optimizer(self.parameters.values(), config.optimizer)
+        self.masters = master_weights(self.parameters) if config.tuning.master_weights else self.parameters
+        self.optimizer = build_optimizer(self.masters.values(), config.optimizer)
         self.phases = Phases()
         self.ema = None
         if config.ema is not None:
             from diffusers.training_utils import EMAModel
 
-            self.ema = EMAModel(self.parameters.values(), decay=config.ema)
+            wide = master_weights(self.masters)  # an average moves by (1 - decay) of a step, which bfloat16 would round away
+            self.ema = EMAModel(wide.values(), decay=config.ema)
 
     def texts(self) -> list[str]:
         """Every prompt that the run will draw, in training and in evaluation."""
         config = self.config
         texts = self.prompts.texts(config.steps * config.data.accumulate * config.data.batch_size * self.accelerator.num_processes)
         if config.evaluation is not None:
-            texts += [prompt.text for prompt in load_prompts(config.evaluation.prompts)[: config.evaluation.samples]]
+            texts += [prompt.text for prompt in self.held_out[: config.evaluation.samples]]
         if self.sentinel is not None:
             texts += [prompt.text for prompt in self.sentinel.samples.prompts]
         return texts
@@ -110,9 +114,10 @@ class Trainer:
         config, done = self.config, 0
         found = checkpoint.latest_checkpoint(config.output)
         if found is not None:
-            done = checkpoint.load_checkpoint(found, self.parameters, self.optimizer, self.ema, self.mixture)
+            done = checkpoint.load_checkpoint(found, self.masters, self.optimizer, self.ema, self.mixture)
+            assign(self.parameters, self.masters)
         main = self.ranks.is_main  # which alone writes
-        metrics_path = config.output / "metrics.jsonl" if main else Path(os.devnull)
+        metrics_path = config.output / checkpoint.METRICS if main else Path(os.devnull)
         checkpoint.keep_first_lines(metrics_path, done)
         if main:
             report.record_environment(config.output)
@@ -131,7 +136,7 @@ class Trainer:
                 bar.update()
                 stopped = self.watch_held_out(step + 1)
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopped:
-                    state = (self.parameters, self.optimizer, self.ema, self.mixture)
+                    state = (self.masters, self.optimizer, self.ema, self.mixture)
                     checkpoint.save_checkpoint(config.output, step + 1, *state, write=main)
                 if stopped:
                     break
@@ -149,7 +154,7 @@ class Trainer:
         plan = config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(config.seed))
         pages = report.Report(config, plan, self.sigmas.tolist())
         if config.evaluation is not None:
-            samples = evaluation.draw_samples(load_prompts(config.evaluation.prompts), config.evaluation)
+            samples = evaluation.draw_samples(self.held_out, config.evaluation)
             named = evaluation.scorers(config.evaluation, self.mixture.rewards, self.monitors, str(self.accelerator.device))
             scores = []
             with progress_bar("evaluate", "image", 2 * config.evaluation.samples, shown=main) as bar:
@@ -209,14 +214,16 @@ class Trainer:
     def update(self, step: int) -> dict:
         """Clip the gradient and step the optimizer and the moving average; a broken gradient is skipped."""
         options = self.config.optimizer
-        norm = full(torch.nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm)).item()
+        hand_over_gradients(self.parameters, self.masters)
+        norm = full(torch.nn.utils.clip_grad_norm_(self.masters.values(), options.max_grad_norm)).item()
         lr = options.lr * min(1.0, (step + 1) / (options.warmup + 1))
         if np.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            assign(self.parameters, self.masters)
             if self.ema is not None:
-                self.ema.step(self.parameters.values())
+                self.ema.step(self.masters.values())
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "skipped": not np.isfinite(norm), "lr": lr}
 

@@ -1,4 +1,9 @@
-"""What is trained: LoRA layers or the whole denoiser, and the optimizer that trains them."""
+"""What is trained: LoRA layers or the whole denoiser; the optimizer that trains them, and the float32 copies that it steps.
+
+A bfloat16 weight has 8 bits: a step below about 1/500 of it is rounded away, and at the learning rates of fine-tuning most steps are. So
+the optimizer, the moving average and the checkpoints hold master weights in float32 (Micikevicius et al. 2018, arXiv 1710.03740), and the
+network its own rounding of them, with which it computes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ from flowbp.backbones import Backbone
 from flowbp.config import ConfigError, OptimizerConfig, TuningConfig
 from flowbp.distributed import laid_out_as
 
-__all__ = ["assign", "build_optimizer", "trainable_parameters", "trained"]
+__all__ = ["assign", "build_optimizer", "hand_over_gradients", "master_weights", "trainable_parameters", "trained"]
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +40,10 @@ def trainable_parameters(backbone: Backbone, tuning: TuningConfig) -> dict[str, 
         cast_training_params(denoiser, torch.float32)  # on a bfloat16 network, small updates to bfloat16 weights would be rounded away
     else:
         denoiser.requires_grad_(True)
-        if denoiser.dtype == torch.bfloat16:
+        if denoiser.dtype == torch.bfloat16 and not tuning.master_weights:
             log.warning(
                 "all weights are trained in bfloat16: a step of AdamW changes a weight by about optimizer.lr, and what is less than about "
-                "1/500 of the weight is rounded away; backbone.dtype=float32 keeps every step"
+                "1/500 of the weight is rounded away; tuning.master_weights=true keeps every step"
             )
     return trained(backbone)
 
@@ -46,6 +51,18 @@ def trainable_parameters(backbone: Backbone, tuning: TuningConfig) -> dict[str, 
 def trained(backbone: Backbone) -> dict[str, Tensor]:
     """The denoiser's parameters that require grad, by name."""
     return {name: p for name, p in backbone.denoiser.named_parameters() if p.requires_grad}
+
+
+def master_weights(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the optimizer steps, by name: float32 copies of narrower parameters, sharded as they are; wider ones are their own."""
+    return {name: p if p.dtype.itemsize >= 4 else p.detach().float().requires_grad_() for name, p in parameters.items()}
+
+
+def hand_over_gradients(parameters: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> None:
+    """Move each gradient from the network's parameter to its master weight, in the master's dtype."""
+    for name, parameter in parameters.items():
+        if masters[name] is not parameter and parameter.grad is not None:
+            masters[name].grad, parameter.grad = parameter.grad.to(masters[name].dtype), None
 
 
 def build_optimizer(parameters: Iterable[Tensor], options: OptimizerConfig) -> torch.optim.Optimizer:
@@ -63,4 +80,5 @@ def build_optimizer(parameters: Iterable[Tensor], options: OptimizerConfig) -> t
 def assign(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Set `parameters` to `values`, in place; sharded ones take their part of a whole value."""
     for name, parameter in parameters.items():
-        parameter.copy_(laid_out_as(parameter, values[name]))
+        if values[name] is not parameter:
+            parameter.copy_(laid_out_as(parameter, values[name]))

@@ -55,19 +55,85 @@ def test_another_method_does_not_inherit_the_fields_of_the_preset_one():
         (["method={name: leapalign, pairs: unifrm}"], "unknown pair sampler 'unifrm'; did you mean 'uniform'"),
         (["method=nowhere:Method"], "cannot import method 'nowhere:Method'"),
         (["guidance.scal=2"], "unknown Guidance key 'scal'; did you mean 'scale'"),
-        (["optimizer.lr=-1"], "optimizer.lr: .*greater than 0, got -1"),
-        (["steps=0"], "steps: .*greater than or equal to 1, got 0"),
         (["no-equals-sign"], "must read key.path=value"),
         (["steps=["], "override 'steps=\\[': the value is not YAML"),
         (["method=json:loads"], "method: method 'json:loads' is .*: name a dataclass"),
         (["method=[1]"], r"method: \[1\] is no method: give a name"),
-        (["seed=-1"], "seed: .*greater than or equal to 0, got -1"),
-        (["reward.hinge=high"], "^reward.hinge: .*got 'high'"),
+        (["method={name: leapalign, pairs: 3}"], "3 is no pair sampler: give a name"),
+        (["method={name: leapalign, pairs: {max_j_rev: 0}}"], "max_j_rev must be at least 1"),
+        (["method.pairs.alpha=[1, 2, -3]"], "method: dirichlet alpha must be three positive numbers"),
+        (["reward.nmae=clip"], "reward: unknown key 'nmae'; did you mean 'name'"),
+        (["reward={name: hpsv22, model: null}"], "reward: unknown reward 'hpsv22'; did you mean 'hpsv2'"),
+        (["evaluation.monitors={hps: {name: hpsv22}}"], "evaluation.monitors.hps: unknown reward 'hpsv22'"),
+        (["evaluation.checker=shape"], "evaluation.checker.shapes: .*got 'shape'"),
+        (["compile=inducter"], "compile: unknown compile backend 'inducter'; did you mean 'inductor'"),
     ],
 )
 def test_bad_configuration_names_the_key_and_the_nearest_known_one(overrides, says):
     with pytest.raises(ConfigError, match=says):
         load("demo", overrides)
+
+
+NUMBERS = {  # kind: its keys, and values that are not of it
+    "whole, at least 1": (
+        "steps checkpoint_every rollout.num_steps data.batch_size data.accumulate memory.nodes_per_forward memory.reward_batch tuning.rank "
+        "backbone.max_sequence_length evaluation.samples evaluation.batch_size evaluation.num_steps evaluation.grid evaluation.every",
+        ["0", "-1", "1.5", "yes", "many"],
+    ),
+    "whole, at least 0": ("seed evaluation.seed optimizer.warmup", ["-1", "0.5", "no", "1e30"]),
+    "a multiple of 8": ("rollout.height rollout.width", ["0", "33", ".inf"]),
+    "positive": (
+        "optimizer.lr optimizer.eps optimizer.max_grad_norm optimizer.max_sample_grad_norm tuning.alpha reward.weight",
+        ["0", "-1", ".inf", ".nan", "yes"],
+    ),
+    "at least 0": ("optimizer.weight_decay memory.budget_gb guidance.scale guidance.embedded", ["-1", ".inf", ".nan"]),
+    "from 0 to below 1": ("tuning.dropout", ["-.1", "1", ".nan"]),
+    "between 0 and 1": ("ema", ["0", "1", ".nan"]),
+    "any": ("reward.hinge method.alpha method.tau reward.smooth.noise", [".inf", ".nan", "high"]),
+    "two from 0 to below 1": ("optimizer.betas", ["[2, 3]", "[0.9, .nan]", "[0.9]", "0.9"]),
+}
+
+
+@pytest.mark.parametrize("override", [f"{key}={value}" for keys, values in NUMBERS.values() for key in keys.split() for value in values])
+def test_a_number_that_cannot_be_meant_is_refused_where_the_config_is_read(override):
+    with pytest.raises(ConfigError) as refusal:
+        load("demo", [override])
+    assert all(part in str(refusal.value) for part in override.partition("=")[0].split("."))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["memory.budget_gb=3"], "memory: budget_gb=3.0 needs recompute=auto, not always"),
+        (["tuning.mode=full", "tuning.dropout=0.1"], "tuning: dropout=0.1 is a setting of LoRA: leave it out"),
+        (["tuning.mode=full", "tuning.targets=[to_q]"], "is a setting of LoRA"),
+        (["tuning.targets=[]"], "tuning.targets: .*at least 1 item"),
+        (["evaluation.validation_prompts=dev.txt"], "validation_prompts=dev.txt needs every"),
+        (["evaluation.best=monitor"], "best=monitor needs every"),
+        (["evaluation.every=1", "evaluation.patience=2"], "patience=2 needs best"),
+        (["backbone.name=flux.1-dev", "rollout.height=520"], "draws images whose sides are multiples of 16 pixels, not 520 x 32"),
+        (["reward={name: 'module:function', model: here}"], "module:function is code of your own: model, .* are not for it"),
+        (["reward.sha256=abc"], "reward.sha256: .*got 'abc'"),
+        (["reward={diversity: {model: shapes}}"], "^'diversity' names two metrics"),
+        (["reward={monitor: {model: shapes}}"], "^'monitor' names two metrics"),
+        (["reward={a/b: {model: shapes}}"], "reward.a/b"),
+        (["reward={}"], "reward: .*at least 1 item"),
+        (["method={name: flowbp-sparse, num_active: 13}"], r"with rollout.num_steps=12: num_active must lie in \[1, 12\]"),
+        (["method={name: refl}", "rollout.num_steps=8"], r"^method refl with rollout.num_steps=8: last_n must lie in \[1, 8\].* got 11"),
+        (["method={name: flowbp-bridge, num_active: 1}"], r"a bridge needs num_active in \[2, 12\]"),
+        (["method.alpha=2"], r"bridge alpha must lie in \[0, 1\], got 2.0"),
+        (["method.rescale=-1"], r"rescale must lie in \[0, 1\], got -1.0"),
+        (["method.max_dj=-1"], "similarity max_dj must be positive"),
+        (["method.active=none"], "no node of .* has a gradient weight"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_where_the_config_is_read(overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        load("demo", overrides)
+
+
+def test_the_fields_of_a_pair_sampler_go_to_the_method_s_own_when_none_is_named():
+    assert load("demo", ["method.pairs.max_j_rev=4"]).method.pairs == DirichletPair(max_j_rev=4)
 
 
 def test_an_unknown_preset_names_the_known_ones():

@@ -44,6 +44,7 @@ def held(trainer):
     for module in (trainer.backbone.denoiser, trainer.backbone.pipe.vae, *(reward.model for reward in trainer.mixture.rewards.values())):
         yield from module.parameters()
         yield from module.buffers()
+    yield from trainer.masters.values()
     for state in trainer.optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, torch.Tensor))
     yield from trainer.ema.shadow_params if trainer.ema else ()
@@ -86,6 +87,7 @@ def measured_peaks(trainer):
         ("FluxPipeline", ["memory.reward_batch=1", "tuning.mode=full", "memory.checkpointing=true"]),
         ("Flux2KleinPipeline", ["memory.reward_batch=1", "method={name: flowbp-sparse, num_active: 4}", "memory.nodes_per_forward=2"]),
         ("ZImagePipeline", ["memory.reward_batch=1"]),
+        ("FluxPipeline", ["memory.reward_batch=1", "tuning.mode=full", "backbone.dtype=bfloat16"]),
         ("Flux2KleinPipeline", ["memory.reward_batch=1", "tuning.mode=full", "memory.recompute=never", "ema=null"]),
     ],
 )

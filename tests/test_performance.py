@@ -114,11 +114,6 @@ def test_lora_trains_in_float32_on_a_bfloat16_network(name):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in parameters.values())
 
 
-def test_an_unknown_compile_backend_names_the_nearest():
-    with pytest.raises(ConfigError, match="unknown compile backend 'inducter'; did you mean 'inductor'"):
-        compile_blocks(tiny_backbone("FluxPipeline").denoiser, "inducter")
-
-
 def test_the_8_bit_optimizer_names_its_package_when_it_is_missing():
     with pytest.raises(ConfigError, match="pip install bitsandbytes"):
         build_optimizer([torch.zeros(2, requires_grad=True)], OptimizerConfig(name="adamw8bit"))

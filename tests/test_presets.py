@@ -49,7 +49,8 @@ def test_a_preset_has_every_published_number(backbone, name, method, batch):
     assert (options.lr, options.betas, options.eps, options.weight_decay) == (1e-5, (0.9, 0.999), 1e-8, 1e-4)
     assert (options.name, options.warmup, options.max_grad_norm, options.max_sample_grad_norm) == ("adamw", 0, 1.0, None)
     assert (run.steps, run.ema, run.seed) == (300, 0.995, 42)
-    assert (run.backbone.dtype, run.tuning.mode, run.memory.checkpointing, run.memory.shard) == ("bfloat16", "full", True, True)
+    assert (run.backbone.dtype, run.tuning.mode, run.tuning.master_weights) == ("bfloat16", "full", False)
+    assert (run.memory.checkpointing, run.memory.shard) == (True, True)
     assert (run.reward["reward"].name, run.reward["reward"].hinge) == ("hpsv2", 0.55)
     assert (run.evaluation.samples, run.evaluation.seed) == (400, 42)
     assert run.evaluation_rollout.num_steps == (40 if backbone == SD3 else 50) and run.evaluation_rollout.height == 512

@@ -256,35 +256,113 @@ def test_clipping_bounds_each_sample_and_leaves_small_ones():
 # -- folders -----------------------------------------------------------------------------------------------------------------------
 
 
+def run_folder(config):
+    """What a run of `config` leaves, without its weights."""
+    checkpoint.open_run(config.output, dump(config), overwrite=False)
+    (config.output / "metrics.jsonl").write_text('{"step": 1}\n')
+    return {path.name: path.read_text() for path in config.output.iterdir()}
+
+
 def test_a_folder_that_holds_a_run_is_not_touched_without_being_told(tmp_path):
-    config = tiny(tmp_path)
-    config.output.mkdir()
-    (config.output / "config.yaml").write_text("another: run")
+    config, other = tiny(tmp_path), tiny(tmp_path, "seed=7")
+    before = run_folder(other)
     with pytest.raises(FileExistsError, match="already holds a run: pass --resume to go on, --overwrite"):
         train(config)
-    with pytest.raises(ValueError, match="keeps its config .*another from run to None"):
+    with pytest.raises(ValueError, match="keeps its config .*changes seed from 7 to 42"):
         train(config, resume=True)
     with pytest.raises(ValueError, match="exclude each other"):
         train(config, resume=True, overwrite=True)
-    assert (config.output / "config.yaml").read_text() == "another: run"
+    assert {path.name: path.read_text() for path in config.output.iterdir()} == before
 
 
-def test_a_folder_of_other_files_is_never_deleted(tmp_path):
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"thesis.tex": "years of work"},
+        {"config.yaml": "another: program"},
+        {"config.yaml": "[1", "metrics.jsonl": ""},
+        {"config.yaml": "another: program", "metrics.jsonl": ""},
+        {"config.yaml": "RUN", "thesis.tex": "a config that was copied to where one works"},
+    ],
+)
+def test_a_folder_of_other_files_is_never_deleted(files, tmp_path):
     config = tiny(tmp_path)
     config.output.mkdir()
-    (config.output / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="is not a run of flowbp"):
-        train(config, overwrite=True)
-    assert (config.output / "thesis.tex").exists()
+    for name, text in files.items():
+        (config.output / name).write_text(dump(config) if text == "RUN" else text)
+    for how in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(FileExistsError, match="is not a run of flowbp"):
+            train(config, **how)
+    assert {path.name for path in config.output.iterdir()} == files.keys()
+
+
+def test_a_run_that_is_overwritten_leaves_nothing(tmp_path):
+    config = tiny(tmp_path)
+    run_folder(config)
+    (config.output / "checkpoints/step-000001").mkdir(parents=True)
+    checkpoint.open_run(config.output, dump(config), overwrite=True)
+    assert sorted(path.name for path in config.output.iterdir()) == ["config.yaml", "metrics.jsonl"]
+    assert (config.output / "metrics.jsonl").read_text() == ""
 
 
 def test_bad_input_is_found_before_an_old_run_is_overwritten(tmp_path):
-    config = tiny(tmp_path, "method={name: flowbp-sparse, num_active: 13}")
-    config.output.mkdir()
-    (config.output / "config.yaml").write_text("old: run")
-    with pytest.raises(ValueError, match=r"num_active must lie in \[1, 12\]"):
+    config = tiny(tmp_path, "guidance.embedded=3.5")  # which this backbone does not read
+    before = run_folder(tiny(tmp_path, "seed=7"))
+    with pytest.raises(ValueError, match="set guidance.embedded to null"):
         train(config, overwrite=True)
-    assert (config.output / "config.yaml").read_text() == "old: run"
+    assert {path.name: path.read_text() for path in config.output.iterdir()} == before
+
+
+def test_bad_input_leaves_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.txt"):
+        train(tiny(tmp_path, "data.prompts=nowhere.txt"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    config = tiny(tmp_path)
+    before = run_folder(config)
+    with checkpoint.claimed(config.output):
+        for how in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(FileExistsError, match="another process trains in .*run right now"):
+                train(config, **how)
+    assert {path.name: path.read_text() for path in config.output.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_used_says_why(tmp_path, monkeypatch):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(FileExistsError, match="run is a file: choose another output="):
+        train(tiny(tmp_path))
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # who runs as root may write anywhere
+    with pytest.raises(PermissionError, match="cannot be written to: choose another output="):
+        train(tiny(tmp_path / "locked"))
+
+
+def saved_run(config):
+    """A run with a checkpoint after its first step."""
+    run_folder(config)
+    trainer = Trainer(config)
+    state = (trainer.masters, trainer.optimizer, trainer.ema, trainer.mixture)
+    checkpoint.save_checkpoint(config.output, 1, *state)
+    return checkpoint.latest_checkpoint(config.output), state
+
+
+@pytest.mark.parametrize("name", ["parameters.safetensors", "state.pt", "step.json"])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_damaged_checkpoint_is_named(name, share, tmp_path):
+    folder, state = saved_run(tiny(tmp_path))
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(OSError, match=r"checkpoint .*step-000001 is damaged \(.*\): delete it"):
+        checkpoint.load_checkpoint(folder, *state)
+
+
+def test_a_resumed_run_has_as_many_processes(tmp_path):
+    config = tiny(tmp_path)
+    folder, _ = saved_run(config)
+    (folder / "step.json").write_text('{"step": 1, "processes": 8}')
+    with pytest.raises(ValueError, match="step-000001 is of 8 processes, and this run has 1: .* Start 8"):
+        train(config, resume=True)
 
 
 def test_loading_weights_from_nowhere_says_what_is_missing(tmp_path):

@@ -5,6 +5,18 @@ A reward model is one file here, on transformers alone, and one entry of `regist
 
 from flowbp.rewards.base import ImageEncoder, Reward, Smoothed, Smoothing
 from flowbp.rewards.mixture import Mixture, RunningScale, Term
-from flowbp.rewards.registry import REWARDS, RewardSource, load_reward
+from flowbp.rewards.registry import REWARDS, RewardSource, check_options, load_reward
 
-__all__ = ["REWARDS", "ImageEncoder", "Mixture", "Reward", "RewardSource", "RunningScale", "Smoothed", "Smoothing", "Term", "load_reward"]
+__all__ = [
+    "REWARDS",
+    "ImageEncoder",
+    "Mixture",
+    "Reward",
+    "RewardSource",
+    "RunningScale",
+    "Smoothed",
+    "Smoothing",
+    "Term",
+    "check_options",
+    "load_reward",
+]

@@ -136,15 +136,12 @@ def load_reward(
     checkpoint file, checked before it is read. Raises ValueError for an unknown name or a wrong digest, FileNotFoundError with the commands
     that fetch the files.
     """
+    check_options(name, model, dtype, revision, sha256)
     if ":" in name:
-        if any(value is not None for value in (model, dtype, revision, sha256)):
-            raise ValueError(f"{name} is code of your own: model, dtype, revision and sha256 are not for it")
         return CallableReward(name, device)
     source = find_source(name)
     folders = find_folders(name, source, model, revision)
     checkpoint = source.files["model"].names[0]
-    if sha256 is not None and "*" in checkpoint:
-        raise ValueError(f"the reward {name!r} comes in several files, which one sha256 cannot cover: pin it with revision=")
     if sha256 is not None:
         check_sha256(find_file(folders["model"], Path(checkpoint).stem), sha256)
     elif source.sha256 is not None and Path(folders["model"], checkpoint).is_file():
@@ -154,6 +151,17 @@ def load_reward(
     options = {} if dtype is None else {"dtype": dtype}
     module, _, attribute = source.target.partition(":")
     return getattr(importlib.import_module(f"flowbp.rewards.{module}"), attribute)(**folders, device=device, **options)
+
+
+def check_options(name: str, model: str | None, dtype: str | None, revision: str | None, sha256: str | None) -> None:
+    """Raises ValueError for an unknown reward, and for options that it does not take; reads nothing."""
+    if ":" in name:
+        if any(value is not None for value in (model, dtype, revision, sha256)):
+            raise ValueError(f"{name} is code of your own: model, dtype, revision and sha256 are not for it")
+    elif sha256 is not None and "*" in find_source(name).files["model"].names[0]:
+        raise ValueError(f"the reward {name!r} comes in several files, which one sha256 cannot cover: pin it with revision=")
+    else:
+        find_source(name)
 
 
 def find_source(name: str) -> RewardSource:

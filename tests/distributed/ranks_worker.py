@@ -15,6 +15,7 @@ from flowbp.config import load
 from flowbp.data import load_prompts
 from flowbp.distributed import full
 from flowbp.trainer import Trainer
+from flowbp.tuning import assign
 
 GLOBAL_BATCH = 4
 SD3, FLUX2 = "StableDiffusion3Pipeline", "Flux2KleinPipeline"
@@ -46,10 +47,19 @@ CASES = {  # name: (pipeline, overrides)
 }
 
 
+BFLOAT16 = {  # whose gradients depend on the number of processes: a run resumes exactly with as many
+    "bfloat16": (SD3, ("method.name=flowbp-sparse",)),
+    "sharded bfloat16": (SD3, ("method.name=flowbp-sparse", "memory.shard=true")),
+}
+
+
+RESUMED = ("bridge, guided", "sharded bridge", *BFLOAT16)
+
+
 @cache
-def pipeline(name):
+def pipeline(name, dtype):
     torch.manual_seed(0)
-    return tiny_pipeline(name).to(torch.float64)
+    return tiny_pipeline(name).to(dtype)
 
 
 def reward(images, prompts):
@@ -58,12 +68,12 @@ def reward(images, prompts):
 
 
 def make_trainer(case, folder, world, *more):
-    name, overrides = CASES[case]
+    name, overrides = (CASES | BFLOAT16)[case]
     size = ("rollout.num_steps=6", "rollout.height=32", "rollout.width=32", f"data.batch_size={GLOBAL_BATCH // world}")
     base = ("ema=null", "evaluation=null", "guidance.scale=1.0", "reward.hinge=null", "reward.smooth=null")
     base += ("optimizer.max_grad_norm=1e-3", "data.embeddings=live", "tuning.mode=full")
     base += (f"output={folder}", f"data.prompts={folder}/prompts.txt")
-    pipe = copy.copy(pipeline(name))
+    pipe = copy.copy(pipeline(name, torch.bfloat16 if case in BFLOAT16 else torch.float64))
     pipe.transformer = copy.deepcopy(pipe.transformer)
     config = load("demo", [*base, *size, *overrides, *more])
     return Trainer(config, backbone=BACKBONES[name](pipe, "pipeline", 16), reward=reward)
@@ -89,12 +99,14 @@ def resumes(case, folder, world):
     first, second = (make_trainer(case, folder, world, "ema=0.5") for _ in range(2))
     first.step(0)
     output = Path(folder, f"{world} {case}")
-    states = [(trainer.parameters, trainer.optimizer, trainer.ema, trainer.mixture) for trainer in (first, second)]
+    states = [(trainer.masters, trainer.optimizer, trainer.ema, trainer.mixture) for trainer in (first, second)]
     checkpoint.save_checkpoint(output, 1, *states[0], write=first.ranks.is_main)
     first.accelerator.wait_for_everyone()
     done = checkpoint.load_checkpoint(checkpoint.latest_checkpoint(output), *states[1])
+    assign(second.parameters, second.masters)
     rows = [{key: trainer.step(done)[key] for key in ("loss", "grad_norm")} for trainer in (first, second)]
     pairs = [*zip(first.parameters.values(), second.parameters.values(), strict=True)]
+    pairs += zip(first.masters.values(), second.masters.values(), strict=True)
     pairs += zip(first.ema.shadow_params, second.ema.shadow_params, strict=True)
     return rows[0] == rows[1] and all(torch.equal(full(a.detach()), full(b.detach())) for a, b in pairs)
 
@@ -127,8 +139,9 @@ def run(rank, world, port, folder):
     results = {}
     for case in CASES:
         results[case] = train_step(case, folder, world)
-    for case in ("bridge, guided", "sharded bridge"):
+    for case in RESUMED:
         results[f"resume: {case}"] = resumes(case, folder, world)
+    for case in ("bridge, guided", "sharded bridge"):
         results[f"scores: {case}"] = scores(case, folder, world)
     for case in ("sharded bridge", "sharded gradients"):
         results[f"splits gradients: {case}"] = splits_gradients(case, folder, world)

@@ -65,7 +65,7 @@ def test_processes_take_the_step_of_one(ranks, alone):
 
 
 def test_processes_resume_exactly(ranks):
-    assert all(rank[f"resume: {case}"] for rank in ranks for case in ("bridge, guided", "sharded bridge"))
+    assert all(rank[f"resume: {case}"] for rank in ranks for case in ranks_worker.RESUMED)
 
 
 def test_the_main_process_decides(ranks):

@@ -1,0 +1,78 @@
+"""The command line as one meets it: what is mistyped, missing or interrupted ends in one line that says what to do."""
+
+import sys
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import flowbp.__main__
+from flowbp import cli
+from flowbp.config import load
+from flowbp.trainer import Trainer
+
+TINY = ["steps=3", "data.batch_size=2", "rollout.num_steps=12", "checkpoint_every=1", "evaluation=null"]
+
+
+def interrupted(tmp_path, monkeypatch, at):
+    """The output and the folder of a run that is stopped by Ctrl-C in step `at`."""
+    step = Trainer.step
+
+    def stop(self, index):
+        if index == at:
+            raise KeyboardInterrupt
+        return step(self, index)
+
+    monkeypatch.setattr(Trainer, "step", stop)
+    result = CliRunner().invoke(cli.app, ["train", "demo", *TINY, f"output={tmp_path / 'run'}"])
+    assert result.exit_code == 130 and "Traceback" not in result.output
+    return " ".join(result.output.split()), tmp_path / "run"
+
+
+def test_ctrl_c_says_what_is_saved_and_how_to_go_on(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        output, run = interrupted(tmp_path, patch, at=2)
+    assert f"stopped. 2 steps are saved; to go on: flowbp train {run} --resume" in output
+    result = CliRunner().invoke(cli.app, ["train", str(run), "--resume"])
+    assert result.exit_code == 0, result.output
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_ctrl_c_before_the_first_checkpoint_says_so(tmp_path, monkeypatch):
+    output, run = interrupted(tmp_path, monkeypatch, at=0)
+    assert "No step is saved yet" in output and f"flowbp train {run} --resume" in output
+
+
+def test_the_folder_of_a_run_is_its_config(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"output": "here"} | load("demo", ["seed=7"]).model_dump(mode="json")))
+    assert load(tmp_path) == load("demo", ["seed=7"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["evl"], "Did you mean 'eval'"),
+        (["train", "demo", "--overwite"], "--overwrite"),
+        (["train"], "Missing argument 'config'"),
+        (["train", "dmo"], "unknown preset 'dmo'; did you mean 'demo'? flowbp presets lists them"),
+        (["train", "demo", "tuning={mode: full, targets: [to_q]}"], "targets=['to_q'] is a setting of LoRA"),  # no tag of rich's
+        (["plan", "lepalign"], "did you mean 'leapalign'"),
+        (["rewards", "hpsv"], "did you mean 'hpsv"),
+        (["export", "nowhere", "out.safetensors"], "nowhere holds no pytorch_lora_weights.safetensors: pass the folder of a finished run"),
+    ],
+)
+def test_what_is_mistyped_is_answered_in_words(arguments, says, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["flowbp", *arguments])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        flowbp.__main__.main()
+    assert end.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("package", "module"), [("typer", "flowbp.cli"), ("pydantic", "flowbp.config")])
+def test_a_package_that_is_missing_names_its_extra(package, module, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["flowbp", "presets", "demo"])
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(SystemExit, match=rf"error: {package} is not installed.* pip install 'flowbp\[train\]'"):
+        flowbp.__main__.main()
