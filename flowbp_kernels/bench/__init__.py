@@ -4,7 +4,7 @@ provider        what runs
 cuda, triton, cpu, reference    this package, with FLOWBP_KERNELS set to it; forward writes into tensors made before, as a trainer would
 eager           the chain of PyTorch calls in the tensors' dtype
 einsum, baddbmm where one such call does it
-compile         torch.compile of the formula with float32 sums, numbers baked in; compile_seconds: its first call, shorter with warm caches
+compile         torch.compile, default mode, of the formula with float32 sums, shape and numbers baked in; compile_seconds: its first call
 copy            dst.copy_(src) of the same number of bytes: what `percent_of_copy` is a share of, in the same rounds
 launch          an in-place op on one element (GPU): what it takes to launch anything
 
@@ -123,7 +123,7 @@ def _providers(task: Problem, mode: str, device: str, wanted=None) -> dict[str, 
     found |= {name: (function, None) for name, function in task.baselines.items()}
     torch._dynamo.reset()
     found["compile"] = torch.compile(task.to_compile, dynamic=False, fullgraph=True), None
-    source, target = (torch.ones(max(1, task.traffic[mode] // 8), device=device) for _ in range(2))
+    source, target = (torch.rand(max(1, task.traffic[mode] // 8), device=device) for _ in range(2))
     found["copy"] = lambda *_: target.copy_(source), None
     if device == "cuda":
         found["launch"] = lambda *_: target[:1].neg_(), None
