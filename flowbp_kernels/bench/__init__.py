@@ -43,8 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     room = options.memory_gb * 1e9 if options.memory_gb else _free_memory(options.device) / 2
     report = {"machine": machine(options.device), "rows": [], "left_out": []}
     for case in cases(options.op, options.latent, options.batch, options.steps, options.dtype):
-        if footprint(case) > room:
-            why = f"takes about {footprint(case) / 1e9:.2g} GB of the {room / 1e9:.2g} GB allowed (--memory-gb)"
+        takes = footprint(case, options.mode)
+        if takes > room:
+            why = f"takes about {takes / 1e9:.2g} GB of the {room / 1e9:.2g} GB allowed (--memory-gb)"
             rows, left_out = [], [asdict(case) | {"mode": "all", "provider": "all", "why": why}]
         else:
             rows, left_out = run(case, options.device, options.mode, options.provider, options.seconds)
