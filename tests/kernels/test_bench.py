@@ -151,6 +151,19 @@ def test_the_table_follows_from_the_rows_alone(tmp_path):
     assert "a processor, 1 thread(s); torch 2.13.0; commit abc, 2026-01-01" in texts[0]
 
 
+def test_a_file_without_forward_rows_shows_both_passes_and_one_of_whole_steps_its_sentences(tmp_path):
+    table, rows = script("table").table, [row("cpu", 1.0) | {"mode": mode} for mode in ("backward", "full")]
+    machine = {"device": "a GPU", "threads": None, "versions": {"torch": "2.13.0"}, "commit": "abc", "date": "2026-01-01"}
+    (tmp_path / "both.json").write_text(json.dumps({"machine": machine, "rows": rows, "left_out": []}))
+    assert table([tmp_path / "both.json"]).splitlines()[-1].startswith("| `quadrature_update`, forward and backward | sd3.5-512, 8, 25")
+    case = {"backbone": "flux.1-dev", "tuning": "lora", "checkpointing": True, "method": "flowbp-sparse", "mode": "sweep", "active": 4}
+    rows = [case | {"step_seconds": 3.21, "peak_mb": {"rollout": 900.0, "sweep": 25100.0}}, case | {"out_of_memory": "reward"}]
+    (tmp_path / "steps.json").write_text(json.dumps({"machine": machine, "options": {"steps": 25, "batch": 1}, "rows": rows}))
+    start = "- `flux.1-dev` (lora, checkpointed; 25 steps, batch 1), flowbp-sparse (K = 4), sweep: "
+    ends = ["3.21 s a step, 25.1 GB at most.", "out of memory in reward."]
+    assert table([tmp_path / "steps.json"]).splitlines()[-2:] == [start + end for end in ends]
+
+
 def test_the_readme_holds_the_table_of_the_committed_results():
     module = script("table")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
