@@ -2,7 +2,7 @@
 # What needs a GPU machine, in stages of under ten minutes each:   PYTHON=python3.12 benchmarks/gpu.sh [STAGE...]
 #
 #   build      the compiled ops with CUDA, in place; needs the CUDA toolkit (CUDA_HOME, /usr/local/cuda or the nvcc on PATH), no network
-#   test       CUDA == CPU bit for bit, Triton against the reference, graph capture, the golden cases
+#   test       CUDA == CPU bit for bit, Triton against the reference, graph capture, the golden cases; no backend may be missing
 #   forward    every op beside eager PyTorch and torch.compile                          -> NAME.json
 #   backward   the same for backward and both together                                  -> NAME-backward.json
 #   share      the share of a training step that the ops take                           -> NAME-step-share.json
@@ -10,8 +10,8 @@
 #   sanitize   compute-sanitizer, memcheck and racecheck, over the tests
 #
 # Without arguments all of them, in this order. A stage that fails or runs out of time is named at the end, and the others still run; the
-# benchmarks write their file after every case. Results go to $OUT, else to benchmarks/results. FLOWBP_COMMIT names the commit where a copy
-# of the checkout has left .git behind.
+# benchmarks write their file after every case. `train` needs the [train] extra, the others torch, NumPy, pytest and Triton alone. Results
+# go to $OUT, else to benchmarks/results. FLOWBP_COMMIT names the commit where a copy of the checkout has left .git behind.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
@@ -20,6 +20,18 @@ LIMIT=${LIMIT:-540} # seconds a command
 export PYTHONUNBUFFERED=1
 
 run() { timeout --kill-after=10 "$LIMIT" "$@"; }
+
+tests() { # tests FILE... : one after the other, all within one limit; each says at once what failed
+  local good=0 file deadline=$((SECONDS + LIMIT))
+  "$PYTHON" -c '
+import sys
+from flowbp_kernels import backend
+sys.exit("; ".join(f"{name}: {backend.unavailable(name)}" for name in ("cuda", "triton") if backend.unavailable(name)) or None)' || return 1
+  for file in "$@"; do
+    LIMIT=$((deadline > SECONDS ? deadline - SECONDS : 1)) run "$PYTHON" -m pytest -q -rs -m gpu --maxfail 20 --durations 3 "$file" || good=1
+  done
+  return $good
+}
 
 bench() { # bench FILE OPTIONS...
   run "$PYTHON" benchmarks/run.py --device cuda --batch 8 --steps 25 --json "$RESULTS/$NAME$1.json" "${@:2}"
@@ -36,7 +48,7 @@ sanitize() { # sanitize TOOL
 stage() {
   case $1 in
     build) FLOWBP_CUDA=1 run "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m flowbp_kernels ;;
-    test) run "$PYTHON" -m pytest -q -m gpu tests/kernels/test_gpu.py tests/kernels/test_triton.py tests/test_golden.py ;;
+    test) tests tests/kernels/test_gpu.py tests/test_golden.py tests/kernels/test_triton.py ;;
     forward) bench "" --mode forward --latent sd3.5-1024 flux-1024 video-720p ;;
     backward) bench -backward --mode backward full --latent sd3.5-1024 ;;
     share) run "$PYTHON" benchmarks/step_share.py --device cuda --json "$RESULTS/$NAME-step-share.json" ;;

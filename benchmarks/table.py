@@ -1,6 +1,7 @@
 """The README's benchmark table, from the committed results:  python benchmarks/table.py [--check]
 
-One line for each op, latent, dtype and kernel backend: the forward pass at the largest batch and the fewest steps of its file.
+One line for each op, latent, dtype and kernel backend: the forward pass (forward and backward, where a file holds none alone) at the
+largest batch and the fewest steps of its file. Files of step_share.py and train_step.py give a sentence a row.
 --check changes nothing, and fails if the README's table is not the one that the results give.
 """
 
@@ -47,9 +48,12 @@ def table(files: list[Path]) -> str:
     for file in files:
         report = json.loads(file.read_text(encoding="utf-8"))
         if "shares" in report:  # of step_share.py
-            parts.append(_machine(report["machine"]) + "\n\n" + "\n".join(_share(report["case"], row) for row in report["shares"]))
+            lines = [_share(report["case"], row) for row in report["shares"]]
+        elif "options" in report:  # of train_step.py
+            lines = [_train_step(report["options"], row) for row in report["rows"]]
         else:
-            parts.append(_machine(report["machine"]) + "\n\n" + "\n".join((HEADER, *_lines(report["rows"]))))
+            lines = [HEADER, *_lines(report["rows"])]
+        parts.append(_machine(report["machine"]) + "\n\n" + "\n".join(lines))
     return "\n\n".join((LEGEND, *parts)) if parts else EMPTY
 
 
@@ -67,11 +71,23 @@ def _share(case: dict, row: dict) -> str:
     )
 
 
+def _train_step(options: dict, row: dict) -> str:
+    nodes = f" (K = {row['active']})" if row["active"] else ""
+    checkpointed = ", checkpointed" if row["checkpointing"] else ""
+    if "out_of_memory" in row:
+        result = f"out of memory in {row['out_of_memory']}"
+    else:
+        result = f"{row['step_seconds']:.3g} s a step, {max(row['peak_mb'].values()) / 1e3:.3g} GB at most"
+    case = f"`{row['backbone']}` ({row['tuning']}{checkpointed}; {options['steps']} steps, batch {options['batch']})"
+    return f"- {case}, {row['method']}{nodes}, {row['mode']}: {result}."
+
+
 def _lines(rows: list[dict]) -> list[str]:
-    forward = [row for row in rows if row["mode"] == "forward"]
+    modes = {row["mode"] for row in rows}
+    rows = [row for row in rows if row["mode"] == ("forward" if "forward" in modes else "full")]
     lines = []
-    for key in sorted({_key(row) for row in forward}):
-        cell = [row for row in forward if _key(row) == key]
+    for key in sorted({_key(row) for row in rows}):
+        cell = [row for row in rows if _key(row) == key]
         batch, steps = max(row["batch"] for row in cell), min(row["steps"] for row in cell)
         cell = {row["provider"]: row for row in cell if (row["batch"], row["steps"]) == (batch, steps)}
         lines += [_line(cell, provider) for provider in KERNELS if provider in cell]
@@ -96,7 +112,8 @@ def _line(cell: dict[str, dict], provider: str) -> str:
         f"{row['gb_per_second']:.3g}",
         f"{row['percent_of_copy']:.0f} %",
     )
-    return f"| `{row['op']}` | {case} | {provider} | {' | '.join(figures)} |"
+    op = f"`{row['op']}`" + (", forward and backward" if row["mode"] == "full" else "")
+    return f"| {op} | {case} | {provider} | {' | '.join(figures)} |"
 
 
 if __name__ == "__main__":

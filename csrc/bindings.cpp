@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <string>
 
+#include <dlfcn.h>
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -19,9 +21,6 @@
 #ifndef FLOWBP_CUDA_ARCHS
 #define FLOWBP_CUDA_ARCHS ""
 #endif
-
-// Null where torch was built without CUDA, so that one binary loads everywhere.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace {
 
@@ -148,12 +147,23 @@ void on_cpu(const Op& op, void (*kernel)(const Op&, int64_t, int64_t), int64_t t
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
 }
 
+// Torch's question for its current stream. Asked of the library that Python has loaded: to link against it would tie this
+// binary to a torch built with CUDA, and a weak symbol stays null, for torch loads its libraries out of the linker's sight.
+using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+CurrentStream current_stream() {
+  static const auto found = [] {
+    void* const torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<CurrentStream>(torch_cuda ? dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  return found;
+}
+
 template <class Op>
 void on_cuda(const Op& op, const char* (*launch)(const Op&, void*), const Tensor& x) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch was built without CUDA");
+  STD_TORCH_CHECK(current_stream(), "libtorch_cuda.so is not loaded, or does not tell its current stream");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == 0, "no CUDA stream");
+  STD_TORCH_CHECK(current_stream()(x.get_device_index(), &stream) == 0, "no CUDA stream");
   const char* error = launch(op, stream);
   STD_TORCH_CHECK(error == nullptr, "CUDA: ", error);
 }

@@ -22,6 +22,7 @@ __all__ = [
     "UniformPair",
     "bridge_allocation",
     "equally_spaced",
+    "is_active",
     "late_biased",
     "stratified",
     "stratified_draws",
@@ -48,6 +49,14 @@ def check_count(num_active: int, available: int) -> None:
             f"num_active must lie in [1, {available}], the steps of the train window, got {num_active}: "
             "lower num_active, or raise the number of rollout steps or tail_ratio"
         )
+
+
+def is_active(num_steps: int, active: Sequence[int]) -> np.ndarray:
+    """[num_steps] bool: which nodes of a rollout are in the active set; ValueError for one that is no node."""
+    outside = [int(i) for i in active if not 0 <= i < num_steps]
+    if outside:
+        raise ValueError(f"active nodes must lie in [0, {num_steps - 1}], got {outside}")
+    return np.isin(np.arange(num_steps), active)
 
 
 def late_biased(nodes: Sequence[int], num_active: int, bias: float, rng: np.random.Generator, first_weight: int = 1) -> tuple[int, ...]:

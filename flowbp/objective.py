@@ -30,7 +30,7 @@ def loss_factors(weights: Tensor, keep: Tensor, copies: int = 1, kept: float | N
     where ranks average their gradients, the mean of that number over ranks.
     """
     kept = keep.sum().item() if kept is None else kept
-    return torch.where(keep, weights / max(copies * kept, 1e-12), 0.0).repeat(copies)
+    return torch.where(keep, weights / (copies * kept), 0.0).repeat(copies)
 
 
 @dataclass(frozen=True)

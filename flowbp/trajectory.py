@@ -143,7 +143,7 @@ def rollout(
     velocities = NodeCache("velocities", plan.cached_velocities if plan else (), noise)
     levels = torch.cat([sigmas, sigmas[-2].expand(wanted)]).to(noise.device)
     keeper = _Keeper(velocity, levels, plan, recompute)
-    scale, last, steps = velocity.guidance.scale, sigmas[-2].item(), torch.diff(sigmas).tolist()
+    scale, last, steps = velocity.guidance.scale, sigmas[-2].item(), torch.diff(sigmas.double()).tolist()
 
     x = noise
     if latents.row(0) is not None:
@@ -193,6 +193,6 @@ def rollout_with_graph(velocity: GuidedVelocity, noise: Tensor, sigmas: Tensor) 
     The ground truth that surrogates are judged by, affordable for small models only.
     """
     x, device_sigmas = noise, sigmas.to(noise.device)
-    for i, h in enumerate(torch.diff(sigmas).tolist()):
+    for i, h in enumerate(torch.diff(sigmas.double()).tolist()):
         x = x + h * velocity(x, device_sigmas[i])
     return x

@@ -128,7 +128,7 @@ def _unsuited(name: str, op: str, num_nodes: int, tensors: dict[str, Tensor | No
     """What keeps a backend that reaches these tensors from running `op` on them; "" if nothing does."""
     if name == "reference":
         return ""
-    cause = unavailable(name)
+    cause = unavailable(name) or (name == "cuda" and _no_machine_code(next(iter(tensors.values())).device.index))
     if cause:
         return cause
     if name == "triton" and importlib.util.find_spec(f"flowbp_kernels._triton.{op}") is None:
@@ -181,7 +181,21 @@ def _import_triton() -> str:
 def _no_cuda() -> str:
     if not cuda_archs():
         return "the extension was built without CUDA (no toolkit was found, or FLOWBP_CUDA=0)"
-    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    causes = [_no_machine_code(device) for device in range(torch.cuda.device_count())]
+    return "" if "" in causes else causes[0]
+
+
+@functools.cache
+def _no_machine_code(device: int) -> str:
+    """Why the compiled kernels do not run on a GPU; "" if they do: on minor versions from their own on, the last one's PTX on any later."""
+    capability = torch.cuda.get_device_capability(device)
+    archs = [divmod(int(arch), 10) for arch in cuda_archs()]
+    if capability >= archs[-1] or any(major == capability[0] and minor <= capability[1] for major, minor in archs):
+        return ""
+    name = ".".join(map(str, capability))
+    return f"this GPU has compute capability {name}, and the kernels were built for {', '.join(cuda_archs())} (FLOWBP_CUDA_ARCHS)"
 
 
 def _compiled(question: str) -> str:

@@ -88,9 +88,7 @@ def _run(x_k, x_j, x_end, velocities, nodes, first, second, scales, predictions=
     residuals = _empty(*latents.values(), velocities)
     chunks = -(-x_k.shape[1:].numel() // CHUNK)
     partials = residuals.new_empty(2, len(x_k), chunks)
-    torch.ops.flowbp_compiled.leap_residuals(
-        *latents.values(), velocities, nodes, first, second, scales, predictions, partials, residuals
-    )
+    torch.ops.flowbp_compiled.leap_residuals(*latents.values(), velocities, nodes, first, second, scales, predictions, partials, residuals)
     return residuals
 
 

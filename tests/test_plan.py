@@ -53,6 +53,19 @@ def test_bridge_keeps_its_node_active_and_one_node_on_each_side():
         assert first < plan.bridge.node == second
 
 
+@pytest.mark.parametrize("draw", [
+    lambda: FlowBPSparse().at(SIGMAS, [3, 25]), lambda: FlowBPBridge().at(SIGMAS, 4, [-1, 4]), lambda: DRTune().at(SIGMAS, 20, [3, 21]),
+])  # fmt: skip
+def test_an_active_node_outside_the_rollout_is_refused(draw):
+    with pytest.raises(ValueError, match=r"active nodes must lie in \[0, 2[04]\], got \[(25|-1|21)\]"):
+        draw()
+
+
+def test_a_bridge_that_is_not_active_is_refused():
+    with pytest.raises(ValueError, match="bridge node 4 must be an active node; active nodes are .3, 5."):
+        FlowBPBridge().at(SIGMAS, 4, [3, 5])
+
+
 def test_rescaled_sparse_gradient_weights_cover_the_whole_interval():
     plan = FlowBPSparse(3, rescale=1.0).at(SIGMAS, [2, 9, 20])
     assert sum(w for _, w in plan.active) == pytest.approx(-1.0)

@@ -15,8 +15,8 @@ from flowbp.methods import METHODS, FlowBPSparse, LeapAlign, draw_plans
 from flowbp.objective import Objective, loss_factors, reward_gradient, sample_weights
 from flowbp.performance import LiveBytes
 from flowbp.plan import Bridge, PlanBatch, PosteriorMean, Similarity, SurrogatePlan
-from flowbp.replay import Recompute, spare_bytes
-from flowbp.surrogate import as_graph, backward, residuals, reward_input
+from flowbp.replay import Recompute, record, spare_bytes, weigh
+from flowbp.surrogate import _times, as_graph, backward, residuals, reward_input
 from flowbp.trajectory import rollout, rollout_with_graph
 
 GUIDANCES = {"none": Guidance(), "detached": Guidance(3.5), "both branches": Guidance(3.5, detach_negative=False)}
@@ -50,6 +50,28 @@ def test_sweep_matches_autograd_graph(name, guidance):
         else METHODS[name](5).plan(toy_sigmas(12).numpy(), np.random.default_rng(5))
     )
     torch.testing.assert_close(sweep_gradient(plan, guidance=guidance), graph_gradient(plan, guidance=guidance), rtol=1e-12, atol=1e-14)
+
+
+def test_cotangents_of_a_bfloat16_reward_gradient_are_kept_in_float32():
+    plan, (narrow, wide) = LeapAlign(alpha=1.0).at(toy_sigmas(12).numpy(), 2, 7), (ToyField(), ToyField())
+    g = torch.randn(3, 6, generator=torch.Generator().manual_seed(3)).bfloat16()
+    for field, seed in ((narrow, g), (wide, g.double())):
+        backward(plan, toy_rollout(field, plan, 12), toy_velocity(field).replay, seed)
+    torch.testing.assert_close(narrow.gradient(), wide.gradient(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_factor_of_zero_cuts_its_sample_alone():
+    assert _times((0.0, 2.0), torch.tensor([[torch.nan], [1.0]])).tolist() == [[0.0], [2.0]]
+
+
+def test_the_hook_before_the_last_backward_sees_the_noise_end_with_all_other_gradients_made():
+    field, plan, seen = ToyField(), FlowBPSparse(3, rescale=0.0).at(toy_sigmas(12).numpy(), [1, 5, 8]), []
+    trajectory = toy_rollout(field, plan, 12)
+    g = torch.ones(3, 6, dtype=torch.float64)
+    backward(plan, trajectory, toy_velocity(field).replay, g, before_last=lambda v: seen.append((v, field.gradient())))
+    ((v, before),) = seen
+    assert torch.equal(v, toy_velocity(field)(trajectory.latents[1], trajectory.levels[1]))
+    assert before.any() and not torch.equal(before, field.gradient())
 
 
 @pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
@@ -354,6 +376,12 @@ def test_a_graph_weighs_what_it_adds_to_live_memory():
     assert policy.graph_bytes == pytest.approx(live.alive - before, rel=0.05) and v.requires_grad
 
 
+def test_a_tensor_that_a_graph_saves_twice_weighs_once():
+    scale, x = torch.nn.Parameter(torch.ones(5)), torch.ones(3, 5)
+    _, graph_bytes = weigh(lambda: record(lambda x, sigma: (scale * x).square() * (scale * x).exp(), x, torch.tensor(0.5), False), x.device)
+    assert graph_bytes == 4 * x.nbytes  # x, the first product, its square, and the exponential
+
+
 def test_free_memory_is_measured():
     assert 0 < spare_bytes(torch.device("cpu")) < 1 << 50
 
@@ -429,6 +457,8 @@ def test_a_frozen_network_raises_at_the_bridge_too():
     for recompute in ("always", "never"):
         with pytest.raises(RuntimeError, match="no gradient to any parameter of ToyField"):
             sweep_gradient(plan, field=field, recompute=Recompute(recompute))
+    with pytest.raises(RuntimeError, match="no gradient to any parameter of ToyField"):
+        record(toy_velocity(field), torch.ones(3, 6, dtype=torch.float64), torch.tensor(0.5), requires_grad=True)
 
 
 def test_recompute_names_what_it_knows():
@@ -501,3 +531,9 @@ def test_the_reward_gradient_is_the_same_in_parts_of_any_size(rows):
 def test_similarity_weights_floor_each_residual_separately():
     weights, keep = sample_weights(Similarity(0.1, max_dj=0.5), torch.tensor([0.05, 0.6]), torch.tensor([0.3, 0.02]))
     assert weights.tolist() == pytest.approx([1 / 0.4, 1 / 0.7]) and keep.tolist() == [True, False]
+
+
+def test_a_residual_at_its_maximum_is_kept():
+    d = torch.tensor([0.25, 0.5, 0.75])
+    assert sample_weights(Similarity(0.1, max_dj=0.5), d, torch.zeros(3))[1].tolist() == [True, True, False]
+    assert sample_weights(Similarity(0.1, max_d0=0.5), torch.zeros(3), d)[1].tolist() == [True, True, False]

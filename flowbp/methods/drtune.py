@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flowbp.active_sets import check_count, equally_spaced
+from flowbp.active_sets import check_count, equally_spaced, is_active
 from flowbp.plan import PosteriorMean, SurrogatePlan
 from flowbp.quadrature import check_sigmas, euler, leap
 
@@ -33,7 +33,7 @@ class DRTune:
 
     def at(self, sigmas, stop: int, active) -> SurrogatePlan:
         sigmas = check_sigmas(sigmas)
-        nodes = np.arange(stop + 1)
+        nodes, chosen = np.arange(stop + 1), is_active(stop + 1, active)
         weights = euler(sigmas, nodes)
         weights[stop] = leap(sigmas, stop, -1)
-        return SurrogatePlan(nodes, weights, np.where(np.isin(nodes, active), weights, 0.0), reward_input=PosteriorMean(stop))
+        return SurrogatePlan(nodes, weights, np.where(chosen, weights, 0.0), reward_input=PosteriorMean(stop))

@@ -35,5 +35,7 @@ class FlowBPBridge:
         return self.at(sigmas, j, (*pre, j, *post))
 
     def at(self, sigmas, j: int, active) -> SurrogatePlan:
+        if j not in active:
+            raise ValueError(f"bridge node {j} must be an active node; active nodes are {list(active)}")
         nodes, weights, grad_weights = sparse_euler(sigmas, active, self.rescale, self.tail_ratio, min_window=3)
         return SurrogatePlan(nodes, weights, grad_weights, bridge=Bridge(j, self.alpha))

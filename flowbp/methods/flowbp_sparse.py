@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flowbp.active_sets import late_biased, train_window
+from flowbp.active_sets import is_active, late_biased, train_window
 from flowbp.plan import SurrogatePlan
 from flowbp.quadrature import check_sigmas, euler, rescale_factor
 
@@ -38,7 +38,7 @@ def sparse_euler(sigmas, active, rescale: float, tail_ratio: float, min_window: 
     sigmas = check_sigmas(sigmas)
     nodes = np.arange(len(sigmas) - 1)
     weights = euler(sigmas, nodes)
-    is_active = np.isin(nodes, active)
+    chosen = is_active(len(nodes), active)
     window = slice(*train_window(len(nodes), tail_ratio, min_window))
-    rho = rescale_factor(np.abs(weights[window]).sum(), np.abs(weights[is_active]).sum(), rescale)
-    return nodes, weights, np.where(is_active, rho * weights, 0.0)
+    rho = rescale_factor(np.abs(weights[window]).sum(), np.abs(weights[chosen]).sum(), rescale)
+    return nodes, weights, np.where(chosen, rho * weights, 0.0)

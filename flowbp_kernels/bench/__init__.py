@@ -4,7 +4,7 @@ provider        what runs
 cuda, triton, cpu, reference    this package, with FLOWBP_KERNELS set to it; forward writes into tensors made before, as a trainer would
 eager           the chain of PyTorch calls in the tensors' dtype
 einsum, baddbmm where one such call does it
-compile         torch.compile of the formula with float32 sums, numbers baked in; compile_seconds: its first call, shorter with warm caches
+compile         torch.compile, default mode, of the formula with float32 sums, shape and numbers baked in; compile_seconds: its first call
 copy            dst.copy_(src) of the same number of bytes: what `percent_of_copy` is a share of, in the same rounds
 launch          an in-place op on one element (GPU): what it takes to launch anything
 
@@ -43,8 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     room = options.memory_gb * 1e9 if options.memory_gb else _free_memory(options.device) / 2
     report = {"machine": machine(options.device), "rows": [], "left_out": []}
     for case in cases(options.op, options.latent, options.batch, options.steps, options.dtype):
-        if footprint(case) > room:
-            why = f"takes about {footprint(case) / 1e9:.2g} GB of the {room / 1e9:.2g} GB allowed (--memory-gb)"
+        takes = footprint(case, options.mode)
+        if takes > room:
+            why = f"takes about {takes / 1e9:.2g} GB of the {room / 1e9:.2g} GB allowed (--memory-gb)"
             rows, left_out = [], [asdict(case) | {"mode": "all", "provider": "all", "why": why}]
         else:
             rows, left_out = run(case, options.device, options.mode, options.provider, options.seconds)
@@ -123,7 +124,7 @@ def _providers(task: Problem, mode: str, device: str, wanted=None) -> dict[str, 
     found |= {name: (function, None) for name, function in task.baselines.items()}
     torch._dynamo.reset()
     found["compile"] = torch.compile(task.to_compile, dynamic=False, fullgraph=True), None
-    source, target = (torch.ones(max(1, task.traffic[mode] // 8), device=device) for _ in range(2))
+    source, target = (torch.rand(max(1, task.traffic[mode] // 8), device=device) for _ in range(2))
     found["copy"] = lambda *_: target.copy_(source), None
     if device == "cuda":
         found["launch"] = lambda *_: target[:1].neg_(), None

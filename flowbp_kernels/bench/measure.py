@@ -76,8 +76,8 @@ def _cpu_sample(call: Call, repeats: int) -> float:
 
 
 def _cuda_sampler() -> Callable[[Call, int], float]:
-    """Seconds of one call between two events, its inputs out of the L2 cache (overwritten by 4 times its size)."""
-    size = 4 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    """Seconds of one call between two events, after 8 times the L2 cache was overwritten: no input is in it, the launch is hidden."""
+    size = 8 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     flush = torch.empty(size, dtype=torch.int8, device="cuda")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 

@@ -1,6 +1,6 @@
 """What is measured: each op on the latents of real models, beside the PyTorch that trainers write today."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -63,9 +63,11 @@ def has_rows(op: str) -> bool:
     return op not in ("cfg_euler_step", "straight_through")
 
 
-def footprint(case: Case) -> int:
+def footprint(case: Case, modes: Sequence[str]) -> int:
     """Bytes that measuring a case takes, about: its tensors, their gradients, and the copy it is compared with."""
-    copies = 12 if case.op == "bridge_cotangents" else 4  # its outputs are as large as a cache, and every provider's graph keeps its own
+    copies = 4
+    if case.op == "bridge_cotangents":  # its outputs are as large as a cache; behind a gradient every provider keeps its own
+        copies = 8 if list(modes) == ["forward"] else 12
     return copies * (case.steps + 6) * torch.Size(case.shape).numel() * DTYPES[case.dtype].itemsize
 
 

@@ -84,6 +84,17 @@ def test_a_choice_without_its_device_says_so(choose, name):
         quadrature_update(*UPDATE)
 
 
+@pytest.mark.parametrize("archs, capability, runs", [
+    ("80 90 100", (7, 5), False), ("80 90 100", (8, 6), True), ("80 90 100", (9, 0), True), ("80 90 100", (12, 0), True),
+    ("86 90", (8, 0), False), ("90", (8, 9), False), ("100 90", (9, 0), True),
+])  # fmt: skip
+def test_a_gpu_without_machine_code_or_ptx_is_told_apart(archs, capability, runs, monkeypatch):
+    monkeypatch.setattr(backend, "cuda_archs", archs.split)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    why = backend._no_machine_code.__wrapped__(0)
+    assert runs == (why == "") and (runs or f"compute capability {capability[0]}.{capability[1]}" in why)
+
+
 def test_an_instruction_set_that_is_not_there_is_refused(choose, monkeypatch):
     if backend.extension_path() is None:
         pytest.skip(backend.unavailable("cpu"))

@@ -115,7 +115,7 @@ def test_ops_without_a_cache_are_measured_at_one_number_of_steps():
         ("quadrature_update", 8, 25),
         ("quadrature_update", 8, 50),
     ]
-    assert footprint(chosen[5]) > 4 * 50 * 8 * 861 * 4
+    assert footprint(chosen[5], ["forward"]) > 4 * 50 * 8 * 861 * 4
 
 
 def test_the_command_writes_rows_and_says_what_it_left_out(tmp_path, capsys):
@@ -149,6 +149,19 @@ def test_the_table_follows_from_the_rows_alone(tmp_path):
     expected = "| `quadrature_update` | sd3.5-512, 8, 25, float32 | cpu | 1 [0.95, 1.2] | 5.0 x | 1.5 x | 30 | 80 % |"
     assert texts[0].splitlines()[-1] == expected
     assert "a processor, 1 thread(s); torch 2.13.0; commit abc, 2026-01-01" in texts[0]
+
+
+def test_a_file_without_forward_rows_shows_both_passes_and_one_of_whole_steps_its_sentences(tmp_path):
+    table, rows = script("table").table, [row("cpu", 1.0) | {"mode": mode} for mode in ("backward", "full")]
+    machine = {"device": "a GPU", "threads": None, "versions": {"torch": "2.13.0"}, "commit": "abc", "date": "2026-01-01"}
+    (tmp_path / "both.json").write_text(json.dumps({"machine": machine, "rows": rows, "left_out": []}))
+    assert table([tmp_path / "both.json"]).splitlines()[-1].startswith("| `quadrature_update`, forward and backward | sd3.5-512, 8, 25")
+    case = {"backbone": "flux.1-dev", "tuning": "lora", "checkpointing": True, "method": "flowbp-sparse", "mode": "sweep", "active": 4}
+    rows = [case | {"step_seconds": 3.21, "peak_mb": {"rollout": 900.0, "sweep": 25100.0}}, case | {"out_of_memory": "reward"}]
+    (tmp_path / "steps.json").write_text(json.dumps({"machine": machine, "options": {"steps": 25, "batch": 1}, "rows": rows}))
+    start = "- `flux.1-dev` (lora, checkpointed; 25 steps, batch 1), flowbp-sparse (K = 4), sweep: "
+    ends = ["3.21 s a step, 25.1 GB at most.", "out of memory in reward."]
+    assert table([tmp_path / "steps.json"]).splitlines()[-2:] == [start + end for end in ends]
 
 
 def test_the_readme_holds_the_table_of_the_committed_results():

@@ -98,6 +98,33 @@ def test_elementwise_ops_have_the_same_bits(emulated, shape, dtype):
     assert same_bits(seeds, bridge_cotangents(x, y, *weights, dtype=dtype))
 
 
+def shifted(tensor):
+    """A copy, contiguous, that starts one element into its memory."""
+    return tensor.new_empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
+
+
+def test_no_16_byte_access_where_a_tensor_does_not_start_on_16_bytes(emulated):
+    """The emulated access aborts on a misaligned address, as a GPU would."""
+    shape, (nodes, weights) = (2, 16), rule(4, 1)
+    x, y, z, out, slot = (draw(*shape, seed=seed) for seed in range(5))
+    cache, seeds, landings = draw(5, *shape, seed=5), draw(4, *shape), draw(2, *shape)
+    weight, partials, residuals = weights[:1].contiguous().numpy(), torch.empty(2, 2, 1).numpy(), torch.empty(2, 2).numpy()
+    calls = {
+        lambda x, cache, out: emulated.quadrature_update(x, cache, nodes.numpy(), weight, None, out, 5, *shape): (x, cache, out),
+        lambda *t: emulated.leap_residuals(*t[:4], nodes.numpy(), weights.numpy(), None, t[4], partials, residuals, 5, *shape): (
+            x, y, z, cache, landings,
+        ),
+        lambda x, y, z, slot, out: emulated.cfg_euler_step(x, y, z, 4.5, -0.04, slot, out, x[0].size // 4): (x, y, z, slot, out),
+        lambda g, g_x, seeds: emulated.bridge_cotangents(g, g_x, weights.numpy(), seeds, *shape): (x, y, seeds),
+    }  # fmt: skip
+    for call, tensors in calls.items():
+        call(*map(raw, tensors))
+        for moved in range(len(tensors)):
+            mine = [shifted(t) if i == moved else t.clone() for i, t in enumerate(tensors)]
+            call(*map(raw, mine))
+            assert all(map(torch.equal, mine, tensors))
+
+
 def run(program):
     return subprocess.run([program], capture_output=True, text=True, timeout=300)
 

@@ -44,19 +44,77 @@ def test_triton_agrees_with_the_reference(name, dtype, shape, monkeypatch):
         torch.testing.assert_close(a.float(), b.float(), rtol=2 * torch.finfo(a.dtype).eps, atol=2e-5)
 
 
-def test_float8_caches_give_the_bits_of_the_cpu(monkeypatch):
-    x, cache, (nodes, weights) = draw(3, 4096), draw(5, 3, 4096, seed=1).to(torch.float8_e4m3fn), rule(4, 3, True)
+@pytest.mark.parametrize("size", [4096, 4097])
+def test_float8_caches_give_the_bits_of_the_cpu(size, monkeypatch):
+    x, cache, (nodes, weights) = draw(3, size), draw(5, 3, size, seed=1).to(torch.float8_e4m3fn), rule(4, 3, True)
     scales = draw(5, 3, seed=2).abs()
-    monkeypatch.setenv("FLOWBP_KERNELS", "auto")
-    mine = quadrature_update(x.cuda(), cache.cuda(), nodes, weights, scales=scales.cuda())
-    assert torch.equal(mine.cpu(), quadrature_update(x, cache, nodes, weights, scales=scales))
+
+    def ops(device):
+        monkeypatch.setenv("FLOWBP_KERNELS", device)
+        here, velocities, factors = x.to(device), cache.to(device), scales.to(device)
+        end = quadrature_update(here, velocities, nodes, weights, scales=factors)
+        return end.cpu(), leap_residuals(here, end, -here, velocities, nodes, (weights, weights), scales=factors).cpu()
+
+    assert all(torch.equal(a, b) for a, b in zip(ops("cuda"), ops("cpu"), strict=True))
 
 
-@pytest.mark.parametrize("choice", ["cuda", "triton"])
-def test_every_op_can_be_captured(choice, monkeypatch):
-    if choice == "triton" and backend.unavailable("triton"):
+@pytest.fixture(params=["cuda", "triton"])
+def choice(request, monkeypatch):
+    if request.param == "triton" and backend.unavailable("triton"):
         pytest.skip(backend.unavailable("triton"))
-    monkeypatch.setenv("FLOWBP_KERNELS", choice)
+    monkeypatch.setenv("FLOWBP_KERNELS", request.param)
+    return request.param
+
+
+def shifted(tensor):
+    """A copy, contiguous, that starts one element into its memory: no 16-byte load fits it."""
+    return tensor.new_empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_where_a_tensor_starts_in_its_memory_changes_nothing(name, dtype, choice):
+    arguments = OPS[name].to("cuda", OPS[name].arguments((2, 4096), 5, dtype, False))
+    for moved in range(OPS[name].num_tensors):
+        results = OPS[name].call(*(shifted(a) if i == moved else a for i, a in enumerate(arguments)))
+        for a, b in zip(results, OPS[name].call(*arguments), strict=True):
+            torch.testing.assert_close(a, b, rtol=0 if choice == "cuda" else 1e-6, atol=0)  # Triton sums in another order
+
+
+def test_a_latent_may_be_written_over(choice):
+    x, cache = draw(2, 4097).cuda(), draw(5, 2, 4097, seed=1).cuda()
+    expected = quadrature_update(x, cache, [0, 3], [0.5, -0.25]), *cfg_euler_step(x, cache[0], cache[1], 4.5, -0.04)
+    mine = x.clone()
+    assert quadrature_update(mine, cache, [0, 3], [0.5, -0.25], out=mine) is mine and torch.equal(mine, expected[0])
+    cfg_euler_step(mine.copy_(x), cache[0], cache[1], 4.5, -0.04, velocity_out=cache[0], out=mine)
+    assert torch.equal(mine, expected[1]) and torch.equal(cache[0], expected[2])
+
+
+def test_indices_go_past_32_bits(choice):
+    if torch.cuda.mem_get_info()[0] < 25e9:
+        pytest.skip("less than 25 GB of GPU memory are free")
+    rows, size = 9, 2**28 + 8
+    cache = torch.full((rows, 1, size), 2.0, dtype=torch.bfloat16, device="cuda")
+    x = torch.ones_like(cache[0])
+    assert (quadrature_update(x, cache, [rows - 1], [0.5]) == 2).all()
+    gaps = leap_residuals(x, x, x, cache, [rows - 1], ([0.5], [0.25]))
+    torch.testing.assert_close(gaps.cpu(), torch.tensor([[1.0], [0.5]]))
+    assert (bridge_cotangents(x, x, [1.0] * rows, [3.0] * rows, out=cache) == 4).all()
+    everything = cache.view(1, -1)
+    assert (quadrature_update(everything, cache[None].view(1, 1, -1), [0], [-0.5]) == 2).all()
+    cfg_euler_step(everything, everything, everything, 4.5, -0.5, velocity_out=torch.empty_like(everything), out=everything)
+    assert (everything == 2).all()
+
+
+def test_the_tensors_choose_the_device(choice):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    x, cache = draw(2, 4096), draw(5, 2, 4096, seed=1)
+    with torch.cuda.device(0):
+        assert torch.equal(quadrature_update(x.to("cuda:1"), cache.to("cuda:1"), [0], [0.5]).cpu(), x + 0.5 * cache[0])
+
+
+def test_every_op_can_be_captured(choice):
     x, cache = draw(2, 4096).cuda(), draw(5, 2, 4096, seed=1).cuda()
     slots = torch.empty_like(cache)
 
