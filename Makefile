@@ -1,6 +1,6 @@
 # make demo: from a fresh checkout to a trained model and its report in runs/demo. No GPU, no root.
 #
-#   make install PYTHON=python3.12                   another interpreter (3.10 to 3.13), for a new .venv
+#   make install PYTHON=python3.12                   another interpreter (3.11 to 3.13), for a new .venv
 #   make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"      another build of torch
 #   make wheel-check TORCH_OTHER="torch==2.12.1"      does a wheel built against this torch run under another one (>= 2.10)?
 #   FLOWBP_BUILD=0 make install                      no C++ compiler: the ops run on plain PyTorch
@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	touch $@
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit("flowbp needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("flowbp needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
 # Nothing is downloaded at run time.

@@ -1,7 +1,7 @@
 """Builds the compiled ops of flowbp_kernels; everything else about the package is in pyproject.toml.
 
 The extension is written against LibTorch's stable ABI and touches no Python header: one binary serves every
-torch >= 2.10 and every Python >= 3.10. The CUDA kernels include no torch header: nvcc compiles them on its own, so
+torch >= 2.10 and every Python >= 3.11. The CUDA kernels include no torch header: nvcc compiles them on its own, so
 that a machine with neither GPU nor CUDA torch builds them too.
 
 FLOWBP_BUILD=0        install without compiled ops; they then run on plain PyTorch
@@ -110,7 +110,7 @@ def compiled_ops() -> dict:
     return {
         "ext_modules": [extension],
         "cmdclass": {"build_ext": Build},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
 
 

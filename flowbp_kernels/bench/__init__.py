@@ -108,7 +108,7 @@ def machine(device: str) -> dict:
         "versions": versions | {"cuda": torch.version.cuda},
         "backends": {name: why for name, runs, why in backend.report() if runs and name != "cpu"} | {"cpu": _isa()},
         "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "load_average": round(os.getloadavg()[0], 1),
     }
 
