@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from flowbp.console import hide_loading_bars, hush_libraries
+
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console()
 
@@ -39,9 +41,8 @@ def is_main() -> bool:
 @app.callback()
 def quiet_libraries() -> None:
     """Align text-to-image flow models by reward backpropagation."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    hush_libraries()
 
 
 @app.command()
@@ -57,6 +58,7 @@ def train(
     from flowbp.trainer import train as run
 
     settings = load(config, overrides or ())
+    hide_loading_bars()
     try:
         output = run(settings, resume, overwrite)
     except KeyboardInterrupt:
@@ -135,6 +137,7 @@ def sample(
     from flowbp.data import sample_seeds
 
     run = load(config)
+    hide_loading_bars()
     backbone = load_backbone(**run.backbone.model_dump())
     if weights is not None:
         checkpoint.load_weights(backbone, weights)
@@ -172,6 +175,7 @@ def evaluate(
     run = load(config, overrides or ())
     models = name_models(weights or ([config] if is_run else []))
     folder = out or Path(f"{config.rstrip('/') if is_run else run.output}-eval")
+    hide_loading_bars()
     results = run_evaluation(run, models, folder, overwrite)
     if is_main():
         for table in evaluation_tables(results, f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"):
@@ -229,7 +233,8 @@ def plan(
     drawn = build_method({"name": method} | parse_overrides(overrides or ())).plan(sigmas, np.random.default_rng(seed))
     console.print(plan_table(drawn, sigmas, f"{method}, {steps} steps, seed {seed}"))
     sees = "the sample" if drawn.reward_input is None else f"the posterior mean at node {drawn.reward_input.at}"
-    console.print(f"reward sees {sees}; bridge: {drawn.bridge or 'none'}; re-noised copies: {drawn.num_renoised}", highlight=False)
+    bridge = "none" if drawn.bridge is None else f"at node {drawn.bridge.node}, alpha {drawn.bridge.alpha:g}"
+    console.print(f"reward sees {sees}; bridge: {bridge}; re-noised copies: {drawn.num_renoised}", highlight=False)
     if png is not None:
         from flowbp.figures import draw_plan
 
@@ -244,13 +249,13 @@ def rewards(name: Annotated[str | None, typer.Argument(help="tell more of one re
 
     table = Table(title="flowbp rewards", show_lines=True)
     table.add_column("reward, checkpoint, paper", no_wrap=True)
-    for column in ("size", "licence", "scores", "hinge"):
-        table.add_column(column)
+    table.add_column("parameters, licence, scores")
+    table.add_column("hinge", justify="right")
     for key, source in REWARDS.items() if name is None else [(name, find_source(name))]:
-        size = f"{source.parameters / 1e6:,.0f} M" if source.parameters else ""
+        size = f"{source.parameters / 1e6:,.0f} M" if source.parameters else "–"
         hinge = "" if source.hinge is None else f"{source.hinge:g}"
         names = f"[bold]{key}[/]\n{source.files['model'].repository}\n{source.paper}"
-        table.add_row(names, size, source.licence, source.scores, hinge)
+        table.add_row(names, f"{size}\n{source.licence}\n{source.scores}", hinge)
     console.print(table)
     if name is None:
         console.print("flowbp rewards NAME says how to fetch one; a function of your own is reward.name=module:function", highlight=False)
@@ -270,7 +275,7 @@ def presets(name: Annotated[str | None, typer.Argument(help="print this one as a
     table = Table(title="flowbp train PRESET; defaults are left out, flowbp presets PRESET prints all")
     table.add_column("preset", no_wrap=True)
     for column in ("batch", "guidance", "method"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for preset in names():
         run = load(preset)
         guidance, method = non_defaults(run.guidance), non_defaults(run.method)
@@ -336,7 +341,8 @@ def _gigabytes(size: int) -> str:
 
 def plan_table(drawn, sigmas, title: str) -> Table:
     """The plan's nodes as a table; active nodes in bold."""
-    table = Table("node", "sigma", "value weight", "gradient weight", "role", title=title)
+    numbers = (Column(name, justify="right") for name in ("node", "sigma", "value weight", "gradient weight"))
+    table = Table(*numbers, "role", title=title)
     for node, weight, grad_weight in zip(drawn.nodes, drawn.weights, drawn.grad_weights, strict=True):
         roles = ["active"] if grad_weight else ["cached"]
         if drawn.bridge is not None and node == drawn.bridge.node:

@@ -1,15 +1,56 @@
-"""Progress on the terminal."""
+"""What the terminal shows while flowbp works: progress, and of the libraries' messages those that a user can act on."""
 
 from __future__ import annotations
 
+import logging
 import sys
+from typing import TextIO
 
 from tqdm import tqdm
 
-__all__ = ["progress_bar"]
+__all__ = ["hide_loading_bars", "hush_libraries", "progress_bar"]
+
+HARMLESS = {  # logger: how its messages begin or go on that ask for nothing
+    "transformers.utils.import_utils": "requires torchvision (not installed)",  # rewards have preprocessing of their own
+    "diffusers.loaders.peft": "No LoRA keys associated to CLIPText",  # the text encoders are never tuned
+    "diffusers.loaders.lora_base": "No LoRA keys associated to CLIPText",
+    "diffusers.models.modeling_utils": "should be kept in float32: []",
+}
+LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed} gone, {remaining} left{postfix}"
+
+
+def hush_libraries() -> None:
+    """Drop the HARMLESS messages; all other warnings of the libraries are shown. Imports none of them."""
+    for name, part in HARMLESS.items():
+        logging.getLogger(name).addFilter(lambda record, part=part: part not in record.getMessage())
+
+
+def hide_loading_bars() -> None:
+    """Load pipelines without diffusers' bar of seven parts."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def progress_bar(what: str, unit: str, total: int, done: int = 0, shown: bool = True) -> tqdm:
-    """A bar that redraws often on a terminal, and prints rarely where the output goes to a file."""
-    interval = 0.2 if sys.stderr.isatty() else 20.0
-    return tqdm(desc=what, unit=unit, total=total, initial=done, mininterval=interval, disable=not shown)
+    """A bar that redraws on a terminal; a line a minute where the output goes to a file."""
+    about = {"desc": what, "unit": unit, "total": total, "initial": done, "disable": not shown}
+    if sys.stderr.isatty():
+        return tqdm(**about, mininterval=0.2, dynamic_ncols=True)
+    return tqdm(**about, mininterval=60.0, maxinterval=60.0, bar_format=LINE, file=Lines(sys.stderr))
+
+
+class Lines:
+    """A stream on which each new state of a bar is a line of its own."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.last = stream, ""
+
+    def write(self, text: str) -> None:
+        text = text.strip()
+        if text not in ("", self.last):
+            self.stream.write(f"{text}\n")
+            self.last = text
+
+    def flush(self) -> None:
+        self.stream.flush()
