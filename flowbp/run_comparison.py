@@ -95,10 +95,18 @@ def read_run(folder: Path, name: str) -> Run:
     if not lines:
         raise FileNotFoundError(f"{folder}/metrics.jsonl is empty: the run has not taken a step")
     tables = (folder / f"scores_{side}.csv" for side in ("before", "after"))
-    scores = (Scores.read_csv(table) if table.is_file() else None for table in tables)
+    scores = (read_scores(table) if table.is_file() else None for table in tables)
     recorded = folder / ENVIRONMENT
     environment = json.loads(recorded.read_text()) if recorded.is_file() else {}
     return Run(name, folder, config, [json.loads(line) for line in lines], *scores, environment)
+
+
+def read_scores(path: Path) -> Scores:
+    """Raises ValueError for a table that is cut off or has other columns."""
+    try:
+        return Scores.read_csv(path)
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no whole table of scores ({error}): move it away to compare without it") from None
 
 
 # -- configs -----------------------------------------------------------------------------------------------------------------------

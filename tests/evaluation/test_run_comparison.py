@@ -133,6 +133,15 @@ def test_a_run_that_still_writes_and_one_without_scores_are_compared_as_far_as_t
     assert versions.endswith("copy with flowbp 0.0.9")
 
 
+def test_a_damaged_table_of_scores_is_named(run, other, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(other, copy)
+    for text in ("prompt,category,seed,reward\n", "prompt,category,seed,reward\na circle,,7,"):
+        (copy / "scores_after.csv").write_text(text)
+        with pytest.raises(ValueError, match="copy/scores_after.csv is no whole table of scores"):
+            compare_runs([run, copy], tmp_path / "out")
+
+
 def test_runs_are_named_by_as_much_of_their_paths_as_tells_them_apart(tmp_path):
     assert short_names([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
     with pytest.raises(ValueError, match="compared with itself"):
