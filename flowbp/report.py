@@ -131,11 +131,9 @@ def training_facts(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> dict
     }
 
 
-def images_a_step(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Images of an optimizer step over all processes, as the run recorded them; of one process where it did not. Another number of
-    processes after a resume makes another number of images: "8, then 16"."""
-    product = config.data.batch_size * config.data.accumulate
-    return ", then ".join(str(count) for count in dict.fromkeys(row.get("images", product) for row in rows))
+def images_a_step(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> int:
+    """Images of an optimizer step over all processes, as the run logged them; those of one process where an older run did not."""
+    return rows[-1].get("images", config.data.batch_size * config.data.accumulate)
 
 
 def describe_reward(spec: RewardConfig) -> str:
