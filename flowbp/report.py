@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.metadata
 import io
 import json
 import math
@@ -148,9 +149,10 @@ def with_fields(name: str, fields: Mapping[str, Any]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What ran: flowbp's version and commit, Python, torch and the device."""
+    """What ran: flowbp's version and commit, the libraries and the device."""
     about = machine("cuda" if torch.cuda.is_available() else "cpu")
-    return {"flowbp": flowbp.__version__, "commit": about["commit"], "device": about["device"]} | about["versions"]
+    libraries = {name: importlib.metadata.version(name) for name in ("diffusers", "transformers")}
+    return {"flowbp": flowbp.__version__, "commit": about["commit"]} | about["versions"] | libraries | {"device": about["device"]}
 
 
 def record_environment(folder: Path) -> None:

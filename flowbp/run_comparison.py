@@ -247,7 +247,7 @@ def run_warnings(runs: Sequence[Run], paired: Sequence[Run]) -> list[str]:
     made_with = [describe_environment(run.environment) or "not recorded" for run in runs]
     if len(set(made_with)) > 1:
         parts = grouped(made_with, [run.name for run in runs])
-        found.append("made with different versions or devices: " + "; ".join(f"{names} with {text}" for text, names in parts))
+        found.append("made with different versions or devices: " + "; ".join(f"{names}: {text}" for text, names in parts))
     return found
 
 

@@ -130,7 +130,7 @@ def test_a_run_that_still_writes_and_one_without_scores_are_compared_as_far_as_t
     assert [one["steps"] for one in found["runs"]] == [2, 2] and not found["changes"]
     missing, versions = found["warnings"]
     assert f"copy. To score runs on the same samples: flowbp eval {run} --weights small={run} --weights copy={copy}" in missing
-    assert versions.endswith("copy with flowbp 0.0.9")
+    assert versions.endswith("copy: flowbp 0.0.9")
 
 
 def test_a_damaged_table_of_scores_is_named(run, other, tmp_path):
