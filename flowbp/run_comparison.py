@@ -259,7 +259,7 @@ def page(runs: Sequence[Run], results: Mapping[str, Any]) -> str:
     grids = {run.name: run.folder / "samples_after.png" for run in runs}
     return render(
         "comparison.html",
-        name=" against ".join(names) if len(names) < 4 else f"{names[0]} against {len(names) - 1} runs",
+        name=f"{names[0]} against {' and '.join(names[1:]) if len(names) < 4 else f'{len(names) - 1} runs'}",
         results=results,
         facts_of_first=training_facts(runs[0].config, runs[0].rows),
         styles=figures.styles(names),
