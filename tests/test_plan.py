@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowbp.active_sets import DirichletPair, UniformPair, stratified
+from flowbp.active_sets import DirichletPair, UniformPair, stratified, stratified_draws
 from flowbp.methods import METHODS, DRaFTLV, DRTune, FlowBPBridge, FlowBPLagrange, FlowBPSparse, LeapAlign, ReFL
 from flowbp.plan import Bridge, PosteriorMean, Similarity, SurrogatePlan
 
@@ -51,6 +51,13 @@ def test_bridge_keeps_its_node_active_and_one_node_on_each_side():
         plan = FlowBPBridge(num_active=2).plan(SIGMAS, np.random.default_rng(seed))
         (first, _), (second, _) = plan.active
         assert first < plan.bridge.node == second
+
+
+def test_each_stratified_draw_is_distributed_as_one_draw_alone():
+    rng = np.random.default_rng(0)
+    draws = np.array([stratified_draws(lambda rng: rng.random(), 2, float, rng) for _ in range(2000)])
+    assert np.allclose(draws.mean(0), 0.5, atol=0.04)  # 6 standard errors of a uniform mean
+    assert np.corrcoef(draws.T)[0, 1] < -0.5  # and together they cover the range
 
 
 @pytest.mark.parametrize("draw", [

@@ -108,6 +108,8 @@ def test_zero_coefficients_cut(choice, monkeypatch):
     x, cache = draw(2, 41), draw(3, 2, 41, seed=1)
     cache[1] = torch.nan
     assert leap_residuals(x, x, x, cache, [0, 1, 2], ([0.5, 0.0, 0.0], [0.0, 0.0, 1.0])).isfinite().all()
+    scales = torch.tensor([[1.0, 1.0], [torch.nan, torch.nan], [1.0, 1.0]])
+    assert quadrature_update(x, cache, [0, 1, 2], [0.5, 0.0, 1.0], scales=scales).isfinite().all()
     mixed = leap_residuals(x, x, x, cache, [0, 1], ([0.5, 0.0], [0.0, 1.0]))
     assert mixed[0].isfinite().all() and mixed[1].isnan().all()
     seeds = bridge_cotangents(x, cache[1], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0])
