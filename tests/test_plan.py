@@ -57,7 +57,7 @@ def test_each_stratified_draw_is_distributed_as_one_draw_alone():
     rng = np.random.default_rng(0)
     draws = np.array([stratified_draws(lambda rng: rng.random(), 2, float, rng) for _ in range(2000)])
     assert np.allclose(draws.mean(0), 0.5, atol=0.04)  # 6 standard errors of a uniform mean
-    assert np.corrcoef(draws.T)[0, 1] < -0.5  # and together they cover the range
+    assert np.corrcoef(draws.T)[0, 1] < -0.3  # together they cover the range: independent draws have 0
 
 
 @pytest.mark.parametrize("draw", [
