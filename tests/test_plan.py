@@ -68,6 +68,11 @@ def test_an_active_node_outside_the_rollout_is_refused(draw):
         draw()
 
 
+def test_a_bridge_that_no_earlier_node_crosses_collects_no_gradient():
+    assert FlowBPBridge(alpha=0.5).at(SIGMAS, 4, [4, 9]).active_bridge is None
+    assert FlowBPBridge(alpha=0.5).at(SIGMAS, 4, [3, 4]).active_bridge == Bridge(4, 0.5)
+
+
 def test_a_bridge_that_is_not_active_is_refused():
     with pytest.raises(ValueError, match="bridge node 4 must be an active node; active nodes are .3, 5."):
         FlowBPBridge().at(SIGMAS, 4, [3, 5])

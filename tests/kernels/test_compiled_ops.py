@@ -102,6 +102,14 @@ def test_instruction_sets_with_fused_multiply_add_agree_bit_for_bit(name, monkey
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_what_requires_grad_may_be_written_from_where_none_is_recorded():
+    x, cache, out = draw(2, 41).requires_grad_(), draw(1, 2, 41, seed=1), torch.empty(2, 41)
+    with pytest.raises(ValueError, match="writing into out records no gradient"):
+        quadrature_update(x, cache, [0], [1.0], out=out)
+    with torch.no_grad():
+        assert torch.equal(quadrature_update(x, cache, [0], [1.0], out=out), x + cache[0])
+
+
 @pytest.mark.parametrize("choice", ["cpu", "reference"])
 def test_zero_coefficients_cut(choice, monkeypatch):
     monkeypatch.setenv("FLOWBP_KERNELS", choice)
