@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowbp.active_sets import DirichletPair, UniformPair, stratified
+from flowbp.active_sets import DirichletPair, UniformPair, stratified, stratified_draws
 from flowbp.methods import METHODS, DRaFTLV, DRTune, FlowBPBridge, FlowBPLagrange, FlowBPSparse, LeapAlign, ReFL
 from flowbp.plan import Bridge, PosteriorMean, Similarity, SurrogatePlan
 
@@ -53,12 +53,24 @@ def test_bridge_keeps_its_node_active_and_one_node_on_each_side():
         assert first < plan.bridge.node == second
 
 
+def test_each_stratified_draw_is_distributed_as_one_draw_alone():
+    rng = np.random.default_rng(0)
+    draws = np.array([stratified_draws(lambda rng: rng.random(), 2, float, rng) for _ in range(2000)])
+    assert np.allclose(draws.mean(0), 0.5, atol=0.04)  # 6 standard errors of a uniform mean
+    assert np.corrcoef(draws.T)[0, 1] < -0.3  # together they cover the range: independent draws have 0
+
+
 @pytest.mark.parametrize("draw", [
     lambda: FlowBPSparse().at(SIGMAS, [3, 25]), lambda: FlowBPBridge().at(SIGMAS, 4, [-1, 4]), lambda: DRTune().at(SIGMAS, 20, [3, 21]),
 ])  # fmt: skip
 def test_an_active_node_outside_the_rollout_is_refused(draw):
     with pytest.raises(ValueError, match=r"active nodes must lie in \[0, 2[04]\], got \[(25|-1|21)\]"):
         draw()
+
+
+def test_a_bridge_that_no_earlier_node_crosses_collects_no_gradient():
+    assert FlowBPBridge(alpha=0.5).at(SIGMAS, 4, [4, 9]).active_bridge is None
+    assert FlowBPBridge(alpha=0.5).at(SIGMAS, 4, [3, 4]).active_bridge == Bridge(4, 0.5)
 
 
 def test_a_bridge_that_is_not_active_is_refused():

@@ -102,12 +102,22 @@ def test_instruction_sets_with_fused_multiply_add_agree_bit_for_bit(name, monkey
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_what_requires_grad_may_be_written_from_where_none_is_recorded():
+    x, cache, out = draw(2, 41).requires_grad_(), draw(1, 2, 41, seed=1), torch.empty(2, 41)
+    with pytest.raises(ValueError, match="writing into out records no gradient"):
+        quadrature_update(x, cache, [0], [1.0], out=out)
+    with torch.no_grad():
+        assert torch.equal(quadrature_update(x, cache, [0], [1.0], out=out), x + cache[0])
+
+
 @pytest.mark.parametrize("choice", ["cpu", "reference"])
 def test_zero_coefficients_cut(choice, monkeypatch):
     monkeypatch.setenv("FLOWBP_KERNELS", choice)
     x, cache = draw(2, 41), draw(3, 2, 41, seed=1)
     cache[1] = torch.nan
     assert leap_residuals(x, x, x, cache, [0, 1, 2], ([0.5, 0.0, 0.0], [0.0, 0.0, 1.0])).isfinite().all()
+    scales = torch.tensor([[1.0, 1.0], [torch.nan, torch.nan], [1.0, 1.0]])
+    assert quadrature_update(x, cache, [0, 1, 2], [0.5, 0.0, 1.0], scales=scales).isfinite().all()
     mixed = leap_residuals(x, x, x, cache, [0, 1], ([0.5, 0.0], [0.0, 1.0]))
     assert mixed[0].isfinite().all() and mixed[1].isnan().all()
     seeds = bridge_cotangents(x, cache[1], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0])
