@@ -244,7 +244,7 @@ def rewards(name: Annotated[str | None, typer.Argument(help="tell more of one re
 
     table = Table(title="flowbp rewards", show_lines=True)
     table.add_column("reward, checkpoint, paper", no_wrap=True)
-    for column in ("size", "licence", "scores", "hinge"):
+    for column in ("parameters", "licence", "scores", "hinge"):
         table.add_column(column)
     for key, source in REWARDS.items() if name is None else [(name, find_source(name))]:
         size = f"{source.parameters / 1e6:,.0f} M" if source.parameters else ""

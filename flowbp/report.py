@@ -277,7 +277,7 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if any(undefined(row["low"]) for row in shown(rows)):
         found.append("–: fewer than six prompts bear no 95 % interval.")
     if any(row["low"] == row["high"] for row in shown(rows) if not undefined(row["low"])):
-        found.append("all equal: no prompt differs from another, which is not certainty: none of n leaves up to 3 / n.")
+        found.append("all equal: no prompt differs from another, which is not certainty: 0 of n successes leave up to 3 / n.")
     return found
 
 
