@@ -38,6 +38,8 @@ __all__ = [
     "panels",
     "record_environment",
     "render",
+    "scale_of",
+    "scale_of_change",
     "shown",
     "signed",
     "to_json",
@@ -234,6 +236,7 @@ def render(template: str, **values: Any) -> str:
     loader = jinja2.PackageLoader("flowbp")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"number": number, "signed": signed, "between": between, "scale": scale_of, "p": p_text}
+    environment.filters["change_scale"] = scale_of_change
     environment.filters |= {"direction": direction, "shown": shown, "notes": notes}
     environment.globals["statistics"] = list(IMAGE_STATISTICS)
     return environment.get_template(template).render(**values)
@@ -259,8 +262,17 @@ def between(ends: Sequence[float | None], scale: float = 1.0) -> str:
 
 
 def scale_of(row: Mapping[str, Any]) -> float:
-    """The size of the numbers of a row of means or of paired changes."""
-    return max((abs(row[key]) for key in ("mean", "before", "after") if not undefined(row.get(key))), default=1.0)
+    """The size of the means of a row."""
+    return size_of(row, "mean", "before", "after")
+
+
+def scale_of_change(row: Mapping[str, Any]) -> float:
+    """The size of a row's change and its interval, which may be far smaller than its means."""
+    return size_of(row, "change", "low", "high")
+
+
+def size_of(row: Mapping[str, Any], *keys: str) -> float:
+    return max((abs(row[key]) for key in keys if not undefined(row.get(key))), default=1.0)
 
 
 def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from flowbp.config import EvaluationConfig
 from flowbp.data import load_prompts
 from flowbp.evaluation import Difference, Samples, Scores, compare, draw_samples
-from flowbp.report import between, signed
+from flowbp.report import between, scale_of_change, signed
 
 __all__ = ["Sentinel", "best_step", "exhausted", "warnings"]
 
@@ -151,4 +151,5 @@ def overall(before: Scores, after: Scores) -> dict[str, Difference]:
 
 
 def change(row: Difference) -> str:
-    return f"{signed(row.change)} {between((row.low, row.high))}"
+    scale = scale_of_change(vars(row))
+    return f"{signed(row.change, scale)} {between((row.low, row.high), scale)}"
