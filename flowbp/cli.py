@@ -390,7 +390,7 @@ def means_table(rows: list[dict], column: str, title: str) -> Table:
 
 def metric_table(title: str, *columns: str) -> Table:
     """An empty table of a column of metrics and `columns` of numbers."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("metric", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)

@@ -243,10 +243,11 @@ def render(template: str, **values: Any) -> str:
 
 
 def number(value: float | None, scale: float = 1.0, sign: str = "") -> str:
-    """Three decimals; three figures of `scale` where that is below .01 or from 100 on. A dash for nan."""
+    """Three decimals; two figures of `scale` where that is below .01, three from 100 on. A dash for nan."""
     if undefined(value):
         return "–"
-    decimals = 3 if scale == 0 or 0.01 <= abs(scale) < 100 else max(0, 2 - math.floor(math.log10(abs(scale))))
+    magnitude = math.floor(math.log10(abs(scale))) if scale else 0  # 10^magnitude <= |scale|
+    decimals = 1 - magnitude if magnitude < -2 else 3 if magnitude < 2 else max(0, 2 - magnitude)
     return f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"  # + 0.0: no negative zero
 
 
