@@ -288,7 +288,10 @@ def load_weights(backbone: Backbone, source: Path) -> None:
         weights = type(backbone.denoiser).from_pretrained(folder).state_dict()
         backbone.denoiser.load_state_dict(weights)
     else:
-        saved = lora_shapes(load_file(files[0]))
+        try:
+            saved = lora_shapes(load_file(files[0]))
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{files[0]} is not a LoRA in safetensors: {error}; pass a run, its checkpoint, or a LoRA file") from error
         weights = {name: module.weight.shape for name, module in backbone.denoiser.named_modules() if isinstance(module, nn.Linear)}
         strange = [name for name, shape in saved.items() if weights.get(name) != shape]
         if strange:

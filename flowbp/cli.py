@@ -356,13 +356,13 @@ def plan_table(drawn, sigmas, title: str) -> Table:
 
 def comparison_table(rows: list[dict], title: str, before: str = "before", after: str = "after") -> Table:
     """Paired changes; image statistics over all images only. Bold marks a change that its interval and its test confirm."""
-    from flowbp.report import between, direction, notes, number, p_text, scale_of, shown, signed
+    from flowbp.report import between, direction, notes, number, p_text, scale_of, scale_of_change, shown, signed
 
     table = metric_table(title, "n", before, after, "change, 95 %", "p")
     table.caption = "\n".join(notes(rows)) or None
     for row in shown(rows):
-        scale = scale_of(row)
-        change = f"{signed(row['change'], scale)} {between((row['low'], row['high']), scale)}"
+        scale, finer = scale_of(row), scale_of_change(row)
+        change = f"{signed(row['change'], finer)} {between((row['low'], row['high']), finer)}"
         cells = (str(row["count"]), number(row["before"], scale), number(row["after"], scale), change, p_text(row["p_value"]))
         table.add_row(metric_label(row), *cells, style="bold" if direction(row) else None)
     return table
@@ -396,7 +396,7 @@ def means_table(rows: list[dict], column: str, title: str) -> Table:
 
 def metric_table(title: str, *columns: str) -> Table:
     """An empty table of a column of metrics and `columns` of numbers."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("metric", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -410,7 +410,7 @@ def metric_label(row: dict) -> str:
 
 def evaluation_tables(results: dict, title: str) -> Iterator[Table]:
     """One table of paired changes for each tuned model; without any, the base model's means."""
-    from flowbp.report import between, notes, number
+    from flowbp.report import between, notes, number, scale_of
 
     for name in [model["name"] for model in results["models"][1:]]:
         rows = [row for row in results["changes"] if row["model"] == name]
@@ -419,7 +419,8 @@ def evaluation_tables(results: dict, title: str) -> Iterator[Table]:
         table = metric_table(f"base: {title}", "n", "mean", "95 %")
         table.caption = "\n".join(notes(results["means"])) or None
         for row in results["means"]:
-            table.add_row(metric_label(row), str(row["count"]), number(row["mean"]), between((row["low"], row["high"])))
+            scale = scale_of(row)
+            table.add_row(metric_label(row), str(row["count"]), number(row["mean"], scale), between((row["low"], row["high"]), scale))
         yield table
 
 

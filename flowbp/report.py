@@ -39,6 +39,8 @@ __all__ = [
     "panels",
     "record_environment",
     "render",
+    "scale_of",
+    "scale_of_change",
     "shown",
     "signed",
     "to_json",
@@ -234,16 +236,18 @@ def render(template: str, **values: Any) -> str:
     loader = jinja2.PackageLoader("flowbp")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"number": number, "signed": signed, "between": between, "scale": scale_of, "p": p_text}
+    environment.filters["change_scale"] = scale_of_change
     environment.filters |= {"direction": direction, "shown": shown, "notes": notes}
     environment.globals["statistics"] = list(IMAGE_STATISTICS)
     return environment.get_template(template).render(**values)
 
 
 def number(value: float | None, scale: float = 1.0, sign: str = "") -> str:
-    """Three decimals; three figures of `scale` where that is below .01 or from 100 on. A dash for nan."""
+    """Three decimals; two figures of `scale` where that is below .01, three from 100 on. A dash for nan."""
     if undefined(value):
         return "–"
-    decimals = 3 if scale == 0 or 0.01 <= abs(scale) < 100 else max(0, 2 - math.floor(math.log10(abs(scale))))
+    magnitude = math.floor(math.log10(abs(scale))) if scale else 0  # 10^magnitude <= |scale|
+    decimals = 1 - magnitude if magnitude < -2 else 3 if magnitude < 2 else max(0, 2 - magnitude)
     return f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"  # + 0.0: no negative zero
 
 
@@ -259,8 +263,17 @@ def between(ends: Sequence[float | None], scale: float = 1.0) -> str:
 
 
 def scale_of(row: Mapping[str, Any]) -> float:
-    """The size of the numbers of a row of means or of paired changes."""
-    return max((abs(row[key]) for key in ("mean", "before", "after") if not undefined(row.get(key))), default=1.0)
+    """The size of the means of a row."""
+    return size_of(row, "mean", "before", "after")
+
+
+def scale_of_change(row: Mapping[str, Any]) -> float:
+    """The size of a row's change and its interval, which may be far smaller than its means."""
+    return size_of(row, "change", "low", "high")
+
+
+def size_of(row: Mapping[str, Any], *keys: str) -> float:
+    return max((abs(row[key]) for key in keys if not undefined(row.get(key))), default=1.0)
 
 
 def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -277,7 +290,7 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if any(undefined(row["low"]) for row in shown(rows)):
         found.append("–: fewer than six prompts bear no 95 % interval.")
     if any(row["low"] == row["high"] for row in shown(rows) if not undefined(row["low"])):
-        found.append("all equal: no prompt differs from another, which is not certainty: none of n leaves up to 3 / n.")
+        found.append("all equal: no prompt differs from another, which is not certainty: 0 of n successes leave up to 3 / n.")
     return found
 
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from flowbp.config import EvaluationConfig
 from flowbp.data import load_prompts
 from flowbp.evaluation import Difference, Samples, Scores, compare, draw_samples
-from flowbp.report import between, signed
+from flowbp.report import between, scale_of_change, signed
 
 __all__ = ["Sentinel", "best_step", "exhausted", "warnings"]
 
@@ -94,9 +94,9 @@ def step_of(path: Path) -> int:
 
 
 def validation_samples(config: EvaluationConfig) -> Samples:
-    """The samples of the periodic evaluations: two images of each prompt, for their diversity. No image is kept."""
-    prompts = load_prompts(config.validation_prompts or config.prompts)
-    return draw_samples(prompts, config.model_copy(update={"samples": config.validation_samples, "grid": 0}), of_each=2)
+    """The samples of the periodic evaluations: two images of each of validation_samples // 2 prompts, for their diversity; none is kept."""
+    prompts, pairs = load_prompts(config.validation_prompts or config.prompts), config.validation_samples // 2
+    return draw_samples(prompts, config.model_copy(update={"samples": 2 * pairs, "grid": 0}), of_each=2)
 
 
 def best_step(history: History, metric: str) -> int:
@@ -151,4 +151,5 @@ def overall(before: Scores, after: Scores) -> dict[str, Difference]:
 
 
 def change(row: Difference) -> str:
-    return f"{signed(row.change)} {between((row.low, row.high))}"
+    scale = scale_of_change(vars(row))
+    return f"{signed(row.change, scale)} {between((row.low, row.high), scale)}"

@@ -36,6 +36,7 @@ class RewardSource:
     files: constructor argument -> files on the Hub; "model" comes first, and its first name is the checkpoint that sha256 is of.
     parameters: of the model. scores: where scores usually lie. hinge: a published target, None where there is none.
     revision and sha256 are None where no value could be confirmed: then the files are not pinned, and the loader says so.
+    instruction: where the text is published that a language model was trained to be asked (see `qwen.instruction`).
     """
 
     target: str
@@ -46,6 +47,7 @@ class RewardSource:
     paper: str
     hinge: float | None = None
     sha256: str | None = None
+    instruction: str | None = None
 
 
 REWARDS: dict[str, RewardSource] = {
@@ -109,6 +111,7 @@ REWARDS: dict[str, RewardSource] = {
         scores="mostly 0 to 15",
         hinge=13.5,
         paper="arXiv 2508.03789",
+        instruction="github.com/MizzenAI/HPSv3",
     ),
     "unifiedreward": RewardSource(
         target="unifiedreward:UnifiedReward",
@@ -117,6 +120,7 @@ REWARDS: dict[str, RewardSource] = {
         licence="MIT",
         scores="1 to 5",
         paper="arXiv 2503.05236",
+        instruction="github.com/CodeGoat24/UnifiedReward",
     ),
 }
 
@@ -201,5 +205,9 @@ def find_folders(name: str, source: RewardSource, model: str | None, revision: s
 def how_to_fetch(name: str, files: Mapping[str, HubFiles], folder: str | Path) -> str:
     """What to type to have the reward in a local folder, and the config key that names it."""
     commands = "\n".join(f"  {part.download_command(folder)}" for part in files.values())
+    if (published := REWARDS[name].instruction) is not None:
+        commands += (
+            f"\nwrite what it was trained to be asked to {folder}/instruction.txt, {{prompt}} for the caption (in the code at {published})"
+        )
     config = f"reward: {{name: {name}, model: {folder}}}"
     return f"Fetch it where there is a network:\n{commands}\nand name the folder in the config:\n  {config}"

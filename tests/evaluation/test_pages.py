@@ -9,7 +9,7 @@ import pytest
 from flowbp import figures
 from flowbp.config import load
 from flowbp.evaluation_run import Model, run_evaluation
-from flowbp.report import between, duration, images_a_step, number, signed
+from flowbp.report import between, duration, images_a_step, number, scale_of, scale_of_change, signed
 from flowbp.run_comparison import compare_runs
 
 VOID = {"meta", "img", "br", "link"}
@@ -75,10 +75,17 @@ def test_runs_of_equal_methods_are_not_called_a_comparison_of_methods(run, pages
 
 @pytest.mark.parametrize(
     ("value", "scale", "text"),
-    [(0.51234, 0.5, "0.512"), (-0.0001, 0.5, "0.000"), (0.000123, 0.0004, "0.000123"), (123.456, 123.4, "123"), (1.5, 0.0, "1.500")],
+    [(0.51234, 0.5, "0.512"), (-0.0001, 0.5, "0.000"), (0.000123, 0.0004, "0.00012"), (123.456, 123.4, "123"), (1.5, 0.0, "1.500")],
 )
-def test_numbers_have_three_decimals_or_three_figures_of_their_scale(value, scale, text):
+def test_numbers_have_three_decimals_or_enough_figures_of_their_scale(value, scale, text):
     assert number(value, scale) == text
+
+
+def test_a_change_far_smaller_than_its_means_is_not_shown_as_zero():
+    row = {"before": 0.087, "after": 0.0873, "change": 0.00032, "low": -0.00033, "high": 0.0025}
+    scale = scale_of_change(row)
+    assert signed(row["change"], scale) == "+0.0003" and between((row["low"], row["high"]), scale) == "[-0.0003, 0.0025]"
+    assert scale_of(row) == 0.0873 and scale_of_change(row | {"low": None, "high": None}) == 0.00032
 
 
 def test_what_is_no_number_is_a_dash():

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from flowbp import checkpoint
 from flowbp.config import ConfigError, dump, load
-from flowbp.data import Prompt
+from flowbp.data import Prompt, load_prompts
 from flowbp.evaluation import Scores
-from flowbp.sentinel import best_step, exhausted, warnings
+from flowbp.sentinel import best_step, exhausted, validation_samples, warnings
 from flowbp.trainer import Trainer, train
 
 N = 60
@@ -55,6 +55,13 @@ def test_a_run_without_that_is_not_accused(curves):
 def test_image_statistics_warn_beyond_their_limit_and_in_their_direction(metric, end, warned):
     found = warnings(history(**{"reward": [0, 1], metric: [10, end + 0.01]}), ["reward"], [])
     assert bool(found) == warned and all(line.startswith(f"{metric} changed by") for line in found)
+
+
+def test_every_prompt_has_two_images_so_that_diversity_is_measured():
+    config = load("demo", ["evaluation.every=1", "evaluation.validation_samples=13"]).evaluation
+    expected = load_prompts("shapes:test")[:6]
+    drawn = validation_samples(config).prompts
+    assert drawn[::2] == drawn[1::2] == expected
 
 
 def test_too_few_prompts_are_said_instead_of_no_warning():

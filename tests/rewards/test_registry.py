@@ -103,4 +103,6 @@ def test_the_command_line_lists_every_reward_and_how_to_fetch_one():
     assert table.exit_code == 0 and all(name in table.output for name in REWARDS)
     one = cli.invoke(app, ["rewards", "hpsv2"], env={"COLUMNS": "200"})
     assert one.exit_code == 0 and "hf download xswu/HPSv2" in one.output and "0.55" in one.output
+    asked = cli.invoke(app, ["rewards", "hpsv3"], env={"COLUMNS": "200"})
+    assert "rewards/hpsv3/instruction.txt" in asked.output and "github.com/MizzenAI/HPSv3" in asked.output
     assert isinstance(cli.invoke(app, ["rewards", "hpsvv"]).exception, ValueError)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_rewards import PROMPTS, images
 
-from flowbp.rewards import load_reward
+from flowbp.rewards import ImageEncoder, load_reward
 from flowbp.rewards.clip import CLIPReward, PickScore
 from flowbp.rewards.hpsv2 import HPSv2, clip_from_open_clip
 from flowbp.rewards.preprocessing import fit_long_side, normalise
@@ -58,6 +58,23 @@ def test_bfloat16_weights_give_nearly_the_same_float32_score(reward):
     exact, rough = reward()(images(), PROMPTS), reward(dtype="bfloat16")(images(), PROMPTS)
     assert exact.dtype == rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.05)
+
+
+def test_the_temperature_of_pickscore_is_not_rounded_with_its_weights(folders):
+    cosine, score = (load_reward(name, str(folders["pickscore"]), dtype="bfloat16")(images(), PROMPTS) for name in ("clip", "pickscore"))
+    exact = load_file(folders["pickscore"] / "model.safetensors")["logit_scale"].exp()
+    assert exact.bfloat16() != exact
+    torch.testing.assert_close(score, exact * cosine, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["clip", "pickscore", "hpsv2", "aesthetic"])
+def test_rewards_of_the_clip_class_embed_images(name, folders):
+    reward, x = load_reward(name, str(folders[name]), dtype="bfloat16"), images()
+    embedded = reward.embed(x)
+    assert isinstance(reward, ImageEncoder) and embedded.dtype == torch.float32
+    torch.testing.assert_close(embedded.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(reward.embed(x.flip(0))[0], embedded[1], rtol=0, atol=1e-2)
+    assert not embedded[0].equal(embedded[1])
 
 
 @every_reward
