@@ -146,7 +146,7 @@ def splits_gradients(case, folder, world):
 
 def scores(case, folder, world):
     """(scores by metric, the first images, how many chunks this process scored) of the weights that a run starts from."""
-    evaluation_config = f"evaluation={{prompts: {folder}/prompts.txt, samples: 5, batch_size: 2, grid: 3, num_steps: 3}}"
+    evaluation_config = f"evaluation={{prompts: {folder}/prompts.txt, samples: 5, batch_size: 2, grid: 3, num_steps: 3, checker: null}}"
     trainer = make_trainer(case, folder, world, evaluation_config)
     config, chunks = trainer.config.evaluation, []
     named = evaluation.scorers(config, trainer.mixture.rewards, {})
