@@ -37,6 +37,7 @@ CASES = {  # name: (pipeline, overrides)
     "sharded lora": (FLUX2, (*LORA, "memory.shard=true", "method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "data.accumulate=2")),
     "sharded bridge": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory.shard=true", "data.accumulate=2")),
     "sharded, kept graphs": (FLUX2, ("method.name=flowbp-lagrange", "memory={shard: true, recompute: never}")),
+    "sharded, auto": (SD3, ("method={name: flowbp-sparse, num_active: 3}", "memory={shard: true, recompute: auto, budget_gb: 0.002}")),
     "sharded gradients": (
         SD3,
         ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory={shard: true, shard_gradients: true}", "data.accumulate=2"),

@@ -60,8 +60,9 @@ def test_processes_take_the_step_of_one(ranks, alone):
         assert (gradient - expected).norm() <= tolerance * expected.norm(), (case, (gradient - expected).norm() / expected.norm())
         for key in ("loss", "reward", "grad_norm", "sample_grad_norm"):
             assert row[key] == pytest.approx(expected_row[key], rel=tolerance), (case, key)
-        for other_row, other in (rank[case] for rank in ranks[1:]):
+        for other_row, other in (rank[case] for rank in ranks):
             assert torch.equal(other, gradient) and other_row["loss"] == row["loss"]
+            assert len(other_row["nodes"]) == len(expected_row["nodes"])
 
 
 @pytest.mark.parametrize("case", ranks_worker.RESUMED)
