@@ -1,7 +1,7 @@
 """The table of docs/estimate.md:  python benchmarks/estimates.py
 
 Gigabytes that a process takes at the peak of a step, by `flowbp estimate`, for every published preset, and before the first step, when the
-text encoders are in memory. Needs no GPU.
+text encoders are on the device. Needs no GPU.
 """
 
 import os
@@ -17,16 +17,17 @@ from flowbp.estimate import Estimate, estimate  # noqa: E402
 
 
 def main() -> None:
-    columns = ("preset", "batch", "full, 1 process", "full, 8 processes", "LoRA, 1 process", "embedding", "cost, x sampling")
+    peaks = ("full, 1 process", "full, 8 processes", "gradients split", "LoRA, 1 process", "embedding")
+    columns = ("preset", "batch", *peaks, "cost, x sampling")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in presets.names():
         if "/" not in name:
             continue
-        full, lora = load(name), load(name, ["tuning.mode=lora"])
-        found = [estimate(full), estimate(full, processes=8), estimate(lora)]
-        peaks = " | ".join(step_peak(each) for each in found)
+        full, split, lora = (load(name, overrides) for overrides in ([], ["memory.shard_gradients=true"], ["tuning.mode=lora"]))
+        found = [estimate(full), estimate(full, processes=8), estimate(split, processes=8), estimate(lora)]
+        cells = " | ".join(step_peak(each) for each in found)
         embedding = found[1].peaks["embedding"] / 1e9
-        print(f"| {name} | {full.data.batch_size} | {peaks} | {embedding:.1f} | {found[0].relative_cost:.1f} |", flush=True)
+        print(f"| {name} | {full.data.batch_size} | {cells} | {embedding:.1f} | {found[0].relative_cost:.1f} |", flush=True)
 
 
 def step_peak(found: Estimate) -> str:

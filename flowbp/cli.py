@@ -135,10 +135,11 @@ def sample(
     from flowbp.backbones import load_backbone
     from flowbp.config import load
     from flowbp.data import sample_seeds
+    from flowbp.distributed import process_state
 
     run = load(config)
     hide_loading_bars()
-    backbone = load_backbone(**run.backbone.model_dump())
+    backbone = load_backbone(**run.backbone.model_dump(), device=str(process_state().device))
     if weights is not None:
         checkpoint.load_weights(backbone, weights)
     images = evaluation.generate(backbone, prompts, sample_seeds(seed, count=len(prompts)), run.rollout, run.guidance)

@@ -33,7 +33,7 @@ from flowbp.guidance import Conditioning
 
 __all__ = ["EmbeddingCache", "default_cache", "embed_once", "encoder_hash"]
 
-BATCH = 16  # prompts that are encoded together, always as many: rounding depends on the size of a batch
+BATCH = 8  # prompts that are encoded together, always as many: rounding depends on the size of a batch
 
 Encode = Callable[[list[str]], Conditioning]
 Signature = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -153,7 +153,7 @@ def encoder_hash(backbone: Backbone) -> str:
     """Hash of all that determines an embedding beside the prompt; weights are represented by 64 evenly spaced values of each tensor."""
     digest = hashlib.sha256()
     versions = [importlib.metadata.version(package) for package in ("flowbp", "diffusers", "transformers")]
-    digest.update(repr((type(backbone).__qualname__, backbone.text_options, versions)).encode())
+    digest.update(repr((type(backbone).__qualname__, backbone.text_options, BATCH, versions)).encode())
     for name, encoder in text_encoders(backbone).items():
         digest.update(json.dumps([name, encoder.config.to_dict()], sort_keys=True, default=str).encode())
         for key, value in encoder.state_dict().items():

@@ -69,27 +69,30 @@ def describe(velocity: Callable) -> str:
 class Recompute:
     """Decides, node by node while a rollout runs, which graphs are kept. Hold on to it from step to step: `auto` learns.
 
-    mode    "always", "never" or "auto"
-    budget  bytes that kept graphs may take in mode "auto". None measures it: the first rollout weighs one graph and keeps none, and from
-            the second on kept graphs get what was still free when memory use was at its peak (reward graph, replays and optimizer
-            included), less one graph's worth of slack. Ranks agree on the smallest count.
+    mode      "always", "never" or "auto"
+    budget    bytes that kept graphs may take in mode "auto". None measures it: the first rollout weighs one graph, the first step keeps
+              none, and from the second on kept graphs get what was still free when memory use was at its peak (reward graph, replays and
+              optimizer included), less one graph's worth of slack. Ranks agree on the smallest count.
+    rollouts  in a step
 
     Raises ValueError for an unknown mode, or for a budget outside of "auto".
     """
 
-    def __init__(self, mode: Literal["always", "never", "auto"] = "always", budget: int | None = None):
+    def __init__(self, mode: Literal["always", "never", "auto"] = "always", budget: int | None = None, rollouts: int = 1):
         if mode not in ("always", "never", "auto"):
             raise ValueError(f"recompute must be 'always', 'never' or 'auto', not {mode!r}")
         if budget is not None and (mode != "auto" or budget < 0):
             raise ValueError(f"a budget of {budget} bytes for kept graphs needs recompute='auto' (not {mode!r}) and must be 0 or more")
         self.mode, self.budget = mode, budget
+        self.unmeasured = rollouts  # that are still to pass before memory is measured
         self.graph_bytes: int | None = None  # what one node's graph holds, once weighed
         self.capacity: int | None = None  # graphs that fit, once known
 
     def begin(self, device: torch.device) -> None:
-        """A rollout starts: in "auto" without a budget, the second one settles how many graphs fit."""
-        if self.graph_bytes is not None and self.capacity is None:
+        """A rollout starts: in "auto" without a budget, the first of the second step settles how many graphs fit."""
+        if self.graph_bytes is not None and self.capacity is None and self.unmeasured <= 0:
             self._settle(spare_bytes(device) - self.graph_bytes, device)
+        self.unmeasured -= 1
 
     def keeps(self, remaining: int) -> bool:
         """Whether the graph of a node is recorded and kept; `remaining` counts the active nodes from this one to the clean end."""

@@ -89,7 +89,7 @@ class Trainer:
         self.ranks = Ranks(self.accelerator, self.backbone, config.memory.shard, config.memory.shard_gradients)
         self.parameters = trained(self.backbone)  # by now, shards perhaps
         budget = config.memory.budget_gb
-        self.recompute = Recompute(config.memory.recompute, None if budget is None else int(budget * 1e9))
+        self.recompute = Recompute(config.memory.recompute, None if budget is None else int(budget * 1e9), config.data.accumulate)
         self.masters = master_weights(self.parameters) if config.tuning.master_weights else self.parameters
         self.optimizer = build_optimizer(self.masters.values(), config.optimizer)
         self.phases = Phases()
@@ -212,8 +212,16 @@ class Trainer:
         return row | {"seconds": now() - began} | seconds | {"peak_mb": peak_memory_mb()}
 
     def update(self, step: int) -> dict:
-        """Clip the gradient and step the optimizer and the moving average; a broken gradient is skipped."""
-        options = self.config.optimizer
+        """Clip the gradient and step the optimizer and the moving average; a broken gradient is skipped.
+
+        Raises ValueError where a trained parameter has none.
+        """
+        options, missing = self.config.optimizer, [name for name, p in self.parameters.items() if p.grad is None]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(self.parameters)} trained parameters take no part in the velocity and would never change, such as "
+                f"{missing[0]}: name other modules in tuning.targets"
+            )
         hand_over_gradients(self.parameters, self.masters)
         norm = full(torch.nn.utils.clip_grad_norm_(self.masters.values(), options.max_grad_norm)).item()
         lr = options.lr * min(1.0, (step + 1) / (options.warmup + 1))

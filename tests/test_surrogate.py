@@ -363,6 +363,8 @@ def test_auto_keeps_as_many_graphs_as_the_budget_holds_from_the_clean_end(monkey
     monkeypatch.setattr("flowbp.replay.spare_bytes", lambda device: 3 * weight.graph_bytes)
     measured = Recompute("auto")
     assert [toy_rollout(ToyField(), plan, 12, recompute=measured).kept.keys() for _ in range(3)] == [set(), {11, 8}, {11, 8}]
+    accumulated = Recompute("auto", rollouts=2)  # the optimizer, which makes its moments after two, comes first
+    assert [len(toy_rollout(ToyField(), plan, 12, recompute=accumulated).kept) for _ in range(4)] == [0, 0, 2, 2]
 
 
 def test_a_graph_weighs_what_it_adds_to_live_memory():

@@ -204,6 +204,29 @@ def test_accumulated_micro_batches_are_averaged(tmp_path):
     trainer.accumulate_gradient(0, 0)
     for key, p in trainer.parameters.items():
         torch.testing.assert_close(p.grad, first[key] + second[key], rtol=1e-4, atol=1e-7)
+    alone = Trainer(tiny(tmp_path, "reward.smooth=null"))
+    alone.accumulate_gradient(0, 0)  # the same plan, prompts and noise
+    for key, p in alone.parameters.items():
+        torch.testing.assert_close(p.grad, 2 * first[key], rtol=1e-4, atol=1e-7)
+
+
+def test_a_trained_parameter_without_gradient_is_named(tmp_path):
+    trainer = Trainer(tiny(tmp_path))
+    trainer.parameters["unused"] = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match=f"1 of {len(trainer.parameters)} trained parameters take no part .* such as unused"):
+        trainer.step(0)
+
+
+def test_the_moving_average_follows_every_step_that_was_taken(tmp_path):
+    trainer = Trainer(tiny(tmp_path, "steps=3", "ema=0.5"))
+    average = {key: p.detach().clone() for key, p in trainer.parameters.items()}
+    for step in range(3):
+        trainer.step(step)
+        decay = min(0.5, (1 + step) / (10 + step)) if step else 0.0  # it warms up
+        average = {key: decay * old + (1 - decay) * trainer.parameters[key].detach() for key, old in average.items()}
+    for key, value in trainer.tuned.items():
+        torch.testing.assert_close(value, average[key], rtol=1e-5, atol=1e-7)
+        assert value.equal(trainer.parameters[key]) == ("transformer_blocks.3.attn.add_q_proj" in key)
 
 
 @pytest.mark.parametrize("name", ["draft-lv", "flowbp-lagrange"])

@@ -13,7 +13,8 @@ from flowbp.backbones import BACKBONES
 from flowbp.backbones.tiny import tiny_pipeline
 from flowbp.config import load
 from flowbp.data import load_prompts
-from flowbp.distributed import full
+from flowbp.distributed import full, laid_out_as
+from flowbp.replay import Recompute
 from flowbp.trainer import Trainer
 from flowbp.tuning import assign
 
@@ -33,8 +34,10 @@ CASES = {  # name: (pipeline, overrides)
     "kept graphs": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory.recompute=never", "data.accumulate=2")),
     "auto": (SD3, ("method={name: flowbp-sparse, num_active: 3}", "memory={recompute: auto, budget_gb: 0.002, checkpointing: true}")),
     "lora": (FLUX2, (*LORA, "method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "data.accumulate=2")),
+    "sharded lora": (FLUX2, (*LORA, "memory.shard=true", "method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "data.accumulate=2")),
     "sharded bridge": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory.shard=true", "data.accumulate=2")),
     "sharded, kept graphs": (FLUX2, ("method.name=flowbp-lagrange", "memory={shard: true, recompute: never}")),
+    "sharded, auto": (SD3, ("method={name: flowbp-sparse, num_active: 3}", "memory={shard: true, recompute: auto, budget_gb: 0.002}")),
     "sharded gradients": (
         SD3,
         ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory={shard: true, shard_gradients: true}", "data.accumulate=2"),
@@ -86,7 +89,7 @@ def train_step(case, folder, world):
     with torch.no_grad():
         for key, p in trainer.parameters.items():  # LoRA starts where half of its gradient is zero
             if "lora_B" in key:
-                p.copy_(torch.randn(p.shape, dtype=p.dtype) / 10)
+                p.copy_(laid_out_as(p, torch.randn(p.shape, dtype=p.dtype) / 10))
     gradients = {}
     trainer.optimizer.register_step_pre_hook(lambda *_: gradients.update({key: p.grad for key, p in trainer.parameters.items()}))
     row = trainer.step(0)
@@ -95,7 +98,7 @@ def train_step(case, folder, world):
 
 
 def resumes(case, folder, world):
-    """Whether a run that goes on from its checkpoint takes the step that the unbroken one takes, weights and moving average."""
+    """(whether a run that goes on from its checkpoint takes the step that the unbroken one takes, the moving average after two steps)"""
     first, second = (make_trainer(case, folder, world, "ema=0.5") for _ in range(2))
     first.step(0)
     output = Path(folder, f"{world} {case}")
@@ -105,10 +108,33 @@ def resumes(case, folder, world):
     done = checkpoint.load_checkpoint(checkpoint.latest_checkpoint(output), *states[1])
     assign(second.parameters, second.masters)
     rows = [{key: trainer.step(done)[key] for key in ("loss", "grad_norm")} for trainer in (first, second)]
-    pairs = [*zip(first.parameters.values(), second.parameters.values(), strict=True)]
-    pairs += zip(first.masters.values(), second.masters.values(), strict=True)
-    pairs += zip(first.ema.shadow_params, second.ema.shadow_params, strict=True)
-    return rows[0] == rows[1] and all(torch.equal(full(a.detach()), full(b.detach())) for a, b in pairs)
+    average = flat(first.ema.shadow_params)
+    weights = [flat([*trainer.parameters.values(), *trainer.masters.values()]) for trainer in (first, second)]
+    return rows[0] == rows[1] and torch.equal(*weights) and torch.equal(average, flat(second.ema.shadow_params)), average
+
+
+def flat(tensors):
+    return torch.cat([full(tensor.detach()).double().flatten() for tensor in tensors])
+
+
+def dropout_gradients(shard, folder, world):
+    """This process's LoRA gradient under dropout, by replays and by kept graphs; its first masks."""
+    gradients = []
+    for recompute in ("always", "never"):
+        overrides = ("tuning.dropout=0.3", f"memory.shard={shard}", f"memory.recompute={recompute}", "guidance.scale=3.0")
+        trainer = make_trainer("lora", folder, world, *overrides)
+        with trainer.ranks.averaging():
+            trainer.accumulate_gradient(0, 1)
+        gradients.append(flat(p.grad for p in trainer.parameters.values()))
+    return gradients
+
+
+def auto_capacity(folder, world, rank):
+    """The number of graphs that this process keeps, where others have memory for more."""
+    trainer = make_trainer("bridge, guided", folder, world)
+    trainer.recompute = Recompute("auto", budget=10**6 * (world - rank))
+    trainer.step(0)
+    return trainer.recompute.capacity, trainer.recompute.budget // trainer.recompute.graph_bytes
 
 
 def splits_gradients(case, folder, world):
@@ -143,6 +169,9 @@ def run(rank, world, port, folder):
         results[f"resume: {case}"] = resumes(case, folder, world)
     for case in ("bridge, guided", "sharded bridge"):
         results[f"scores: {case}"] = scores(case, folder, world)
+    for shard in ("false", "true"):
+        results[f"dropout, shard={shard}"] = dropout_gradients(shard, folder, world)
+    results["auto capacity"] = auto_capacity(folder, world, rank)
     for case in ("sharded bridge", "sharded gradients"):
         results[f"splits gradients: {case}"] = splits_gradients(case, folder, world)
     ranks = make_trainer("bridge, guided", folder, world).ranks
