@@ -97,7 +97,7 @@ class GuidedVelocity:
 
         x may hold the batch at several nodes, [n B, *S] with sigma [n B].
         """
-        copies = len(x) // len(next(iter(self.positive.values())))
+        copies = len(x) // len(next(iter(self.positive.values()))) if self.positive else 1  # nothing to repeat without conditioning
         if copies > 1:
             return self._repeated(copies).replay(x, sigma)
         if self.guidance.active and self.guidance.detach_negative:

@@ -2,9 +2,11 @@
 
 import copy
 import os
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers.utils import logging
 
@@ -14,8 +16,12 @@ from flowbp.backbones.tiny import tiny_pipeline
 from flowbp.config import load
 from flowbp.data import load_prompts
 from flowbp.distributed import full, laid_out_as
+from flowbp.guidance import Guidance, GuidedVelocity
+from flowbp.methods import FlowBPBridge
 from flowbp.replay import Recompute
+from flowbp.surrogate import backward, reward_input
 from flowbp.trainer import Trainer
+from flowbp.trajectory import rollout
 from flowbp.tuning import assign
 
 GLOBAL_BATCH = 4
@@ -145,6 +151,26 @@ def splits_gradients(case, folder, world):
         return all(p.grad is not None for p in trainer.parameters.values())
 
 
+def own_loop(rank, world):
+    """The gradient of a loop that wraps its network in DistributedDataParallel: all in no_sync, averaged at the end."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    wrapped = network if world == 1 else torch.nn.parallel.DistributedDataParallel(network)
+    noise = torch.randn(GLOBAL_BATCH, 3, dtype=torch.float64)[rank * GLOBAL_BATCH // world : (rank + 1) * GLOBAL_BATCH // world]
+    sigmas = torch.linspace(1, 0, 7, dtype=torch.float64)
+    plan = FlowBPBridge(num_active=3, alpha=0.7).plan(sigmas.numpy(), np.random.default_rng(0))
+    velocity = GuidedVelocity(lambda x, sigma, conditioning: wrapped(x), {}, {}, Guidance())
+    with nullcontext() if world == 1 else wrapped.no_sync():
+        trajectory = rollout(velocity, noise, sigmas, plan)
+        x = reward_input(plan, trajectory).requires_grad_()
+        (g,) = torch.autograd.grad(x.square().sum(dim=1).mean(), x)
+        backward(plan, trajectory, velocity.replay, g)
+    gradient = torch.cat([p.grad.flatten() for p in network.parameters()])
+    if world > 1:
+        torch.distributed.all_reduce(gradient)
+    return gradient / world
+
+
 def scores(case, folder, world):
     """(scores by metric, the first images, how many chunks this process scored) of the weights that a run starts from."""
     evaluation_config = f"evaluation={{prompts: {folder}/prompts.txt, samples: 5, batch_size: 2, grid: 3, num_steps: 3, checker: null}}"
@@ -174,6 +200,7 @@ def run(rank, world, port, folder):
     results["auto capacity"] = auto_capacity(folder, world, rank)
     for case in ("sharded bridge", "sharded gradients"):
         results[f"splits gradients: {case}"] = splits_gradients(case, folder, world)
+    results["own loop"] = own_loop(rank, world)
     ranks = make_trainer("bridge, guided", folder, world).ranks
     results["main says"] = [ranks.main_says(lambda: rank == 0), ranks.main_says(lambda: rank != 0)]
     torch.save(results, Path(folder, f"{world}-{rank}.pt"))

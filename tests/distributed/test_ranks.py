@@ -1,4 +1,4 @@
-"""N processes with batch b take the gradient of one process with batch N b, under DDP and FSDP2, however graphs come about."""
+"""N processes with batch b take the gradient of one process with batch N b, copied and sharded (FSDP2), however graphs come about."""
 
 import multiprocessing
 import socket
@@ -81,6 +81,12 @@ def test_replays_draw_the_masks_of_the_rollout_on_every_process(ranks, shard):
     replayed, kept = zip(*(rank[f"dropout, shard={shard}"] for rank in ranks), strict=True)
     for gradient in (*replayed, *kept):
         assert (gradient - replayed[0]).norm() <= 1e-5 * replayed[0].norm() > 0
+
+
+def test_a_loop_of_its_own_around_ddp_takes_the_step_of_one(ranks):
+    expected = ranks_worker.own_loop(0, 1)
+    for rank in ranks:
+        assert (rank["own loop"] - expected).norm() <= 1e-12 * expected.norm()
 
 
 def test_every_process_keeps_as_many_graphs_as_fit_on_all(ranks):
