@@ -1,8 +1,8 @@
-"""The README's benchmark table, from the committed results:  python benchmarks/table.py [--check]
+"""The benchmark table of docs/kernels.md, from the committed results:  python benchmarks/table.py [--check]
 
 One line for each op, latent, dtype and kernel backend: the forward pass (forward and backward, where a file holds none alone) at the
 largest batch and the fewest steps of its file. Files of step_share.py and train_step.py give a sentence a row.
---check changes nothing, and fails if the README's table is not the one that the results give.
+--check changes nothing, and fails if the page's table is not the one that the results give.
 """
 
 import argparse
@@ -11,34 +11,34 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/kernels.md"
 BEGIN, END = "<!-- benchmarks: begin, written by benchmarks/table.py -->", "<!-- benchmarks: end -->"
 KERNELS = ("cuda", "triton", "cpu")
 EMPTY = (
     "No results are committed yet: `flowbp bench --json benchmarks/results/NAME.json` makes them, `python benchmarks/table.py` this table."
 )
-LEGEND = "`eager` and `torch.compile`: how many times the kernel's median. `of copy`: share of the bandwidth of a copy in the same rounds."
+LEGEND = "`eager takes`, `torch.compile takes`: times the kernel's median. `of copy`: share of the bandwidth of a copy in the same rounds."
 HEADER = (
-    "| op | latent, batch, steps, dtype | kernel | median ms [20 %, 80 %] | eager | torch.compile | GB/s | of copy |\n"
+    "| op | latent, batch, steps, dtype | kernel | median ms [20 %, 80 %] | eager takes | torch.compile takes | GB/s | of copy |\n"
     "|---|---|---|---|---|---|---|---|"
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only say whether the README is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
+    old = PAGE.read_text(encoding="utf-8")
     new = insert(old, table(sorted((ROOT / "benchmarks/results").glob("*.json"))))
     if check and new != old:
-        sys.exit("the README's benchmark table is not that of benchmarks/results: run python benchmarks/table.py")
+        sys.exit("the table of docs/kernels.md is not that of benchmarks/results: run python benchmarks/table.py")
     if not check:
-        readme.write_text(new, encoding="utf-8")
+        PAGE.write_text(new, encoding="utf-8")
 
 
-def insert(readme: str, text: str) -> str:
-    """The README with `text` between the markers."""
-    before, rest = readme.split(BEGIN)
+def insert(page: str, text: str) -> str:
+    """The page with `text` between the markers."""
+    before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
 
 

@@ -223,10 +223,8 @@ def _isa() -> str | None:
 def _commit() -> str | None:
     """The commit of the checkout that this runs from, with a + for changes on top; elsewhere what FLOWBP_COMMIT says, or None."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    if shutil.which("git") is None:
-        return os.environ.get("FLOWBP_COMMIT")
+    if shutil.which("git") is None or subprocess.run([*git, "ls-files", "--error-unmatch", "."], capture_output=True).returncode:
+        return os.environ.get("FLOWBP_COMMIT")  # git does not track this: installed, perhaps inside another project's checkout
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
-        return os.environ.get("FLOWBP_COMMIT")
     changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True).stdout
     return head.stdout.strip() + ("+" if changed else "")

@@ -1,4 +1,4 @@
-"""The benchmark harness: what a row says, percentages from the same rounds, and the README's table as a function of the results."""
+"""The benchmark harness: what a row says, percentages from the same rounds, and the docs' table as a function of the results."""
 
 import argparse
 import importlib.util
@@ -164,10 +164,10 @@ def test_a_file_without_forward_rows_shows_both_passes_and_one_of_whole_steps_it
     assert table([tmp_path / "steps.json"]).splitlines()[-2:] == [start + end for end in ends]
 
 
-def test_the_readme_holds_the_table_of_the_committed_results():
+def test_the_docs_hold_the_table_of_the_committed_results():
     module = script("table")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert module.insert(readme, module.table(sorted((ROOT / "benchmarks/results").glob("*.json")))) == readme
+    page = module.PAGE.read_text(encoding="utf-8")
+    assert module.insert(page, module.table(sorted((ROOT / "benchmarks/results").glob("*.json")))) == page
 
 
 def test_the_share_of_a_step_counts_the_ops_that_the_engine_calls():
