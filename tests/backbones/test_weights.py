@@ -125,5 +125,5 @@ def test_full_weights_are_a_transformer_folder_that_from_pretrained_reads(name, 
 
 
 def test_a_run_of_full_weights_has_no_lora_to_export(tmp_path):
-    with pytest.raises(FileNotFoundError, match="only a run with tuning.mode=lora"):
+    with pytest.raises(FileNotFoundError, match="pass the folder of a finished run with tuning.mode=lora"):
         checkpoint.export_comfyui(tmp_path, tmp_path / "lora.safetensors")
