@@ -54,6 +54,7 @@ CASES = {  # name: (pipeline, overrides)
     ),
     "sharded, checkpointing": (SD3, ("method.name=flowbp-lagrange", "memory={shard: true, checkpointing: true}")),
 }
+OF_FOUR = ("filtered", "stratified, in pairs", "lora", "sharded bridge", "sharded gradients, kept graphs")  # what four processes take
 
 
 BFLOAT16 = {  # whose gradients depend on the number of processes: a run resumes exactly with as many
@@ -189,7 +190,7 @@ def run(rank, world, port, folder):
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     results = {}
-    for case in CASES:
+    for case in CASES if world == 2 else OF_FOUR:
         results[case] = train_step(case, folder, world)
     for case in RESUMED:
         results[f"resume: {case}"] = resumes(case, folder, world)

@@ -53,7 +53,7 @@ def ranks(request, folder):
 
 
 def test_processes_take_the_step_of_one(ranks, alone):
-    for case in ranks_worker.CASES:
+    for case in ranks_worker.CASES if len(ranks) == 2 else ranks_worker.OF_FOUR:
         (row, gradient), (expected_row, expected) = ranks[0][case], alone[case]
         assert gradient.norm() > 0, case
         tolerance = 1e-9 if "lora" not in case else 1e-5  # its weights are float32
