@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-__all__ = ["HubFiles", "check_sha256", "find_file", "frozen_model", "locate", "read_state_dict"]
+__all__ = ["HubFiles", "check_sha256", "find_file", "frozen_model", "locate", "pin", "read_state_dict"]
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -82,13 +82,21 @@ def frozen_model(cls, config, state: dict[str, Tensor], dtype, checkpoint: str, 
     return model.eval().requires_grad_(False)
 
 
+def pin(folder: Path, name: str) -> str:
+    """What a config says to have these files and no others: the commit of a folder of the Hub's cache, else the digest of the one file."""
+    if folder.parent.name == "snapshots":
+        return f"revision: {folder.name}"
+    return f"sha256: {sha256_of(find_file(folder, Path(name).stem))}" if "*" not in name else f"a revision of the Hub, in place of {folder}"
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_sha256(path: Path, expected: str) -> None:
     """Raise ValueError unless the file has this digest."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if (found := digest.hexdigest()) != expected.lower():
+    if (found := sha256_of(path)) != expected.lower():
         raise ValueError(f"{path} has the sha256 {found}, not {expected}: download it again, or pass the digest of the file you trust")
 
 

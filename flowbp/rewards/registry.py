@@ -14,7 +14,7 @@ from pathlib import Path
 
 from flowbp.rewards.base import Reward
 from flowbp.rewards.callable import CallableReward
-from flowbp.rewards.files import HubFiles, check_sha256, find_file, locate
+from flowbp.rewards.files import HubFiles, check_sha256, find_file, locate, pin
 
 __all__ = ["REWARDS", "RewardSource", "load_reward"]
 
@@ -151,7 +151,8 @@ def load_reward(
     elif source.sha256 is not None and Path(folders["model"], checkpoint).is_file():
         check_sha256(Path(folders["model"], checkpoint), source.sha256)
     elif model not in EMBEDDED and revision is None and source.files["model"].revision is None:
-        log.warning("reward %s: nothing pins %s; pass sha256= or, for the Hub, revision= so that the run can be repeated", name, checkpoint)
+        found = pin(folders["model"], checkpoint)
+        log.warning("reward %s: nothing pins %s; to read the same again, put into its config  %s", name, checkpoint, found)
     options = {} if dtype is None else {"dtype": dtype}
     module, _, attribute = source.target.partition(":")
     return getattr(importlib.import_module(f"flowbp.rewards.{module}"), attribute)(**folders, device=device, **options)

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import pickle
+from pathlib import Path
 
 import pytest
 import tiny_rewards as tiny
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from flowbp.cli import app
 from flowbp.rewards import REWARDS, load_reward
-from flowbp.rewards.files import HubFiles, read_state_dict
+from flowbp.rewards.files import HubFiles, pin, read_state_dict
 from flowbp.rewards.hpsv2 import HPSv2
 
 
@@ -21,10 +22,11 @@ def folder(tmp_path_factory):
     return tiny.hpsv2_folder(tmp_path_factory.mktemp("hpsv2"))
 
 
-def test_a_reward_is_loaded_from_a_local_folder_and_says_that_nothing_pins_it(folder, caplog):
+def test_a_reward_is_loaded_from_a_local_folder_and_says_how_to_pin_it(folder, caplog):
     with caplog.at_level(logging.WARNING):
         reward = load_reward("hpsv2", str(folder))
-    assert "nothing pins HPS_v2.1_compressed.pt; pass sha256=" in caplog.text
+    digest = hashlib.sha256((folder / "HPS_v2.1_compressed.pt").read_bytes()).hexdigest()
+    assert f"nothing pins HPS_v2.1_compressed.pt; to read the same again, put into its config  sha256: {digest}" in caplog.text
     assert torch.equal(reward(images(), PROMPTS), HPSv2(folder, folder)(images(), PROMPTS))
 
 
@@ -32,9 +34,13 @@ def test_the_digest_of_a_checkpoint_is_checked_before_it_is_read(folder, caplog)
     digest = hashlib.sha256((folder / "HPS_v2.1_compressed.pt").read_bytes()).hexdigest()
     with caplog.at_level(logging.WARNING):
         load_reward("hpsv2", str(folder), sha256=digest)
-    assert not caplog.text
+    assert "pins" not in caplog.text
     with pytest.raises(ValueError, match=f"has the sha256 {digest}, not 00"):
         load_reward("hpsv2", str(folder), sha256="0" * 64)
+
+
+def test_a_folder_of_the_hub_cache_is_pinned_by_its_commit():
+    assert pin(Path("hub/models--a--b/snapshots/5f0e"), "model.safetensors") == "revision: 5f0e"
 
 
 def test_a_digest_cannot_pin_a_checkpoint_of_several_files(tmp_path):
