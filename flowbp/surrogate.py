@@ -56,7 +56,7 @@ def backward(
             before_last(v)
         v.backward(seed.to(v.dtype))
         if at_bridge:
-            cotangents[0] = cotangents[0] + _times(replays[0].gate, x.grad)
+            cotangents[0] = cotangents[0] + _times(replays[0].gate, _wide(x.grad))
 
 
 def as_graph(plan: SurrogatePlan, trajectory: Trajectory, velocity: ReplayedVelocity) -> Tensor:
