@@ -30,13 +30,15 @@ VAE = dict(
     block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     layers_per_block=2, latent_channels=16, sample_size=1024, use_quant_conv=False, use_post_quant_conv=False,
 )  # fmt: skip
+SD35 = dict(
+    sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64, joint_attention_dim=4096,
+    pooled_projection_dim=2048, qk_norm="rms_norm",
+)  # fmt: skip
 KLEIN = dict(
     patch_size=1, in_channels=128, attention_head_dim=128, timestep_guidance_channels=256, mlp_ratio=3.0, axes_dims_rope=(32,) * 4,
     rope_theta=2000, eps=1e-6, guidance_embeds=False,
 )  # fmt: skip
 DYNAMIC_SHIFT = dict(use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096)
-
-
 
 # text encoders: class of transformers, arguments of its config
 T5_XXL = ("T5EncoderModel", dict(
@@ -50,6 +52,13 @@ CLIP_G = ("CLIPTextModelWithProjection", dict(
 QWEN3 = dict(vocab_size=151936, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
 QWEN3_4B = QWEN3 | dict(hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True)
 QWEN3_8B = QWEN3 | dict(hidden_size=4096, intermediate_size=12288, tie_word_embeddings=False)
+
+SD35_REST = (  # vae, scheduler, guidance, text encoders
+    ("AutoencoderKL", VAE | dict(scaling_factor=1.5305, shift_factor=0.0609)),
+    dict(shift=3.0),
+    {"scale": 3.5},
+    (CLIP_L_PROJECTED, CLIP_G, T5_XXL),
+)
 
 
 @dataclass(frozen=True)
@@ -67,26 +76,18 @@ class Architecture:
 ARCHITECTURES = {
     "sd3.5-medium": Architecture(
         "StableDiffusion3Pipeline",
-        ("SD3Transformer2DModel", dict(
-            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
-            joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=384,
-            dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+        ("SD3Transformer2DModel", SD35 | dict(
+            num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
         )),
-        ("AutoencoderKL", VAE | dict(scaling_factor=1.5305, shift_factor=0.0609)),
-        dict(shift=3.0),
-        {"scale": 3.5},
-        (CLIP_L_PROJECTED, CLIP_G, T5_XXL),
+        *SD35_REST,
     ),
     "sd3.5-large": Architecture(
         "StableDiffusion3Pipeline",
-        ("SD3Transformer2DModel", dict(
-            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=38, attention_head_dim=64, num_attention_heads=38,
-            joint_attention_dim=4096, caption_projection_dim=2432, pooled_projection_dim=2048, pos_embed_max_size=192, qk_norm="rms_norm",
+        ("SD3Transformer2DModel", SD35 | dict(
+            num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192,
         )),
-        ("AutoencoderKL", VAE | dict(scaling_factor=1.5305, shift_factor=0.0609)),
-        dict(shift=3.0),
-        {"scale": 3.5},
-        (CLIP_L_PROJECTED, CLIP_G, T5_XXL),
+        *SD35_REST,
     ),
     "flux.1-dev": Architecture(
         "FluxPipeline",

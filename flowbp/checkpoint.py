@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowbp.backbones import Backbone
-from flowbp.config import RunConfig, flatten, load
+from flowbp.config import RunConfig, changed, load
 from flowbp.distributed import gathered, laid_out_as, process_state
 from flowbp.rewards import Mixture
 
@@ -59,10 +59,10 @@ def check_run(output: Path, resolved_config: str, resume: bool, overwrite: bool)
     if not (resume or overwrite):
         raise FileExistsError(f"{output} already holds a run: pass --resume to go on, --overwrite to start afresh, or another output=")
     if resume:
-        old, new = (flatten(yaml.safe_load(text)) for text in ((output / CONFIG).read_text(), resolved_config))
-        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        if set(changed) - {"steps"} or new["steps"] < old.get("steps", 0):
-            changes = ", ".join(f"{key} from {old.get(key)} to {new.get(key)}" for key in changed)
+        old, new = (yaml.safe_load(text) for text in ((output / CONFIG).read_text(), resolved_config))
+        found = changed(old, new)
+        if found.keys() - {"steps"} or new["steps"] < old.get("steps", 0):
+            changes = ", ".join(f"{key} from {was} to {now}" for key, (was, now) in found.items())
             raise ValueError(
                 f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from {output}, or "
                 "choose another output="

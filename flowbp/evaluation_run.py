@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from flowbp import checkpoint, report
 from flowbp.backbones import load_backbone
-from flowbp.config import ConfigError, RunConfig, flatten
+from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.console import progress_bar
 from flowbp.data import load_prompts
 from flowbp.distributed import process_state
@@ -148,9 +148,8 @@ def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What makes two manifests those of different scores, in words; where the weights lie does not."""
-    before, after = (flatten({key: value for key, value in side.items() if key != "weights"}) for side in (old, new))
-    keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    return [f"{key} was {before.get(key)} and is {after.get(key)}" for key in keys]
+    before, after = ({key: value for key, value in side.items() if key != "weights"} for side in (old, new))
+    return [f"{key} was {was} and is {now}" for key, (was, now) in changed(before, after).items()]
 
 
 def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path, state: PartialState) -> None:

@@ -43,7 +43,6 @@ class NetworkPass:
     """The network, and its passes over one micro-batch.
 
     parameters, trained             how many. trained_bytes, frozen_bytes: as many bytes
-    weight_bytes                    of the network as it is loaded, before LoRA
     block_bytes                     what FSDP2 holds whole at a time of all weights; of the trained ones alone: trained_block_bytes
     vae_bytes                       weights of the VAE
     latent_bytes                    one latent of the micro-batch
