@@ -18,7 +18,6 @@ import importlib.metadata
 import io
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -43,6 +42,7 @@ from flowbp.report import to_json
 __all__ = ["BASE", "Model", "name_models", "run_evaluation"]
 
 MANIFEST = "model.json"
+CHUNKS = "[0-9]" * 5 + ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
     manifests = [manifest(config, samples, model) for model in models]
     state = process_state()
     if state.is_main_process:
+        checkpoint.mark_folder(folder, "flowbp eval")
         for model, about in zip(models, manifests, strict=True):
             open_model(folder / model.name, about, overwrite)
     state.wait_for_everyone()
@@ -129,17 +130,22 @@ def digest_files(paths: Iterable[Path]) -> str:
 
 
 def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> None:
-    """Make the folder of a model's scores, or check that the one there holds scores of the same things."""
+    """Make the folder of a model's scores, or check that the one there holds scores of the same things.
+
+    overwrite: scores of other things are removed; no other file is.
+    """
     path = folder / MANIFEST
     if path.is_file():
         found = differences(json.loads(path.read_text()), about)
         if not found:
             return
-        if not overwrite and any(folder.glob("*.safetensors")):
+        scores = list(folder.glob(CHUNKS))
+        if not overwrite and scores:
             raise ValueError(
                 f"{folder} holds scores of another evaluation: {'; '.join(found)}. Choose another --out, or pass --overwrite to lose them"
             )
-        shutil.rmtree(folder)
+        for file in scores:
+            file.unlink()
     elif folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and holds no scores (it has no {MANIFEST}): choose another --out")
     folder.mkdir(parents=True, exist_ok=True)

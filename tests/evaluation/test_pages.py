@@ -46,8 +46,8 @@ def pages(run, tmp_path_factory):
     config = load(run / "config.yaml")
     run_evaluation(config, [Model("base"), Model("tuned", run)], folder / "eval")
     shutil.copytree(run, folder / "again")
-    compare_runs([run, folder / "again"], folder)
-    files = {"run": run / "report.html", "evaluation": folder / "eval" / "report.html", "comparison": folder / "comparison.html"}
+    compare_runs([run, folder / "again"], folder / "comparison")
+    files = {"run": run / "report.html", "evaluation": folder / "eval/report.html", "comparison": folder / "comparison/comparison.html"}
     return {name: file.read_text() for name, file in files.items()}
 
 
