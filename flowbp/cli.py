@@ -142,7 +142,7 @@ def sample(
     backbone = load_backbone(**run.backbone.model_dump(), device=str(process_state().device))
     if weights is not None:
         checkpoint.load_weights(backbone, weights)
-    images = evaluation.generate(backbone, prompts, sample_seeds(seed, count=len(prompts)), run.rollout, run.guidance)
+    images = evaluation.generate(backbone, prompts, sample_seeds(seed, count=len(prompts)), run.evaluation_rollout, run.guidance)
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     figures.sample_grid(pixels, prompts, [None] * len(prompts), columns=min(4, len(prompts))).savefig(out, dpi=110)
     console.print(f"wrote {out}")

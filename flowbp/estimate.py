@@ -161,10 +161,11 @@ class Run:
     def working(self) -> dict[str, int]:
         """Bytes that come and go in a step."""
         network = self.network
+        whole = self.wide_bytes if self.shards > 1 else network.trained_bytes  # FSDP2 adds gradients up and reduces them in float32
         cached = max(len(plan.cached_latents) + len(plan.cached_velocities) for plan in self.plans) + 3  # noise, sample, reward input
         return {
-            "gradients": network.trained_bytes // self.shards if self.splits_gradients else network.trained_bytes,
-            "gradients of two blocks": network.trained_block_bytes if self.splits_gradients else 0,
+            "gradients": network.trained_bytes // self.shards if self.splits_gradients else whole,
+            "gradients of two blocks": network.trained_block_bytes * whole // network.trained_bytes if self.splits_gradients else 0,
             "cached rollout": cached * network.latent_bytes,
             "one node's graph": network.graph_bytes,
             "kept graphs": self.kept_graphs * network.graph_bytes,

@@ -155,7 +155,7 @@ def _network_pass(relevant: str) -> NetworkPass:
 
 def _sigmas(backbone: Backbone, config: RunConfig) -> np.ndarray:
     size = config.rollout
-    return backbone.sigmas(size.num_steps, size.height, size.width).double().numpy()
+    return backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas).double().numpy()
 
 
 def _latents(backbone: Backbone, config: RunConfig, rows: int) -> Tensor:

@@ -40,7 +40,7 @@ from flowbp.tuning import assign, build_optimizer, hand_over_gradients, master_w
 
 __all__ = ["Trainer", "train"]
 
-DROPOUT = 0xD409  # keeps the seeds of dropout apart from those of the noise
+DROPOUT, PLANS = 0xD409, 0x91A5  # keep these draws apart from those of the noise
 
 
 def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:
@@ -74,7 +74,7 @@ class Trainer:
         self.backbone = backbone or load_backbone(**config.backbone.model_dump())  # on the CPU
         check_guidance(self.backbone, config.guidance)
         size = config.rollout
-        self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width)
+        self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas)
         config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(0))  # a method that does not fit says so now
         if config.data.embeddings == "cached":  # the device holds the text encoders; then, without them, all else
             embed_once(self.backbone, self.texts(), config.data.cache, device)
@@ -98,7 +98,7 @@ class Trainer:
             from diffusers.training_utils import EMAModel
 
             wide = master_weights(self.masters)  # an average moves by (1 - decay) of a step, which bfloat16 would round away
-            self.ema = EMAModel(wide.values(), decay=config.ema)
+            self.ema = EMAModel(wide.values(), decay=config.ema, min_decay=config.ema, update_after_step=-1)  # from the first step on
 
     def texts(self) -> list[str]:
         """Every prompt that the run will draw, in training and in evaluation."""
@@ -240,7 +240,8 @@ class Trainer:
         config, data, size = self.config, self.config.data, self.config.rollout
         key = (config.seed, step, micro)
         everyone, rows = self.ranks.size * data.batch_size, self.ranks.rows(data.batch_size)
-        plan = draw_plans(config.method, self.sigmas.double().numpy(), np.random.default_rng(key), everyone, config.plans)
+        draws = np.random.default_rng((config.seed, step, 0 if config.plans == "shared" else micro, PLANS))
+        plan = draw_plans(config.method, self.sigmas.double().numpy(), draws, everyone, config.plans)
         if isinstance(plan, PlanBatch):
             plan = plan.rows(rows)
         texts = [prompt.text for prompt in self.prompts.batch(step * data.accumulate + micro, everyone)[rows]]
@@ -249,7 +250,7 @@ class Trainer:
             torch.manual_seed(sample_seeds(*key, DROPOUT, count=self.ranks.size)[self.ranks.rank])
         self.backbone.denoiser.train(config.tuning.dropout > 0)
         with self.phases("rollout"):
-            velocity = bind_velocity(self.backbone, texts, config.guidance)
+            velocity = bind_velocity(self.backbone, texts, config.guidance, size.timesteps)
             noise = self.backbone.noise(size.height, size.width, generators)
             renoise = [self.backbone.noise(size.height, size.width, generators) for _ in range(plan.num_renoised)]
             trajectory = rollout(velocity, noise, self.sigmas, plan, renoise, self.recompute)

@@ -15,7 +15,7 @@ from flowbp.backbones import BACKBONES
 from flowbp.backbones.tiny import tiny_pipeline
 from flowbp.config import load
 from flowbp.data import load_prompts
-from flowbp.distributed import full, laid_out_as
+from flowbp.distributed import full, laid_out_as, shard_weights
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import FlowBPBridge
 from flowbp.replay import Recompute
@@ -152,6 +152,23 @@ def splits_gradients(case, folder, world):
         return all(p.grad is not None for p in trainer.parameters.values())
 
 
+def sum_of_backward_passes(world):
+    """The gradient of 256, then 8 times 1, on a bfloat16 weight, whose 8 bits would take 256 + 1 for 256."""
+
+    class Denoiser(torch.nn.Linear):
+        _no_split_modules, dtype = (), torch.bfloat16
+
+    network = Denoiser(1, 1, bias=False).bfloat16()
+    if world > 1:
+        shard_weights(network, torch.device("cpu")).set_requires_gradient_sync(False)
+    for value in (256.0, *[1.0] * 7):
+        network(torch.full((1, 1), value, dtype=torch.bfloat16)).backward()
+    if world > 1:
+        network.set_requires_gradient_sync(True)
+    network(torch.ones(1, 1, dtype=torch.bfloat16)).backward()
+    return full(network.weight.grad).item()
+
+
 def own_loop(rank, world):
     """The gradient of a loop that wraps its network in DistributedDataParallel: all in no_sync, averaged at the end."""
     torch.manual_seed(0)
@@ -202,6 +219,7 @@ def run(rank, world, port, folder):
     for case in ("sharded bridge", "sharded gradients"):
         results[f"splits gradients: {case}"] = splits_gradients(case, folder, world)
     results["own loop"] = own_loop(rank, world)
+    results["sum of backward passes"] = sum_of_backward_passes(world)
     ranks = make_trainer("bridge, guided", folder, world).ranks
     results["main says"] = [ranks.main_says(lambda: rank == 0), ranks.main_says(lambda: rank != 0)]
     torch.save(results, Path(folder, f"{world}-{rank}.pt"))

@@ -103,6 +103,10 @@ def test_gradients_are_split_between_backward_passes_where_the_config_says(ranks
         assert not rank["splits gradients: sharded bridge"] and rank["splits gradients: sharded gradients"]
 
 
+def test_sharded_gradients_of_a_bfloat16_network_add_up_in_float32(ranks):
+    assert all(rank["sum of backward passes"] == 264.0 for rank in ranks) and ranks_worker.sum_of_backward_passes(1) == 256.0
+
+
 @pytest.mark.parametrize("case", ["bridge, guided", "sharded bridge"])
 def test_processes_share_an_evaluation_and_have_the_scores_of_one_to_the_byte(ranks, case, folder):
     with one_thread():
