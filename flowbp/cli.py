@@ -96,7 +96,8 @@ def estimate(
     from flowbp.config import load
 
     memory = None if gpu_memory is None else estimates.parse_size(gpu_memory)
-    found = estimates.estimate(load(config, overrides or ()), processes)
+    run = load(config, overrides or ())
+    found = estimates.estimate(run, processes)
     console.print(estimate_table(found, f"{config}, {processes} process{'es' if processes > 1 else ''}"))
     console.print(
         f"a step costs {found.relative_cost:.1f} x sampling its images: {sum(found.calls.values()):.0f} forward passes of "
@@ -114,6 +115,12 @@ def estimate(
         console.print(f"[green]fits:[/] {share}", highlight=False)
         return
     console.print(f"[red]does not fit:[/] {share}", highlight=False)
+    if (narrow := estimates.without_masters(run, processes)) is not None:
+        console.print(
+            f"without master weights (tuning.master_weights=false) it takes {_gigabytes(narrow.peak)} GB, and most steps of "
+            f"optimizer.lr={run.optimizer.lr:g} round to nothing in bfloat16: docs/training.md",
+            highlight=False,
+        )
     added, count, smaller = estimates.suggest(config, overrides or [], memory, processes)
     outcome = "fits" if smaller.fits(memory) else f"the smallest found still does not fit, for the {smaller.peak_phase}"
     console.print(f"{outcome}: {_gigabytes(smaller.peak)} GB a process, {smaller.relative_cost:.1f} x sampling, with", highlight=False)

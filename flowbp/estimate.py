@@ -25,7 +25,7 @@ from flowbp.config import RunConfig, load
 from flowbp.passes import NetworkPass, RewardPass, TextPass, draw_plan, network_pass, reward_pass, text_pass
 from flowbp.plan import PlanBatch, SurrogatePlan
 
-__all__ = ["MARGIN", "Estimate", "estimate", "parse_size", "suggest"]
+__all__ = ["MARGIN", "Estimate", "estimate", "parse_size", "suggest", "without_masters"]
 
 MARGIN = 0.15  # of a GPU's memory left for what is not counted
 DRAWS = 64  # plans that a method's node counts are averaged over
@@ -248,6 +248,16 @@ def suggest(name: str, overrides: Iterable[str], memory: float, processes: int =
             break
         added, processes, found = candidate, 2 * processes, tried
     return added, processes, found
+
+
+def without_masters(config: RunConfig, processes: int = 1) -> Estimate | None:
+    """The estimate of the same run with `tuning.master_weights=false`; None where no trained weight has a master.
+
+    `suggest` never takes this way: in bfloat16 most steps of a fine-tuning learning rate round to nothing.
+    """
+    if not estimate(config, processes).resident["master weights"]:
+        return None
+    return estimate(config.model_copy(update={"tuning": config.tuning.model_copy(update={"master_weights": False})}), processes)
 
 
 def over(added: list[str], change: list[str]) -> list[str]:
