@@ -111,6 +111,7 @@ def _relevant(config: RunConfig, ignored: set[str], sections: set[str]) -> str:
     for key in ignored | {"recompute", "budget_gb", "shard", "shard_gradients"}:
         del values["memory"][key]
     del values["data"]["accumulate"], values["data"]["embeddings"]
+    values.get("tuning", {}).pop("master_weights", None)
     return json.dumps(values)
 
 

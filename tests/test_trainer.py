@@ -256,6 +256,13 @@ def test_lora_dropout_is_the_same_in_rollout_and_replay(checkpointing, tmp_path)
     assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
 
 
+@pytest.mark.parametrize(("plans", "agree"), [("shared", True), ("per_batch", False)])
+def test_the_micro_batches_of_a_step_share_its_plan_unless_told_otherwise(plans, agree, tmp_path):
+    trainer = Trainer(tiny(tmp_path, f"plans={plans}", "data.accumulate=3", "method={name: flowbp-sparse, num_active: 3}"))
+    nodes = [[trainer.accumulate_gradient(step, micro)["nodes"] for micro in range(3)] for step in range(2)]
+    assert all((own[0] == own[1] == own[2]) == agree for own in nodes) and nodes[0][0] != nodes[1][0]
+
+
 def test_plans_a_sample_and_dropout_say_what_they_exclude(tmp_path):
     for override, message in (
         ("memory.recompute=never", "plans=stratified needs memory.recompute=always"),
