@@ -347,6 +347,7 @@ class EvaluationConfig(Strict):
     monitors: Annotated[dict[MetricName, ScorerConfig], BeforeValidator(without_nulls)] = Field(
         default_factory=dict, description="scored, never trained on; null takes away one of a preset, or all"
     )
+    watch: bool = Field(True, description="score the images of every training step by the monitors; false loads them to evaluate only")
     checker: CheckerField | None = None
     grid: Count = Field(16, description="images in the before/after grids")
     every: Count | None = Field(None, description="steps between evaluations during training; null makes none")
@@ -354,6 +355,9 @@ class EvaluationConfig(Strict):
     validation_samples: int = Field(96, ge=2)
     best: str | None = Field(None, description="held-out metric, a monitor or checker, by which the best step's weights are kept")
     patience: Count | None = Field(None, description="stop after so many evaluations without a new best step")
+
+    def load_monitors(self, device: str = "cpu") -> dict[str, Reward]:
+        return {name: spec.load(device) for name, spec in self.monitors.items()}
 
     @model_validator(mode="after")
     def _best_is_held_out(self):

@@ -171,8 +171,8 @@ def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path,
     if config.data.embeddings == "cached":
         embed_once(backbone, [prompt.text for prompt in samples.prompts], config.data.cache, device)
     backbone.pipe.to(device)
-    rewards, monitors = ({name: spec.load(device) for name, spec in specs.items()} for specs in (config.reward, config.evaluation.monitors))
-    named = scorers(config.evaluation, rewards, monitors, device)
+    rewards = {name: spec.load(device) for name, spec in config.reward.items()}
+    named = scorers(config.evaluation, rewards, config.evaluation.load_monitors(device), device)
     share = [i for i in missing if i % state.num_processes == state.process_index]
     with one_thread(), progress_bar(model.name, "image", sum(size(samples.chunks[i]) for i in share)) as bar:
         for i in share:

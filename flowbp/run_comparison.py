@@ -46,6 +46,7 @@ BOOKKEEPING = (  # keys that reach neither weights nor scores, up to rounding; o
     "data.cache",
     "evaluation.batch_size",
     "evaluation.grid",
+    "evaluation.watch",
 )
 SEEN = "memory.vae_tiling"  # by the reward: the seams of tiles
 STOPPING = tuple(f"evaluation.{key}" for key in ("best", "patience", "every", "validation_prompts", "validation_samples"))

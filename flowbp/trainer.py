@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flowbp import checkpoint, evaluation, report
 from flowbp.backbones import Backbone, bind_velocity, check_guidance, load_backbone
-from flowbp.config import RunConfig, dump
+from flowbp.config import EvaluationConfig, RunConfig, dump
 from flowbp.console import progress_bar
 from flowbp.data import PromptStream, load_prompts, sample_seeds
 from flowbp.distributed import Ranks, full, process_state
@@ -79,8 +79,11 @@ class Trainer:
         if config.data.embeddings == "cached":  # the device holds the text encoders; then, without them, all else
             embed_once(self.backbone, self.texts(), config.data.cache, device)
         self.mixture = Mixture({name: spec.term(device, reward) for name, spec in config.reward.items()})
-        watched = config.evaluation.monitors if config.evaluation else {}
-        self.monitors = {name: spec.load(device) for name, spec in watched.items()}
+        self.monitors: dict[str, Reward] = {}
+        if config.evaluation is not None:
+            watch = config.evaluation.watch
+            loaded = config.evaluation.load_monitors(device if watch else "cpu")  # a missing one is found now, not after the training
+            self.monitors = loaded if watch else {}
 
         trainable_parameters(self.backbone, config.tuning)
         save_memory(self.backbone, config.memory)
@@ -155,7 +158,7 @@ class Trainer:
         pages = report.Report(config, plan, self.sigmas.tolist())
         if config.evaluation is not None:
             samples = evaluation.draw_samples(self.held_out, config.evaluation)
-            named = evaluation.scorers(config.evaluation, self.mixture.rewards, self.monitors, str(self.accelerator.device))
+            named = self.scorers(config.evaluation)
             scores = []
             with progress_bar("evaluate", "image", 2 * config.evaluation.samples, shown=main) as bar:
                 for name, weights in (("before", self.base), ("after", self.tuned)):
@@ -180,7 +183,7 @@ class Trainer:
         if self.ranks.main_says(lambda: self.sentinel.due(steps)):
             config = self.config.evaluation
             chosen = config.model_copy(update={"samples": config.validation_samples})
-            named = evaluation.scorers(chosen, self.mixture.rewards, self.monitors, str(self.accelerator.device))
+            named = self.scorers(chosen)
             with self.weights(self.tuned):
                 scores = self.score(self.sentinel.samples, named)
                 if self.ranks.main_says(lambda: self.sentinel.is_best(steps, scores)):
@@ -189,6 +192,11 @@ class Trainer:
                 self.sentinel.record(steps, scores)
             self.accelerator.log({f"validation/{name}": float(values.mean()) for name, values in scores.values.items()}, step=steps)
         return self.ranks.main_says(lambda: self.sentinel.stops)
+
+    def scorers(self, config: EvaluationConfig) -> dict[str, evaluation.Scorer]:
+        """What an evaluation scores by; monitors that do not watch the training are loaded for it."""
+        device = str(self.accelerator.device)
+        return evaluation.scorers(config, self.mixture.rewards, self.monitors or config.load_monitors(device), device)
 
     def score(
         self, samples: evaluation.Samples, named: Mapping[str, evaluation.Scorer], progress: Callable[[int], object] = lambda done: None

@@ -263,6 +263,18 @@ def test_the_micro_batches_of_a_step_share_its_plan_unless_told_otherwise(plans,
     assert all((own[0] == own[1] == own[2]) == agree for own in nodes) and nodes[0][0] != nodes[1][0]
 
 
+def test_monitors_that_do_not_watch_the_training_score_all_the_same(tmp_path):
+    """They leave memory between evaluations, and a missing one is found before the first step."""
+    evaluated = ["evaluation={samples: 4, batch_size: 4, grid: 2}", "steps=1"]
+    config = tiny(tmp_path, *evaluated, "evaluation.watch=false")
+    train(config)
+    assert "monitor" not in json.loads((config.output / "metrics.jsonl").read_text())
+    assert "monitor" in {row["metric"] for row in json.loads((config.output / "evaluation.json").read_text())}
+    assert not Trainer(config).monitors and Trainer(tiny(tmp_path, *evaluated)).monitors.keys() == {"monitor"}
+    with pytest.raises(FileNotFoundError, match="monitors|clip"):
+        Trainer(tiny(tmp_path, *evaluated, "evaluation.watch=false", f"evaluation.monitors.monitor.model={tmp_path}"))
+
+
 def test_plans_a_sample_and_dropout_say_what_they_exclude(tmp_path):
     for override, message in (
         ("memory.recompute=never", "plans=stratified needs memory.recompute=always"),
