@@ -9,6 +9,9 @@
 #include <string>
 
 #include <dlfcn.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -117,6 +120,13 @@ struct InstructionSet {
   bool runs;
 };
 
+#if defined(__x86_64__)
+bool has_f16c() {  // clang 14 does not know it in __builtin_cpu_supports
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // Best first.
 const auto& instruction_sets() {
   static const InstructionSet sets[] = {
@@ -125,7 +135,7 @@ const auto& instruction_sets() {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl")},
       {"avx2", &kAvx2,
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()},
 #endif
       {"baseline", &kBaseline, true},
   };
