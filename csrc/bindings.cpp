@@ -290,6 +290,19 @@ std::string isas() {  // those that run here, best first
 }
 std::string cuda_archs() { return FLOWBP_CUDA_ARCHS; }  // empty: built without CUDA
 
+#ifdef FLOWBP_CUDA
+std::string cuda_version(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+std::string cuda_error(int64_t device) {  // empty: the kernels run there
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<torch::stable::accelerator::DeviceIndex>(device));
+  const CudaVerdict verdict = cuda_verdict();
+  if (!verdict.error) return "";
+  return std::string(verdict.error) + "; the driver knows CUDA " + cuda_version(verdict.driver) +
+         ", the kernels were built by " + cuda_version(verdict.runtime);
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(flowbp_compiled, m) {
@@ -303,6 +316,7 @@ STABLE_TORCH_LIBRARY(flowbp_compiled, m) {
   m.def("isa() -> str");
   m.def("isas() -> str");
   m.def("cuda_archs() -> str");
+  m.def("cuda_error(int device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CPU, m) {
@@ -316,6 +330,9 @@ STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("isas", TORCH_BOX(&isas));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
+#ifdef FLOWBP_CUDA
+  m.impl("cuda_error", TORCH_BOX(&cuda_error));
+#endif
 }
 
 #ifdef FLOWBP_CUDA
