@@ -85,8 +85,8 @@ FLOWBP_HD float16 from_float<float16>(float v) {
   const uint32_t nan = (magnitude >> 13 & 0x3ff) | 0x7e00;
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;  // 0.5f has their unit
   const uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
-  const uint32_t value = magnitude > 0x7f800000   ? nan
-                         : magnitude >= 0x477ff000 ? 0x7c00  // half a unit past the largest
+  const uint32_t value = magnitude > 0x7f800000    ? nan
+                         : magnitude >= 0x47800000 ? 0x7c00  // from 2^16 on; a lesser one may be rounded to it
                          : magnitude < 0x38800000  ? subnormal
                                                    : normal;
   return {static_cast<uint16_t>(sign | value)};

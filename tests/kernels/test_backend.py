@@ -1,6 +1,8 @@
 """Which backend runs: FLOWBP_KERNELS, a missing extension, a broken one, and GPUs that a backend cannot use."""
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -179,6 +181,17 @@ def test_an_instruction_set_that_is_not_there_is_refused(choose, monkeypatch):
     for isa in backend.isas():
         monkeypatch.setenv("FLOWBP_ISA", isa)
         assert backend.isa() == isa and (quadrature_update(*UPDATE) == 1.5).all()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have the baseline alone")
+def test_every_instruction_set_of_the_processor_is_used():
+    """As Linux tells them: a binary may lack what asks the processor, and would run its slowest code without a word."""
+    if backend.extension_path() is None:
+        pytest.skip(backend.unavailable("cpu"))
+    flags = set(re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    needs = {"avx512": avx512, "avx2": {"avx2", "fma", "f16c"}, "baseline": set()}
+    assert backend.isas() == [isa for isa, needed in needs.items() if needed <= flags]
 
 
 def test_the_report_has_a_row_a_backend():
