@@ -311,6 +311,7 @@ def doctor() -> None:
     import torch
 
     import flowbp
+    from flowbp.reproducible import math_library
     from flowbp_kernels import backend
 
     table = Table("what", "found", title="flowbp doctor")
@@ -323,6 +324,7 @@ def doctor() -> None:
             table.add_row(package, "not installed")
     cuda = torch.cuda.is_available()
     table.add_row("device", torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads")
+    table.add_row("matrix products", math_library())
     for name, runs, why in backend.report():
         table.add_row(f"kernels: {name}", f"{'runs' if runs else 'cannot run'}: {why}")
     console.print(table)

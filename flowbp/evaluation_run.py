@@ -19,7 +19,6 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from flowbp.embeddings import embed_once
 from flowbp.evaluation import Part, Samples, Scores, compare, draw_samples, join, score_chunk, scorers, summarise
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.report import to_json
+from flowbp.reproducible import one_thread
 
 __all__ = ["BASE", "Model", "name_models", "run_evaluation"]
 
@@ -179,17 +179,6 @@ def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path,
             chunk = samples.chunks[i]
             write_chunk(chunk_file(folder, i), score_chunk(backbone, samples, chunk, config.evaluation_rollout, config.guidance, named))
             bar.update(size(chunk))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run CPU operations on one thread: the last bits of a sum depend on how many share it. Processes, not threads, make it faster."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def size(chunk: slice) -> int:

@@ -203,7 +203,7 @@ def scores(case, folder, world):
 def run(rank, world, port, folder):
     """Every case, as rank `rank` of `world`; writes what it got."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update(ACCELERATE_USE_CPU="true")
+    os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")  # or accelerate shares the cores out
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     results = {}

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from displaced import Displaced
 
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks_worker  # noqa: E402
-
-from flowbp.evaluation_run import one_thread  # noqa: E402
 
 
 def launch(world, folder):
@@ -67,8 +66,7 @@ def test_processes_take_the_step_of_one(ranks, alone):
 
 @pytest.mark.parametrize("case", ranks_worker.RESUMED)
 def test_processes_resume_exactly_and_average_the_weights_of_one(ranks, case, folder):
-    with one_thread():
-        same, expected = ranks_worker.resumes(case, folder, 1)
+    same, expected = ranks_worker.resumes(case, folder, 1)
     assert same
     for same, average in (rank[f"resume: {case}"] for rank in ranks):
         assert same
@@ -107,9 +105,10 @@ def test_sharded_gradients_of_a_bfloat16_network_add_up_in_float32(ranks):
     assert all(rank["sum of backward passes"] == 264.0 for rank in ranks) and ranks_worker.sum_of_backward_passes(1) == 256.0
 
 
+@pytest.mark.parametrize("offset", [0, 8])  # of float64
 @pytest.mark.parametrize("case", ["bridge, guided", "sharded bridge"])
-def test_processes_share_an_evaluation_and_have_the_scores_of_one_to_the_byte(ranks, case, folder):
-    with one_thread():
+def test_processes_share_an_evaluation_and_have_the_scores_of_one_to_the_byte(ranks, case, offset, folder):
+    with Displaced(offset):
         values, images, chunks = ranks_worker.scores(case, folder, 1)
     assert chunks == 3 and values.keys() > {"reward", "saturation"} and len(images) == 3
     for rank in ranks:

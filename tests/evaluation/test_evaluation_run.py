@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from displaced import OFFSETS, Displaced
 from typer.testing import CliRunner
 
 from flowbp import checkpoint, evaluation, evaluation_run
@@ -34,7 +35,8 @@ def whole(run, tmp_path_factory):
     return folder
 
 
-def test_a_killed_evaluation_resumes_to_the_same_bytes(run, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("offset", [0, *OFFSETS])
+def test_a_killed_evaluation_resumes_to_the_same_bytes_wherever_tensors_lie(offset, run, whole, tmp_path, monkeypatch):
     config, models, folder = load(run / "config.yaml"), [BASE, Model("tuned", run)], tmp_path / "eval"
     written, write = [], evaluation_run.write_chunk
 
@@ -50,7 +52,8 @@ def test_a_killed_evaluation_resumes_to_the_same_bytes(run, whole, tmp_path, mon
         with pytest.raises(KeyboardInterrupt):
             run_evaluation(config, models, folder)
     before = {path: path.stat().st_mtime_ns for path in written}
-    run_evaluation(config, models, folder)
+    with Displaced(offset):
+        run_evaluation(config, models, folder)
     assert {path: path.stat().st_mtime_ns for path in written} == before, "chunks that were whole are scored once"
     expected, got = contents(whole), contents(folder)
     assert expected.keys() == got.keys() and not [name for name in expected if expected[name] != got[name]]
