@@ -167,8 +167,9 @@ class Trainer:
                     if main:
                         pages.add_grid(name, scores[-1])
                         scores[-1].write_csv(config.output / f"scores_{name}.csv")
-            pages.add_comparison(evaluation.compare(*scores))
-        if self.sentinel is not None:
+            if main:
+                pages.add_comparison(evaluation.compare(*scores))
+        if main and self.sentinel is not None:
             pages.add_validation(self.sentinel.summary())
         if main:
             pages.write()

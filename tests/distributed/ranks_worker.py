@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from diffusers.utils import logging
 from flowbp import checkpoint, evaluation
 from flowbp.backbones import BACKBONES
 from flowbp.backbones.tiny import tiny_pipeline
-from flowbp.config import load
+from flowbp.config import dump, load
 from flowbp.data import load_prompts
 from flowbp.distributed import full, laid_out_as, shard_weights
 from flowbp.guidance import Guidance, GuidedVelocity
@@ -200,6 +201,37 @@ def scores(case, folder, world):
     return {name: torch.from_numpy(column) for name, column in found.values.items()}, found.images, len(chunks)
 
 
+WHOLE = ("lora", "sharded lora")
+WATCHED = (
+    "evaluation={{prompts: {0}/prompts.txt, samples: 7, batch_size: 2, grid: 3, checker: null, every: 1, best: m, "
+    "validation_samples: 4, monitors: {{m: {{name: 'ranks_worker:reward'}}}}}}"
+)
+
+
+def whole_run(case, folder, world):
+    """The folder of a run from start to report, watched by a sentinel."""
+    output = Path(folder, f"{world} whole {case}")
+    trainer = make_trainer(case, folder, world, f"output={output}", "steps=2", WATCHED.format(folder))
+    if trainer.ranks.is_main:
+        checkpoint.open_run(output, dump(trainer.config), overwrite=False)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training = trainer.accelerator.wait_for_everyone  # other cases follow
+    trainer.run()
+    return output
+
+
+def watch_writes():
+    """A list of the files that this process opens to write or renames from now on, which grows."""
+    written = []
+
+    def note(event, arguments):
+        if event == "os.rename" or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            written.append(str(arguments[0]))
+
+    sys.addaudithook(note)
+    return written
+
+
 def run(rank, world, port, folder):
     """Every case, as rank `rank` of `world`; writes what it got."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -220,6 +252,10 @@ def run(rank, world, port, folder):
         results[f"splits gradients: {case}"] = splits_gradients(case, folder, world)
     results["own loop"] = own_loop(rank, world)
     results["sum of backward passes"] = sum_of_backward_passes(world)
+    written = watch_writes()
+    for case in WHOLE:
+        output = str(whole_run(case, folder, world))
+        results[f"whole run: {case}"] = output, [path for path in written if path.startswith(output)]
     ranks = make_trainer("bridge, guided", folder, world).ranks
     results["main says"] = [ranks.main_says(lambda: rank == 0), ranks.main_says(lambda: rank != 0)]
     torch.save(results, Path(folder, f"{world}-{rank}.pt"))
