@@ -205,7 +205,9 @@ def how_to_go_on(output: Path) -> str:
         return "Nothing was trained yet"
     found = latest_checkpoint(output)
     done = f"{progress(found)['step']} steps are saved" if found else "No step is saved yet, for want of a checkpoint"
-    return f"{done}; to go on: flowbp train {shlex.quote(str(output))} --resume"
+    processes = progress(found)["processes"] if found else int(os.environ.get("WORLD_SIZE", 1))
+    more = f" --processes {processes}" if processes > 1 else ""
+    return f"{done}; to go on: flowbp train {shlex.quote(str(output))} --resume{more}"
 
 
 def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema, rewards: Mixture) -> int:

@@ -21,6 +21,7 @@ from flowbp.console import hide_loading_bars, hush_libraries
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console()
 
+Processes = Annotated[int, typer.Option(min=1, help="of this machine; a step takes data.batch_size samples from each")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value overrides, such as method.alpha=0.3")]
 
 
@@ -51,19 +52,25 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="delete the run that the output folder holds")] = False,
+    processes: Processes = 1,
 ) -> None:
     """Fine-tune a backbone; writes weights, metrics, samples and report.html into the config's output folder."""
     from flowbp.checkpoint import how_to_go_on
     from flowbp.config import load
+    from flowbp.processes import launched
     from flowbp.trainer import train as run
 
     settings = load(config, overrides or ())
     hide_loading_bars()
     try:
-        output = run(settings, resume, overwrite)
+        with launched(processes):
+            output = run(settings, resume, overwrite)
     except KeyboardInterrupt:
-        console.print(f"\nstopped. {how_to_go_on(settings.output)}", highlight=False, soft_wrap=True)
+        if is_main():
+            console.print(f"\nstopped. {how_to_go_on(settings.output)}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
+    except ConnectionError as error:
+        raise ConnectionError(f"{error}. {how_to_go_on(settings.output)}") from error
     if not is_main():
         return
     if (output / "evaluation.json").is_file():
@@ -174,17 +181,20 @@ def evaluate(
     weights: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH of a run, checkpoint, or LoRA; may be repeated")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the results; default: <run>-eval")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="throw away scores of other settings that the folder holds")] = False,
+    processes: Processes = 1,
 ) -> None:
     """Score the base and tuned models on the same prompts and seeds: means, intervals, paired tests, and a page. A killed run goes on."""
     from flowbp.config import load
     from flowbp.evaluation_run import name_models, run_evaluation
+    from flowbp.processes import launched
 
     is_run = (Path(config) / "config.yaml").is_file()
     run = load(config, overrides or ())
     models = name_models(weights or ([config] if is_run else []))
     folder = out or Path(f"{config.rstrip('/') if is_run else run.output}-eval")
     hide_loading_bars()
-    results = run_evaluation(run, models, folder, overwrite)
+    with launched(processes):
+        results = run_evaluation(run, models, folder, overwrite)
     if is_main():
         for table in evaluation_tables(results, f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"):
             console.print(table)

@@ -36,6 +36,7 @@ from flowbp.distributed import process_state
 from flowbp.embeddings import embed_once
 from flowbp.evaluation import Part, Samples, Scores, compare, draw_samples, join, score_chunk, scorers, summarise
 from flowbp.image_statistics import IMAGE_STATISTICS
+from flowbp.processes import naming_the_dead
 from flowbp.report import to_json
 from flowbp.reproducible import one_thread
 
@@ -72,10 +73,12 @@ def name_models(specs: Iterable[str]) -> list[Model]:
     return models
 
 
+@naming_the_dead()
 def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, overwrite: bool = False) -> dict[str, Any]:
     """Score every model that is not scored yet and write the results into `folder`; returns what results.json holds.
 
-    Raises ValueError where `folder` holds scores of other settings or weights, unless `overwrite` says to throw those away.
+    Raises ValueError where `folder` holds scores of other settings or weights, unless `overwrite` says to throw those away, and
+    ConnectionError where another process has ended.
     """
     if config.evaluation is None:
         raise ConfigError("this config has no evaluation: add evaluation.prompts=... to say what to score")

@@ -31,6 +31,7 @@ from flowbp.methods import draw_plans
 from flowbp.objective import clip_samples, loss_factors, reward_gradient, sample_weights
 from flowbp.performance import Phases, compile_blocks, now, peak_memory_mb, save_memory
 from flowbp.plan import PlanBatch, SurrogatePlan
+from flowbp.processes import naming_the_dead
 from flowbp.replay import Recompute
 from flowbp.rewards import Mixture, Reward
 from flowbp.sentinel import Sentinel
@@ -43,10 +44,12 @@ __all__ = ["Trainer", "train"]
 DROPOUT, PLANS = 0xD409, 0x91A5  # keep these draws apart from those of the noise
 
 
+@naming_the_dead()
 def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:
     """Run `config` to its last step, evaluate it against the base weights and write the report. Returns the run's folder.
 
-    All input is checked before the folder is touched. Raises ValueError or FileExistsError on bad input.
+    All input is checked before the folder is touched. Raises ValueError or FileExistsError on bad input, and
+    ConnectionError where another process of the run has ended.
     """
     with checkpoint.claimed(config.output) if process_state().is_main_process else nullcontext():
         checkpoint.check_run(config.output, dump(config), resume, overwrite)
