@@ -35,8 +35,9 @@ $(BIN)/python:
 # Nothing is downloaded at run time.
 demo test: export HF_HUB_OFFLINE = 1
 
+# Processes of one thread: threads would wait for each other in every operation as soon as another program takes a core.
 demo: install
-	$(BIN)/flowbp train demo --overwrite
+	$(BIN)/flowbp train demo --processes 2 data.batch_size=16 --overwrite
 
 # The compiled CPU ops run in the best instruction set of this processor, then in each of its others; what is slow among
 # the kernels' tests compiles something, whatever the instruction set.

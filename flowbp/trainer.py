@@ -33,6 +33,7 @@ from flowbp.performance import Phases, compile_blocks, now, peak_memory_mb, save
 from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.processes import naming_the_dead
 from flowbp.replay import Recompute
+from flowbp.reproducible import one_thread
 from flowbp.rewards import Mixture, Reward
 from flowbp.sentinel import Sentinel
 from flowbp.surrogate import backward, residuals, reward_input
@@ -48,10 +49,12 @@ DROPOUT, PLANS = 0xD409, 0x91A5  # keep these draws apart from those of the nois
 def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:
     """Run `config` to its last step, evaluate it against the base weights and write the report. Returns the run's folder.
 
-    All input is checked before the folder is touched. Raises ValueError or FileExistsError on bad input, and
-    ConnectionError where another process of the run has ended.
+    On a CPU a process computes on one thread, or on $OMP_NUM_THREADS. All input is checked before the folder is touched.
+    Raises ValueError or FileExistsError on bad input, and ConnectionError where another process of the run has ended.
     """
-    with checkpoint.claimed(config.output) if process_state().is_main_process else nullcontext():
+    state = process_state()
+    threads = one_thread() if state.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ else nullcontext()
+    with threads, checkpoint.claimed(config.output) if state.is_main_process else nullcontext():
         checkpoint.check_run(config.output, dump(config), resume, overwrite)
         trainer = Trainer(config)
         if trainer.ranks.is_main:

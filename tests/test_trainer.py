@@ -364,6 +364,22 @@ def test_bad_input_leaves_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("told", "taken"), [(None, 1), ("3", 3)])
+def test_training_on_a_cpu_takes_one_thread_unless_told(told, taken, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Trainer, "run", lambda trainer: seen.append(torch.get_num_threads()))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)  # as torch does where it is told so before it is loaded
+    try:
+        train(tiny(tmp_path))
+        assert seen == [taken] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
     config = tiny(tmp_path)
     before = run_folder(config)

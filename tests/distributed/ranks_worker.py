@@ -31,7 +31,7 @@ LORA = ("tuning.mode=lora", "memory.checkpointing=true")
 CASES = {  # name: (pipeline, overrides)
     "sparse, accumulated": (SD3, ("method={name: flowbp-sparse, num_active: 3}", "data.accumulate=2")),
     "bridge, guided": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "guidance.scale=3.0")),
-    "filtered": (SD3, ("method={name: flowbp-lagrange, alpha: 0.3, max_dj: 0.43}",)),
+    "filtered": (SD3, ("method={name: flowbp-lagrange, alpha: 0.3, max_dj: 0.102}",)),
     "copies, hinge": (SD3, ("method.name=draft-lv", "reward.hinge=-0.1")),
     "two rewards, one normalised": (
         SD3,
