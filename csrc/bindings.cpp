@@ -5,8 +5,11 @@
 // checked here again. Coefficients are CPU tensors; they become part of the kernel's parameters.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <ctime>
 #include <string>
+#include <vector>
 
 #include <dlfcn.h>
 
@@ -29,6 +32,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kCacheBytes = 1 << 22;        // a write of more than this goes past the caches
+constexpr int64_t kManyElements = 1 << 23;     // more of a cache than fits next to a core: worth a measurement
 constexpr int64_t kElementsPerTask = 1 << 15;  // what one thread reads before a second one is worth waking
 
 // -- arguments ---------------------------------------------------------------------------------------------------------
@@ -141,6 +145,51 @@ const InstructionSet& instruction_set() {
                   "or baseline); unset it to use the best there is");
 }
 
+double thread_seconds() {  // of work: not those in which another process had the core
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+// The walk that is fastest on this machine, measured once by each process that needs it, on one thread, in 28 MB of its
+// own: quadrature_update of SD3.5's latents at 512 px (batch 8, 25 rows, bfloat16) by each walk in turn, best of five.
+Walk fastest_walk() {
+  static const Walk fastest = [] {
+    constexpr int kRows = 25;
+    constexpr int64_t kBatch = 8, kSize = 16 * 64 * 64, kRow = kBatch * kSize;
+    std::vector<bfloat16> memory((kRows + 2) * kRow);
+    QuadratureUpdate op{};
+    op.s = {kBatch, kSize, 0, kBatch};
+    op.x = {memory.data(), Dtype::kBFloat16};
+    op.out = {memory.data() + kRow, Dtype::kBFloat16};
+    op.velocities = {memory.data() + 2 * kRow, Dtype::kBFloat16};
+    op.rule.shared = true;
+    op.rule.first[1] = kRows;
+    for (int k = 0; k < kRows; ++k) op.rule.terms[k] = {k, {1.0f}};
+    double best[] = {HUGE_VAL, HUGE_VAL};  // by walk
+    for (int round = 0; round < 5; ++round) {
+      for (const Walk walk : {kFewRows, kAllRows}) {
+        op.walk = walk;
+        const double start = thread_seconds();
+        instruction_set().kernels->quadrature_update(op, 0, kBatch * chunks(kSize));
+        best[walk] = std::min(best[walk], thread_seconds() - start);
+      }
+    }
+    return best[kFewRows] <= best[kAllRows] ? kFewRows : kAllRows;
+  }();
+  return fastest;
+}
+
+// How to walk through `elements` of a cache: as FLOWBP_ROWS says, or the fastest way if they are many.
+Walk walk(int64_t elements) {
+  const char* const rows = std::getenv("FLOWBP_ROWS");
+  const std::string wanted = rows ? rows : "";
+  STD_TORCH_CHECK(wanted.empty() || wanted == "few" || wanted == "all", "FLOWBP_ROWS must be few or all, not ", wanted,
+                  "; unset it to use what is fastest here");
+  if (!wanted.empty()) return wanted == "few" ? kFewRows : kAllRows;
+  return elements < kManyElements ? kFewRows : fastest_walk();
+}
+
 template <class Op>
 void on_cpu(const Op& op, void (*kernel)(const Op&, int64_t, int64_t), int64_t tasks, int64_t reads_per_task) {
   const int64_t grain = std::max<int64_t>(1, kElementsPerTask / reads_per_task);
@@ -188,7 +237,8 @@ void quadrature_update(const Tensor& x, const Tensor& velocities, const Tensor& 
     if constexpr (kCuda) {
       on_cuda(op, quadrature_update_cuda, x);
     } else {
-      on_cpu(op, instruction_set().kernels->quadrature_update, s.samples * tiles(size), kTile * (terms + 1));
+      op.walk = walk(terms * total);
+      on_cpu(op, instruction_set().kernels->quadrature_update, s.samples * chunks(size), kChunk * (terms + 1));
     }
   });
 }
@@ -218,6 +268,7 @@ void leap_residuals(const Tensor& x_k, const Tensor& x_j, const Tensor& x_end, c
     if constexpr (kCuda) {
       on_cuda(op, leap_residuals_cuda, x_k);
     } else {
+      op.walk = walk(terms * total);
       on_cpu(op, instruction_set().kernels->leap_residuals, s.samples * chunks(size), kChunk * (terms + 3));
       sum_chunks(op);
     }
@@ -245,7 +296,7 @@ void cfg_euler_step(const Tensor& x, const Tensor& v_cond, const std::optional<T
   if constexpr (kCuda) {
     on_cuda(op, cfg_euler_step_cuda, x);
   } else {
-    on_cpu(op, instruction_set().kernels->cfg_euler_step, tiles(total), kTile * 3);
+    on_cpu(op, instruction_set().kernels->cfg_euler_step, chunks(total), kChunk * 3);
   }
 }
 
@@ -278,6 +329,7 @@ std::string isas() {  // those that run here, best first
   }
   return names;
 }
+std::string rows() { return walk(kManyElements) == kFewRows ? "few" : "all"; }  // of a large cache, read side by side
 std::string cuda_archs() { return FLOWBP_CUDA_ARCHS; }  // empty: built without CUDA
 
 }  // namespace
@@ -292,6 +344,7 @@ STABLE_TORCH_LIBRARY(flowbp_compiled, m) {
   m.def("bridge_cotangents(Tensor g, Tensor g_x, Tensor weights, Tensor alphas, Tensor(a!) out) -> ()");
   m.def("isa() -> str");
   m.def("isas() -> str");
+  m.def("rows() -> str");
   m.def("cuda_archs() -> str");
 }
 
@@ -305,6 +358,7 @@ STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("isas", TORCH_BOX(&isas));
+  m.impl("rows", TORCH_BOX(&rows));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
 }
 

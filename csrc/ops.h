@@ -47,6 +47,9 @@ struct Samples {
   int64_t batch, size, first_sample, samples;
 };
 
+// How the CPU walks through the rows of a cache: see cpu/kernels.inc. Every walk gives the same bits.
+enum Walk { kFewRows, kAllRows };
+
 // out = x + sum over terms of weight * scales[node, b] * velocities[node, b]
 struct QuadratureUpdate {
   Samples s;
@@ -54,6 +57,7 @@ struct QuadratureUpdate {
   const float* scales;  // [N, B], or null for ones
   Output out;           // x's dtype
   Rule<1> rule;
+  Walk walk;  // on the CPU
 };
 
 // The same sum twice, from x_k (weight[0]) and from x_j (weight[1]), and its mean distance from x_j and from x_end.
@@ -65,6 +69,7 @@ struct LeapResiduals {
   float* partials;     // [2, B, chunks]
   float* residuals;    // [2, B]
   Rule<2> rule;
+  Walk walk;  // on the CPU
 };
 
 // v = v_uncond + guidance (v_cond - v_uncond), or v_cond;  velocity = v;  out = x + h velocity, as velocity was rounded
@@ -106,11 +111,7 @@ void with_cache_type(Dtype dtype, F f) {
   with_type(dtype, f);
 }
 
-// What the CPU works on at a time: small enough for the nearest cache, long enough for the prefetcher to follow each row.
-constexpr int64_t kTile = 256;
-FLOWBP_HD int64_t tiles(int64_t size) { return (size + kTile - 1) / kTile; }
-
-// The CPU kernels of one instruction set. A task is a tile of one sample; a chunk, for leap_residuals and bridge_cotangents.
+// The CPU kernels of one instruction set. A task is a chunk of one sample; of all elements, for cfg_euler_step.
 struct CpuKernels {
   void (*quadrature_update)(const QuadratureUpdate&, int64_t first_task, int64_t last_task);
   void (*leap_residuals)(const LeapResiduals&, int64_t first_task, int64_t last_task);

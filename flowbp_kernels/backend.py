@@ -3,6 +3,8 @@
 FLOWBP_KERNELS=auto (default) | cuda | cpu (compiled, from csrc/) | triton | reference (plain PyTorch, runs everything).
 A backend named there runs or raises with the cause; only `auto` falls back. The extension is loaded at the first call.
 FLOWBP_ISA=avx512 | avx2 | baseline names the instruction set of the compiled CPU ops; unset, the best there is.
+FLOWBP_ROWS=few | all says how many rows of a cache the compiled CPU ops read side by side, which changes their speed and no bit of a
+result; unset, what is fastest here: measured at the first large call of a process, which then takes about 40 ms longer.
 The choice is made whenever an op runs, also inside a graph of torch.compile.
 """
 
@@ -90,7 +92,7 @@ def report() -> list[tuple[str, bool, str]]:
     good = {
         "cuda": lambda: f"compiled for {', '.join(f'sm_{arch}' for arch in cuda_archs())} and PTX",
         "triton": lambda: f"triton {importlib.import_module('triton').__version__}",
-        "cpu": lambda: f"{isa()} (of {', '.join(isas())} on this processor), {extension_path()}",
+        "cpu": lambda: f"{isa()} (of {', '.join(isas())} on this processor), {rows()} rows of a cache side by side, {extension_path()}",
         "reference": lambda: "plain PyTorch, any device and dtype",
     }
     return [(name, not unavailable(name), unavailable(name) or good[name]()) for name in BACKENDS]
@@ -104,6 +106,11 @@ def isa() -> str:
 def isas() -> list[str]:
     """The instruction sets of the compiled CPU ops that this processor has, best first; none without the extension."""
     return _compiled("isas").split()
+
+
+def rows() -> str:
+    """How many rows of a large cache the compiled CPU ops read side by side, `few` or `all`: FLOWBP_ROWS, or what is fastest here."""
+    return _compiled("rows")
 
 
 def cuda_archs() -> list[str]:

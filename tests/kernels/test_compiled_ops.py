@@ -1,5 +1,9 @@
 """Every op on the compiled CPU kernels of each instruction set, against float64 and against what one writes without it."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +104,62 @@ def test_instruction_sets_with_fused_multiply_add_agree_bit_for_bit(name, monkey
         monkeypatch.setenv("FLOWBP_ISA", isa)
         results.append(OPS[name].call(*arguments))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("num_nodes", [0, 8, 25])  # the rows that are read side by side, fewer and more
+@pytest.mark.parametrize("size", [41, 2**15 + 299])  # less and more than a tile
+@pytest.mark.parametrize("cache_dtype", [*DTYPES, torch.float8_e4m3fn], ids=str)
+def test_how_a_cache_is_read_changes_no_bit(cache_dtype, size, num_nodes, per_sample, isa, monkeypatch):
+    """Few rows side by side or all: the bits are those of one order, and the values are right."""
+    few, all_, truth = (sums(cache_dtype, size, num_nodes, per_sample, rows, monkeypatch) for rows in ("few", "all", "reference"))
+    assert all(map(torch.equal, few, all_))
+    torch.testing.assert_close(few, truth, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", ["few", "all"])
+def test_the_number_of_threads_changes_no_bit(rows, isa, monkeypatch):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(sums(torch.bfloat16, 2**15 + 299, 25, True, rows, monkeypatch))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
+
+
+def sums(cache_dtype, size, num_nodes, per_sample, rows, monkeypatch):
+    """Both ops that sum the rows of a cache, by FLOWBP_ROWS or the reference, of rows of the first leap, of the second and of both."""
+    x, y, z = (draw(2, size, seed=seed) for seed in range(3))
+    cache, scales = draw(NUM_CACHED, 2, size, seed=3).to(cache_dtype), draw(NUM_CACHED, 2, seed=4).abs()
+    nodes, first = rule(num_nodes, 2, per_sample)
+    second = first.flip(0)
+    first[: num_nodes // 3], second[num_nodes // 2 :] = 0, 0
+    landings = torch.empty(2, 2, size)
+    with monkeypatch.context() as patch:
+        patch.setenv("FLOWBP_KERNELS", "reference" if rows == "reference" else "cpu")
+        patch.setenv("FLOWBP_ROWS", rows)
+        gaps = leap_residuals(x, y, z, cache, nodes, (first, second), scales=scales, predictions_out=landings)
+        return quadrature_update(x, cache, nodes, first, scales=scales), gaps, landings
+
+
+def test_the_first_large_calls_of_a_process_agree_whichever_measures():
+    """Several threads at once are the first to read much of a cache: one of them measures how, and all compute the same."""
+    script = """
+import threading, torch
+from flowbp_kernels import backend, quadrature_update
+torch.set_num_threads(1)
+x, cache, results = torch.ones(1, 2**19), torch.ones(16, 1, 2**19, dtype=torch.bfloat16), []
+calls = [threading.Thread(target=lambda: results.append(quadrature_update(x, cache, range(16), [0.5] * 16))) for _ in range(4)]
+for call in calls: call.start()
+for call in calls: call.join()
+assert len(results) == 4 and all((result == 9).all() for result in results)
+assert backend.rows() in ("few", "all") and backend.rows() == backend.rows()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "FLOWBP_ROWS"} | {"FLOWBP_KERNELS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
 
 
 def test_what_requires_grad_may_be_written_from_where_none_is_recorded():

@@ -39,8 +39,11 @@ int main() {
       QuadratureUpdate op = {s, input(x), input(cache), nullptr, {out.data(), Dtype::kFloat32}, rule};
       quadrature_update_cuda(op, nullptr);
       op.out.data = other.data();
-      kAvx2.quadrature_update(op, 0, s.samples * tiles(size));
-      good &= out == other;
+      for (const Walk walk : {kFewRows, kAllRows}) {
+        op.walk = walk;
+        kAvx2.quadrature_update(op, 0, s.samples * chunks(size));
+        good &= out == other;
+      }
     });
     for_each_launch(Tables<2>{3, read, {first, second}}, batch, size, rows, [&](Samples s, const Rule<2>& rule) {
       std::vector<float> partials(2 * batch * chunks(size)), out(2 * batch), other(2 * batch), landings(2 * total);
@@ -48,9 +51,12 @@ int main() {
                           partials.data(), out.data(), rule};
       leap_residuals_cuda(op, nullptr);
       op.residuals = other.data();
-      kAvx2.leap_residuals(op, 0, s.samples * chunks(size));
-      sum_chunks(op);
-      good &= out == other;
+      for (const Walk walk : {kFewRows, kAllRows}) {
+        op.walk = walk;
+        kAvx2.leap_residuals(op, 0, s.samples * chunks(size));
+        sum_chunks(op);
+        good &= out == other;
+      }
     });
     for_each_launch(Tables<2>{3, written, {first, second}}, batch, size, 3, [&](Samples s, const Rule<2>& rule) {
       std::vector<float> out(3 * total), other(3 * total);
@@ -65,7 +71,7 @@ int main() {
                        {out.data(), Dtype::kFloat32}};
     cfg_euler_step_cuda(op, nullptr);
     op.out.data = other.data();
-    kAvx2.cfg_euler_step(op, 0, tiles(total));
+    kAvx2.cfg_euler_step(op, 0, chunks(total));
     good &= out == other;
   }
   std::puts(good ? "equal" : "the emulated kernels and the CPU's differ");
