@@ -171,36 +171,39 @@ def operator_calls():
     x, y, z, cache = (t.requires_grad_() for t in (draw(3, 41), draw(3, 41, seed=1), draw(3, 41, seed=2), draw(5, 3, 41, seed=3)))
     nodes, weights = rule(4, 3, True)
     weights, scales, seeds = weights.double(), draw(5, 3).abs(), torch.empty(4, 3, 41)
-    detached = [t.detach() for t in (x, y, z, cache)]
-    x0, y0, z0, cache0 = detached
-    ops = torch.ops.flowbp_kernels
-    return {
-        "quadrature_update": (ops.quadrature_update, (x, cache, nodes, weights, scales)),
-        "quadrature_update_out": (ops.quadrature_update_out, (x0, cache0, nodes, weights, None, torch.empty_like(x0))),
-        "leap_residuals": (ops.leap_residuals, (x0, y0, z0, cache0, nodes, weights, weights, None)),
-        "leap_residuals_out": (
-            ops.leap_residuals_out,
-            (x0, y0, z0, cache0, nodes, weights, weights, scales, torch.empty(2, 3, 41)),
-        ),
-        "cfg_euler_step": (ops.cfg_euler_step, (x, y, z, 4.5, -0.1)),
-        "cfg_euler_step_out": (ops.cfg_euler_step_out, (x0, y0, None, 1.0, -0.1, torch.empty_like(x0), torch.empty_like(x0))),
-        "bridge_cotangents": (ops.bridge_cotangents, (x, y, weights, weights, torch.bfloat16)),
-        "bridge_cotangents_out": (ops.bridge_cotangents_out, (x0, y0, weights, weights, seeds)),
-        "straight_through": (ops.straight_through, (x0, y, 0.5)),
+    x0, y0, z0, cache0 = (t.detach() for t in (x, y, z, cache))
+    step = torch.tensor([4.5, -0.1], dtype=torch.float64)
+    of_a_rule = {
+        "quadrature_update": (x, cache, nodes, weights, scales),
+        "quadrature_update_out": (x0, cache0, nodes, weights, None, torch.empty_like(x0)),
+        "leap_residuals": (x0, y0, z0, cache0, nodes, weights, weights, None),
+        "leap_residuals_out": (x0, y0, z0, cache0, nodes, weights, weights, scales, torch.empty(2, 3, 41)),
+        "cfg_euler_step": (x, y, z, step),
+        "cfg_euler_step_out": (x0, y0, None, step, torch.empty_like(x0), torch.empty_like(x0)),
+        "bridge_cotangents": (x, y, weights, weights, torch.bfloat16),
+        "bridge_cotangents_out": (x0, y0, weights, weights, seeds),
     }
+    forms = {name + form: arguments for name, arguments in of_a_rule.items() for form in ("", "_on_device")}
+    return forms | {"straight_through": (x0, y, 0.5)}
 
 
 @pytest.mark.parametrize("choice", ["cpu", "reference"])
 @pytest.mark.parametrize("name", operator_calls())
 def test_the_operator_is_registered_correctly(name, choice, monkeypatch):
     monkeypatch.setenv("FLOWBP_KERNELS", choice)
-    operator, arguments = operator_calls()[name]
-    torch.library.opcheck(operator.default, arguments)
+    torch.library.opcheck(getattr(torch.ops.flowbp_kernels, name).default, operator_calls()[name])
 
 
 def test_every_operator_is_checked():
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("flowbp_kernels::")}
     assert registered == set(operator_calls())
+
+
+def test_what_a_cuda_graph_would_freeze_is_kept_out_of_it():
+    """A rule that travels by value is part of a captured launch: every later plan would run with the first one's numbers."""
+    for name in operator_calls().keys() - {"straight_through"}:
+        tags = getattr(torch.ops.flowbp_kernels, name).default.tags
+        assert (torch.Tag.cudagraph_unsafe in tags) == (not name.endswith("_on_device")), name
 
 
 def test_a_step_with_slots_compiles_without_graph_breaks(monkeypatch):
@@ -242,8 +245,8 @@ def test_fake_tensors_pass_through_every_op():
             fake = [torch.empty(3, 41) for _ in range(op.num_tensors - (name in ("quadrature_update", "leap_residuals")))]
             caches = [torch.empty(2, 3, 41)] * (op.num_tensors - len(fake))
             rules = {"quadrature_update": ([0, 1], [0.5, 1.0]), "leap_residuals": ([0, 1], [0.5, 0], [0, 1.0])}
-            rule_of = rules.get(name, ([0.5, 1.0], [0.1, 0]) if name == "bridge_cotangents" else ())
-            assert all(isinstance(result, FakeTensor) for result in op.call(*fake, *caches, *rule_of))
+            rules |= {"bridge_cotangents": ([0.5, 1.0], [0.1, 0]), "cfg_euler_step": (4.5, -0.1)}
+            assert all(isinstance(result, FakeTensor) for result in op.call(*fake, *caches, *rules[name]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
