@@ -10,6 +10,9 @@
 #include <string>
 
 #include <dlfcn.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -132,6 +135,13 @@ struct InstructionSet {
   bool runs;
 };
 
+#if defined(__x86_64__)
+bool has_f16c() {  // clang 14 does not know it in __builtin_cpu_supports
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // Best first.
 const auto& instruction_sets() {
   static const InstructionSet sets[] = {
@@ -140,7 +150,7 @@ const auto& instruction_sets() {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl")},
       {"avx2", &kAvx2,
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()},
 #endif
       {"baseline", &kBaseline, true},
   };
@@ -299,6 +309,19 @@ std::string isas() {  // those that run here, best first
 }
 std::string cuda_archs() { return FLOWBP_CUDA_ARCHS; }  // empty: built without CUDA
 
+#ifdef FLOWBP_CUDA
+std::string cuda_version(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+std::string cuda_error(int64_t device) {  // empty: the kernels run there
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<torch::stable::accelerator::DeviceIndex>(device));
+  const CudaVerdict verdict = cuda_verdict();
+  if (!verdict.error) return "";
+  return std::string(verdict.error) + "; the driver knows CUDA " + cuda_version(verdict.driver) +
+         ", the kernels were built by " + cuda_version(verdict.runtime);
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(flowbp_compiled, m) {
@@ -312,6 +335,7 @@ STABLE_TORCH_LIBRARY(flowbp_compiled, m) {
   m.def("isa() -> str");
   m.def("isas() -> str");
   m.def("cuda_archs() -> str");
+  m.def("cuda_error(int device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CPU, m) {
@@ -325,6 +349,9 @@ STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("isas", TORCH_BOX(&isas));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
+#ifdef FLOWBP_CUDA
+  m.impl("cuda_error", TORCH_BOX(&cuda_error));
+#endif
 }
 
 #ifdef FLOWBP_CUDA

@@ -162,6 +162,14 @@ void sum_chunks(const LeapResiduals&);
 
 static_assert(sizeof(LeapResiduals) <= 4096, "the parameters of a CUDA kernel");
 
+// Whether the CUDA kernels run on the current device: error is null, or why they do not. Versions are as CUDA counts
+// them, 13000 for 13.0: the newest that the driver knows, and the runtime's own.
+struct CudaVerdict {
+  const char* error;
+  int driver, runtime;
+};
+CudaVerdict cuda_verdict();
+
 // The CUDA kernels; each returns null or what went wrong. `stream` is a cudaStream_t.
 const char* quadrature_update_cuda(const QuadratureUpdate&, void* stream);
 const char* leap_residuals_cuda(const LeapResiduals&, void* stream);

@@ -87,14 +87,14 @@ def requested() -> str:
     return wanted
 
 
-def unavailable(name: str) -> str:
-    """Why a backend runs no op at all in this installation; "" if it can run some."""
+def unavailable(name: str, device: int | None = None) -> str:
+    """Why a backend runs no op here; "" if it can run some. device: index of a GPU; None for torch's current one."""
     if name == "cpu":
         return _load_extension()
     if name == "triton":
-        return _import_triton()
+        return _import_triton() or ("" if _interprets_triton() else _on_gpu(_no_triton, device))
     if name == "cuda":
-        return _load_extension() or _no_cuda()
+        return _load_extension() or _not_built() or _on_gpu(_no_cuda, device)
     return ""
 
 
@@ -153,7 +153,7 @@ def _unsuited(name: str, op: str, num_nodes: int, tensors: dict[str, Tensor | No
     """What keeps a backend that reaches these tensors from running `op` on them; "" if nothing does."""
     if name == "reference":
         return ""
-    cause = unavailable(name) or (name == "cuda" and _no_machine_code(next(iter(tensors.values())).device.index))
+    cause = unavailable(name, next(iter(tensors.values())).device.index)
     if cause:
         return cause
     if name == "triton" and importlib.util.find_spec(f"flowbp_kernels._triton.{op}") is None:
@@ -198,30 +198,39 @@ def _import_triton() -> str:
         importlib.import_module("triton")
     except ImportError as error:
         return f"importing triton failed: {error}"
-    if not torch.cuda.is_available() and not _interprets_triton():
-        return "torch sees no CUDA device"
     return ""
 
 
-def _no_cuda() -> str:
-    if not cuda_archs():
-        return "the extension was built without CUDA (no toolkit was found, or FLOWBP_CUDA=0)"
+def _not_built() -> str:
+    return "" if cuda_archs() else "the extension was built without CUDA (no toolkit was found, or FLOWBP_CUDA=0)"
+
+
+def _on_gpu(refusal: Callable[[int], str], device: int | None) -> str:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    causes = [_no_machine_code(device) for device in range(torch.cuda.device_count())]
-    return "" if "" in causes else causes[0]
+    return refusal(torch.cuda.current_device() if device is None else device)
 
 
 @functools.cache
-def _no_machine_code(device: int) -> str:
-    """Why the compiled kernels do not run on a GPU; "" if they do: on minor versions from their own on, the last one's PTX on any later."""
-    capability = torch.cuda.get_device_capability(device)
-    archs = [divmod(int(arch), 10) for arch in cuda_archs()]
-    if capability >= archs[-1] or any(major == capability[0] and minor <= capability[1] for major, minor in archs):
+def _no_cuda(device: int) -> str:
+    """Why the compiled kernels do not load on a GPU; "" if they do. Asked once: the answer starts CUDA on that GPU."""
+    error = _compiled("cuda_error", device)
+    built = f"built for {', '.join(f'sm_{arch}' for arch in cuda_archs())} and PTX"
+    way_out = "update the driver, or build here with this machine's toolkit and FLOWBP_CUDA_ARCHS"
+    return error and f"its kernels, {built}, do not load on this GPU of {_capability(device)}: {error}; {way_out}"
+
+
+@functools.cache
+def _no_triton(device: int) -> str:
+    """Why the Triton kernels do not compile for a GPU; "" if they do: bfloat16 needs capability 8.0."""
+    if torch.cuda.get_device_capability(device) >= (8, 0):
         return ""
-    name = ".".join(map(str, capability))
-    return f"this GPU has compute capability {name}, and the kernels were built for {', '.join(cuda_archs())} (FLOWBP_CUDA_ARCHS)"
+    return f"its kernels need compute capability 8.0, and this GPU is of {_capability(device)}"
 
 
-def _compiled(question: str) -> str:
-    return "" if _load_extension() else getattr(torch.ops.flowbp_compiled, question)()
+def _capability(device: int) -> str:
+    return "compute capability " + ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+
+def _compiled(question: str, *arguments: int) -> str:
+    return "" if _load_extension() else getattr(torch.ops.flowbp_compiled, question)(*arguments)

@@ -90,6 +90,33 @@ def test_every_half_precision_value_is_kept(dtype, isa):
     assert torch.equal(kept.nan_to_num(nan=1.0), values.nan_to_num(nan=1.0))
 
 
+def test_float16_is_rounded_to_nearest_and_ties_to_even(isa):
+    """Halfway between any two neighbours, just below and above, past the largest, and among float32's subnormals."""
+    halves = np.arange(0x7C01, dtype=np.uint16).view(np.float16).astype(np.float32)
+    halves[-1] = 2**16  # where the next one after 65504 would be: halfway to it, infinity begins
+    ties = (halves[:-1] + halves[1:]) / 2
+    values = np.concatenate([ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(1e9)), halves])
+    values = np.concatenate([values, [1e9, np.inf, 1e-40]], dtype=np.float32)
+    with np.errstate(over="ignore"):
+        expected = torch.from_numpy(np.stack([values, -values]).astype(np.float16))
+    velocities = torch.from_numpy(np.stack([values, -values]))[None]
+    assert torch.equal(quadrature_update(torch.zeros_like(expected), velocities, [0], [1.0]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_instruction_set_keeps_the_same_bits_of_nan(dtype, monkeypatch):
+    monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[None]
+    results = []
+    for isa in ISAS:
+        monkeypatch.setenv("FLOWBP_ISA", isa)
+        wide = torch.empty_like(values, dtype=torch.float32)
+        cfg_euler_step(values, values, None, 1.0, 0.0, velocity_out=wide)
+        narrow = quadrature_update(values, values[None], [0], [0.0])
+        results.append((wide.view(torch.int32), narrow.view(torch.int16)))
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
 @pytest.mark.skipif(len(ISAS) < 3, reason=f"this processor has {ISAS} only")
 @pytest.mark.parametrize("name", OPS)
 def test_instruction_sets_with_fused_multiply_add_agree_bit_for_bit(name, monkeypatch):

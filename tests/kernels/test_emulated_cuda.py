@@ -2,6 +2,7 @@
 
 import importlib.util
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ GUIDANCE_AND_H = np.array([4.5, -0.04])
 pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="built with AVX2 and FMA"),
     pytest.mark.skipif(bool(build.missing()), reason=build.missing()),
+    pytest.mark.skipif(bool(backend.unavailable("cpu")), reason=backend.unavailable("cpu")),
+    pytest.mark.skipif(backend.isa() == "baseline", reason="the baseline of x86-64 has no fused multiply-add"),
 ]
 
 
@@ -34,8 +37,6 @@ def emulated(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def against_the_compiled_ops(monkeypatch):
-    if not {"avx512", "avx2"} & set(backend.isas()):
-        pytest.skip(backend.unavailable("cpu") or "this processor has no fused multiply-add")
     monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
 
 
@@ -167,10 +168,11 @@ def test_no_16_byte_access_where_a_tensor_does_not_start_on_16_bytes(emulated, o
             assert all(map(torch.equal, mine, tensors))
 
 
-def run(program):
-    return subprocess.run([program], capture_output=True, text=True, timeout=300)
+def run(command):
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizer, planted, finding", [
     ("address", "PLANT_OUT_OF_BOUNDS", "heap-buffer-overflow"),
     ("thread", "PLANT_NO_SYNCTHREADS", "data race"),
@@ -180,3 +182,13 @@ def test_the_sanitizer_finds_a_planted_bug_and_nothing_else(sanitizer, planted, 
     assert clean.returncode == 0 and clean.stdout == "equal\n", clean.stdout + clean.stderr
     broken = run(build.program(tmp_path, sanitizer, planted))
     assert broken.returncode != 0 and finding in broken.stderr
+
+
+@pytest.mark.slow
+def test_the_baseline_of_aarch64_has_the_bits_of_cuda(tmp_path):
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
+    for tool in (compiler, emulator):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not on PATH")
+    crossed = run([emulator, build.program_for(tmp_path, compiler)])
+    assert crossed.returncode == 0 and crossed.stdout == "equal\n", crossed.stdout + crossed.stderr

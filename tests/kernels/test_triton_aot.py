@@ -96,6 +96,7 @@ def dump(option, cubin_path):
     return subprocess.run([CUOBJDUMP, option, cubin_path], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_keep_to_their_registers_and_move_16_bytes_at_a_time(case, arch, tmp_path, monkeypatch):
