@@ -2,7 +2,9 @@
 #
 #   make install PYTHON=python3.12                   another interpreter (3.11 to 3.13), for a new .venv
 #   make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"      another build of torch
-#   make wheel-check TORCH_OTHER="torch==2.12.1"      does a wheel built against this torch run under another one (>= 2.10)?
+#   make builds                                      does it install by other compilers, without one, from sdist and wheel?
+#   make wheel                                       a wheel that an index takes, in dist/
+#   make wheel-check TORCH_OTHER="torch==2.12.1"     does that wheel run under another torch (>= 2.10)?
 #   FLOWBP_BUILD=0 make install                      no C++ compiler: the ops run on plain PyTorch
 
 PYTHON ?= python3
@@ -11,18 +13,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint wheel-check clean
+.PHONY: install demo test lint builds wheel wheel-check clean
 
 install: $(INSTALLED)
 
 # torch comes first because the build needs it, and its pin is lifted after that so that TORCH may name another version;
 # so is Triton's where that torch has brought its own (a build for GPUs does).
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f) | $(BIN)/python
-	$(BIN)/python -m pip install --upgrade "pip>=23.1" "setuptools>=77" wheel ninja pybind11
+	$(BIN)/python -m pip install --upgrade "pip>=23.1" "setuptools>=77,<82" wheel ninja pybind11
 	$(BIN)/python -m pip install $(TORCH)
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	if $(BIN)/python -c 'import triton' 2>/dev/null; then sed -i '/^triton==/d' $(VENV)/constraints.txt; fi
 	$(BIN)/python -m pip install --no-build-isolation -e ".[train,test]" -c $(VENV)/constraints.txt
+	$(BIN)/python -m flowbp_kernels
 	touch $@
 
 $(BIN)/python:
@@ -32,27 +35,38 @@ $(BIN)/python:
 # Nothing is downloaded at run time.
 demo test: export HF_HUB_OFFLINE = 1
 
+# Processes of one thread: threads would wait for each other in every operation as soon as another program takes a core.
 demo: install
-	$(BIN)/flowbp train demo --overwrite
+	$(BIN)/flowbp train demo --processes 2 data.batch_size=16 --overwrite
 
+# The compiled CPU ops run in the best instruction set of this processor, then in each of its others; what is slow among
+# the kernels' tests compiles something, whatever the instruction set.
 test: install
 	$(BIN)/python -m pytest -q
+	for isa in $$($(BIN)/python -c 'from flowbp_kernels import backend; print(*backend.isas()[1:])'); do \
+	  echo "FLOWBP_ISA=$$isa"; FLOWBP_ISA=$$isa $(BIN)/python -m pytest -q -m "not slow" tests/kernels || exit 1; \
+	done
 
 lint: install
 	$(BIN)/ruff check .
 
-# A wheel built here, and no other file of this checkout but the tests, in an environment of its own with TORCH_OTHER.
-WHEEL := build/wheel-check
-WHEEL_BIN := $(WHEEL)/venv/bin
+builds:
+	PYTHON=$(PYTHON) TORCH="$(TORCH)" .ci/builds
+
+wheel: install
+	.ci/wheel $(BIN)/python
+
+# The wheel in dist/, and no other file of this checkout but the tests, in an environment of its own with TORCH_OTHER.
+CHECK := build/wheel-check
+CHECK_BIN := $(CHECK)/bin
 wheel-check: TORCH_OTHER ?= $(TORCH)
-wheel-check: install
-	rm -rf $(WHEEL)
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir $(WHEEL) .
-	$(BIN)/python -m venv $(WHEEL)/venv
-	$(WHEEL_BIN)/python -m pip install --quiet $(TORCH_OTHER)
-	$(WHEEL_BIN)/python -m pip install --quiet numpy pytest hypothesis setuptools $(WHEEL)/*.whl
-	cd $(WHEEL) && venv/bin/python -m flowbp_kernels
-	$(WHEEL_BIN)/pytest -q tests/kernels/test_compiled_ops.py tests/kernels/test_quadrature_update.py
+wheel-check:
+	rm -rf $(CHECK)
+	$(PYTHON) -m venv $(CHECK)
+	$(CHECK_BIN)/python -m pip install --quiet $(TORCH_OTHER)
+	$(CHECK_BIN)/python -m pip install --quiet numpy pytest hypothesis "setuptools>=77,<82" dist/flowbp-*.whl
+	cd $(CHECK) && bin/python -m flowbp_kernels
+	$(CHECK_BIN)/pytest -q -m "not slow" tests/kernels
 
 clean:
 	rm -rf build dist *.egg-info flowbp_kernels/_C.* $(INSTALLED)

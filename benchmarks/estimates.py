@@ -17,14 +17,15 @@ from flowbp.estimate import Estimate, estimate  # noqa: E402
 
 
 def main() -> None:
-    peaks = ("full, 1 process", "full, 8 processes", "gradients split", "LoRA, 1 process", "embedding")
+    peaks = ("full, 1 process", "full, 8 processes", "gradients whole", "no masters", "LoRA, 1 process", "embedding")
     columns = ("preset", "batch", *peaks, "cost, x sampling")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in presets.names():
         if "/" not in name:
             continue
-        full, split, lora = (load(name, overrides) for overrides in ([], ["memory.shard_gradients=true"], ["tuning.mode=lora"]))
-        found = [estimate(full), estimate(full, processes=8), estimate(split, processes=8), estimate(lora)]
+        changes = ([], ["memory.shard_gradients=false"], ["tuning.master_weights=false"], ["tuning.mode=lora"])
+        full, whole, narrow, lora = (load(name, overrides) for overrides in changes)
+        found = [estimate(full), *(estimate(run, processes=8) for run in (full, whole, narrow)), estimate(lora)]
         cells = " | ".join(step_peak(each) for each in found)
         embedding = found[1].peaks["embedding"] / 1e9
         print(f"| {name} | {full.data.batch_size} | {cells} | {embedding:.1f} | {found[0].relative_cost:.1f} |", flush=True)

@@ -2,7 +2,8 @@
 //
 // They write into tensors that they are given and know no gradient: flowbp_kernels/<op>.py owns contract, fake and
 // autograd, calls them from inside its own operator, and allocates what they write. What would lead out of bounds is
-// checked here again. Coefficients are CPU tensors; they become part of the kernel's parameters.
+// checked here again. Coefficients are CPU tensors, which become part of the kernel's parameters, or lie with the others on
+// the device, where the kernel reads them: the host never does, and no call waits for it.
 
 #include <algorithm>
 #include <cmath>
@@ -12,6 +13,9 @@
 #include <vector>
 
 #include <dlfcn.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -90,14 +94,21 @@ int64_t rows_in(const Tensor& velocities, const Tensor& x) {
   return velocities.size(0);
 }
 
-// A contiguous CPU tensor [K, 1 or B].
+// What a rule is made of: on the CPU, or where `like` lies.
 template <class T>
-Table<T> table(const Tensor& t, const char* name, ScalarType type, int64_t num_nodes, int64_t batch) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type, name, " must be a contiguous CPU tensor of ",
-                  toString(type));
+const T* numbers(const Tensor& t, const char* name, ScalarType type, const Tensor& like) {
+  STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == type, name, " must be contiguous, of ", toString(type));
+  STD_TORCH_CHECK(t.is_cpu() || t.get_device_index() == like.get_device_index(), name, " lies on another device");
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+// [K, 1 or B]
+template <class T>
+Table<T> table(const Tensor& t, const char* name, ScalarType type, int64_t num_nodes, int64_t batch, const Tensor& like) {
+  const T* const data = numbers<T>(t, name, type, like);
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == num_nodes && (t.size(1) == 1 || t.size(1) == batch), name, " must be [",
                   num_nodes, ", 1 or ", batch, "]");
-  return {static_cast<const T*>(t.const_data_ptr()), t.size(1)};
+  return {data, t.size(1)};
 }
 
 int64_t rows_in_table(const Tensor& weights) {
@@ -105,12 +116,19 @@ int64_t rows_in_table(const Tensor& weights) {
   return weights.size(0);
 }
 
-Table<int64_t> nodes_of(const Tensor& nodes, int64_t num_nodes, int64_t batch) {
-  return table<int64_t>(nodes, "nodes", ScalarType::Long, num_nodes, batch);
-}
-
-Table<double> weights_of(const Tensor& weights, int64_t num_nodes, int64_t batch) {
-  return table<double>(weights, "weights", ScalarType::Double, num_nodes, batch);
+// The rule of `weights`, L tensors, for x's samples. nodes null: node k is k.
+template <int L>
+Tables<L> tables_of(const Tensor* nodes, int64_t num_rows, const Tensor* const (&weights)[L], const Tensor& x) {
+  const int64_t terms = rows_in_table(*weights[0]), batch = samples_in(x);
+  Tables<L> tables = {terms, num_rows, {nullptr, 1}, {}, !weights[0]->is_cpu()};
+  STD_TORCH_CHECK(terms == 0 || num_rows > 0, "the cache has no rows");
+  if (nodes) tables.nodes = table<int64_t>(*nodes, "nodes", ScalarType::Long, terms, batch, x);
+  STD_TORCH_CHECK(!nodes || nodes->is_cpu() != tables.on_device, "nodes and weights must lie in one place");
+  for (int l = 0; l < L; ++l) {
+    tables.weights[l] = table<double>(*weights[l], "weights", ScalarType::Double, terms, batch, x);
+    STD_TORCH_CHECK(weights[l]->is_cpu() != tables.on_device, "weights must lie in one place");
+  }
+  return tables;
 }
 
 // -- where it runs -----------------------------------------------------------------------------------------------------
@@ -121,6 +139,13 @@ struct InstructionSet {
   bool runs;
 };
 
+#if defined(__x86_64__)
+bool has_f16c() {  // clang 14 does not know it in __builtin_cpu_supports
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // Best first.
 const auto& instruction_sets() {
   static const InstructionSet sets[] = {
@@ -129,7 +154,7 @@ const auto& instruction_sets() {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl")},
       {"avx2", &kAvx2,
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()},
 #endif
       {"baseline", &kBaseline, true},
   };
@@ -229,16 +254,16 @@ void quadrature_update(const Tensor& x, const Tensor& velocities, const Tensor& 
   op.out = output(out, "out", x, total);
   check_same(op.out.dtype, op.x.dtype, "out", "x");
   if (scales) op.scales = float32<const float>(*scales, "scales", x, rows * batch);
-  const int64_t size = batch ? total / batch : 0, terms = rows_in_table(weights);
-  const Tables<1> tables = {terms, nodes_of(nodes, terms, batch), {weights_of(weights, terms, batch)}};
-  for_each_launch(tables, batch, size, rows, [&](Samples s, const Rule<1>& rule) {
+  const int64_t size = batch ? total / batch : 0;
+  const Tables<1> tables = tables_of<1>(&nodes, rows, {&weights}, x);
+  for_each_launch(tables, batch, size, [&](Samples s, const Rule<1>& rule) {
     op.s = s;
     op.rule = rule;
     if constexpr (kCuda) {
       on_cuda(op, quadrature_update_cuda, x);
     } else {
-      op.walk = walk(terms * total);
-      on_cpu(op, instruction_set().kernels->quadrature_update, s.samples * chunks(size), kChunk * (terms + 1));
+      op.walk = walk(tables.num_nodes * total);
+      on_cpu(op, instruction_set().kernels->quadrature_update, s.samples * chunks(size), kChunk * (tables.num_nodes + 1));
     }
   });
 }
@@ -248,7 +273,7 @@ void leap_residuals(const Tensor& x_k, const Tensor& x_j, const Tensor& x_end, c
                     const Tensor& nodes, const Tensor& first, const Tensor& second, const std::optional<Tensor>& scales,
                     const std::optional<Tensor>& predictions, const Tensor& partials, const Tensor& residuals) {
   const int64_t batch = samples_in(x_k), rows = rows_in(velocities, x_k), total = x_k.numel();
-  const int64_t size = batch ? total / batch : 0, terms = rows_in_table(first);
+  const int64_t size = batch ? total / batch : 0;
   LeapResiduals op{};
   op.x_k = input(x_k, "x_k", x_k, total);
   op.x_j = input(x_j, "x_j", x_k, total);
@@ -260,24 +285,24 @@ void leap_residuals(const Tensor& x_k, const Tensor& x_j, const Tensor& x_end, c
   if (predictions) op.predictions = output(*predictions, "predictions", x_k, 2 * total);
   op.partials = float32<float>(partials, "partials", x_k, 2 * batch * chunks(size));
   op.residuals = float32<float>(residuals, "residuals", x_k, 2 * batch);
-  const Tables<2> tables = {
-      terms, nodes_of(nodes, terms, batch), {weights_of(first, terms, batch), weights_of(second, terms, batch)}};
-  for_each_launch(tables, batch, size, rows, [&](Samples s, const Rule<2>& rule) {
+  const Tables<2> tables = tables_of<2>(&nodes, rows, {&first, &second}, x_k);
+  for_each_launch(tables, batch, size, [&](Samples s, const Rule<2>& rule) {
     op.s = s;
     op.rule = rule;
     if constexpr (kCuda) {
       on_cuda(op, leap_residuals_cuda, x_k);
     } else {
-      op.walk = walk(terms * total);
-      on_cpu(op, instruction_set().kernels->leap_residuals, s.samples * chunks(size), kChunk * (terms + 3));
+      op.walk = walk(tables.num_nodes * total);
+      on_cpu(op, instruction_set().kernels->leap_residuals, s.samples * chunks(size), kChunk * (tables.num_nodes + 3));
       sum_chunks(op);
     }
   });
 }
 
 template <bool kCuda>
-void cfg_euler_step(const Tensor& x, const Tensor& v_cond, const std::optional<Tensor>& v_uncond, double guidance,
-                    double h, const std::optional<Tensor>& velocity, const Tensor& out) {
+void cfg_euler_step(const Tensor& x, const Tensor& v_cond, const std::optional<Tensor>& v_uncond,
+                    double guidance, double h, const std::optional<Tensor>& on_device,
+                    const std::optional<Tensor>& velocity, const Tensor& out) {
   const int64_t total = x.numel();
   CfgEulerStep op{};
   op.elements = total;
@@ -292,6 +317,10 @@ void cfg_euler_step(const Tensor& x, const Tensor& v_cond, const std::optional<T
   check_same(op.out.dtype, op.x.dtype, "out", "x");
   op.guidance = static_cast<float>(guidance);
   op.h = static_cast<float>(h);
+  if (on_device) {
+    STD_TORCH_CHECK(kCuda && !on_device->is_cpu() && on_device->numel() == 2, "guidance and h must lie on the device, as 2 numbers");
+    op.on_device = numbers<double>(*on_device, "guidance and h", ScalarType::Double, x);
+  }
   if (total == 0) return;
   if constexpr (kCuda) {
     on_cuda(op, cfg_euler_step_cuda, x);
@@ -303,14 +332,14 @@ void cfg_euler_step(const Tensor& x, const Tensor& v_cond, const std::optional<T
 template <bool kCuda>
 void bridge_cotangents(const Tensor& g, const Tensor& g_x, const Tensor& weights, const Tensor& alphas, const Tensor& out) {
   const int64_t batch = samples_in(g), total = g.numel(), num_nodes = rows_in_table(weights);
+  const Tables<2> tables = tables_of<2>(nullptr, num_nodes, {&weights, &alphas}, g);
   BridgeCotangents op{};
   op.g = input(g, "g", g, total);
   op.g_x = input(g_x, "g_x", g, total);
   op.out = output(out, "out", g, num_nodes * total);
   op.past_cache = num_nodes * total * (op.out.dtype == Dtype::kFloat32 ? 4 : 2) > kCacheBytes;
   const int64_t size = batch ? total / batch : 0;
-  const Tables<2> tables = {num_nodes, {nullptr, 1}, {weights_of(weights, num_nodes, batch), weights_of(alphas, num_nodes, batch)}};
-  for_each_launch(tables, batch, size, num_nodes, [&](Samples s, const Rule<2>& rule) {
+  for_each_launch(tables, batch, size, [&](Samples s, const Rule<2>& rule) {
     op.s = s;
     op.rule = rule;
     if constexpr (kCuda) {
@@ -332,6 +361,19 @@ std::string isas() {  // those that run here, best first
 std::string rows() { return walk(kManyElements) == kFewRows ? "few" : "all"; }  // of a large cache, read side by side
 std::string cuda_archs() { return FLOWBP_CUDA_ARCHS; }  // empty: built without CUDA
 
+#ifdef FLOWBP_CUDA
+std::string cuda_version(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+std::string cuda_error(int64_t device) {  // empty: the kernels run there
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<torch::stable::accelerator::DeviceIndex>(device));
+  const CudaVerdict verdict = cuda_verdict();
+  if (!verdict.error) return "";
+  return std::string(verdict.error) + "; the driver knows CUDA " + cuda_version(verdict.driver) +
+         ", the kernels were built by " + cuda_version(verdict.runtime);
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(flowbp_compiled, m) {
@@ -339,13 +381,14 @@ STABLE_TORCH_LIBRARY(flowbp_compiled, m) {
         " -> ()");
   m.def("leap_residuals(Tensor x_k, Tensor x_j, Tensor x_end, Tensor velocities, Tensor nodes, Tensor first,"
         " Tensor second, Tensor? scales, Tensor(a!)? predictions, Tensor(b!) partials, Tensor(c!) residuals) -> ()");
-  m.def("cfg_euler_step(Tensor x, Tensor v_cond, Tensor? v_uncond, float guidance, float h, Tensor(a!)? velocity,"
-        " Tensor(b!) out) -> ()");
+  m.def("cfg_euler_step(Tensor x, Tensor v_cond, Tensor? v_uncond, float guidance, float h, Tensor? on_device,"
+        " Tensor(a!)? velocity, Tensor(b!) out) -> ()");
   m.def("bridge_cotangents(Tensor g, Tensor g_x, Tensor weights, Tensor alphas, Tensor(a!) out) -> ()");
   m.def("isa() -> str");
   m.def("isas() -> str");
   m.def("rows() -> str");
   m.def("cuda_archs() -> str");
+  m.def("cuda_error(int device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CPU, m) {
@@ -360,6 +403,9 @@ STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CompositeExplicitAutograd, m) {
   m.impl("isas", TORCH_BOX(&isas));
   m.impl("rows", TORCH_BOX(&rows));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
+#ifdef FLOWBP_CUDA
+  m.impl("cuda_error", TORCH_BOX(&cuda_error));
+#endif
 }
 
 #ifdef FLOWBP_CUDA

@@ -39,7 +39,12 @@ FLOWBP_HD float to_float(float16 v) {
 #ifdef __CUDA_ARCH__
   return __half2float(__ushort_as_half(v.bits));
 #else
-  return static_cast<float>(bit_cast<_Float16>(v.bits));
+  const uint32_t sign = (v.bits & 0x8000u) << 16, magnitude = v.bits & 0x7fffu;
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
+  const float normal = bit_cast<float>((magnitude << 13) + (112u << 23));
+  const float infinite = bit_cast<float>((magnitude << 13) | 0x7f800000u | (magnitude > 0x7c00 ? 0x400000u : 0));
+  const float value = magnitude >= 0x7c00 ? infinite : magnitude < 0x400 ? subnormal : normal;
+  return bit_cast<float>(bit_cast<uint32_t>(value) | sign);
 #endif
 }
 FLOWBP_HD float to_float(float8 v) {
@@ -76,7 +81,15 @@ FLOWBP_HD float16 from_float<float16>(float v) {
 #ifdef __CUDA_ARCH__
   return {__half_as_ushort(__float2half_rn(v))};
 #else
-  return {bit_cast<uint16_t>(static_cast<_Float16>(v))};
+  const uint32_t bits = bit_cast<uint32_t>(v), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  const uint32_t nan = (magnitude >> 13 & 0x3ff) | 0x7e00;
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;  // 0.5f has their unit
+  const uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+  const uint32_t value = magnitude > 0x7f800000    ? nan
+                         : magnitude >= 0x47800000 ? 0x7c00  // from 2^16 on; a lesser one may be rounded to it
+                         : magnitude < 0x38800000  ? subnormal
+                                                   : normal;
+  return {static_cast<uint16_t>(sign | value)};
 #endif
 }
 

@@ -1,3 +1,3 @@
 """flowbp: align text-to-image flow models by reward backpropagation through surrogate trajectories."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -2,9 +2,13 @@
 
 import sys
 
+from flowbp.reproducible import TOO_LATE, request_equal_bytes
+
 
 def main() -> None:
     """Run the command line. Where the core install (torch, NumPy) lacks a package, say which extra has it."""
+    if not request_equal_bytes():
+        print(f"warning: {TOO_LATE}", file=sys.stderr)
     try:
         from flowbp.cli import main as run
 

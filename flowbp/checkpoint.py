@@ -33,6 +33,7 @@ __all__ = [
     "latest_checkpoint",
     "load_checkpoint",
     "load_weights",
+    "mark_folder",
     "open_run",
     "replace_file",
     "save_checkpoint",
@@ -44,6 +45,11 @@ CONFIG = "config.yaml"
 LORA = "pytorch_lora_weights.safetensors"
 CHECKPOINT = "parameters.safetensors"
 METRICS = "metrics.jsonl"
+MARK = ".flowbp"  # in a folder that a command wrote, with the command's name
+WRITTEN = (  # all that a run leaves in its folder, as patterns
+    *(CONFIG, METRICS, LORA, "transformer", "best", "checkpoints", "validation", "tensorboard", "environment.json", "evaluation.json"),
+    *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", ".*.partial"),
+)
 
 
 def check_run(output: Path, resolved_config: str, resume: bool, overwrite: bool) -> None:
@@ -60,6 +66,11 @@ def check_run(output: Path, resolved_config: str, resume: bool, overwrite: bool)
         raise FileExistsError(f"{output} already holds a run: pass --resume to go on, --overwrite to start afresh, or another output=")
     if resume:
         old, new = (yaml.safe_load(text) for text in ((output / CONFIG).read_text(), resolved_config))
+        if "sigmas" not in (old.get("rollout") or {}):
+            raise ValueError(
+                f"{output} was trained by flowbp 0.1, whose noise levels were not the published ones, and cannot go on; its weights still "
+                f"evaluate (flowbp eval {shlex.quote(str(output))}): to train afresh, choose another output="
+            )
         found = changed(old, new)
         if found.keys() - {"steps"} or new["steps"] < old.get("steps", 0):
             changes = ", ".join(f"{key} from {was} to {now}" for key, (was, now) in found.items())
@@ -113,9 +124,12 @@ def claimed(output: Path) -> Iterator[None]:
 
 
 def open_run(output: Path, resolved_config: str, overwrite: bool) -> None:
-    """Make the folder of a run, which `check_run` let pass: its resolved config, and metrics to append to."""
+    """Make the folder of a run, which `check_run` let pass: its resolved config, and metrics to append to.
+
+    overwrite: what an older run wrote there is removed, and nothing else.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    for child in output.iterdir() if overwrite else ():
+    for child in [child for pattern in WRITTEN for child in output.glob(pattern)] if overwrite else ():
         shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
     (output / METRICS).touch()
     replace_file(output / CONFIG, resolved_config)
@@ -191,7 +205,9 @@ def how_to_go_on(output: Path) -> str:
         return "Nothing was trained yet"
     found = latest_checkpoint(output)
     done = f"{progress(found)['step']} steps are saved" if found else "No step is saved yet, for want of a checkpoint"
-    return f"{done}; to go on: flowbp train {shlex.quote(str(output))} --resume"
+    processes = progress(found)["processes"] if found else int(os.environ.get("WORLD_SIZE", 1))
+    more = f" --processes {processes}" if processes > 1 else ""
+    return f"{done}; to go on: flowbp train {shlex.quote(str(output))} --resume{more}"
 
 
 def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema, rewards: Mixture) -> int:
@@ -344,6 +360,20 @@ def load_training_checkpoint(backbone: Backbone, folder: Path) -> None:
     average = load_state(folder)["ema"]
     assign(parameters, dict(zip(parameters, average["shadow_params"], strict=True)) if average else saved)
     backbone.denoiser.eval()  # the layers of a new adapter drop out
+
+
+def mark_folder(folder: Path, command: str) -> None:
+    """Make `folder` the output of `command`, such as "flowbp eval": what that command wrote there before may be replaced, nothing else is.
+
+    Raises FileExistsError for a folder that holds anything and that this command did not make.
+    """
+    mark = folder / MARK
+    if mark.is_file() and mark.read_text() == command:
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} holds what {command} did not write there: choose another --out, or an empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(mark, command)
 
 
 def keep_first_lines(path: Path, count: int) -> None:

@@ -21,6 +21,7 @@ from flowbp.console import hide_loading_bars, hush_libraries
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console()
 
+Processes = Annotated[int, typer.Option(min=1, help="of this machine; a step takes data.batch_size samples from each")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value overrides, such as method.alpha=0.3")]
 
 
@@ -51,19 +52,25 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="delete the run that the output folder holds")] = False,
+    processes: Processes = 1,
 ) -> None:
     """Fine-tune a backbone; writes weights, metrics, samples and report.html into the config's output folder."""
     from flowbp.checkpoint import how_to_go_on
     from flowbp.config import load
+    from flowbp.processes import launched
     from flowbp.trainer import train as run
 
     settings = load(config, overrides or ())
     hide_loading_bars()
     try:
-        output = run(settings, resume, overwrite)
+        with launched(processes):
+            output = run(settings, resume, overwrite)
     except KeyboardInterrupt:
-        console.print(f"\nstopped. {how_to_go_on(settings.output)}", highlight=False, soft_wrap=True)
+        if is_main():
+            console.print(f"\nstopped. {how_to_go_on(settings.output)}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
+    except ConnectionError as error:
+        raise ConnectionError(f"{error}. {how_to_go_on(settings.output)}") from error
     if not is_main():
         return
     if (output / "evaluation.json").is_file():
@@ -96,7 +103,8 @@ def estimate(
     from flowbp.config import load
 
     memory = None if gpu_memory is None else estimates.parse_size(gpu_memory)
-    found = estimates.estimate(load(config, overrides or ()), processes)
+    run = load(config, overrides or ())
+    found = estimates.estimate(run, processes)
     console.print(estimate_table(found, f"{config}, {processes} process{'es' if processes > 1 else ''}"))
     console.print(
         f"a step costs {found.relative_cost:.1f} x sampling its images: {sum(found.calls.values()):.0f} forward passes of "
@@ -114,6 +122,12 @@ def estimate(
         console.print(f"[green]fits:[/] {share}", highlight=False)
         return
     console.print(f"[red]does not fit:[/] {share}", highlight=False)
+    if (narrow := estimates.without_masters(run, processes)) is not None:
+        console.print(
+            f"without master weights (tuning.master_weights=false) it takes {_gigabytes(narrow.peak)} GB, and most steps of "
+            f"optimizer.lr={run.optimizer.lr:g} round to nothing in bfloat16: docs/training.md",
+            highlight=False,
+        )
     added, count, smaller = estimates.suggest(config, overrides or [], memory, processes)
     outcome = "fits" if smaller.fits(memory) else f"the smallest found still does not fit, for the {smaller.peak_phase}"
     console.print(f"{outcome}: {_gigabytes(smaller.peak)} GB a process, {smaller.relative_cost:.1f} x sampling, with", highlight=False)
@@ -142,7 +156,7 @@ def sample(
     backbone = load_backbone(**run.backbone.model_dump(), device=str(process_state().device))
     if weights is not None:
         checkpoint.load_weights(backbone, weights)
-    images = evaluation.generate(backbone, prompts, sample_seeds(seed, count=len(prompts)), run.rollout, run.guidance)
+    images = evaluation.generate(backbone, prompts, sample_seeds(seed, count=len(prompts)), run.evaluation_rollout, run.guidance)
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     figures.sample_grid(pixels, prompts, [None] * len(prompts), columns=min(4, len(prompts))).savefig(out, dpi=110)
     console.print(f"wrote {out}")
@@ -167,17 +181,20 @@ def evaluate(
     weights: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH of a run, checkpoint, or LoRA; may be repeated")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the results; default: <run>-eval")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="throw away scores of other settings that the folder holds")] = False,
+    processes: Processes = 1,
 ) -> None:
     """Score the base and tuned models on the same prompts and seeds: means, intervals, paired tests, and a page. A killed run goes on."""
     from flowbp.config import load
     from flowbp.evaluation_run import name_models, run_evaluation
+    from flowbp.processes import launched
 
     is_run = (Path(config) / "config.yaml").is_file()
     run = load(config, overrides or ())
     models = name_models(weights or ([config] if is_run else []))
     folder = out or Path(f"{config.rstrip('/') if is_run else run.output}-eval")
     hide_loading_bars()
-    results = run_evaluation(run, models, folder, overwrite)
+    with launched(processes):
+        results = run_evaluation(run, models, folder, overwrite)
     if is_main():
         for table in evaluation_tables(results, f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"):
             console.print(table)
@@ -304,6 +321,7 @@ def doctor() -> None:
     import torch
 
     import flowbp
+    from flowbp.reproducible import math_library
     from flowbp_kernels import backend
 
     table = Table("what", "found", title="flowbp doctor")
@@ -316,6 +334,7 @@ def doctor() -> None:
             table.add_row(package, "not installed")
     cuda = torch.cuda.is_available()
     table.add_row("device", torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads")
+    table.add_row("matrix products", math_library())
     for name, runs, why in backend.report():
         table.add_row(f"kernels: {name}", f"{'runs' if runs else 'cannot run'}: {why}")
     console.print(table)

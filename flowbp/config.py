@@ -183,10 +183,19 @@ class BackboneConfig(Strict):
     max_sequence_length: Count | None = Field(None, description="tokens of the prompt embedding; null means the pipeline's default")
 
 
+Levels = Literal["published", "pipeline"]
+
+
 class RolloutConfig(Strict):
     num_steps: Count = 25
     height: Pixels = 512
     width: Pixels = 512
+    sigmas: Levels = Field(
+        "published", description="noise levels: published, linspace(1, 1/N, N) under the pipeline's shift; pipeline, its sampler's own"
+    )
+    timesteps: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype in which the network is told 1000 sigma; the released trainer of SD3.5 rounds it to bfloat16"
+    )
 
 
 class ScorerConfig(Strict):
@@ -229,6 +238,13 @@ def is_one_reward(spec: Mapping[str, Any]) -> bool:
 def by_name(rewards: Any) -> Any:
     """One reward is short for {"reward": it}."""
     return {"reward": rewards} if isinstance(rewards, Mapping) and is_one_reward(rewards) else rewards
+
+
+def without_nulls(monitors: Any) -> Any:
+    """A monitor that is null is one that a preset has and this run leaves out; null in place of all leaves out all."""
+    if monitors is None:
+        return {}
+    return {name: spec for name, spec in monitors.items() if spec is not None} if isinstance(monitors, Mapping) else monitors
 
 
 def shortest(rewards: dict[str, RewardConfig]) -> Any:
@@ -327,7 +343,11 @@ class EvaluationConfig(Strict):
     batch_size: Count = 64
     seed: Seed = 1234
     num_steps: Count | None = Field(None, description="rollout steps of the images that are scored; null means as in training")
-    monitors: dict[MetricName, ScorerConfig] = Field(default_factory=dict, description="scored, never trained on")
+    sigmas: Levels = Field("pipeline", description="their noise levels, as in rollout.sigmas; those of training are not taken over")
+    monitors: Annotated[dict[MetricName, ScorerConfig], BeforeValidator(without_nulls)] = Field(
+        default_factory=dict, description="scored, never trained on; null takes away one of a preset, or all"
+    )
+    watch: bool = Field(True, description="score the images of every training step by the monitors; false loads them to evaluate only")
     checker: CheckerField | None = None
     grid: Count = Field(16, description="images in the before/after grids")
     every: Count | None = Field(None, description="steps between evaluations during training; null makes none")
@@ -335,6 +355,9 @@ class EvaluationConfig(Strict):
     validation_samples: int = Field(96, ge=2)
     best: str | None = Field(None, description="held-out metric, a monitor or checker, by which the best step's weights are kept")
     patience: Count | None = Field(None, description="stop after so many evaluations without a new best step")
+
+    def load_monitors(self, device: str = "cpu") -> dict[str, Reward]:
+        return {name: spec.load(device) for name, spec in self.monitors.items()}
 
     @model_validator(mode="after")
     def _best_is_held_out(self):
@@ -361,8 +384,10 @@ class RunConfig(Strict):
     rollout: RolloutConfig = RolloutConfig()
     guidance: Annotated[Guidance, from_mapping(Guidance)] = Guidance()
     method: MethodField
-    plans: Literal["shared", "per_sample", "stratified"] = Field(
-        "shared", description="one plan a batch, one a sample, or one a sample that together cover the trajectory"
+    plans: Literal["shared", "per_batch", "per_sample", "stratified"] = Field(
+        "shared",
+        description="one plan an optimizer step, as published; one a micro-batch; one a sample; or one a sample that together cover the "
+        "trajectory",
     )
     reward: RewardsField
     data: DataConfig
@@ -379,7 +404,7 @@ class RunConfig(Strict):
     def _plans_fit(self):
         needs = {"memory.recompute": (self.memory.recompute, "always"), "tuning.dropout": (self.tuning.dropout, 0.0)}
         for key, (value, needed) in needs.items():
-            if self.plans != "shared" and value != needed:
+            if self.plans in ("per_sample", "stratified") and value != needed:
                 raise ValueError(f"plans={self.plans} needs {key}={needed}, not {value}: samples replay their own nodes; or plans=shared")
         if self.tuning.dropout and self.memory.nodes_per_forward > 1:
             raise ValueError(f"tuning.dropout={self.tuning.dropout} needs memory.nodes_per_forward=1: masks are drawn again node by node")
@@ -415,9 +440,10 @@ class RunConfig(Strict):
 
     @property
     def evaluation_rollout(self) -> RolloutConfig:
-        """The rollout of the images that are scored."""
-        num_steps = self.evaluation.num_steps if self.evaluation else None
-        return self.rollout if num_steps is None else self.rollout.model_copy(update={"num_steps": num_steps})
+        """The rollout of the images that are scored, or drawn by `flowbp sample`: on the pipeline's own noise levels by default."""
+        size, options = self.rollout, self.evaluation
+        num_steps, sigmas = (options.num_steps, options.sigmas) if options else (None, "pipeline")
+        return RolloutConfig(num_steps=num_steps or size.num_steps, height=size.height, width=size.width, sigmas=sigmas)
 
     @property
     def method_name(self) -> str:

@@ -93,15 +93,19 @@ class Ranks:
 
 
 def shard_weights(denoiser: nn.Module, device: torch.device) -> nn.Module:
-    """FSDP2, in place, on `device`: the weights of a transformer block are gathered when it runs, and dropped after."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    """FSDP2, in place, on `device`: the weights of a transformer block are gathered when it runs, and dropped after.
 
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    Gradients add up and are reduced in float32 (or wider), as the released trainers reduce them, and then rounded to the weights' dtype.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(denoiser.dtype, torch.float32))
+    options = {"mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)), "mp_policy": policy}
     for block in denoiser.modules():
         if type(block).__name__ in denoiser._no_split_modules:
-            fully_shard(block, mesh=mesh)
-    return fully_shard(denoiser, mesh=mesh)
+            fully_shard(block, **options)
+    return fully_shard(denoiser, **options)
 
 
 # -- sharded tensors: every process must make these calls, for all of them take part -------------------------------------------------

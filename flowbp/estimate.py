@@ -25,7 +25,7 @@ from flowbp.config import RunConfig, load
 from flowbp.passes import NetworkPass, RewardPass, TextPass, draw_plan, network_pass, reward_pass, text_pass
 from flowbp.plan import PlanBatch, SurrogatePlan
 
-__all__ = ["MARGIN", "Estimate", "estimate", "parse_size", "suggest"]
+__all__ = ["MARGIN", "Estimate", "estimate", "parse_size", "suggest", "without_masters"]
 
 MARGIN = 0.15  # of a GPU's memory left for what is not counted
 DRAWS = 64  # plans that a method's node counts are averaged over
@@ -161,10 +161,11 @@ class Run:
     def working(self) -> dict[str, int]:
         """Bytes that come and go in a step."""
         network = self.network
+        whole = self.wide_bytes if self.shards > 1 else network.trained_bytes  # FSDP2 adds gradients up and reduces them in float32
         cached = max(len(plan.cached_latents) + len(plan.cached_velocities) for plan in self.plans) + 3  # noise, sample, reward input
         return {
-            "gradients": network.trained_bytes // self.shards if self.splits_gradients else network.trained_bytes,
-            "gradients of two blocks": network.trained_block_bytes if self.splits_gradients else 0,
+            "gradients": network.trained_bytes // self.shards if self.splits_gradients else whole,
+            "gradients of two blocks": network.trained_block_bytes * whole // network.trained_bytes if self.splits_gradients else 0,
             "cached rollout": cached * network.latent_bytes,
             "one node's graph": network.graph_bytes,
             "kept graphs": self.kept_graphs * network.graph_bytes,
@@ -247,6 +248,16 @@ def suggest(name: str, overrides: Iterable[str], memory: float, processes: int =
             break
         added, processes, found = candidate, 2 * processes, tried
     return added, processes, found
+
+
+def without_masters(config: RunConfig, processes: int = 1) -> Estimate | None:
+    """The estimate of the same run with `tuning.master_weights=false`; None where no trained weight has a master.
+
+    `suggest` never takes this way: in bfloat16 most steps of a fine-tuning learning rate round to nothing.
+    """
+    if not estimate(config, processes).resident["master weights"]:
+        return None
+    return estimate(config.model_copy(update={"tuning": config.tuning.model_copy(update={"master_weights": False})}), processes)
 
 
 def over(added: list[str], change: list[str]) -> list[str]:

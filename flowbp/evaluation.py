@@ -39,8 +39,8 @@ def generate(backbone: Backbone, texts: list[str], seeds: Sequence[int], size: R
     """Images [B, 3, H, W] in [0, 1] of `texts`, one seed each: the same seed gives the same image in any batch, up to rounding."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = backbone.noise(size.height, size.width, generators)
-    sigmas = backbone.sigmas(size.num_steps, size.height, size.width)
-    return backbone.decode(rollout(bind_velocity(backbone, texts, guidance), noise, sigmas).sample)
+    sigmas = backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas)
+    return backbone.decode(rollout(bind_velocity(backbone, texts, guidance, size.timesteps), noise, sigmas).sample)
 
 
 def scorers(

@@ -18,9 +18,7 @@ import importlib.metadata
 import io
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +36,14 @@ from flowbp.distributed import process_state
 from flowbp.embeddings import embed_once
 from flowbp.evaluation import Part, Samples, Scores, compare, draw_samples, join, score_chunk, scorers, summarise
 from flowbp.image_statistics import IMAGE_STATISTICS
+from flowbp.processes import naming_the_dead
 from flowbp.report import to_json
+from flowbp.reproducible import one_thread
 
 __all__ = ["BASE", "Model", "name_models", "run_evaluation"]
 
 MANIFEST = "model.json"
+CHUNKS = "[0-9]" * 5 + ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,12 @@ def name_models(specs: Iterable[str]) -> list[Model]:
     return models
 
 
+@naming_the_dead()
 def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, overwrite: bool = False) -> dict[str, Any]:
     """Score every model that is not scored yet and write the results into `folder`; returns what results.json holds.
 
-    Raises ValueError where `folder` holds scores of other settings or weights, unless `overwrite` says to throw those away.
+    Raises ValueError where `folder` holds scores of other settings or weights, unless `overwrite` says to throw those away, and
+    ConnectionError where another process has ended.
     """
     if config.evaluation is None:
         raise ConfigError("this config has no evaluation: add evaluation.prompts=... to say what to score")
@@ -84,6 +87,7 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
     manifests = [manifest(config, samples, model) for model in models]
     state = process_state()
     if state.is_main_process:
+        checkpoint.mark_folder(folder, "flowbp eval")
         for model, about in zip(models, manifests, strict=True):
             open_model(folder / model.name, about, overwrite)
     state.wait_for_everyone()
@@ -129,17 +133,22 @@ def digest_files(paths: Iterable[Path]) -> str:
 
 
 def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> None:
-    """Make the folder of a model's scores, or check that the one there holds scores of the same things."""
+    """Make the folder of a model's scores, or check that the one there holds scores of the same things.
+
+    overwrite: scores of other things are removed; no other file is.
+    """
     path = folder / MANIFEST
     if path.is_file():
         found = differences(json.loads(path.read_text()), about)
         if not found:
             return
-        if not overwrite and any(folder.glob("*.safetensors")):
+        scores = list(folder.glob(CHUNKS))
+        if not overwrite and scores:
             raise ValueError(
                 f"{folder} holds scores of another evaluation: {'; '.join(found)}. Choose another --out, or pass --overwrite to lose them"
             )
-        shutil.rmtree(folder)
+        for file in scores:
+            file.unlink()
     elif folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and holds no scores (it has no {MANIFEST}): choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,25 +174,14 @@ def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path,
     if config.data.embeddings == "cached":
         embed_once(backbone, [prompt.text for prompt in samples.prompts], config.data.cache, device)
     backbone.pipe.to(device)
-    rewards, monitors = ({name: spec.load(device) for name, spec in specs.items()} for specs in (config.reward, config.evaluation.monitors))
-    named = scorers(config.evaluation, rewards, monitors, device)
+    rewards = {name: spec.load(device) for name, spec in config.reward.items()}
+    named = scorers(config.evaluation, rewards, config.evaluation.load_monitors(device), device)
     share = [i for i in missing if i % state.num_processes == state.process_index]
     with one_thread(), progress_bar(model.name, "image", sum(size(samples.chunks[i]) for i in share)) as bar:
         for i in share:
             chunk = samples.chunks[i]
             write_chunk(chunk_file(folder, i), score_chunk(backbone, samples, chunk, config.evaluation_rollout, config.guidance, named))
             bar.update(size(chunk))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run CPU operations on one thread: the last bits of a sum depend on how many share it. Processes, not threads, make it faster."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def size(chunk: slice) -> int:

@@ -111,6 +111,7 @@ def _relevant(config: RunConfig, ignored: set[str], sections: set[str]) -> str:
     for key in ignored | {"recompute", "budget_gb", "shard", "shard_gradients"}:
         del values["memory"][key]
     del values["data"]["accumulate"], values["data"]["embeddings"]
+    values.get("tuning", {}).pop("master_weights", None)
     return json.dumps(values)
 
 
@@ -155,7 +156,7 @@ def _network_pass(relevant: str) -> NetworkPass:
 
 def _sigmas(backbone: Backbone, config: RunConfig) -> np.ndarray:
     size = config.rollout
-    return backbone.sigmas(size.num_steps, size.height, size.width).double().numpy()
+    return backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas).double().numpy()
 
 
 def _latents(backbone: Backbone, config: RunConfig, rows: int) -> Tensor:
@@ -198,7 +199,8 @@ def _reward_pass(relevant: str) -> RewardPass:
     config = RunConfig.model_validate(json.loads(relevant))
     backbone = _backbone(config)
     rewards = {name: _reward(spec) for name, spec in config.reward.items()}
-    monitors = [_reward(spec) for spec in (config.evaluation.monitors if config.evaluation else {}).values()]
+    watching = config.evaluation is not None and config.evaluation.watch
+    monitors = [_reward(spec) for spec in (config.evaluation.monitors if watching else {}).values()]
     mixture = Mixture({name: spec.term(reward=rewards[name].reward) for name, spec in config.reward.items()})
     samples = config.data.batch_size * (1 + draw_plan(config, 0, np.linspace(1, 0, config.rollout.num_steps + 1)).num_renoised)
     z = _latents(backbone, config, min(samples, config.memory.reward_batch or samples))

@@ -8,6 +8,7 @@ sigma_stop - sigma_start. Everything is computed in float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -83,9 +84,12 @@ def lagrange_supports(start: int, stop: int, order: int) -> tuple[int, ...]:
 def rescale_factor(total: float, active: float, strength: float) -> float:
     """rho = 1 + strength (total / active - 1): makes up for the share of the interval that the active nodes do not cover.
 
-    total and active are sums of absolute weights; strength 0 leaves the gradient as it is, 1 restores the full length. It multiplies
-    gradients only, never a value.
+    total and active are sums of absolute weights. strength 0 leaves the gradient as it is, 1 restores the full length, more than 1
+    extrapolates beyond it. The factor multiplies gradients only, never a value.
     """
-    if not 0.0 <= strength <= 1.0:
-        raise ValueError(f"rescale must lie in [0, 1], got {strength}: 0 leaves the gradient as it is, 1 restores the full length")
+    if not 0.0 <= strength < math.inf:  # also refuses NaN
+        raise ValueError(
+            f"rescale must be a finite number of 0 or more, got {strength}: 0 leaves the gradient as it is, 1 restores the full length, "
+            "more extrapolates beyond it"
+        )
     return 1.0 + strength * (total / active - 1.0) if strength > 0 and active > 1e-8 else 1.0

@@ -9,6 +9,7 @@ All give the same gradient.
 
 from __future__ import annotations
 
+import inspect
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +62,7 @@ def reaches_parameter(v: Tensor, x: Tensor) -> bool:
 def describe(velocity: Callable) -> str:
     """The class of the network behind a velocity, for error messages."""
     owner = getattr(velocity, "__self__", velocity)
-    network = getattr(owner, "network", owner)
+    network = inspect.unwrap(getattr(owner, "network", owner))
     backbone = getattr(network, "__self__", network)
     return type(getattr(backbone, "denoiser", backbone)).__name__
 

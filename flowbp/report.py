@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 
 import flowbp
 from flowbp import checkpoint, figures
-from flowbp.config import RewardConfig, RunConfig, dump, flatten
+from flowbp.config import RewardConfig, RolloutConfig, RunConfig, dump, flatten
+from flowbp.guidance import Guidance
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.plan import SurrogatePlan
 from flowbp_kernels.bench import machine
@@ -128,10 +129,18 @@ def training_facts(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> dict
         "model": f"{config.backbone.name}, {config.backbone.dtype}; trained: {tuned}, learning rate {config.optimizer.lr:g}",
         "reward": "; ".join(("" if name == "reward" else f"{name}: ") + describe_reward(spec) for name, spec in config.reward.items()),
         "training": f"{len(rows)} of {config.steps} steps, {images_a_step(config, rows)} images each, prompts {config.data.prompts}",
-        "rollout": f"{size.num_steps} steps, {size.height} x {size.width} pixels, guidance {config.guidance.scale:g}",
+        "rollout": describe_rollout(size, config.guidance),
         "seed": str(config.seed),
         "took": f"{duration(seconds)} of training, at most {max(row['peak_mb'] for row in rows):,.0f} MB of memory",
     }
+
+
+def describe_rollout(size: RolloutConfig, guidance: Guidance) -> str:
+    """The sampler's steps and noise levels, the size of its images, and its guidance."""
+    levels = {"published": "published noise levels", "pipeline": "noise levels of the pipeline"}[size.sigmas]
+    scales = [f"{guidance.scale:g}"] if guidance.active or guidance.embedded is None else []
+    scales += [f"{guidance.embedded:g} (embedded)"] if guidance.embedded is not None else []
+    return f"{size.num_steps} steps on the {levels}, {size.height} x {size.width} pixels, guidance {' and '.join(scales)}"
 
 
 def images_a_step(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> int:
@@ -205,7 +214,7 @@ def evaluation_facts(config: RunConfig, models: Sequence[str]) -> dict[str, str]
         "models": ", ".join(models),
         "backbone": f"{config.backbone.name}, {config.backbone.dtype}",
         "prompts": f"{scored.prompts}, {scored.samples} images a model",
-        "rollout": f"{size.num_steps} steps, {size.height} x {size.width} pixels, guidance {config.guidance.scale:g}",
+        "rollout": describe_rollout(size, config.guidance),
         "seed": str(scored.seed),
     }
 

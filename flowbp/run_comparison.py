@@ -46,6 +46,7 @@ BOOKKEEPING = (  # keys that reach neither weights nor scores, up to rounding; o
     "data.cache",
     "evaluation.batch_size",
     "evaluation.grid",
+    "evaluation.watch",
 )
 SEEN = "memory.vae_tiling"  # by the reward: the seams of tiles
 STOPPING = tuple(f"evaluation.{key}" for key in ("best", "patience", "every", "validation_prompts", "validation_samples"))
@@ -187,6 +188,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     if len(folders) < 2:
         raise ValueError(f"a comparison needs two runs or more, got {len(folders)}")
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+    checkpoint.mark_folder(out, "flowbp compare")
     images = {run.name: images_a_step(run.config, run.rows) for run in runs}
     first, found = runs[0], contrast([yaml.safe_load(dump(run.config)) for run in runs], list(images.values()))
     scored = {run.name: run.after for run in runs if run.after is not None}
@@ -202,7 +204,6 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         "changes": [{"run": r.name, "against": first.name} | asdict(row) for r in paired for row in compare(first.after, r.after)],
     }
     results = without_nan(results)
-    out.mkdir(parents=True, exist_ok=True)
     checkpoint.replace_file(out / "comparison.json", json.dumps(results, indent=1) + "\n")
     checkpoint.replace_file(out / "comparison.html", page(runs, results))
     return results

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flowbp import checkpoint, evaluation, report
 from flowbp.backbones import Backbone, bind_velocity, check_guidance, load_backbone
-from flowbp.config import RunConfig, dump
+from flowbp.config import EvaluationConfig, RunConfig, dump
 from flowbp.console import progress_bar
 from flowbp.data import PromptStream, load_prompts, sample_seeds
 from flowbp.distributed import Ranks, full, process_state
@@ -31,7 +31,9 @@ from flowbp.methods import draw_plans
 from flowbp.objective import clip_samples, loss_factors, reward_gradient, sample_weights
 from flowbp.performance import Phases, compile_blocks, now, peak_memory_mb, save_memory
 from flowbp.plan import PlanBatch, SurrogatePlan
+from flowbp.processes import naming_the_dead
 from flowbp.replay import Recompute
+from flowbp.reproducible import one_thread
 from flowbp.rewards import Mixture, Reward
 from flowbp.sentinel import Sentinel
 from flowbp.surrogate import backward, residuals, reward_input
@@ -40,15 +42,19 @@ from flowbp.tuning import assign, build_optimizer, hand_over_gradients, master_w
 
 __all__ = ["Trainer", "train"]
 
-DROPOUT = 0xD409  # keeps the seeds of dropout apart from those of the noise
+DROPOUT, PLANS = 0xD409, 0x91A5  # keep these draws apart from those of the noise
 
 
+@naming_the_dead()
 def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:
     """Run `config` to its last step, evaluate it against the base weights and write the report. Returns the run's folder.
 
-    All input is checked before the folder is touched. Raises ValueError or FileExistsError on bad input.
+    On a CPU a process computes on one thread, or on $OMP_NUM_THREADS. All input is checked before the folder is touched.
+    Raises ValueError or FileExistsError on bad input, and ConnectionError where another process of the run has ended.
     """
-    with checkpoint.claimed(config.output) if process_state().is_main_process else nullcontext():
+    state = process_state()
+    threads = one_thread() if state.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ else nullcontext()
+    with threads, checkpoint.claimed(config.output) if state.is_main_process else nullcontext():
         checkpoint.check_run(config.output, dump(config), resume, overwrite)
         trainer = Trainer(config)
         if trainer.ranks.is_main:
@@ -74,13 +80,16 @@ class Trainer:
         self.backbone = backbone or load_backbone(**config.backbone.model_dump())  # on the CPU
         check_guidance(self.backbone, config.guidance)
         size = config.rollout
-        self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width)
+        self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas)
         config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(0))  # a method that does not fit says so now
         if config.data.embeddings == "cached":  # the device holds the text encoders; then, without them, all else
             embed_once(self.backbone, self.texts(), config.data.cache, device)
         self.mixture = Mixture({name: spec.term(device, reward) for name, spec in config.reward.items()})
-        watched = config.evaluation.monitors if config.evaluation else {}
-        self.monitors = {name: spec.load(device) for name, spec in watched.items()}
+        self.monitors: dict[str, Reward] = {}
+        if config.evaluation is not None:
+            watch = config.evaluation.watch
+            loaded = config.evaluation.load_monitors(device if watch else "cpu")  # a missing one is found now, not after the training
+            self.monitors = loaded if watch else {}
 
         trainable_parameters(self.backbone, config.tuning)
         save_memory(self.backbone, config.memory)
@@ -98,7 +107,7 @@ class Trainer:
             from diffusers.training_utils import EMAModel
 
             wide = master_weights(self.masters)  # an average moves by (1 - decay) of a step, which bfloat16 would round away
-            self.ema = EMAModel(wide.values(), decay=config.ema)
+            self.ema = EMAModel(wide.values(), decay=config.ema, min_decay=config.ema, update_after_step=-1)  # from the first step on
 
     def texts(self) -> list[str]:
         """Every prompt that the run will draw, in training and in evaluation."""
@@ -155,7 +164,7 @@ class Trainer:
         pages = report.Report(config, plan, self.sigmas.tolist())
         if config.evaluation is not None:
             samples = evaluation.draw_samples(self.held_out, config.evaluation)
-            named = evaluation.scorers(config.evaluation, self.mixture.rewards, self.monitors, str(self.accelerator.device))
+            named = self.scorers(config.evaluation)
             scores = []
             with progress_bar("evaluate", "image", 2 * config.evaluation.samples, shown=main) as bar:
                 for name, weights in (("before", self.base), ("after", self.tuned)):
@@ -164,8 +173,9 @@ class Trainer:
                     if main:
                         pages.add_grid(name, scores[-1])
                         scores[-1].write_csv(config.output / f"scores_{name}.csv")
-            pages.add_comparison(evaluation.compare(*scores))
-        if self.sentinel is not None:
+            if main:
+                pages.add_comparison(evaluation.compare(*scores))
+        if main and self.sentinel is not None:
             pages.add_validation(self.sentinel.summary())
         if main:
             pages.write()
@@ -180,7 +190,7 @@ class Trainer:
         if self.ranks.main_says(lambda: self.sentinel.due(steps)):
             config = self.config.evaluation
             chosen = config.model_copy(update={"samples": config.validation_samples})
-            named = evaluation.scorers(chosen, self.mixture.rewards, self.monitors, str(self.accelerator.device))
+            named = self.scorers(chosen)
             with self.weights(self.tuned):
                 scores = self.score(self.sentinel.samples, named)
                 if self.ranks.main_says(lambda: self.sentinel.is_best(steps, scores)):
@@ -189,6 +199,11 @@ class Trainer:
                 self.sentinel.record(steps, scores)
             self.accelerator.log({f"validation/{name}": float(values.mean()) for name, values in scores.values.items()}, step=steps)
         return self.ranks.main_says(lambda: self.sentinel.stops)
+
+    def scorers(self, config: EvaluationConfig) -> dict[str, evaluation.Scorer]:
+        """What an evaluation scores by; monitors that do not watch the training are loaded for it."""
+        device = str(self.accelerator.device)
+        return evaluation.scorers(config, self.mixture.rewards, self.monitors or config.load_monitors(device), device)
 
     def score(
         self, samples: evaluation.Samples, named: Mapping[str, evaluation.Scorer], progress: Callable[[int], object] = lambda done: None
@@ -240,7 +255,8 @@ class Trainer:
         config, data, size = self.config, self.config.data, self.config.rollout
         key = (config.seed, step, micro)
         everyone, rows = self.ranks.size * data.batch_size, self.ranks.rows(data.batch_size)
-        plan = draw_plans(config.method, self.sigmas.double().numpy(), np.random.default_rng(key), everyone, config.plans)
+        draws = np.random.default_rng((config.seed, step, 0 if config.plans == "shared" else micro, PLANS))
+        plan = draw_plans(config.method, self.sigmas.double().numpy(), draws, everyone, config.plans)
         if isinstance(plan, PlanBatch):
             plan = plan.rows(rows)
         texts = [prompt.text for prompt in self.prompts.batch(step * data.accumulate + micro, everyone)[rows]]
@@ -249,7 +265,7 @@ class Trainer:
             torch.manual_seed(sample_seeds(*key, DROPOUT, count=self.ranks.size)[self.ranks.rank])
         self.backbone.denoiser.train(config.tuning.dropout > 0)
         with self.phases("rollout"):
-            velocity = bind_velocity(self.backbone, texts, config.guidance)
+            velocity = bind_velocity(self.backbone, texts, config.guidance, size.timesteps)
             noise = self.backbone.noise(size.height, size.width, generators)
             renoise = [self.backbone.noise(size.height, size.width, generators) for _ in range(plan.num_renoised)]
             trajectory = rollout(velocity, noise, self.sigmas, plan, renoise, self.recompute)

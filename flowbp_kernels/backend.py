@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from flowbp_kernels.arguments import COMPILED_DTYPES, is_traced
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in the order in which `auto` tries them
-MAX_NODES = 256  # rows of a rule that fit a kernel's parameters: kMaxTerms in csrc/ops.h
+MAX_NODES = 256  # rows of a rule that a compiled kernel takes: kMaxTerms in csrc/ops.h
 
 
 def needs_operator(*tensors: Tensor | None) -> bool:
@@ -41,8 +41,26 @@ def needs_operator(*tensors: Tensor | None) -> bool:
     return False
 
 
-def written(out: Tensor) -> Tensor:
-    """`out`, which a kernel is about to write: autograd learns that a value saved from it is gone."""
+def written(name: str, out: Tensor, others: dict[str, Tensor | None], in_place_of: str = "") -> Tensor:
+    """`out`, which a kernel is about to write while it reads the others: apart from them in memory, except that `out` may be the one
+    that it replaces in place. Autograd learns that the old value is gone.
+
+    Reads addresses, so it belongs where an op runs. Only contiguous tensors count: a strided one was copied, or runs on the
+    reference, which reads everything before it writes.
+    """
+    start = out.data_ptr()
+    end = start + out.nbytes if start else 0  # a meta tensor lies nowhere
+    for other_name, other in others.items():
+        if other is None:
+            continue
+        first = other.data_ptr()
+        if first < end and start < first + other.nbytes and other.is_contiguous():
+            if other_name != in_place_of or first != start or other.dtype != out.dtype:
+                allowed = f", or {in_place_of} itself" if in_place_of else ""
+                raise ValueError(
+                    f"{name} and {other_name} overlap in memory, so that writing one spoils the other: "
+                    f"make {name} a tensor of its own{allowed}"
+                )
     torch.autograd.graph.increment_version(out)
     return out
 
@@ -71,20 +89,27 @@ def requested() -> str:
     return wanted
 
 
-def unavailable(name: str) -> str:
-    """Why a backend runs no op at all in this installation; "" if it can run some."""
+def unavailable(name: str, device: int | None = None) -> str:
+    """Why a backend runs no op here; "" if it can run some. device: index of a GPU; None for torch's current one."""
     if name == "cpu":
         return _load_extension()
     if name == "triton":
-        return _import_triton()
+        return _import_triton() or ("" if _interprets_triton() else _on_gpu(_no_triton, device))
     if name == "cuda":
-        return _load_extension() or _no_cuda()
+        return _load_extension() or _not_built() or _on_gpu(_no_cuda, device)
     return ""
 
 
 def triton_op(op: str) -> Callable:
     """The Triton launcher of an op."""
     return getattr(importlib.import_module(f"flowbp_kernels._triton.{op}"), op)
+
+
+def triton_tables(x: Tensor, nodes: Tensor | None, *weights: Tensor) -> Sequence[Tensor | None]:
+    """The tables of a rule where x lies, as a Triton launcher takes them: those of the CPU are carried there by value."""
+    if not weights[0].is_cpu:
+        return nodes, *weights
+    return importlib.import_module("flowbp_kernels._triton").carry(x.device, nodes, *weights)
 
 
 def report() -> list[tuple[str, bool, str]]:
@@ -135,13 +160,13 @@ def _unsuited(name: str, op: str, num_nodes: int, tensors: dict[str, Tensor | No
     """What keeps a backend that reaches these tensors from running `op` on them; "" if nothing does."""
     if name == "reference":
         return ""
-    cause = unavailable(name) or (name == "cuda" and _no_machine_code(next(iter(tensors.values())).device.index))
+    cause = unavailable(name, next(iter(tensors.values())).device.index)
     if cause:
         return cause
     if name == "triton" and importlib.util.find_spec(f"flowbp_kernels._triton.{op}") is None:
         return f"flowbp_kernels/_triton/{op}.py does not exist"
-    if num_nodes > MAX_NODES:
-        return f"its {num_nodes} nodes exceed the {MAX_NODES} that fit a kernel's parameters"
+    if num_nodes > MAX_NODES and name != "triton":
+        return f"its {num_nodes} nodes exceed the {MAX_NODES} that a compiled kernel takes"
     for label, tensor in tensors.items():
         if tensor is None:
             continue
@@ -180,30 +205,39 @@ def _import_triton() -> str:
         importlib.import_module("triton")
     except ImportError as error:
         return f"importing triton failed: {error}"
-    if not torch.cuda.is_available() and not _interprets_triton():
-        return "torch sees no CUDA device"
     return ""
 
 
-def _no_cuda() -> str:
-    if not cuda_archs():
-        return "the extension was built without CUDA (no toolkit was found, or FLOWBP_CUDA=0)"
+def _not_built() -> str:
+    return "" if cuda_archs() else "the extension was built without CUDA (no toolkit was found, or FLOWBP_CUDA=0)"
+
+
+def _on_gpu(refusal: Callable[[int], str], device: int | None) -> str:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    causes = [_no_machine_code(device) for device in range(torch.cuda.device_count())]
-    return "" if "" in causes else causes[0]
+    return refusal(torch.cuda.current_device() if device is None else device)
 
 
 @functools.cache
-def _no_machine_code(device: int) -> str:
-    """Why the compiled kernels do not run on a GPU; "" if they do: on minor versions from their own on, the last one's PTX on any later."""
-    capability = torch.cuda.get_device_capability(device)
-    archs = [divmod(int(arch), 10) for arch in cuda_archs()]
-    if capability >= archs[-1] or any(major == capability[0] and minor <= capability[1] for major, minor in archs):
+def _no_cuda(device: int) -> str:
+    """Why the compiled kernels do not load on a GPU; "" if they do. Asked once: the answer starts CUDA on that GPU."""
+    error = _compiled("cuda_error", device)
+    built = f"built for {', '.join(f'sm_{arch}' for arch in cuda_archs())} and PTX"
+    way_out = "update the driver, or build here with this machine's toolkit and FLOWBP_CUDA_ARCHS"
+    return error and f"its kernels, {built}, do not load on this GPU of {_capability(device)}: {error}; {way_out}"
+
+
+@functools.cache
+def _no_triton(device: int) -> str:
+    """Why the Triton kernels do not compile for a GPU; "" if they do: bfloat16 needs capability 8.0."""
+    if torch.cuda.get_device_capability(device) >= (8, 0):
         return ""
-    name = ".".join(map(str, capability))
-    return f"this GPU has compute capability {name}, and the kernels were built for {', '.join(cuda_archs())} (FLOWBP_CUDA_ARCHS)"
+    return f"its kernels need compute capability 8.0, and this GPU is of {_capability(device)}"
 
 
-def _compiled(question: str) -> str:
-    return "" if _load_extension() else getattr(torch.ops.flowbp_compiled, question)()
+def _capability(device: int) -> str:
+    return "compute capability " + ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+
+def _compiled(question: str, *arguments: int) -> str:
+    return "" if _load_extension() else getattr(torch.ops.flowbp_compiled, question)(*arguments)

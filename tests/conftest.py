@@ -1,11 +1,23 @@
 import pytest
 
+from flowbp.reproducible import TOO_LATE, one_thread, request_equal_bytes
+
+if not request_equal_bytes():  # the first import of a test run; the processes that tests start inherit it
+    raise pytest.UsageError(f"tests compare bytes. {TOO_LATE}")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_tests(tmp_path_factory):
     """Text embeddings go into a folder of the test run, not into the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLOWBP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads_of_the_tests():
+    """One: several wait for each other in every operation, and for minutes where another program keeps a core busy."""
+    with one_thread():
         yield
 
 

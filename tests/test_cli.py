@@ -76,3 +76,8 @@ def test_a_package_that_is_missing_names_its_extra(package, module, monkeypatch)
     monkeypatch.delitem(sys.modules, module)
     with pytest.raises(SystemExit, match=rf"error: {package} is not installed.* pip install 'flowbp\[train\]'"):
         flowbp.__main__.main()
+
+
+def test_bench_hands_its_options_to_the_kernels_benchmark():
+    result = CliRunner().invoke(cli.app, ["bench", "--help"])
+    assert result.exit_code == 0 and "--latent" in result.output

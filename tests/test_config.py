@@ -122,7 +122,7 @@ def test_a_number_that_cannot_be_meant_is_refused_where_the_config_is_read(overr
         (["method={name: refl}", "rollout.num_steps=8"], r"^method refl with rollout.num_steps=8: last_n must lie in \[1, 8\].* got 11"),
         (["method={name: flowbp-bridge, num_active: 1}"], r"a bridge needs num_active in \[2, 12\]"),
         (["method.alpha=2"], r"bridge alpha must lie in \[0, 1\], got 2.0"),
-        (["method.rescale=-1"], r"rescale must lie in \[0, 1\], got -1.0"),
+        (["method.rescale=-1"], "rescale must be a finite number of 0 or more, got -1.0"),
         (["method.max_dj=-1"], "similarity max_dj must be positive"),
         (["method.active=none"], "no node of .* has a gradient weight"),
     ],

@@ -13,7 +13,7 @@ from flowbp.backbones.tiny import TINY_PIPELINES, tiny_pipeline
 from flowbp.cli import app
 from flowbp.config import load
 from flowbp.embeddings import embed_once, text_encoders
-from flowbp.estimate import estimate, parse_size, suggest
+from flowbp.estimate import estimate, parse_size, suggest, without_masters
 from flowbp.performance import LiveBytes, Phases
 from flowbp.trainer import Trainer
 
@@ -139,7 +139,8 @@ def test_copied_gradients_are_whole_and_sharded_ones_where_backward_passes_accum
         assert each.working["gradients"] == one.working["gradients"] // 4
         assert 0 < each.working["gradients of two blocks"] <= one.working["gradients"]
     assert four.peaks["sweep"] < one.peaks["sweep"] == copied.peaks["sweep"]
-    whole, split = (estimate(load("flux.1-dev/flowbp-bridge", overrides), 8) for overrides in ([], ["memory.shard_gradients=true"]))
+    whole, split = (estimate(load("flux.1-dev/flowbp-bridge", [f"memory.shard_gradients={word}"]), 8) for word in ("false", "true"))
+    assert whole.working["gradients"] == 4 * whole.trained  # float32, where FSDP2 adds them up and reduces them
     assert split.peaks["sweep"] < 0.7 * whole.peaks["sweep"]  # 57 blocks
 
 
@@ -218,6 +219,17 @@ def test_the_command_line_tells_peak_and_fit(preset, parameters, tmp_path):
     found = json.loads((tmp_path / "estimate.json").read_text())
     assert found["parameters"] == parameters and found["peak"] == max(found["peaks"].values()) > 4 * found["trained"]
     assert f"{parameters:,}" in shown.output.replace("\n", "") and "fits:" in shown.output and "peak in" in shown.output
+
+
+def test_where_it_does_not_fit_the_price_of_doing_without_master_weights_is_told():
+    shown = CliRunner().invoke(app, ["estimate", "sd3.5-medium/refl", "--gpu-memory", "24GB"])
+    run = load("sd3.5-medium/refl")
+    whole, narrow = estimate(run), without_masters(run)
+    saved = 4 * whole.trained + 2 * 2 * whole.trained  # the masters; moments in 2 bytes instead of 4
+    assert sum(whole.resident.values()) - sum(narrow.resident.values()) == saved
+    said = " ".join(shown.output.split())
+    assert f"(tuning.master_weights=false) it takes {narrow.peak / 1e9:.1f} GB" in said and "optimizer.lr=1e-05 round to nothing" in said
+    assert without_masters(load("demo")) is None  # LoRA is in float32 as it is
 
 
 def test_the_command_line_suggests_what_fits(tmp_path):

@@ -94,7 +94,8 @@ def rebuild_plan(meta, sigmas):
     if method == "draft_lv":
         return DRaFTLV(hyper["draft_lv_num_noised_samples"]).at(sigmas)
     if method == "drtune":
-        ours = DRTune(hyper["drtune_num_train_steps"], hyper["drtune_early_stop_ratio"])
+        stop = {name: hyper.get(f"drtune_{name}") for name in ("early_stop_ratio", "early_stop_steps")}
+        ours = DRTune(hyper["drtune_num_train_steps"], **{name: value for name, value in stop.items() if value is not None})
         return ours.at(sigmas, meta["early_stop_idx"], meta["active_indices"])
     if method == "leapalign":
         ours = LeapAlign(hyper["alpha"], hyper["tau"], tail_ratio=tail)

@@ -134,6 +134,7 @@ def plan_with(**changes):
         (lambda: FlowBPBridge(num_active=30).plan(SIGMAS, np.random.default_rng(0)), r"\[1, 25\]"),
         (lambda: DRTune(num_active=26).plan(SIGMAS, np.random.default_rng(0)), r"\[1, 25\]"),
         (lambda: DRTune(early_stop_ratio=1.2).plan(SIGMAS, np.random.default_rng(0)), "early_stop_ratio"),
+        (lambda: DRTune(early_stop_steps=26).plan(SIGMAS, np.random.default_rng(0)), r"early_stop_steps must lie in \[0, 25\].*got 26"),
         (lambda: ReFL(last_n=40).plan(SIGMAS, np.random.default_rng(0)), r"last_n must lie in \[1, 25\]"),
         (lambda: LeapAlign(tail_ratio=0.0).plan(SIGMAS, np.random.default_rng(0)), r"tail_ratio must lie in \(0, 1\]"),
         (lambda: LeapAlign().plan(np.array([1.0, 0.5, 0.0]), np.random.default_rng(0)), "at least 3 steps, got 2"),

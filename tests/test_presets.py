@@ -1,66 +1,180 @@
-"""The published runs: every number of the table that was published, and that each composed preset builds."""
+"""The published runs: each preset, resolved, against every value of the released configuration and code (`released.yaml`)."""
+
+import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from diffusers import Flux2KleinPipeline
 from typer.testing import CliRunner
 
-from flowbp.active_sets import DirichletPair, UniformPair, reverse_bounds
+from flowbp.active_sets import PAIR_SAMPLERS, UniformPair, reverse_bounds
 from flowbp.cli import app
-from flowbp.config import load
+from flowbp.config import describe, load
 from flowbp.guidance import Guidance
-from flowbp.methods import DRaFTLV, DRTune, FlowBPBridge, FlowBPLagrange, FlowBPSparse, LeapAlign, ReFL
+from flowbp.methods import FlowBPSparse, LeapAlign
+from flowbp.presets import names
 
-SD3, FLUX, KLEIN = "sd3.5-medium", "flux.1-dev", "flux.2-klein-base-9b"
+RELEASED = yaml.safe_load((Path(__file__).parent / "released.yaml").read_text())
+RUNS = RELEASED["runs"]
 
-
-def lagrange(tau, rescale, **fields):
-    pairs = fields.pop("pairs", DirichletPair((2.5, 6, 2)))
-    return FlowBPLagrange(3, 0.1, tau, rescale, "midpoint", 2, 0.25, "lagrange", 1.0, pairs, **fields)
-
-
-# Typed from the published table, row by row: (method, batch per GPU) on SD3.5-M, FLUX.1-dev, FLUX.2-klein-base-9B.
-PUBLISHED = {
-    "refl": [(ReFL(11), 8), (ReFL(11), 4), (ReFL(11), 4)],
-    "draft-lv": [(DRaFTLV(2), 4), (DRaFTLV(2), 4), (DRaFTLV(2), 2)],
-    "drtune": [(DRTune(3, 0.4), 8), (DRTune(3, 0.4), 4), (DRTune(3, 0.4), 4)],
-    "leapalign": [(LeapAlign(0.3, 0.1), 8), (LeapAlign(0.3, 0.1), 8), (LeapAlign(0.3, 0.1), 4)],
-    "flowbp-sparse": [(FlowBPSparse(4, 1, 0.5), 8), (FlowBPSparse(3, 2, 1), 4), (FlowBPSparse(4, 2, 0), 4)],
-    "flowbp-bridge": [(FlowBPBridge(5, 4, 0, 0.5), 8), (FlowBPBridge(5, 2, 1, 0.1), 8), (FlowBPBridge(3, 4, 0.5, 1), 4)],
-    "flowbp-lagrange": [
-        (lagrange(0.2, 0.0, pairs=DirichletPair((2.5, 6, 2), max_j_rev=10)), 8),
-        (lagrange(0.2, 0.5), 8),
-        (lagrange(0.1, 0.0, tail_ratio=0.7), 4),
-    ],
+EQUAL = {  # released key -> the value of the preset
+    "model.gradient_checkpointing": lambda run: run.memory.checkpointing,
+    "model.master_weight_type": lambda run: {"bfloat16": "bf16"}[run.backbone.dtype],
+    "model.use_ema": lambda run: run.ema is not None,
+    "model.ema_decay": lambda run: run.ema,
+    "train.seed": lambda run: run.seed,
+    "train.train_batch_size": lambda run: run.data.batch_size,
+    "train.gradient_accumulation_steps": lambda run: run.data.accumulate,
+    "train.max_train_steps": lambda run: run.steps,
+    "train.checkpointing_steps": lambda run: run.checkpoint_every,
+    "optimizer.learning_rate": lambda run: run.optimizer.lr,
+    "optimizer.weight_decay": lambda run: run.optimizer.weight_decay,
+    "optimizer.lr_warmup_steps": lambda run: run.optimizer.warmup,
+    "optimizer.max_grad_norm": lambda run: run.optimizer.max_grad_norm,
+    "distributed.fsdp_sharding_startegy": lambda run: "full" if run.memory.shard and run.memory.shard_gradients else "none",
+    "sampling.h": lambda run: run.rollout.height,
+    "sampling.w": lambda run: run.rollout.width,
+    "sampling.rollout_steps": lambda run: run.rollout.num_steps,
+    "sampling.sampling_steps": lambda run: run.rollout.num_steps,
+    "sampling.cfg_guidance": lambda run: run.guidance.embedded or run.guidance.scale,
+    "reward.use_hpsv2": lambda run: run.reward["reward"].name == "hpsv2",
+    "reward.loss_relu_clip": lambda run: run.reward["reward"].hinge,
+    "reward.loss_grad_scale": lambda run: run.reward["reward"].weight,
+    "flowbp.min_idx": lambda run: reverse_bounds(run.method.pairs, 25, 0, 2)[0],
+    "flowbp.max_idx": lambda run: reverse_bounds(run.method.pairs, 25, 0, 2)[1],
+    "flowbp.train_step_tail_ratio": lambda run: run.method.tail_ratio,
+    "flowbp.alpha": lambda run: run.method.alpha,
+    "flowbp.tau": lambda run: run.method.tau,
+    "flowbp.jk_sampling_mode": lambda run: describe(run.method.pairs, PAIR_SAMPLERS)["name"],
+    "flowbp.jk_dirichlet_alpha_a": lambda run: run.method.pairs.alpha[0],
+    "flowbp.jk_dirichlet_alpha_b": lambda run: run.method.pairs.alpha[1],
+    "flowbp.jk_dirichlet_alpha_c": lambda run: run.method.pairs.alpha[2],
+    "flowbp.jk_dirichlet_max_j_rev": lambda run: run.method.pairs.max_j_rev,
+    "refl.last_n_steps": lambda run: run.method.last_n,
+    "draft_lv.num_noised_samples": lambda run: run.method.num_renoised,
+    "drtune.num_train_steps": lambda run: run.method.num_active,
+    "drtune.early_stop_ratio": lambda run: run.method.early_stop_ratio,
+    "drtune.early_stop_steps": lambda run: run.method.early_stop_steps,
+    "flowbp_sparse.num_active_steps": lambda run: run.method.num_active,
+    "flowbp_sparse.late_bias": lambda run: run.method.late_bias,
+    "flowbp_sparse.grad_rescale": lambda run: run.method.rescale,
+    "flowbp_bridge.alpha": lambda run: run.method.alpha,
+    "flowbp_lagrange.alpha": lambda run: run.method.alpha,
+    "flowbp_lagrange.tau": lambda run: run.method.tau,
+    "flowbp_lagrange.connector_order": lambda run: run.method.order,
+    "flowbp_lagrange.grad_support_mode": lambda run: run.method.active,
+    "flowbp_lagrange.grad_support_scale": lambda run: run.method.support_scale,
+    "flowbp_lagrange.max_active_supports": lambda run: run.method.max_active,
+    "flowbp_lagrange.grad_rescale": lambda run: run.method.rescale,
+    "flowbp_lagrange.weight_scheme": lambda run: run.method.weights,
+    "flowbp_lagrange.anchor_lambda": lambda run: run.method.anchor,
+    "flux2.cfg_detach_neg": lambda run: run.guidance.detach_negative,
+    "flux2.cfg_grad_norm_compensate": lambda run: run.guidance.compensate,
+    "flux2.max_sequence_length": lambda run: run.backbone.max_sequence_length,
+    "flux2.text_encoder_out_layers": lambda run: list(
+        inspect.signature(Flux2KleinPipeline.encode_prompt).parameters["text_encoder_out_layers"].default
+    ),
+    "flux2.use_precomputed_embeds": lambda run: run.data.embeddings == "cached",
+    "eval.num_imgs_per_prompt": lambda run: run.evaluation.samples / 400,
+    "eval.seed": lambda run: run.evaluation.seed,
+    "eval.num_steps": lambda run: run.evaluation_rollout.num_steps,
+    "eval.guidance_scale": lambda run: run.guidance.embedded or run.guidance.scale,
+    "eval.reward_fn.hpsv2": lambda run: [reward.name for reward in run.reward.values()].count("hpsv2"),
+    "eval.reward_fn.clipscore": lambda run: [monitor.name for monitor in run.evaluation.monitors.values()].count("clip"),
+    "eval.reward_fn.pickscore": lambda run: [monitor.name for monitor in run.evaluation.monitors.values()].count("pickscore"),
+    "eval.reward_fn.imagereward": lambda run: [monitor.name for monitor in run.evaluation.monitors.values()].count("imagereward"),
+    "noise levels": lambda run: {"published": "linspace(1, 1/N, N)"}[run.rollout.sigmas],
+    "dtype of weights, moments and average": lambda run: "float32" if run.tuning.master_weights else run.backbone.dtype,
+    "dtype that the network computes in": lambda run: run.backbone.dtype,
+    "dtype of latents between network calls": lambda run: run.backbone.dtype if run.backbone.precision == "pipeline" else "float32",
+    "dtype of 1000 sigma": lambda run: run.rollout.timesteps if run.backbone.name == "sd3.5-medium" else "bfloat16",  # by the pipelines
+    "betas": lambda run: list(run.optimizer.betas),
+    "eps": lambda run: run.optimizer.eps,
+    "text tokens": lambda run: run.backbone.max_sequence_length,
+    "generator of the index draws": lambda run: {"shared": "one seed on every rank"}[run.plans],
 }
-RUNS = [(backbone, name, *row) for name, rows in PUBLISHED.items() for backbone, row in zip((SD3, FLUX, KLEIN), rows, strict=True)]
+SHOWN = {  # released key -> the test that shows it
+    "dtype that gradients are reduced in": "distributed/test_ranks.py: sharded gradients of a bfloat16 network add up in float32",
+    "decay of the average": "test_trainer.py: the moving average is a lerp of constant decay from the first step on",
+    "loss": "test_golden.py: value, residuals and gradients match the released code",
+}
+DIFFERENT = {  # released key -> why the preset has another value, or none
+    "train.train_sp_batch_size": "no sequence parallelism, in the released runs either (sp_size 1)",
+    "train.allow_tf32": "of products in float32 there are those of the reward tower alone, which are kept exact",
+    "distributed.sp_size": "no sequence parallelism, in the released runs either",
+    "data.num_latent_t": "frames of a video; an image has one",
+    "data.cfg": "share of prompts dropped in training: none",
+    "data.dataloader_num_workers": "embeddings are read from disk as they are needed; no result depends on it",
+    "sampling.sampler_seed": "the order of prompts is drawn from `seed`",
+    "flowbp.select_idx_seed": "indices are drawn from `seed`",
+    "flowbp.jk_dirichlet_alpha": "stands in for alphas that are not given, and all three are",
+    "flowbp_lagrange.detach_history": "has no effect (golden/FORMAT.md)",
+    "flowbp_lagrange.debug_connector": "prints",
+    "flux2.caption_key": "names a column of the released preprocessing",
+    "eval.evaluation_interval": "evaluated before and after training; evaluation.every=50 evaluates in between, on fewer prompts",
+    "eval.reward_fn.hpsv3": "7 billion parameters and a text to fetch (docs/rewards.md): evaluation.monitors.hpsv3={name: hpsv3} adds it",
+    "dtype of the reward tower": "float32: finer",
+    "noise of training": "drawn on the CPU, one generator a sample: the same on every device and for any number of processes",
+    "noise of evaluation": "drawn on the CPU, one generator a sample: the same on every device and for any number of processes",
+    "prompts": "the file is the user's; the header of published.yaml says how it was made",
+}
 
 
-@pytest.mark.parametrize(("backbone", "name", "method", "batch"), RUNS)
-def test_a_preset_has_every_published_number(backbone, name, method, batch):
-    run = load(f"{backbone}/{name}")
-    assert run.method == method and run.data.batch_size == batch and run.backbone.name == backbone
-    scale = {SD3: {"scale": 3.5}, FLUX: {"embedded": 4.0}, KLEIN: {"scale": 4.0}}[backbone]
-    assert run.guidance == Guidance(
-        **scale, detach_negative=(backbone, name) != (SD3, "leapalign"), compensate=(backbone, name) == (KLEIN, "flowbp-lagrange")
-    )
-    assert (run.rollout.num_steps, run.rollout.height, run.rollout.width) == (25, 512, 512)
-    options = run.optimizer
-    assert (options.lr, options.betas, options.eps, options.weight_decay) == (1e-5, (0.9, 0.999), 1e-8, 1e-4)
-    assert (options.name, options.warmup, options.max_grad_norm, options.max_sample_grad_norm) == ("adamw", 0, 1.0, None)
-    assert (run.steps, run.ema, run.seed) == (300, 0.995, 42)
-    assert (run.backbone.dtype, run.tuning.mode, run.tuning.master_weights) == ("bfloat16", "full", False)
-    assert (run.memory.checkpointing, run.memory.shard) == (True, True)
-    assert (run.reward["reward"].name, run.reward["reward"].hinge) == ("hpsv2", 0.55)
-    assert (run.evaluation.samples, run.evaluation.seed) == (400, 42)
-    assert run.evaluation_rollout.num_steps == (40 if backbone == SD3 else 50) and run.evaluation_rollout.height == 512
+def released(name):
+    """key -> value of everything that the released files, parsers and trainers say of a run."""
+    values = {f"{section}.{key}": value for section, keys in RUNS[name].items() if section != "file" for key, (value, _) in keys.items()}
+    sections = {key.split(".")[0] for key in values}
+    defaults = {key: value for key, (value, _) in RELEASED["defaults"].items() if key.split(".")[0] in sections}
+    code = {key: value for key, (value, _) in RELEASED["code"].items()}
+    return defaults | values | code
 
 
-@pytest.mark.parametrize(("backbone", "name", "method", "batch"), RUNS)
-def test_a_preset_draws_plans(backbone, name, method, batch):
+def reads(name, key):
+    """Whether the run's method, or its backbone, has this setting at all."""
+    backbone, method = name.split("/")
+    pairs = method in ("leapalign", "flowbp-bridge", "flowbp-lagrange")
+    window = method.startswith("flowbp") or method == "leapalign"
+    return {
+        "flowbp.min_idx": pairs, "flowbp.max_idx": pairs, "flowbp.jk_sampling_mode": pairs, "flowbp.train_step_tail_ratio": window,
+    }.get(key, True)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_preset_has_every_released_value(name):
+    run, values = load(name), released(name)
+    assert not values.keys() - EQUAL.keys() - SHOWN.keys() - DIFFERENT.keys(), "neither compared nor explained"
+    compared = {key: (value, EQUAL[key](run)) for key, value in values.items() if key in EQUAL and reads(name, key)}
+    assert {key: pair for key, pair in compared.items() if pair[1] != pytest.approx(pair[0])} == {}
+    assert run.method_name == name.split("/")[1] and run.backbone.name == name.split("/")[0]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_evaluation_samples_as_the_pipeline_does(name):
+    found = load(name).evaluation_rollout
+    assert (found.timesteps, found.sigmas) == ("float32", "pipeline")
+
+
+def test_no_row_is_explained_twice_or_for_nothing():
+    keys = set().union(*map(released, RUNS)) | RELEASED["defaults"].keys()
+    tables = [*EQUAL, *SHOWN, *DIFFERENT]
+    assert len(set(tables)) == len(tables) and set(tables) == keys
+
+
+@pytest.mark.parametrize("name", [name for name in names() if "/" in name])
+def test_a_preset_draws_plans(name):
     sigmas = np.append(np.linspace(1, 1 / 25, 25), 0.0)
-    plan = load(f"{backbone}/{name}").method.plan(sigmas, np.random.default_rng(0))
-    plan.check(25)
+    load(name).method.plan(sigmas, np.random.default_rng(0)).check(25)
+
+
+@pytest.mark.parametrize(("reward", "alpha", "hinge"), [("hpsv2", 0.3, 0.55), ("pickscore", 0.1, 40.0), ("hpsv3", 0.1, 13.5)])
+def test_leapaligns_own_recipe_is_its_papers(reward, alpha, hinge):
+    run = load("flux.1-dev/leapalign-original" + ("" if reward == "hpsv2" else f"-{reward}"))
+    assert run.method == LeapAlign(alpha, 0.1) and (run.reward["reward"].name, run.reward["reward"].hinge) == (reward, hinge)
+    assert (run.rollout.height, run.rollout.width, run.guidance) == (720, 720, Guidance(embedded=3.5))
+    assert 16 * run.data.batch_size * run.data.accumulate == 64 and run.steps == 300
+    assert reward not in {monitor.name for monitor in run.evaluation.monitors.values()}  # what is trained on is no monitor
 
 
 def test_the_default_pair_range_is_the_published_one():
@@ -68,14 +182,19 @@ def test_the_default_pair_range_is_the_published_one():
 
 
 def test_overrides_lie_over_a_preset():
-    run = load(f"{SD3}/flowbp-sparse", ["method.late_bias=3", "guidance.scale=1", "method.rescale=0"])
+    run = load("sd3.5-medium/flowbp-sparse", ["method.late_bias=3", "guidance.scale=1", "method.rescale=0"])
     assert run.method == FlowBPSparse(4, 3, 0) and run.guidance == Guidance()
-    assert load(f"{SD3}/flowbp-sparse").method == FlowBPSparse(4, 1, 0.5)  # the preset itself is as it was
+    assert load("sd3.5-medium/flowbp-sparse").method == FlowBPSparse(4, 1, 0.5)  # the preset itself is as it was
+
+
+def test_null_takes_a_monitor_away():
+    assert load("sd3.5-medium/refl", ["evaluation.monitors.clip=null"]).evaluation.monitors.keys() == {"pickscore", "imagereward"}
+    assert load("sd3.5-medium/refl", ["evaluation.monitors=null"]).evaluation.monitors == {}
 
 
 def test_presets_are_listed_and_printed():
     listed = CliRunner().invoke(app, ["presets"], env={"COLUMNS": "250"})
-    assert listed.exit_code == 0 and all(f"{backbone}/{name}" in listed.output for backbone, name, *_ in RUNS) and "demo" in listed.output
-    printed = CliRunner().invoke(app, ["presets", f"{FLUX}/leapalign"])
+    assert listed.exit_code == 0 and all(name in listed.output for name in names())
+    printed = CliRunner().invoke(app, ["presets", "flux.1-dev/leapalign"])
     values = yaml.safe_load(printed.output)
-    assert values["method"]["name"] == "leapalign" and values["output"] == f"runs/{FLUX}/leapalign" and values["ema"] == 0.995
+    assert values["method"]["name"] == "leapalign" and values["output"] == "runs/flux.1-dev/leapalign" and values["ema"] == 0.995

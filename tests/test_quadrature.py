@@ -62,6 +62,7 @@ def test_lagrange_weights_can_change_sign_and_uniform_ones_cannot():
 def test_rescaling_restores_the_full_length_at_strength_one():
     assert rescale_factor(total=1.0, active=0.25, strength=1.0) * 0.25 == pytest.approx(1.0)
     assert rescale_factor(1.0, 0.25, 0.0) == 1.0 == rescale_factor(1.0, 0.0, 1.0)
+    assert rescale_factor(1.0, 0.25, 1.5) == 1 + 1.5 * 3  # beyond 1 it extrapolates
 
 
 @pytest.mark.parametrize(

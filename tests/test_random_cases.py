@@ -247,7 +247,7 @@ def cases(draw, kind):
     """(problem, method, indices, plan, noise of the copies)"""
     problem, rng = draw(problems(fewest_steps=3 if kind in ("flowbp-bridge", "leapalign", "flowbp-lagrange") else 1))
     s, N, eps = problem.sigmas, len(problem.sigmas) - 1, ()
-    tail, alpha, rescale = draw(st.floats(0.05, 1.0)), draw(unit), draw(unit)
+    tail, alpha, rescale = draw(st.floats(0.05, 1.0)), draw(unit), draw(st.floats(0, 2))
     if kind == "refl":
         method, indices = ReFL(), {"node": draw(st.integers(0, N - 1))}
         plan = method.at(s, indices["node"])

@@ -4,7 +4,11 @@
 
 #include "../ops.h"
 
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma,f16c")
+#endif
 
 namespace flowbp {
 namespace {
@@ -43,4 +47,7 @@ inline void finish_stream() { _mm_sfence(); }
 const CpuKernels kAvx2 = {quadrature_update, leap_residuals, cfg_euler_step, bridge_cotangents};
 
 }  // namespace flowbp
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
 #endif

@@ -4,7 +4,12 @@
 
 #include "../ops.h"
 
+#ifdef __clang__
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
 
 namespace flowbp {
 namespace {
@@ -43,4 +48,7 @@ inline void finish_stream() { _mm_sfence(); }
 const CpuKernels kAvx512 = {quadrature_update, leap_residuals, cfg_euler_step, bridge_cotangents};
 
 }  // namespace flowbp
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
 #endif

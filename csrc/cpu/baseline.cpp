@@ -1,5 +1,5 @@
-// The CPU kernels for any processor, and what all instruction sets share. Without a fused multiply-add in hardware a
-// product is rounded before it is added: results differ from the others' in the last bits.
+// The CPU kernels for any processor, and what all instruction sets share. Where the processor has no fused multiply-add
+// (baseline x86-64), a product is rounded before it is added: results differ from the others' in the last bits.
 #include "../ops.h"
 
 namespace flowbp {
@@ -8,7 +8,14 @@ namespace {
 constexpr int kLanes = 4, kAccumulators = 8;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 
-inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+inline Floats fma(Floats a, Floats b, Floats c) {
+#ifdef __ARM_FEATURE_FMA
+  for (int e = 0; e < kLanes; ++e) c[e] = __builtin_fmaf(a[e], b[e], c[e]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
 inline Floats load(const bfloat16* p) {
   typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
   typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));

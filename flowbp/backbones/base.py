@@ -6,20 +6,23 @@ Packing permutes entries and an Euler step acts on each by itself, so a rollout 
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from flowbp.guidance import Conditioning, Guidance, GuidedVelocity
+from flowbp.guidance import Conditioning, Guidance, GuidedVelocity, NetworkVelocity
 
-__all__ = ["Backbone", "DiffusersBackbone", "JOINT_ATTENTION", "Precision", "bind_velocity", "check_guidance", "grid_ids"]
+__all__ = ["Backbone", "DiffusersBackbone", "JOINT_ATTENTION", "NoiseLevels", "Precision", "bind_velocity", "check_guidance", "grid_ids"]
 
 Precision = Literal["pipeline", "float32"]
+NoiseLevels = Literal["published", "pipeline"]
 
 # the attention of a block that joins image and text, as SD3 and FLUX name its layers
 JOINT_ATTENTION = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
@@ -39,8 +42,12 @@ class Backbone(Protocol):
         """Text conditioning of `prompts`, without gradient. `flowbp.embeddings.embed_once` puts files in the place of the text encoders."""
         ...
 
-    def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
-        """[num_steps + 1] float32 noise levels on the CPU, decreasing to 0, for images of height x width pixels."""
+    def sigmas(self, num_steps: int, height: int, width: int, levels: NoiseLevels = "published") -> Tensor:
+        """[num_steps + 1] float32 noise levels on the CPU, decreasing to 0, for images of height x width pixels.
+
+        levels: "published", linspace(1, 1 / N, N) under the pipeline's shift: what the paper's released trainers roll out on. "pipeline",
+        the sampler's own: on these a user of the model draws. They differ for SD3 alone, whose sampler ends next to 0.
+        """
         ...
 
     def noise(self, height: int, width: int, generators: list[torch.Generator]) -> Tensor:
@@ -119,19 +126,22 @@ class DiffusersBackbone(ABC):
     @abstractmethod
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
 
-    @abstractmethod
-    def schedule(self, num_steps: int, num_tokens: int) -> dict[str, Any]:
-        """The arguments of the scheduler's `set_timesteps` for an image of num_tokens tokens."""
+    def pipeline_levels(self, num_steps: int) -> dict[str, Any]:
+        """What the pipeline tells `set_timesteps` of the noise levels before their shift. Most pipelines sample on the published ones."""
+        return {"sigmas": published_levels(num_steps)}
 
-    def resolution_shift(self, num_tokens: int) -> float:
-        """mu of the scheduler's dynamic shift, linear in the number of tokens: larger images stay noisy for longer."""
+    def shift(self, num_steps: int, num_tokens: int) -> float:
+        """mu of the scheduler's dynamic shift, linear in the number of image tokens: larger images stay noisy for longer."""
         config = self.pipe.scheduler.config
         return calculate_shift(num_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
 
-    def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
+    def sigmas(self, num_steps: int, height: int, width: int, levels: NoiseLevels = "published") -> Tensor:
         rows, columns = self.token_grid(height, width)
         scheduler = self.pipe.scheduler
-        scheduler.set_timesteps(**self.schedule(num_steps, rows * columns))
+        arguments = {"sigmas": published_levels(num_steps)} if levels == "published" else self.pipeline_levels(num_steps)
+        if scheduler.config.use_dynamic_shifting:
+            arguments["mu"] = self.shift(num_steps, rows * columns)
+        scheduler.set_timesteps(**arguments)
         return scheduler.sigmas.cpu().clone()  # the scheduler counts the steps it takes: its levels are read, and it is never stepped
 
     def noise(self, height: int, width: int, generators: list[torch.Generator]) -> Tensor:
@@ -162,6 +172,11 @@ class DiffusersBackbone(ABC):
         return height // side, width // side
 
 
+def published_levels(num_steps: int) -> np.ndarray:
+    """[num_steps] noise levels from 1 to 1 / num_steps, before their shift."""
+    return np.linspace(1.0, 1 / num_steps, num_steps)
+
+
 def grid_ids(*sizes: int, device: torch.device) -> Tensor:
     """Every position of a grid, the last coordinate fastest: [product of sizes, number of sizes] int64."""
     return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
@@ -178,8 +193,14 @@ def check_guidance(backbone: Backbone, guidance: Guidance) -> None:
         raise ValueError(f"this {name} takes no guidance scale as input: set guidance.embedded to null, not {guidance.embedded}")
 
 
-def bind_velocity(backbone: Backbone, prompts: list[str], guidance: Guidance) -> GuidedVelocity:
-    """The guided velocity of a batch of prompts; the negative prompt is empty. Raises ValueError where the network cannot be guided so."""
+def bind_velocity(
+    backbone: Backbone, prompts: list[str], guidance: Guidance, timesteps: Literal["float32", "bfloat16"] = "float32"
+) -> GuidedVelocity:
+    """The guided velocity of a batch of prompts; the negative prompt is empty.
+
+    timesteps: the dtype in which the network is told 1000 sigma; the rollout's own steps are not rounded.
+    Raises ValueError where the network cannot be guided so.
+    """
     check_guidance(backbone, guidance)
     embedded = {}
     if guidance.embedded is not None:
@@ -187,5 +208,15 @@ def bind_velocity(backbone: Backbone, prompts: list[str], guidance: Guidance) ->
     negative = None
     if guidance.active:
         negative = {name: value.expand(len(prompts), *value.shape[1:]) for name, value in backbone.encode([""]).items()} | embedded
-    batched = backbone.guidance_branches == "batched"
-    return GuidedVelocity(backbone.velocity, backbone.encode(prompts) | embedded, negative, guidance, batched)
+    network = backbone.velocity if timesteps == "float32" else told_in_bfloat16(backbone.velocity)
+    return GuidedVelocity(network, backbone.encode(prompts) | embedded, negative, guidance, backbone.guidance_branches == "batched")
+
+
+def told_in_bfloat16(network: NetworkVelocity) -> NetworkVelocity:
+    """`network`, told a noise level whose 1000-fold is a bfloat16 number, the nearest one."""
+
+    @functools.wraps(network)
+    def velocity(x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        return network(x, (1000 * sigma).bfloat16().to(sigma.dtype) / 1000, conditioning)
+
+    return velocity

@@ -5,7 +5,6 @@ FLUX.1-dev was distilled from a guided model and takes the scale as `guidance.em
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,9 +33,6 @@ class FluxBackbone(DiffusersBackbone):
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         config, tokens = self.denoiser.config, self.text_tokens
         return {"encoder_hidden_states": (tokens, config.joint_attention_dim), "pooled_projections": (config.pooled_projection_dim,)}
-
-    def schedule(self, num_steps: int, num_tokens: int) -> dict:
-        return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": self.resolution_shift(num_tokens)}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype, text = self.denoiser.dtype, conditioning["encoder_hidden_states"]

@@ -5,7 +5,6 @@ The VAE's 32 channels are cut into 2 x 2 patches and whitened by running statist
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
@@ -39,8 +38,8 @@ class Flux2Backbone(DiffusersBackbone):
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"encoder_hidden_states": (self.text_tokens, self.denoiser.config.joint_attention_dim)}
 
-    def schedule(self, num_steps: int, num_tokens: int) -> dict:
-        return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": compute_empirical_mu(num_tokens, num_steps)}
+    def shift(self, num_steps: int, num_tokens: int) -> float:
+        return compute_empirical_mu(num_tokens, num_steps)
 
     def latent_shape(self, rows: int, columns: int) -> tuple[int, int, int]:
         return self.denoiser.config.in_channels, rows, columns

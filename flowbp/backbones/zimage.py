@@ -39,8 +39,9 @@ class ZImageBackbone(DiffusersBackbone):
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"embeds": (self.text_tokens, self.denoiser.config.cap_feat_dim), "lengths": ()}
 
-    def schedule(self, num_steps: int, num_tokens: int) -> dict:
-        return {"sigmas": torch.linspace(1.0, 1 / num_steps, num_steps).tolist(), "mu": self.resolution_shift(num_tokens)}
+    def pipeline_levels(self, num_steps: int) -> dict:
+        """The published levels, rounded to float32 step by step."""
+        return {"sigmas": torch.linspace(1.0, 1 / num_steps, num_steps).tolist()}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         images = x.to(self.denoiser.dtype).unsqueeze(2).unbind()  # [C, 1, h, w] each: one frame

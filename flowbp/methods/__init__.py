@@ -53,14 +53,19 @@ METHODS: dict[str, type] = {
 
 
 def draw_plans(
-    method: Method, sigmas: np.ndarray, rng: np.random.Generator, batch: int, plans: Literal["shared", "per_sample", "stratified"]
+    method: Method,
+    sigmas: np.ndarray,
+    rng: np.random.Generator,
+    batch: int,
+    plans: Literal["shared", "per_batch", "per_sample", "stratified"],
 ) -> SurrogatePlan | PlanBatch:
-    """The plan of a batch: one for all samples, one drawn for each, or one for each that together cover the trajectory.
+    """The plan of a batch: one for all its samples, one drawn for each, or one for each that together cover the trajectory.
 
-    The expected gradient is that of a shared plan in all three; its variance is not. Stratified plans are spread by the mean position of
-    their active nodes, weighted by their share of the gradient.
+    "shared" and "per_batch" both give one: a trainer draws the first with the same generator for every micro-batch of a step. The expected
+    gradient is the same whichever is chosen; its variance is not. Stratified plans are spread by the mean position of their active nodes,
+    weighted by their share of the gradient.
     """
-    if plans == "shared":
+    if plans in ("shared", "per_batch"):
         return method.plan(sigmas, rng)
     if plans == "per_sample":
         return PlanBatch(tuple(method.plan(sigmas, rng) for _ in range(batch)))

@@ -15,19 +15,22 @@ from flowbp.quadrature import check_sigmas, euler, leap
 class DRTune:
     """Deep reward tuning (Wu et al. 2024, arXiv 2405.00760): K equally spaced nodes up to an early stop e.
 
-    The stop is drawn among the last round(N early_stop_ratio) nodes (0: always the last one) and its posterior mean is rewarded. The sum of
-    Euler steps carries gradient, the network's inputs do not.
+    The stop is drawn among the last m nodes, and its posterior mean is rewarded. m is `early_stop_steps`, or where that is None
+    round(N early_stop_ratio); m = 0 always stops at the last node. The sum of Euler steps carries gradient, the network's inputs do not.
     """
 
     num_active: int = 3
     early_stop_ratio: float = 0.4
+    early_stop_steps: int | None = None
 
     def plan(self, sigmas, rng) -> SurrogatePlan:
         num_steps = len(sigmas) - 1
         check_count(self.num_active, num_steps)
         if not 0.0 <= self.early_stop_ratio <= 1.0:
             raise ValueError(f"early_stop_ratio must lie in [0, 1], got {self.early_stop_ratio}: 0 never stops early")
-        latest = round(num_steps * self.early_stop_ratio)
+        latest = round(num_steps * self.early_stop_ratio) if self.early_stop_steps is None else self.early_stop_steps
+        if not 0 <= latest <= num_steps:
+            raise ValueError(f"early_stop_steps must lie in [0, {num_steps}], the rollout's steps, got {latest}: 0 never stops early")
         stop = num_steps - (int(rng.integers(1, latest + 1)) if latest else 1)
         return self.at(sigmas, stop, equally_spaced(stop + 1, self.num_active, rng))
 

@@ -15,8 +15,9 @@ from flowbp.quadrature import check_sigmas, euler, rescale_factor
 class FlowBPSparse:
     """The Euler sum over all steps, of which `num_active` carry gradient (Wang et al. 2026, arXiv 2606.11075).
 
-    Nodes are drawn without replacement from the last `tail_ratio` of the trajectory, with probability ~ (i + 1)^late_bias. `rescale` in
-    [0, 1] makes up for the steps that are left out, by the factor 1 + rescale (T / A - 1) on every gradient.
+    Nodes are drawn without replacement from the last `tail_ratio` of the trajectory, with probability ~ (i + 1)^late_bias. `rescale` >= 0
+    makes up for the steps that are left out, by the factor 1 + rescale (T / A - 1) on every gradient: 1 restores the full length, and more
+    extrapolates beyond it.
     """
 
     num_active: int = 4

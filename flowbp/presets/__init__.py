@@ -1,4 +1,4 @@
-"""Presets: a YAML file here is a whole config; `published.yaml` holds the 21 published runs, composed as backbone/method.
+"""Presets: a YAML file here is a whole config; `published.yaml` holds the published runs, composed as backbone/method.
 
 `flowbp presets` lists them, `flowbp presets NAME` prints one as a config.
 """
@@ -20,7 +20,8 @@ PUBLISHED = FOLDER / "published.yaml"
 def names() -> list[str]:
     """Every preset, the whole configs first."""
     whole = sorted(path.stem for path in FOLDER.glob("*.yaml") if path != PUBLISHED)
-    return whole + [f"{backbone}/{method}" for backbone in published()["backbones"] for method in published()["methods"]]
+    methods = published()["methods"]
+    return whole + [f"{backbone}/{method}" for backbone in published()["backbones"] for method in methods if backbone in methods[method]]
 
 
 def layers(name: str) -> list[dict[str, Any]]:

@@ -14,15 +14,6 @@ TOKENS = 48
 logging.set_verbosity_error()
 
 
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """Threads cost more than tensors of this size are worth: seconds a test where several processes share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def tiny_backbone():
     """(class name, dtype, precision, distilled) -> a backbone on shared weights."""

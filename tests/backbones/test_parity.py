@@ -76,7 +76,7 @@ def drawn_by_euler(backbone, variant, steps, height, width, sigmas=None):
     positive, negative = (backbone.encode(texts) | embedded for texts in (TEXTS, ["", ""]))  # embeddings round with the batch size
     velocity = GuidedVelocity(backbone.velocity, positive, negative, variant.guidance, backbone.guidance_branches == "batched")
     x = backbone.noise(height, width, seeds())
-    sigmas = backbone.sigmas(steps, height, width) if sigmas is None else sigmas
+    sigmas = backbone.sigmas(steps, height, width, "pipeline") if sigmas is None else sigmas
     trajectory = []
     for sigma, h in zip(sigmas, torch.diff(sigmas), strict=False):
         v = velocity(x, sigma)
@@ -116,7 +116,7 @@ def test_the_fused_rollout_is_the_pipelines_to_rounding(tiny_backbone, variant):
     backbone = tiny_backbone(variant.name, torch.float32, "pipeline", variant.distilled)
     (*_, expected), _ = drawn_by_pipeline(backbone, variant, 4, 96, 64)
     velocity = bind_velocity(backbone, TEXTS, variant.guidance)
-    sample = rollout(velocity, backbone.noise(96, 64, seeds()), backbone.sigmas(4, 96, 64)).sample
+    sample = rollout(velocity, backbone.noise(96, 64, seeds()), backbone.sigmas(4, 96, 64, "pipeline")).sample
     assert (sample - expected).norm() <= 1e-6 * expected.norm()
 
 
@@ -129,7 +129,7 @@ def test_a_bfloat16_rollout_is_no_further_from_float64_than_the_pipeline(tiny_ba
 
     exact = BACKBONES[variant.name](copy.deepcopy(backbone.pipe).to(torch.float64), "pipeline")
     exact.encode = lambda texts: {key: v.double() if v.is_floating_point() else v for key, v in backbone.encode(texts).items()}
-    sigmas = backbone.sigmas(4, 96, 64)
+    sigmas = backbone.sigmas(4, 96, 64, "pipeline")
     truth = rollout(bind_velocity(exact, TEXTS, variant.guidance), noise.double(), sigmas).sample
     errors = {
         name: (sample.double() - truth).norm().item()

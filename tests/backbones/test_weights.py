@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from displaced import frozen
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -51,14 +52,8 @@ def trained(request, tmp_path_factory):
 
 
 def draw(backbone, config):
-    """Images of a frozen network: matmul folds a strided batch, and so rounds, by whether a weight requires grad."""
-    trainable = [p for p in backbone.denoiser.parameters() if p.requires_grad]
-    backbone.denoiser.requires_grad_(False)
-    try:
+    with frozen(backbone.denoiser):
         return evaluation.generate(backbone, ["a red circle"], [7], config.rollout, config.guidance)
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -13,9 +14,9 @@ from diffusers.utils import logging
 from flowbp import checkpoint, evaluation
 from flowbp.backbones import BACKBONES
 from flowbp.backbones.tiny import tiny_pipeline
-from flowbp.config import load
+from flowbp.config import dump, load
 from flowbp.data import load_prompts
-from flowbp.distributed import full, laid_out_as
+from flowbp.distributed import full, laid_out_as, shard_weights
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import FlowBPBridge
 from flowbp.replay import Recompute
@@ -30,7 +31,7 @@ LORA = ("tuning.mode=lora", "memory.checkpointing=true")
 CASES = {  # name: (pipeline, overrides)
     "sparse, accumulated": (SD3, ("method={name: flowbp-sparse, num_active: 3}", "data.accumulate=2")),
     "bridge, guided": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "guidance.scale=3.0")),
-    "filtered": (SD3, ("method={name: flowbp-lagrange, alpha: 0.3, max_dj: 0.43}",)),
+    "filtered": (SD3, ("method={name: flowbp-lagrange, alpha: 0.3, max_dj: 0.102}",)),
     "copies, hinge": (SD3, ("method.name=draft-lv", "reward.hinge=-0.1")),
     "two rewards, one normalised": (
         SD3,
@@ -152,6 +153,23 @@ def splits_gradients(case, folder, world):
         return all(p.grad is not None for p in trainer.parameters.values())
 
 
+def sum_of_backward_passes(world):
+    """The gradient of 256, then 8 times 1, on a bfloat16 weight, whose 8 bits would take 256 + 1 for 256."""
+
+    class Denoiser(torch.nn.Linear):
+        _no_split_modules, dtype = (), torch.bfloat16
+
+    network = Denoiser(1, 1, bias=False).bfloat16()
+    if world > 1:
+        shard_weights(network, torch.device("cpu")).set_requires_gradient_sync(False)
+    for value in (256.0, *[1.0] * 7):
+        network(torch.full((1, 1), value, dtype=torch.bfloat16)).backward()
+    if world > 1:
+        network.set_requires_gradient_sync(True)
+    network(torch.ones(1, 1, dtype=torch.bfloat16)).backward()
+    return full(network.weight.grad).item()
+
+
 def own_loop(rank, world):
     """The gradient of a loop that wraps its network in DistributedDataParallel: all in no_sync, averaged at the end."""
     torch.manual_seed(0)
@@ -183,10 +201,41 @@ def scores(case, folder, world):
     return {name: torch.from_numpy(column) for name, column in found.values.items()}, found.images, len(chunks)
 
 
+WHOLE = ("lora", "sharded lora")
+WATCHED = (
+    "evaluation={{prompts: {0}/prompts.txt, samples: 7, batch_size: 2, grid: 3, checker: null, every: 1, best: m, "
+    "validation_samples: 4, monitors: {{m: {{name: 'ranks_worker:reward'}}}}}}"
+)
+
+
+def whole_run(case, folder, world):
+    """The folder of a run from start to report, watched by a sentinel."""
+    output = Path(folder, f"{world} whole {case}")
+    trainer = make_trainer(case, folder, world, f"output={output}", "steps=2", WATCHED.format(folder))
+    if trainer.ranks.is_main:
+        checkpoint.open_run(output, dump(trainer.config), overwrite=False)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training = trainer.accelerator.wait_for_everyone  # other cases follow
+    trainer.run()
+    return output
+
+
+def watch_writes():
+    """A list of the files that this process opens to write or renames from now on, which grows."""
+    written = []
+
+    def note(event, arguments):
+        if event == "os.rename" or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            written.append(str(arguments[0]))
+
+    sys.addaudithook(note)
+    return written
+
+
 def run(rank, world, port, folder):
     """Every case, as rank `rank` of `world`; writes what it got."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update(ACCELERATE_USE_CPU="true")
+    os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")  # or accelerate shares the cores out
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     results = {}
@@ -202,6 +251,11 @@ def run(rank, world, port, folder):
     for case in ("sharded bridge", "sharded gradients"):
         results[f"splits gradients: {case}"] = splits_gradients(case, folder, world)
     results["own loop"] = own_loop(rank, world)
+    results["sum of backward passes"] = sum_of_backward_passes(world)
+    written = watch_writes()
+    for case in WHOLE:
+        output = str(whole_run(case, folder, world))
+        results[f"whole run: {case}"] = output, [path for path in written if path.startswith(output)]
     ranks = make_trainer("bridge, guided", folder, world).ranks
     results["main says"] = [ranks.main_says(lambda: rank == 0), ranks.main_says(lambda: rank != 0)]
     torch.save(results, Path(folder, f"{world}-{rank}.pt"))

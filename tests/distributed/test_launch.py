@@ -1,41 +1,137 @@
-"""The launchers of several processes start `flowbp train`: N processes log the steps of one with N times the batch, and one speaks."""
+"""`flowbp train` in several processes, by any launcher: they log the steps of one, one speaks, none outlives another."""
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-    "accelerate": ["accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/2-cpus.yaml"), "--main_process_port", "0"],
+OWN = ["-m", "flowbp"]
+CPUS = ["--config_file", str(ROOT / "configs/accelerate/2-cpus.yaml")]
+LAUNCHERS = {  # arguments before the command and after it
+    "flowbp": (OWN, ["--processes", "2"]),
+    "torchrun": (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *OWN], []),
+    "accelerate": (["-m", "accelerate.commands.launch", *CPUS, "--main_process_port", "0", *OWN], []),
 }
-
-
-def steps(output, batch_size, launcher=()):
-    command = [sys.executable, *(["-m", *launcher] if launcher else []), "-m", "flowbp", "train", "demo", "steps=2", "evaluation=null"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FLOWBP_CACHE": str(output.parent / "cache")}
-    done = subprocess.run(
-        [*command, f"data.batch_size={batch_size}", f"output={output}"], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("report:") == done.stderr.count("embed: 0/") == done.stderr.count("train: 0/2") == 1
-    assert "Warning" not in done.stderr
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+LONG = ["steps=100000", "checkpoint_every=1", "data.batch_size=1", "rollout.num_steps=2", "method={name: refl, last_n: 1}"]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return steps(tmp_path_factory.mktemp("alone") / "run", 8)
+def start():
+    """Starts `flowbp train` of the embedded model into a folder, by itself or as one of several processes."""
+    started = []
+
+    def process(output, launcher, options, **environment):
+        command = [sys.executable, *launcher, "train", "demo", f"output={output}", "evaluation=null", *options]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "FLOWBP_CACHE": f"{output}-cache"} | environment
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=environment, **pipes))
+        return started[-1]
+
+    yield process
+    for one in started:
+        one.kill()  # where a test failed
+
+
+def logged(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_steps(output, count, *processes):
+    """Until the run has logged `count` steps."""
+    deadline = time.monotonic() + 300
+    while not (output / "metrics.jsonl").is_file() or len(logged(output)) < count:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+
+
+def take_steps(start, output, batch_size, launcher=OWN, options=()):
+    process = start(output, launcher, ["steps=2", f"data.batch_size={batch_size}", *options], OMP_NUM_THREADS="1")
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert said.count("report:") == errors.count("embed: 0/") == errors.count("train: 0/2") == 1
+    assert "Warning" not in errors
+    return logged(output)
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
+    return take_steps(start, tmp_path_factory.mktemp("alone") / "run", 8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
-def test_two_launched_processes_train_as_one_with_twice_the_batch(launcher, alone, tmp_path):
-    for row, expected in zip(steps(tmp_path / "run", 4, launcher), alone, strict=True):
-        assert row["nodes"] == expected["nodes"]
+@pytest.mark.parametrize(("launcher", "options"), LAUNCHERS.values(), ids=LAUNCHERS)
+def test_two_launched_processes_train_as_one_with_twice_the_batch(launcher, options, alone, start, tmp_path):
+    for row, expected in zip(take_steps(start, tmp_path / "run", 4, launcher, options), alone, strict=True):
+        assert row["nodes"] == expected["nodes"] and row["images"] == expected["images"]
         for key in ("reward", "loss", "grad_norm"):
             assert row[key] == pytest.approx(expected[key], rel=1e-3), key  # float32 sums in another order
+
+
+COUNTING = """
+import os
+import torch
+from pathlib import Path
+
+def reward(images, prompts):
+    Path(os.environ["COUNTED"], os.environ["RANK"]).write_text(str(torch.get_num_threads()))
+    return images.mean(dim=(1, 2, 3))
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_flowbp_starts_compute_on_one_thread_each(start, tmp_path, monkeypatch):
+    (tmp_path / "counting.py").write_text(COUNTING)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    options = ["steps=1", "data.batch_size=1", "reward={name: 'counting:reward'}", "--processes", "2"]
+    process = start(tmp_path / "run", OWN, options, PYTHONPATH=f"{tmp_path}:{ROOT}", COUNTED=str(tmp_path))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_whose_peer_is_killed_ends_within_a_minute_and_names_it(killed, start, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [start(tmp_path / "run", OWN, LONG, RANK=rank, LOCAL_RANK=rank, OMP_NUM_THREADS="1", **where) for rank in "01"]
+    wait_for_steps(tmp_path / "run", 2, *ranks)
+    ranks[killed].kill()
+    _, errors = ranks[1 - killed].communicate(timeout=60)
+    assert ranks[1 - killed].returncode == 2
+    assert f"error: process {killed} of 0 to 1 ended, and process {1 - killed} cannot go on alone" in errors
+    assert f"steps are saved; to go on: flowbp train {tmp_path / 'run'} --resume --processes 2" in errors
+
+
+@pytest.mark.slow
+def test_a_process_that_never_meets_the_others_ends_them(start, tmp_path):
+    """Before they have met they share no connection that could break."""
+    (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1': os._exit(3)\n")
+    process = start(tmp_path / "run", OWN, [*LONG, "--processes", "2"], PYTHONPATH=f"{tmp_path}:{ROOT}")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "error: process 1 of 0 to 1 ended with code 3" in errors
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_of_two_processes_says_once_how_to_go_on(start, tmp_path):
+    process = start(tmp_path / "run", OWN, [*LONG, "--processes", "2"])
+    wait_for_steps(tmp_path / "run", 2, process)
+    others = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (*map(int, others), process.pid):  # a terminal interrupts all of them
+        os.kill(pid, signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and said.count("stopped. ") == 1 and "Traceback" not in errors
+    assert "--resume --processes 2" in said
+
+
+def test_a_launcher_starts_as_many_processes_as_the_command_says(start, tmp_path):
+    process = start(tmp_path / "run", OWN, [*LONG, "--processes", "3"], WORLD_SIZE="2", RANK="0")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and "--processes 3 is in a command that a launcher starts 2 times" in errors

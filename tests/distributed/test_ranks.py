@@ -1,17 +1,19 @@
 """N processes with batch b take the gradient of one process with batch N b, copied and sharded (FSDP2), however graphs come about."""
 
+import json
 import multiprocessing
+import re
 import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from displaced import Displaced
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks_worker  # noqa: E402
-
-from flowbp.evaluation_run import one_thread  # noqa: E402
 
 
 def launch(world, folder):
@@ -46,6 +48,11 @@ def alone(folder):
     return {case: ranks_worker.train_step(case, folder, 1) for case in ranks_worker.CASES}
 
 
+@pytest.fixture(scope="module")
+def runs_alone(folder):
+    return {case: ranks_worker.whole_run(case, folder, 1) for case in ranks_worker.WHOLE}
+
+
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, folder):
     """What each rank of 2, then of 4 found."""
@@ -67,8 +74,7 @@ def test_processes_take_the_step_of_one(ranks, alone):
 
 @pytest.mark.parametrize("case", ranks_worker.RESUMED)
 def test_processes_resume_exactly_and_average_the_weights_of_one(ranks, case, folder):
-    with one_thread():
-        same, expected = ranks_worker.resumes(case, folder, 1)
+    same, expected = ranks_worker.resumes(case, folder, 1)
     assert same
     for same, average in (rank[f"resume: {case}"] for rank in ranks):
         assert same
@@ -103,9 +109,14 @@ def test_gradients_are_split_between_backward_passes_where_the_config_says(ranks
         assert not rank["splits gradients: sharded bridge"] and rank["splits gradients: sharded gradients"]
 
 
+def test_sharded_gradients_of_a_bfloat16_network_add_up_in_float32(ranks):
+    assert all(rank["sum of backward passes"] == 264.0 for rank in ranks) and ranks_worker.sum_of_backward_passes(1) == 256.0
+
+
+@pytest.mark.parametrize("offset", [0, 8])  # of float64
 @pytest.mark.parametrize("case", ["bridge, guided", "sharded bridge"])
-def test_processes_share_an_evaluation_and_have_the_scores_of_one_to_the_byte(ranks, case, folder):
-    with one_thread():
+def test_processes_share_an_evaluation_and_have_the_scores_of_one_to_the_byte(ranks, case, offset, folder):
+    with Displaced(offset):
         values, images, chunks = ranks_worker.scores(case, folder, 1)
     assert chunks == 3 and values.keys() > {"reward", "saturation"} and len(images) == 3
     for rank in ranks:
@@ -113,6 +124,28 @@ def test_processes_share_an_evaluation_and_have_the_scores_of_one_to_the_byte(ra
         assert share == -(-chunks // len(ranks))
         assert found.keys() == values.keys() and all(torch.equal(found[name], values[name]) for name in values)
         assert torch.equal(pictures, images)
+
+
+def readings(output):
+    """The numbers in a run's JSON files, by file, those of time and memory left out; and the names of all its files."""
+    said = {name: json.loads((output / name).read_text()) for name in ("evaluation.json", "validation.json")}
+    said["metrics.jsonl"] = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    numbers = {}
+    for name, tree in said.items():
+        leaves = [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(tree)[0]]
+        numbers[name] = [leaf for key, leaf in leaves if isinstance(leaf, float) and not re.search("seconds|_mb", key)]
+    return numbers, {str(path.relative_to(output)) for path in output.rglob("*") if "tensorboard" not in path.parts}
+
+
+@pytest.mark.parametrize("case", ranks_worker.WHOLE)
+def test_processes_train_watch_evaluate_and_report_as_one_and_the_main_one_alone_writes(ranks, case, runs_alone):
+    output, written = zip(*(rank[f"whole run: {case}"] for rank in ranks), strict=True)
+    assert written[0] and not any(written[1:])
+    numbers, files = readings(runs_alone[case])
+    found, found_files = readings(Path(output[0]))
+    assert found_files == files > {"report.html", "validation.json", "evaluation.json"}
+    for name, values in numbers.items():
+        assert values and found[name] == pytest.approx(values, rel=1e-4, abs=1e-5), name
 
 
 def test_the_filter_keeps_another_number_on_each_rank(alone):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from displaced import OFFSETS, Displaced
 from typer.testing import CliRunner
 
 from flowbp import checkpoint, evaluation, evaluation_run
@@ -17,6 +20,7 @@ from flowbp.backbones import load_backbone
 from flowbp.cli import app
 from flowbp.config import load
 from flowbp.evaluation_run import BASE, Model, name_models, run_evaluation
+from flowbp.trainer import train
 
 
 def contents(folder):
@@ -31,7 +35,8 @@ def whole(run, tmp_path_factory):
     return folder
 
 
-def test_a_killed_evaluation_resumes_to_the_same_bytes(run, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("offset", [0, *OFFSETS])
+def test_a_killed_evaluation_resumes_to_the_same_bytes_wherever_tensors_lie(offset, run, whole, tmp_path, monkeypatch):
     config, models, folder = load(run / "config.yaml"), [BASE, Model("tuned", run)], tmp_path / "eval"
     written, write = [], evaluation_run.write_chunk
 
@@ -47,7 +52,8 @@ def test_a_killed_evaluation_resumes_to_the_same_bytes(run, whole, tmp_path, mon
         with pytest.raises(KeyboardInterrupt):
             run_evaluation(config, models, folder)
     before = {path: path.stat().st_mtime_ns for path in written}
-    run_evaluation(config, models, folder)
+    with Displaced(offset):
+        run_evaluation(config, models, folder)
     assert {path: path.stat().st_mtime_ns for path in written} == before, "chunks that were whole are scored once"
     expected, got = contents(whole), contents(folder)
     assert expected.keys() == got.keys() and not [name for name in expected if expected[name] != got[name]]
@@ -109,10 +115,42 @@ def test_scores_of_other_settings_or_weights_are_never_mixed(run, tmp_path):
         run_evaluation(config, [Model("base", run)], folder)
     run_evaluation(load(run / "config.yaml", ["evaluation.samples=4", "rollout.num_steps=5"]), [BASE], folder, overwrite=True)
     assert contents(folder / "base") != before
-    (tmp_path / "mine" / "base").mkdir(parents=True)
-    (tmp_path / "mine" / "base" / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="holds no scores"):
-        run_evaluation(config, [BASE], tmp_path / "mine", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["base/thesis.txt", "base/model.json", "report.html", "samples.csv"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_another_program_wrote_is_not_touched(run, name, overwrite, tmp_path):
+    """base/model.json is what an export for TensorFlow.js looks like."""
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("{}")
+    with pytest.raises(FileExistsError, match="out holds what flowbp eval did not write there: choose another --out"):
+        run_evaluation(load(run / "config.yaml", ["evaluation.samples=4"]), [BASE], out, overwrite)
+    assert [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()] == [name]
+    assert (out / name).read_text() == "{}"
+
+
+def test_scores_that_are_overwritten_take_no_other_file_with_them(run, tmp_path):
+    run_evaluation(load(run / "config.yaml", ["evaluation.samples=4"]), [BASE], tmp_path / "eval")
+    (tmp_path / "eval/base/notes.txt").write_text("what I saw")
+    (tmp_path / "eval/base/notes.safetensors").write_text("my own")
+    run_evaluation(load(run / "config.yaml", ["evaluation.samples=6"]), [BASE], tmp_path / "eval", overwrite=True)
+    assert {"notes.txt", "notes.safetensors"} < {path.name for path in (tmp_path / "eval/base").iterdir()}
+
+
+def test_a_run_of_0_1_is_evaluated_and_not_resumed(run, tmp_path):
+    """Its config names no noise levels: 0.1 trained on the sampler's, and they end next to zero."""
+    old = tmp_path / "old"
+    shutil.copytree(run, old)
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    del config["rollout"]["sigmas"], config["rollout"]["timesteps"], config["evaluation"]["sigmas"]
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=r"was trained by flowbp 0.1, .* cannot go on; its weights still evaluate \(flowbp eval"):
+        train(load(old, ["steps=9", f"output={old}"]), resume=True)
+    for name, source in {"new": run, "of 0.1": old}.items():
+        run_evaluation(load(source / "config.yaml", ["evaluation.samples=4"]), [BASE, Model("tuned", source)], tmp_path / name)
+    new, of_0_1 = (json.loads((tmp_path / name / "samples.json").read_text()) for name in ("new", "of 0.1"))
+    assert new == of_0_1 and new[0]["scores"]["tuned"] != new[0]["scores"]["base"]
 
 
 def test_models_are_named_after_their_folders_or_as_told():

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+import flowbp
 from flowbp import figures
 from flowbp.config import load
 from flowbp.evaluation_run import Model, run_evaluation
@@ -46,8 +47,8 @@ def pages(run, tmp_path_factory):
     config = load(run / "config.yaml")
     run_evaluation(config, [Model("base"), Model("tuned", run)], folder / "eval")
     shutil.copytree(run, folder / "again")
-    compare_runs([run, folder / "again"], folder)
-    files = {"run": run / "report.html", "evaluation": folder / "eval" / "report.html", "comparison": folder / "comparison.html"}
+    compare_runs([run, folder / "again"], folder / "comparison")
+    files = {"run": run / "report.html", "evaluation": folder / "eval/report.html", "comparison": folder / "comparison/comparison.html"}
     return {name: file.read_text() for name, file in files.items()}
 
 
@@ -63,8 +64,8 @@ def test_a_page_is_nested_right_names_its_tables_and_pictures_and_fetches_nothin
 
 @pytest.mark.parametrize("name", ["run", "evaluation", "comparison"])
 def test_a_page_says_first_what_was_made_how_and_with_which_version(pages, name):
-    page = pages[name]
-    for text in ("4 steps, 32 x 32 pixels, guidance 1", "flowbp 0.1.0", "torch "):
+    page, levels = pages[name], "noise levels of the pipeline" if name == "evaluation" else "published noise levels"
+    for text in (f"4 steps on the {levels}, 32 x 32 pixels, guidance 1", f"flowbp {flowbp.__version__}", "torch "):
         assert text in page
     assert (">2026<" if name == "evaluation" else ">42<") in page, "the seed"
 

@@ -1,11 +1,14 @@
-"""Which backend runs: FLOWBP_KERNELS, a missing extension, a broken one; and what a build that cannot run says."""
+"""Which backend runs: FLOWBP_KERNELS, a missing extension, a broken one, and GPUs that a backend cannot use."""
 
 import os
-import runpy
+import platform
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +17,6 @@ import flowbp_kernels
 from flowbp_kernels import backend, quadrature_update
 
 PACKAGE = Path(flowbp_kernels.__file__).parent
-SETUP = Path(__file__).parents[2] / "setup.py"
 UPDATE = (torch.ones(2, 3), torch.ones(1, 2, 3), [0], [0.5])
 
 
@@ -84,15 +86,89 @@ def test_a_choice_without_its_device_says_so(choose, name):
         quadrature_update(*UPDATE)
 
 
-@pytest.mark.parametrize("archs, capability, runs", [
-    ("80 90 100", (7, 5), False), ("80 90 100", (8, 6), True), ("80 90 100", (9, 0), True), ("80 90 100", (12, 0), True),
-    ("86 90", (8, 0), False), ("90", (8, 9), False), ("100 90", (9, 0), True),
-])  # fmt: skip
-def test_a_gpu_without_machine_code_or_ptx_is_told_apart(archs, capability, runs, monkeypatch):
-    monkeypatch.setattr(backend, "cuda_archs", archs.split)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    why = backend._no_machine_code.__wrapped__(0)
-    assert runs == (why == "") and (runs or f"compute capability {capability[0]}.{capability[1]}" in why)
+@dataclass
+class Gpus:
+    """GPUs that are not here: what the driver answers for each, its compute capability, and which were asked."""
+
+    errors: list[str]
+    capabilities: list[tuple[int, int]]
+    asked: list[int] = field(default_factory=list)
+
+    def compiled(self, question, *device):
+        if question == "cuda_error":
+            self.asked += device
+            return self.errors[device[0]]
+        return "80 90"  # cuda_archs
+
+    def tensor(self, index):
+        """What backend.select looks at."""
+        where = {"is_cpu": False, "is_cuda": True, "device": torch.device("cuda", index)}
+        return SimpleNamespace(**where, dtype=torch.float32, is_contiguous=lambda: True)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Makes `backend` see GPUs with these answers, a Triton that imports, and an extension that was built with CUDA."""
+
+    def pretend(errors, capabilities):
+        pretended = Gpus(errors, capabilities)
+        monkeypatch.setattr(backend, "_load_extension", lambda: "")
+        monkeypatch.setattr(backend, "_compiled", pretended.compiled)
+        monkeypatch.setattr(backend, "_import_triton", lambda: "")
+        monkeypatch.setattr(backend, "_interprets_triton", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+        return pretended
+
+    answers = backend._no_cuda, backend._no_triton
+    for answer in answers:
+        answer.cache_clear()
+    yield pretend
+    for answer in answers:
+        answer.cache_clear()
+
+
+KNOWN = "the driver knows CUDA 12.4, the kernels were built by 13.0"
+OLD_DRIVER = f"CUDA driver version is insufficient for CUDA runtime version; {KNOWN}"
+
+
+def test_auto_goes_on_where_the_driver_refuses_the_cuda_kernels(choose, gpus):
+    here = gpus([OLD_DRIVER, ""], [(9, 0), (9, 0)])
+    choose("auto")
+    for _ in range(2):
+        assert backend.select("quadrature_update", x=here.tensor(0)) == "triton"
+        assert backend.select("quadrature_update", x=here.tensor(1)) == "cuda"
+    assert here.asked == [0, 1]  # each GPU once, and none before a tensor lies there
+    choose("cuda")
+    with pytest.raises(RuntimeError, match=f"{KNOWN}; update the driver"):
+        backend.select("quadrature_update", x=here.tensor(0))
+
+
+def test_the_report_names_what_the_driver_says(gpus):
+    gpus([OLD_DRIVER], [(7, 0)])
+    (cuda, triton) = backend.report()[:2]
+    assert cuda[:2] == ("cuda", False) and OLD_DRIVER in cuda[2]
+    assert "built for sm_80, sm_90 and PTX, do not load on this GPU of compute capability 7.0" in cuda[2]
+    why = "its kernels need compute capability 8.0, and this GPU is of compute capability 7.0"
+    assert triton == ("triton", False, why)
+
+
+@pytest.mark.parametrize("capability, runs", [((7, 0), False), ((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_triton_needs_a_gpu_with_bfloat16(choose, gpus, capability, runs):
+    here = gpus(["no kernel image"], [capability])
+    choose("auto")
+    assert backend.select("quadrature_update", x=here.tensor(0)) == ("triton" if runs else "reference")
+    choose("triton")
+    if not runs:
+        with pytest.raises(RuntimeError, match="cannot run quadrature_update: its kernels need compute capability 8.0"):
+            backend.select("quadrature_update", x=here.tensor(0))
+
+
+def test_a_build_without_cuda_asks_no_driver(gpus, monkeypatch):
+    gpus([], [])
+    monkeypatch.setattr(backend, "_compiled", lambda question: "")
+    assert backend.unavailable("cuda").startswith("the extension was built without CUDA")
 
 
 def test_an_instruction_set_that_is_not_there_is_refused(choose, monkeypatch):
@@ -117,6 +193,17 @@ def test_a_way_to_read_a_cache_that_is_not_there_is_refused(choose, monkeypatch)
     for rows in ("few", "all"):
         monkeypatch.setenv("FLOWBP_ROWS", rows)
         assert backend.rows() == rows and (quadrature_update(*UPDATE) == 1.5).all()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have the baseline alone")
+def test_every_instruction_set_of_the_processor_is_used():
+    """As Linux tells them: a binary may lack what asks the processor, and would run its slowest code without a word."""
+    if backend.extension_path() is None:
+        pytest.skip(backend.unavailable("cpu"))
+    flags = set(re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    needs = {"avx512": avx512, "avx2": {"avx2", "fma", "f16c"}, "baseline": set()}
+    assert backend.isas() == [isa for isa, needed in needs.items() if needed <= flags]
 
 
 def test_the_report_has_a_row_a_backend():
@@ -145,34 +232,3 @@ def test_the_package_works_without_its_extension(tmp_path):
 def test_the_table_of_ops_names_every_op():
     for name in flowbp_kernels.__all__:
         assert name == "RngState" or f"\n{name} " in flowbp_kernels.__doc__
-
-
-@pytest.mark.parametrize(
-    "environment, message",
-    [
-        ({"CXX": "no-such-compiler"}, "no C.. compiler: 'no-such-compiler'(.|\n)*FLOWBP_BUILD=0"),
-        ({"FLOWBP_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "FLOWBP_CUDA=1, but no CUDA toolkit(.|\n)*FLOWBP_CUDA=0"),
-        ({"FLOWBP_CUDA": "maybe"}, "FLOWBP_CUDA must be one of auto, 0, 1; not 'maybe'"),
-        ({"FLOWBP_BUILD": "yes"}, "FLOWBP_BUILD must be one of 0, 1; not 'yes'"),
-    ],
-)
-def test_a_build_that_cannot_run_says_what_is_missing(monkeypatch, environment, message):
-    monkeypatch.delenv("FLOWBP_BUILD", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match=message):
-        runpy.run_path(str(SETUP))
-
-
-def test_a_build_without_torch_says_so(monkeypatch):
-    monkeypatch.delenv("FLOWBP_BUILD", raising=False)
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(SystemExit, match="need torch >= 2.10 at build time(.|\n)*FLOWBP_BUILD=0"):
-        runpy.run_path(str(SETUP))
-
-
-def test_a_build_against_an_old_torch_says_so(monkeypatch):
-    monkeypatch.delenv("FLOWBP_BUILD", raising=False)
-    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
-    with pytest.raises(SystemExit, match="need torch >= 2.10, not 2.9.1"):
-        runpy.run_path(str(SETUP))

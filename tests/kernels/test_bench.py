@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from flowbp.cli import app
 from flowbp_kernels import bench
 from flowbp_kernels.bench import measure
 from flowbp_kernels.bench.registry import LATENTS, OPS, Case, cases, footprint, problem
@@ -177,8 +175,3 @@ def test_the_share_of_a_step_counts_the_ops_that_the_engine_calls():
     assert 0 < share["percent"] < 100 and share["ops_ms"] == pytest.approx(sum(share["by_op_ms"].values()))
     text = script("table")._share(options, share | {"step_ms": 200.0, "ops_ms": 1.5, "percent": 0.75})
     assert text.startswith("- `reference`: of a training step of 200 ms") and text.endswith("the ops take 1.5 ms, 0.75 %.")
-
-
-def test_flowbp_bench_is_the_front_door():
-    result = CliRunner().invoke(app, ["bench", "--help"])
-    assert result.exit_code == 0 and "--latent" in result.output

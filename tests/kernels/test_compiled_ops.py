@@ -94,6 +94,33 @@ def test_every_half_precision_value_is_kept(dtype, isa):
     assert torch.equal(kept.nan_to_num(nan=1.0), values.nan_to_num(nan=1.0))
 
 
+def test_float16_is_rounded_to_nearest_and_ties_to_even(isa):
+    """Halfway between any two neighbours, just below and above, past the largest, and among float32's subnormals."""
+    halves = np.arange(0x7C01, dtype=np.uint16).view(np.float16).astype(np.float32)
+    halves[-1] = 2**16  # where the next one after 65504 would be: halfway to it, infinity begins
+    ties = (halves[:-1] + halves[1:]) / 2
+    values = np.concatenate([ties, np.nextafter(ties, np.float32(0)), np.nextafter(ties, np.float32(1e9)), halves])
+    values = np.concatenate([values, [1e9, np.inf, 1e-40]], dtype=np.float32)
+    with np.errstate(over="ignore"):
+        expected = torch.from_numpy(np.stack([values, -values]).astype(np.float16))
+    velocities = torch.from_numpy(np.stack([values, -values]))[None]
+    assert torch.equal(quadrature_update(torch.zeros_like(expected), velocities, [0], [1.0]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_instruction_set_keeps_the_same_bits_of_nan(dtype, monkeypatch):
+    monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[None]
+    results = []
+    for isa in ISAS:
+        monkeypatch.setenv("FLOWBP_ISA", isa)
+        wide = torch.empty_like(values, dtype=torch.float32)
+        cfg_euler_step(values, values, None, 1.0, 0.0, velocity_out=wide)
+        narrow = quadrature_update(values, values[None], [0], [0.0])
+        results.append((wide.view(torch.int32), narrow.view(torch.int16)))
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
 @pytest.mark.skipif(len(ISAS) < 3, reason=f"this processor has {ISAS} only")
 @pytest.mark.parametrize("name", OPS)
 def test_instruction_sets_with_fused_multiply_add_agree_bit_for_bit(name, monkeypatch):
@@ -231,36 +258,39 @@ def operator_calls():
     x, y, z, cache = (t.requires_grad_() for t in (draw(3, 41), draw(3, 41, seed=1), draw(3, 41, seed=2), draw(5, 3, 41, seed=3)))
     nodes, weights = rule(4, 3, True)
     weights, scales, seeds = weights.double(), draw(5, 3).abs(), torch.empty(4, 3, 41)
-    detached = [t.detach() for t in (x, y, z, cache)]
-    x0, y0, z0, cache0 = detached
-    ops = torch.ops.flowbp_kernels
-    return {
-        "quadrature_update": (ops.quadrature_update, (x, cache, nodes, weights, scales)),
-        "quadrature_update_out": (ops.quadrature_update_out, (x0, cache0, nodes, weights, None, torch.empty_like(x0))),
-        "leap_residuals": (ops.leap_residuals, (x0, y0, z0, cache0, nodes, weights, weights, None)),
-        "leap_residuals_out": (
-            ops.leap_residuals_out,
-            (x0, y0, z0, cache0, nodes, weights, weights, scales, torch.empty(2, 3, 41)),
-        ),
-        "cfg_euler_step": (ops.cfg_euler_step, (x, y, z, 4.5, -0.1)),
-        "cfg_euler_step_out": (ops.cfg_euler_step_out, (x0, y0, None, 1.0, -0.1, torch.empty_like(x0), torch.empty_like(x0))),
-        "bridge_cotangents": (ops.bridge_cotangents, (x, y, weights, weights, torch.bfloat16)),
-        "bridge_cotangents_out": (ops.bridge_cotangents_out, (x0, y0, weights, weights, seeds)),
-        "straight_through": (ops.straight_through, (x0, y, 0.5)),
+    x0, y0, z0, cache0 = (t.detach() for t in (x, y, z, cache))
+    step = torch.tensor([4.5, -0.1], dtype=torch.float64)
+    of_a_rule = {
+        "quadrature_update": (x, cache, nodes, weights, scales),
+        "quadrature_update_out": (x0, cache0, nodes, weights, None, torch.empty_like(x0)),
+        "leap_residuals": (x0, y0, z0, cache0, nodes, weights, weights, None),
+        "leap_residuals_out": (x0, y0, z0, cache0, nodes, weights, weights, scales, torch.empty(2, 3, 41)),
+        "cfg_euler_step": (x, y, z, step),
+        "cfg_euler_step_out": (x0, y0, None, step, torch.empty_like(x0), torch.empty_like(x0)),
+        "bridge_cotangents": (x, y, weights, weights, torch.bfloat16),
+        "bridge_cotangents_out": (x0, y0, weights, weights, seeds),
     }
+    forms = {name + form: arguments for name, arguments in of_a_rule.items() for form in ("", "_on_device")}
+    return forms | {"straight_through": (x0, y, 0.5)}
 
 
 @pytest.mark.parametrize("choice", ["cpu", "reference"])
 @pytest.mark.parametrize("name", operator_calls())
 def test_the_operator_is_registered_correctly(name, choice, monkeypatch):
     monkeypatch.setenv("FLOWBP_KERNELS", choice)
-    operator, arguments = operator_calls()[name]
-    torch.library.opcheck(operator.default, arguments)
+    torch.library.opcheck(getattr(torch.ops.flowbp_kernels, name).default, operator_calls()[name])
 
 
 def test_every_operator_is_checked():
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("flowbp_kernels::")}
     assert registered == set(operator_calls())
+
+
+def test_what_a_cuda_graph_would_freeze_is_kept_out_of_it():
+    """A rule that travels by value is part of a captured launch: every later plan would run with the first one's numbers."""
+    for name in operator_calls().keys() - {"straight_through"}:
+        tags = getattr(torch.ops.flowbp_kernels, name).default.tags
+        assert (torch.Tag.cudagraph_unsafe in tags) == (not name.endswith("_on_device")), name
 
 
 def test_a_step_with_slots_compiles_without_graph_breaks(monkeypatch):
@@ -302,8 +332,8 @@ def test_fake_tensors_pass_through_every_op():
             fake = [torch.empty(3, 41) for _ in range(op.num_tensors - (name in ("quadrature_update", "leap_residuals")))]
             caches = [torch.empty(2, 3, 41)] * (op.num_tensors - len(fake))
             rules = {"quadrature_update": ([0, 1], [0.5, 1.0]), "leap_residuals": ([0, 1], [0.5, 0], [0, 1.0])}
-            rule_of = rules.get(name, ([0.5, 1.0], [0.1, 0]) if name == "bridge_cotangents" else ())
-            assert all(isinstance(result, FakeTensor) for result in op.call(*fake, *caches, *rule_of))
+            rules |= {"bridge_cotangents": ([0.5, 1.0], [0.1, 0]), "cfg_euler_step": (4.5, -0.1)}
+            assert all(isinstance(result, FakeTensor) for result in op.call(*fake, *caches, *rules[name]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels, read off their machine code: no spills, 16-byte loads, few enough registers."""
+"""What nvcc makes of the CUDA kernels: no spills, 16-byte loads, few enough registers, and a verdict on the driver."""
 
 import importlib.util
 import re
@@ -31,6 +31,7 @@ def find_cuobjdump():
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH nor in /usr/local/cuda")
 @pytest.mark.skipif(find_cuobjdump() is None, reason="cuobjdump is not on PATH, in /usr/local/cuda/bin nor in a triton wheel")
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -54,3 +55,28 @@ def test_machine_code_is_within_its_budget(source, arch, tmp_path):
             assert re.search(r"LDG\.E\.128", body), f"{name} has no 16-byte load"
         if "Lb1E" in name:
             assert re.search(r"STG\.E\S*\.128", body) and not re.search(r"STG\.E\.U16", body), f"{name} stores piecemeal"
+
+
+ASK = """
+#include "ops.h"
+#include <cstdio>
+int main() {
+  const auto v = flowbp::cuda_verdict();
+  std::printf("%s|%d|%d", v.error ? v.error : "", v.driver, v.runtime);
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH nor in /usr/local/cuda")
+def test_a_driver_older_than_the_runtime_is_found_without_a_launch(tmp_path):
+    """No driver at all is the oldest: CUDA counts it as version 0."""
+    (tmp_path / "ask.cpp").write_text(ASK)
+    sources, options = [tmp_path / "ask.cpp", CSRC / "cuda/device.cu"], ["-std=c++17", "-cudart=static", f"-I{CSRC}"]
+    subprocess.run([find_nvcc(), *options, "-o", tmp_path / "ask", *sources], check=True, capture_output=True)
+    answer = subprocess.run([tmp_path / "ask"], check=True, capture_output=True, text=True).stdout
+    error, driver, runtime = answer.split("|")
+    if int(driver):
+        pytest.skip(f"a driver is installed here: {answer}")
+    assert error == "CUDA driver version is insufficient for CUDA runtime version"
+    assert int(runtime) >= 11080  # the oldest toolkit that has float8

@@ -20,6 +20,7 @@ def run_cases(interpreted):
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_the_kernels_in_the_interpreter():
     run_cases(interpreted=True)
 

@@ -27,7 +27,7 @@ def test_a_reward_is_loaded_from_a_local_folder_and_says_how_to_pin_it(folder, c
         reward = load_reward("hpsv2", str(folder))
     digest = hashlib.sha256((folder / "HPS_v2.1_compressed.pt").read_bytes()).hexdigest()
     assert f"nothing pins HPS_v2.1_compressed.pt; to read the same again, put into its config  sha256: {digest}" in caplog.text
-    assert torch.equal(reward(images(), PROMPTS), HPSv2(folder, folder)(images(), PROMPTS))
+    torch.testing.assert_close(reward(images(), PROMPTS), HPSv2(folder, folder)(images(), PROMPTS))
 
 
 def test_the_digest_of_a_checkpoint_is_checked_before_it_is_read(folder, caplog):
@@ -79,7 +79,7 @@ def test_another_format_of_the_checkpoint_serves_as_well(folder, tmp_path):
     save_file(state, tmp_path / "HPS_v2.1_compressed.safetensors")
     tiny.eos_last(tiny.build_tokenizer()).save_pretrained(tmp_path)
     expected = load_reward("hpsv2", str(folder))(images(), PROMPTS)
-    assert torch.equal(load_reward("hpsv2", str(tmp_path))(images(), PROMPTS), expected)
+    torch.testing.assert_close(load_reward("hpsv2", str(tmp_path))(images(), PROMPTS), expected)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
-KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
-FLAGS = ["-std=c++20", "-g", "-fPIC", "-ffp-contract=off", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi", f"-I{CSRC}", "-pthread"]
+KERNELS = sorted(path for path in (CSRC / "cuda").glob("*.cu") if path.stem != "device")  # which asks a driver
+FLAGS = ["-std=c++20", "-g", "-fPIC", "-ffp-contract=off", "-Wno-psabi", f"-I{CSRC}", "-pthread"]
+X86_64 = ["-mavx2", "-mfma", "-mf16c"]
 
 
 def missing() -> str:
@@ -26,25 +27,33 @@ def module(folder: Path) -> Path:
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    return _build(folder, "emulated.so", [*KERNELS, HERE / "module.cpp"], ["-O2", "-fvisibility=hidden", *includes], ["-shared"])
+    flags = ["-O2", *X86_64, "-fvisibility=hidden", *includes]
+    return _build(folder, "emulated.so", [*KERNELS, HERE / "module.cpp"], flags, ["-shared"])
 
 
 # Bugs that a sanitizer must find, and the source whose behaviour each changes.
 PLANTS = {"PLANT_OUT_OF_BOUNDS": "sanitize", "PLANT_NO_SYNCTHREADS": "leap_residuals"}
 
 
+SOURCES = [*KERNELS, CSRC / "cpu" / "avx2.cpp", CSRC / "cpu" / "baseline.cpp", HERE / "sanitize.cpp"]
+
+
 def program(folder: Path, sanitizer: str, plant: str = "") -> Path:
     """sanitize.cpp and all kernels under `address` or `thread`; returns the program's path. What a plant leaves alone is built once."""
-    sources = [*KERNELS, CSRC / "cpu" / "avx2.cpp", CSRC / "cpu" / "baseline.cpp", HERE / "sanitize.cpp"]
     check = f"-fsanitize={sanitizer}"
-    return _build(folder, f"sanitized{plant}", sources, ["-O1", check], [check], plant)
+    return _build(folder, f"sanitized{plant}", SOURCES, ["-O1", *X86_64, check], [check], plant=plant)
 
 
-def _build(folder: Path, target: str, sources: list[Path], flags: list[str], link: list[str], plant: str = "") -> Path:
+def program_for(folder: Path, compiler: str) -> Path:
+    """sanitize.cpp and all kernels by a cross compiler, statically linked, without sanitizer; returns the program's path."""
+    return _build(folder, "crossed", SOURCES, ["-O2"], ["-static"], compiler=compiler)
+
+
+def _build(folder: Path, target: str, sources: list[Path], flags, link, plant="", compiler="g++") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
-        f"rule compile\n  command = g++ {' '.join(FLAGS + flags)} $extra -c $in -o $out",
-        f"rule link\n  command = g++ -pthread {' '.join(link)} $in -o $out",
+        f"rule compile\n  command = {compiler} {' '.join(FLAGS + flags)} $extra -c $in -o $out",
+        f"rule link\n  command = {compiler} -pthread {' '.join(link)} $in -o $out",
     ]
     objects = []
     for source in sources:
