@@ -42,7 +42,7 @@ sanitize() { # sanitize TOOL
   sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
   [[ -x $sanitizer ]] || { echo "compute-sanitizer not found; it comes with the CUDA toolkit"; return 1; }
   LIMIT=$((LIMIT / 2)) PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$sanitizer" --tool "$1" --error-exitcode 1 \
-    "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/kernels/test_gpu.py -k "(bits or agrees) and not 90" # not the video
+    "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/kernels/test_gpu.py -k "bits and not 90" # not the video
 }
 
 stage() {

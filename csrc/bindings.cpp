@@ -2,11 +2,15 @@
 //
 // They write into tensors that they are given and know no gradient: flowbp_kernels/<op>.py owns contract, fake and
 // autograd, calls them from inside its own operator, and allocates what they write. What would lead out of bounds is
-// checked here again. Coefficients are CPU tensors; they become part of the kernel's parameters.
+// checked here again. Coefficients are CPU tensors, which become part of the kernel's parameters, or lie with the others on
+// the device, where the kernel reads them: the host never does, and no call waits for it.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <ctime>
 #include <string>
+#include <vector>
 
 #include <dlfcn.h>
 #if defined(__x86_64__)
@@ -32,6 +36,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kCacheBytes = 1 << 22;        // a write of more than this goes past the caches
+constexpr int64_t kManyElements = 1 << 23;     // more of a cache than fits next to a core: worth a measurement
 constexpr int64_t kElementsPerTask = 1 << 15;  // what one thread reads before a second one is worth waking
 
 // -- arguments ---------------------------------------------------------------------------------------------------------
@@ -89,14 +94,21 @@ int64_t rows_in(const Tensor& velocities, const Tensor& x) {
   return velocities.size(0);
 }
 
-// A contiguous CPU tensor [K, 1 or B].
+// What a rule is made of: on the CPU, or where `like` lies.
 template <class T>
-Table<T> table(const Tensor& t, const char* name, ScalarType type, int64_t num_nodes, int64_t batch) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type, name, " must be a contiguous CPU tensor of ",
-                  toString(type));
+const T* numbers(const Tensor& t, const char* name, ScalarType type, const Tensor& like) {
+  STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == type, name, " must be contiguous, of ", toString(type));
+  STD_TORCH_CHECK(t.is_cpu() || t.get_device_index() == like.get_device_index(), name, " lies on another device");
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+// [K, 1 or B]
+template <class T>
+Table<T> table(const Tensor& t, const char* name, ScalarType type, int64_t num_nodes, int64_t batch, const Tensor& like) {
+  const T* const data = numbers<T>(t, name, type, like);
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == num_nodes && (t.size(1) == 1 || t.size(1) == batch), name, " must be [",
                   num_nodes, ", 1 or ", batch, "]");
-  return {static_cast<const T*>(t.const_data_ptr()), t.size(1)};
+  return {data, t.size(1)};
 }
 
 int64_t rows_in_table(const Tensor& weights) {
@@ -104,12 +116,19 @@ int64_t rows_in_table(const Tensor& weights) {
   return weights.size(0);
 }
 
-Table<int64_t> nodes_of(const Tensor& nodes, int64_t num_nodes, int64_t batch) {
-  return table<int64_t>(nodes, "nodes", ScalarType::Long, num_nodes, batch);
-}
-
-Table<double> weights_of(const Tensor& weights, int64_t num_nodes, int64_t batch) {
-  return table<double>(weights, "weights", ScalarType::Double, num_nodes, batch);
+// The rule of `weights`, L tensors, for x's samples. nodes null: node k is k.
+template <int L>
+Tables<L> tables_of(const Tensor* nodes, int64_t num_rows, const Tensor* const (&weights)[L], const Tensor& x) {
+  const int64_t terms = rows_in_table(*weights[0]), batch = samples_in(x);
+  Tables<L> tables = {terms, num_rows, {nullptr, 1}, {}, !weights[0]->is_cpu()};
+  STD_TORCH_CHECK(terms == 0 || num_rows > 0, "the cache has no rows");
+  if (nodes) tables.nodes = table<int64_t>(*nodes, "nodes", ScalarType::Long, terms, batch, x);
+  STD_TORCH_CHECK(!nodes || nodes->is_cpu() != tables.on_device, "nodes and weights must lie in one place");
+  for (int l = 0; l < L; ++l) {
+    tables.weights[l] = table<double>(*weights[l], "weights", ScalarType::Double, terms, batch, x);
+    STD_TORCH_CHECK(weights[l]->is_cpu() != tables.on_device, "weights must lie in one place");
+  }
+  return tables;
 }
 
 // -- where it runs -----------------------------------------------------------------------------------------------------
@@ -151,6 +170,51 @@ const InstructionSet& instruction_set() {
                   "or baseline); unset it to use the best there is");
 }
 
+double thread_seconds() {  // of work: not those in which another process had the core
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+// The walk that is fastest on this machine, measured once by each process that needs it, on one thread, in 28 MB of its
+// own: quadrature_update of SD3.5's latents at 512 px (batch 8, 25 rows, bfloat16) by each walk in turn, best of five.
+Walk fastest_walk() {
+  static const Walk fastest = [] {
+    constexpr int kRows = 25;
+    constexpr int64_t kBatch = 8, kSize = 16 * 64 * 64, kRow = kBatch * kSize;
+    std::vector<bfloat16> memory((kRows + 2) * kRow);
+    QuadratureUpdate op{};
+    op.s = {kBatch, kSize, 0, kBatch};
+    op.x = {memory.data(), Dtype::kBFloat16};
+    op.out = {memory.data() + kRow, Dtype::kBFloat16};
+    op.velocities = {memory.data() + 2 * kRow, Dtype::kBFloat16};
+    op.rule.shared = true;
+    op.rule.first[1] = kRows;
+    for (int k = 0; k < kRows; ++k) op.rule.terms[k] = {k, {1.0f}};
+    double best[] = {HUGE_VAL, HUGE_VAL};  // by walk
+    for (int round = 0; round < 5; ++round) {
+      for (const Walk walk : {kFewRows, kAllRows}) {
+        op.walk = walk;
+        const double start = thread_seconds();
+        instruction_set().kernels->quadrature_update(op, 0, kBatch * chunks(kSize));
+        best[walk] = std::min(best[walk], thread_seconds() - start);
+      }
+    }
+    return best[kFewRows] <= best[kAllRows] ? kFewRows : kAllRows;
+  }();
+  return fastest;
+}
+
+// How to walk through `elements` of a cache: as FLOWBP_ROWS says, or the fastest way if they are many.
+Walk walk(int64_t elements) {
+  const char* const rows = std::getenv("FLOWBP_ROWS");
+  const std::string wanted = rows ? rows : "";
+  STD_TORCH_CHECK(wanted.empty() || wanted == "few" || wanted == "all", "FLOWBP_ROWS must be few or all, not ", wanted,
+                  "; unset it to use what is fastest here");
+  if (!wanted.empty()) return wanted == "few" ? kFewRows : kAllRows;
+  return elements < kManyElements ? kFewRows : fastest_walk();
+}
+
 template <class Op>
 void on_cpu(const Op& op, void (*kernel)(const Op&, int64_t, int64_t), int64_t tasks, int64_t reads_per_task) {
   const int64_t grain = std::max<int64_t>(1, kElementsPerTask / reads_per_task);
@@ -190,15 +254,16 @@ void quadrature_update(const Tensor& x, const Tensor& velocities, const Tensor& 
   op.out = output(out, "out", x, total);
   check_same(op.out.dtype, op.x.dtype, "out", "x");
   if (scales) op.scales = float32<const float>(*scales, "scales", x, rows * batch);
-  const int64_t size = batch ? total / batch : 0, terms = rows_in_table(weights);
-  const Tables<1> tables = {terms, nodes_of(nodes, terms, batch), {weights_of(weights, terms, batch)}};
-  for_each_launch(tables, batch, size, rows, [&](Samples s, const Rule<1>& rule) {
+  const int64_t size = batch ? total / batch : 0;
+  const Tables<1> tables = tables_of<1>(&nodes, rows, {&weights}, x);
+  for_each_launch(tables, batch, size, [&](Samples s, const Rule<1>& rule) {
     op.s = s;
     op.rule = rule;
     if constexpr (kCuda) {
       on_cuda(op, quadrature_update_cuda, x);
     } else {
-      on_cpu(op, instruction_set().kernels->quadrature_update, s.samples * tiles(size), kTile * (terms + 1));
+      op.walk = walk(tables.num_nodes * total);
+      on_cpu(op, instruction_set().kernels->quadrature_update, s.samples * chunks(size), kChunk * (tables.num_nodes + 1));
     }
   });
 }
@@ -208,7 +273,7 @@ void leap_residuals(const Tensor& x_k, const Tensor& x_j, const Tensor& x_end, c
                     const Tensor& nodes, const Tensor& first, const Tensor& second, const std::optional<Tensor>& scales,
                     const std::optional<Tensor>& predictions, const Tensor& partials, const Tensor& residuals) {
   const int64_t batch = samples_in(x_k), rows = rows_in(velocities, x_k), total = x_k.numel();
-  const int64_t size = batch ? total / batch : 0, terms = rows_in_table(first);
+  const int64_t size = batch ? total / batch : 0;
   LeapResiduals op{};
   op.x_k = input(x_k, "x_k", x_k, total);
   op.x_j = input(x_j, "x_j", x_k, total);
@@ -220,23 +285,24 @@ void leap_residuals(const Tensor& x_k, const Tensor& x_j, const Tensor& x_end, c
   if (predictions) op.predictions = output(*predictions, "predictions", x_k, 2 * total);
   op.partials = float32<float>(partials, "partials", x_k, 2 * batch * chunks(size));
   op.residuals = float32<float>(residuals, "residuals", x_k, 2 * batch);
-  const Tables<2> tables = {
-      terms, nodes_of(nodes, terms, batch), {weights_of(first, terms, batch), weights_of(second, terms, batch)}};
-  for_each_launch(tables, batch, size, rows, [&](Samples s, const Rule<2>& rule) {
+  const Tables<2> tables = tables_of<2>(&nodes, rows, {&first, &second}, x_k);
+  for_each_launch(tables, batch, size, [&](Samples s, const Rule<2>& rule) {
     op.s = s;
     op.rule = rule;
     if constexpr (kCuda) {
       on_cuda(op, leap_residuals_cuda, x_k);
     } else {
-      on_cpu(op, instruction_set().kernels->leap_residuals, s.samples * chunks(size), kChunk * (terms + 3));
+      op.walk = walk(tables.num_nodes * total);
+      on_cpu(op, instruction_set().kernels->leap_residuals, s.samples * chunks(size), kChunk * (tables.num_nodes + 3));
       sum_chunks(op);
     }
   });
 }
 
 template <bool kCuda>
-void cfg_euler_step(const Tensor& x, const Tensor& v_cond, const std::optional<Tensor>& v_uncond, double guidance,
-                    double h, const std::optional<Tensor>& velocity, const Tensor& out) {
+void cfg_euler_step(const Tensor& x, const Tensor& v_cond, const std::optional<Tensor>& v_uncond,
+                    double guidance, double h, const std::optional<Tensor>& on_device,
+                    const std::optional<Tensor>& velocity, const Tensor& out) {
   const int64_t total = x.numel();
   CfgEulerStep op{};
   op.elements = total;
@@ -251,25 +317,29 @@ void cfg_euler_step(const Tensor& x, const Tensor& v_cond, const std::optional<T
   check_same(op.out.dtype, op.x.dtype, "out", "x");
   op.guidance = static_cast<float>(guidance);
   op.h = static_cast<float>(h);
+  if (on_device) {
+    STD_TORCH_CHECK(kCuda && !on_device->is_cpu() && on_device->numel() == 2, "guidance and h must lie on the device, as 2 numbers");
+    op.on_device = numbers<double>(*on_device, "guidance and h", ScalarType::Double, x);
+  }
   if (total == 0) return;
   if constexpr (kCuda) {
     on_cuda(op, cfg_euler_step_cuda, x);
   } else {
-    on_cpu(op, instruction_set().kernels->cfg_euler_step, tiles(total), kTile * 3);
+    on_cpu(op, instruction_set().kernels->cfg_euler_step, chunks(total), kChunk * 3);
   }
 }
 
 template <bool kCuda>
 void bridge_cotangents(const Tensor& g, const Tensor& g_x, const Tensor& weights, const Tensor& alphas, const Tensor& out) {
   const int64_t batch = samples_in(g), total = g.numel(), num_nodes = rows_in_table(weights);
+  const Tables<2> tables = tables_of<2>(nullptr, num_nodes, {&weights, &alphas}, g);
   BridgeCotangents op{};
   op.g = input(g, "g", g, total);
   op.g_x = input(g_x, "g_x", g, total);
   op.out = output(out, "out", g, num_nodes * total);
   op.past_cache = num_nodes * total * (op.out.dtype == Dtype::kFloat32 ? 4 : 2) > kCacheBytes;
   const int64_t size = batch ? total / batch : 0;
-  const Tables<2> tables = {num_nodes, {nullptr, 1}, {weights_of(weights, num_nodes, batch), weights_of(alphas, num_nodes, batch)}};
-  for_each_launch(tables, batch, size, num_nodes, [&](Samples s, const Rule<2>& rule) {
+  for_each_launch(tables, batch, size, [&](Samples s, const Rule<2>& rule) {
     op.s = s;
     op.rule = rule;
     if constexpr (kCuda) {
@@ -288,6 +358,7 @@ std::string isas() {  // those that run here, best first
   }
   return names;
 }
+std::string rows() { return walk(kManyElements) == kFewRows ? "few" : "all"; }  // of a large cache, read side by side
 std::string cuda_archs() { return FLOWBP_CUDA_ARCHS; }  // empty: built without CUDA
 
 #ifdef FLOWBP_CUDA
@@ -310,11 +381,12 @@ STABLE_TORCH_LIBRARY(flowbp_compiled, m) {
         " -> ()");
   m.def("leap_residuals(Tensor x_k, Tensor x_j, Tensor x_end, Tensor velocities, Tensor nodes, Tensor first,"
         " Tensor second, Tensor? scales, Tensor(a!)? predictions, Tensor(b!) partials, Tensor(c!) residuals) -> ()");
-  m.def("cfg_euler_step(Tensor x, Tensor v_cond, Tensor? v_uncond, float guidance, float h, Tensor(a!)? velocity,"
-        " Tensor(b!) out) -> ()");
+  m.def("cfg_euler_step(Tensor x, Tensor v_cond, Tensor? v_uncond, float guidance, float h, Tensor? on_device,"
+        " Tensor(a!)? velocity, Tensor(b!) out) -> ()");
   m.def("bridge_cotangents(Tensor g, Tensor g_x, Tensor weights, Tensor alphas, Tensor(a!) out) -> ()");
   m.def("isa() -> str");
   m.def("isas() -> str");
+  m.def("rows() -> str");
   m.def("cuda_archs() -> str");
   m.def("cuda_error(int device) -> str");
 }
@@ -329,6 +401,7 @@ STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("isas", TORCH_BOX(&isas));
+  m.impl("rows", TORCH_BOX(&rows));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
 #ifdef FLOWBP_CUDA
   m.impl("cuda_error", TORCH_BOX(&cuda_error));

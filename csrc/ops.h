@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 
 #include "convert.h"
 
@@ -28,15 +29,50 @@ struct Term {
   float weight[L];
 };
 
-constexpr int kMaxTerms = 256;    // of one launch; Python's backend.MAX_NODES
-constexpr int kMaxSamples = 128;  // of one launch with a rule a sample
+// [K, columns], with 1 column or one a sample.
+template <class T>
+struct Table {
+  const T* data;
+  int64_t columns;
 
-// What each sample sums. It travels by value, as a kernel parameter: no copy to the device, no synchronisation.
+  FLOWBP_HD T at(int64_t k, int64_t sample) const { return data[k * columns + (columns == 1 ? 0 : sample)]; }
+};
+
+// The rows of L sums over K = num_nodes terms. nodes.data null: node k is k, and its row is written, not read.
+template <int L>
+struct Tables {
+  int64_t num_nodes, num_rows;
+  Table<int64_t> nodes;
+  Table<double> weights[L];
+  bool on_device;  // the kernel reads them, each time it runs; else the host reads them and a rule holds their numbers
+
+  // Term k of a sample. A node outside [0, num_rows) is node -1.
+  FLOWBP_HD Term<L> term(int64_t k, int64_t sample) const {
+    const int64_t node = nodes.data ? nodes.at(k, sample) : k;
+    Term<L> term = {node >= 0 && node < num_rows ? static_cast<int32_t>(node) : -1, {}};
+    for (int l = 0; l < L; ++l) term.weight[l] = static_cast<float>(weights[l].at(k, sample));
+    return term;
+  }
+
+  // Whether a kernel does anything for a term: a row whose weights are all zero is not read.
+  FLOWBP_HD bool takes_part(const Term<L>& term) const {
+    bool weighs = false;
+    for (int l = 0; l < L; ++l) weighs |= term.weight[l] != 0;
+    return weighs || !nodes.data;
+  }
+};
+
+constexpr int kMaxTerms = 256;    // of one launch; Python's backend.MAX_NODES
+constexpr int kMaxSamples = 128;  // of one launch with a rule a sample that travels by value
+
+// What each sample sums, as a kernel parameter: no copy to the device, no synchronisation. Either its terms, or the addresses
+// of tables on the device, so that a launch captured in a CUDA graph reads at each replay what lies there by then.
 template <int L>
 struct Rule {
   Term<L> terms[kMaxTerms];
   int16_t first[kMaxSamples + 1];  // sample s has the terms first[s] .. first[s + 1]
   bool shared;                     // all samples have those of sample 0
+  Tables<L> tables;
 
   FLOWBP_HD int begin(int64_t sample) const { return first[shared ? 0 : sample]; }
   FLOWBP_HD int end(int64_t sample) const { return first[shared ? 1 : sample + 1]; }
@@ -47,6 +83,9 @@ struct Samples {
   int64_t batch, size, first_sample, samples;
 };
 
+// How the CPU walks through the rows of a cache: see cpu/kernels.inc. Every walk gives the same bits.
+enum Walk { kFewRows, kAllRows };
+
 // out = x + sum over terms of weight * scales[node, b] * velocities[node, b]
 struct QuadratureUpdate {
   Samples s;
@@ -54,6 +93,7 @@ struct QuadratureUpdate {
   const float* scales;  // [N, B], or null for ones
   Output out;           // x's dtype
   Rule<1> rule;
+  Walk walk;  // on the CPU
 };
 
 // The same sum twice, from x_k (weight[0]) and from x_j (weight[1]), and its mean distance from x_j and from x_end.
@@ -65,6 +105,7 @@ struct LeapResiduals {
   float* partials;     // [2, B, chunks]
   float* residuals;    // [2, B]
   Rule<2> rule;
+  Walk walk;  // on the CPU
 };
 
 // v = v_uncond + guidance (v_cond - v_uncond), or v_cond;  velocity = v;  out = x + h velocity, as velocity was rounded
@@ -72,6 +113,7 @@ struct CfgEulerStep {
   int64_t elements;
   Input x, v_cond, v_uncond;  // v_uncond of v_cond's dtype, or null
   float guidance, h;
+  const double* on_device;  // guidance, then h, which the kernel reads instead when it runs; or null
   Output velocity, out;  // velocity.dtype rounds v even if velocity.data is null; out of x's dtype
 };
 
@@ -96,8 +138,9 @@ void with_type(Dtype dtype, F f) {
     case Dtype::kFloat32: return f(float{});
     case Dtype::kBFloat16: return f(bfloat16{});
     case Dtype::kFloat16: return f(float16{});
-    case Dtype::kFloat8: return;  // only caches hold it: with_cache_type
+    case Dtype::kFloat8: break;  // only caches hold it: with_cache_type
   }
+  std::abort();  // a caller let through what no kernel takes: to return would leave the output unwritten
 }
 
 template <class F>
@@ -106,11 +149,7 @@ void with_cache_type(Dtype dtype, F f) {
   with_type(dtype, f);
 }
 
-// What the CPU works on at a time: small enough for the nearest cache, long enough for the prefetcher to follow each row.
-constexpr int64_t kTile = 256;
-FLOWBP_HD int64_t tiles(int64_t size) { return (size + kTile - 1) / kTile; }
-
-// The CPU kernels of one instruction set. A task is a tile of one sample; a chunk, for leap_residuals and bridge_cotangents.
+// The CPU kernels of one instruction set. A task is a chunk of one sample; of all elements, for cfg_euler_step.
 struct CpuKernels {
   void (*quadrature_update)(const QuadratureUpdate&, int64_t first_task, int64_t last_task);
   void (*leap_residuals)(const LeapResiduals&, int64_t first_task, int64_t last_task);

@@ -10,14 +10,17 @@ selective_recompute                cached value; backward replays the active nod
 
 Every op has a reference in plain PyTorch, which runs any device and dtype; the kernels take float32, bfloat16 and
 float16, and a float8_e4m3fn cache. Sums accumulate in float32 (float64 where a tensor is float64) and are rounded once.
-A zero weight skips: it does not poison a sum with 0 * NaN. Weights travel by value: numbers or CPU tensors, in sigma
-units. Each function's docstring is its contract, with the equivalent PyTorch. Input outside it raises ValueError.
+A zero weight skips: it does not poison a sum with 0 * NaN. Each function's docstring is its contract, with the equivalent
+PyTorch. Input outside it raises ValueError.
+
+A rule (nodes, weights, guidance, step) of numbers or CPU tensors travels by value, as part of a launch. One of tensors on the
+device is read when the kernel runs, so that one captured CUDA graph serves every plan. Both give the same bits.
 
 FLOWBP_KERNELS=auto | cuda | triton | cpu | reference chooses the backend; `python -m flowbp_kernels` prints what runs
 here, and why. Without the compiled extension (FLOWBP_BUILD=0 at installation) and Triton, the reference runs.
 
-Reading order: reference.py (every formula on one page), quadrature_update.py (an op), csrc/ops.h and csrc/cpu/ (its
-kernel), backend.py (which one runs), recompute.py.
+Reading order: reference.py (every formula on one page), quadrature_update.py (an op), operators.py (how it is registered),
+csrc/ops.h and csrc/cpu/ (its kernel), backend.py (which one runs), recompute.py.
 """
 
 from flowbp_kernels.quadrature_update import quadrature_update  # isort: skip  (it and bridge_cotangents need each other)

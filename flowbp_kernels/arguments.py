@@ -52,28 +52,53 @@ def check_cache(velocities: Tensor, x: Tensor, scales: Tensor | None) -> None:
         )
 
 
-def node_table(nodes: Tensor | Sequence, batch: int) -> Tensor:
-    """Integers as an int64 CPU tensor [K, 1] or [K, B]."""
-    table = _on_cpu("nodes", nodes) if isinstance(nodes, Tensor) else _numbers(nodes, "q")
+def node_table(nodes: Tensor | Sequence, x: Tensor) -> Tensor:
+    """Integers as an int64 tensor [K, 1] or [K, B]: on the CPU, or where they lie if that is x's device."""
+    table = _placed("nodes", nodes, x) if isinstance(nodes, Tensor) else _numbers(nodes, "q")
     if table.dtype.is_floating_point and table.numel():
         raise ValueError(f"nodes must be integers, not {table.dtype}")
-    return _columns("nodes", table.long(), batch)
+    return _columns("nodes", table.long(), x.shape[0])
 
 
-def weight_table(name: str, weights: Tensor | Sequence, batch: int) -> Tensor:
-    """Numbers as a float64 CPU tensor [K, 1] or [K, B], without gradient."""
-    table = _on_cpu(name, weights) if isinstance(weights, Tensor) else _numbers(weights, "d")
-    return _columns(name, table.double(), batch)
+def weight_table(name: str, weights: Tensor | Sequence, x: Tensor) -> Tensor:
+    """Numbers as a float64 tensor [K, 1] or [K, B] without gradient: on the CPU, or where they lie if that is x's device."""
+    table = _placed(name, weights, x) if isinstance(weights, Tensor) else _numbers(weights, "d")
+    return _columns(name, table.double(), x.shape[0])
+
+
+def scalar_table(x: Tensor, **scalars: float | Tensor) -> Tensor:
+    """Numbers and tensors [] as one float64 tensor without gradient: on the CPU, or on x's device if a tensor lies there."""
+    tensors = [(name, value) for name, value in scalars.items() if isinstance(value, Tensor)]
+    for name, value in tensors:
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a number or a 0-dimensional tensor, not of shape {tuple(value.shape)}")
+        _placed(name, value, x)
+        check_together(name, value, tensors[0][1], tensors[0][0])
+    # Sums, for a float that torch.compile adds to a tensor needs no graph for each of its values.
+    zero = torch.zeros((), dtype=torch.float64, device=tensors[0][1].device if tensors else None)
+    return torch.stack([zero + value for value in scalars.values()]).detach()
 
 
 def check_rows(name: str, table: Tensor, other: Tensor, other_name: str) -> None:
     if table.shape[0] != other.shape[0]:
         raise ValueError(f"{name} has {table.shape[0]} rows and {other_name} {other.shape[0]}; each needs one row a node")
+    check_together(name, table, other, other_name)
+
+
+def check_together(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
+    """The parts of one rule travel by value, or all of them lie on the device."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} comes from {tensor.device} and {other_name} from {other.device}: "
+            "pass both as numbers or CPU tensors, or both on the device"
+        )
 
 
 def check_nodes(nodes: Tensor, velocities: Tensor) -> None:
-    """Every node is a row of the cache. Reads values, so it belongs where an op runs, not where it is traced."""
-    if nodes.numel():
+    """Every node that travels by value is a row of the cache. Reads values, so it belongs where an op runs, not where it is traced."""
+    if not nodes.is_cpu and nodes.shape[0] and not velocities.shape[0]:
+        raise ValueError(f"there are {nodes.shape[0]} nodes and no velocities")
+    if nodes.is_cpu and nodes.numel():
         values = nodes.flatten().tolist()
         low, high = min(values), max(values)
         if low < 0 or high >= velocities.shape[0]:
@@ -106,9 +131,12 @@ def _numbers(values: Sequence, typecode: str) -> Tensor:
         return torch.tensor(values, dtype=dtype)
 
 
-def _on_cpu(name: str, values: Tensor) -> Tensor:
-    if not values.is_cpu:
-        raise ValueError(f"{name} is on {values.device}; it travels by value, without a sync: pass {name}.cpu()")
+def _placed(name: str, values: Tensor, x: Tensor) -> Tensor:
+    """A tensor of the CPU or of x's device, without its gradient."""
+    if not values.is_cpu and values.device != x.device:
+        raise ValueError(
+            f"{name} is on {values.device} and the tensors on {x.device}: move it there, or pass {name}.cpu(), which travels by value"
+        )
     return values.detach() if values.requires_grad else values
 
 

@@ -3,6 +3,8 @@
 FLOWBP_KERNELS=auto (default) | cuda | cpu (compiled, from csrc/) | triton | reference (plain PyTorch, runs everything).
 A backend named there runs or raises with the cause; only `auto` falls back. The extension is loaded at the first call.
 FLOWBP_ISA=avx512 | avx2 | baseline names the instruction set of the compiled CPU ops; unset, the best there is.
+FLOWBP_ROWS=few | all says how many rows of a cache the compiled CPU ops read side by side, which changes their speed and no bit of a
+result; unset, what is fastest here: measured at the first large call of a process, which then takes about 40 ms longer.
 The choice is made whenever an op runs, also inside a graph of torch.compile.
 """
 
@@ -11,7 +13,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from torch.nn import Parameter
 from flowbp_kernels.arguments import COMPILED_DTYPES, is_traced
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in the order in which `auto` tries them
-MAX_NODES = 256  # rows of a rule that fit a kernel's parameters: kMaxTerms in csrc/ops.h
+MAX_NODES = 256  # rows of a rule that a compiled kernel takes: kMaxTerms in csrc/ops.h
 
 
 def needs_operator(*tensors: Tensor | None) -> bool:
@@ -39,8 +41,26 @@ def needs_operator(*tensors: Tensor | None) -> bool:
     return False
 
 
-def written(out: Tensor) -> Tensor:
-    """`out`, which a kernel is about to write: autograd learns that a value saved from it is gone."""
+def written(name: str, out: Tensor, others: dict[str, Tensor | None], in_place_of: str = "") -> Tensor:
+    """`out`, which a kernel is about to write while it reads the others: apart from them in memory, except that `out` may be the one
+    that it replaces in place. Autograd learns that the old value is gone.
+
+    Reads addresses, so it belongs where an op runs. Only contiguous tensors count: a strided one was copied, or runs on the
+    reference, which reads everything before it writes.
+    """
+    start = out.data_ptr()
+    end = start + out.nbytes if start else 0  # a meta tensor lies nowhere
+    for other_name, other in others.items():
+        if other is None:
+            continue
+        first = other.data_ptr()
+        if first < end and start < first + other.nbytes and other.is_contiguous():
+            if other_name != in_place_of or first != start or other.dtype != out.dtype:
+                allowed = f", or {in_place_of} itself" if in_place_of else ""
+                raise ValueError(
+                    f"{name} and {other_name} overlap in memory, so that writing one spoils the other: "
+                    f"make {name} a tensor of its own{allowed}"
+                )
     torch.autograd.graph.increment_version(out)
     return out
 
@@ -85,12 +105,19 @@ def triton_op(op: str) -> Callable:
     return getattr(importlib.import_module(f"flowbp_kernels._triton.{op}"), op)
 
 
+def triton_tables(x: Tensor, nodes: Tensor | None, *weights: Tensor) -> Sequence[Tensor | None]:
+    """The tables of a rule where x lies, as a Triton launcher takes them: those of the CPU are carried there by value."""
+    if not weights[0].is_cpu:
+        return nodes, *weights
+    return importlib.import_module("flowbp_kernels._triton").carry(x.device, nodes, *weights)
+
+
 def report() -> list[tuple[str, bool, str]]:
     """(backend, whether it runs here, why not or what it is) for every backend, in the order in which `auto` tries them."""
     good = {
         "cuda": lambda: f"compiled for {', '.join(f'sm_{arch}' for arch in cuda_archs())} and PTX",
         "triton": lambda: f"triton {importlib.import_module('triton').__version__}",
-        "cpu": lambda: f"{isa()} (of {', '.join(isas())} on this processor), {extension_path()}",
+        "cpu": lambda: f"{isa()} (of {', '.join(isas())} on this processor), {rows()} rows of a cache side by side, {extension_path()}",
         "reference": lambda: "plain PyTorch, any device and dtype",
     }
     return [(name, not unavailable(name), unavailable(name) or good[name]()) for name in BACKENDS]
@@ -104,6 +131,11 @@ def isa() -> str:
 def isas() -> list[str]:
     """The instruction sets of the compiled CPU ops that this processor has, best first; none without the extension."""
     return _compiled("isas").split()
+
+
+def rows() -> str:
+    """How many rows of a large cache the compiled CPU ops read side by side, `few` or `all`: FLOWBP_ROWS, or what is fastest here."""
+    return _compiled("rows")
 
 
 def cuda_archs() -> list[str]:
@@ -133,8 +165,8 @@ def _unsuited(name: str, op: str, num_nodes: int, tensors: dict[str, Tensor | No
         return cause
     if name == "triton" and importlib.util.find_spec(f"flowbp_kernels._triton.{op}") is None:
         return f"flowbp_kernels/_triton/{op}.py does not exist"
-    if num_nodes > MAX_NODES:
-        return f"its {num_nodes} nodes exceed the {MAX_NODES} that fit a kernel's parameters"
+    if num_nodes > MAX_NODES and name != "triton":
+        return f"its {num_nodes} nodes exceed the {MAX_NODES} that a compiled kernel takes"
     for label, tensor in tensors.items():
         if tensor is None:
             continue

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from flowbp_kernels import backend, reference
-from flowbp_kernels.arguments import COMPILED_DTYPES, check_float, check_like, check_out
+from flowbp_kernels.arguments import COMPILED_DTYPES, check_float, check_like, check_out, scalar_table
 from flowbp_kernels.bridge_cotangents import bridge_cotangents
+from flowbp_kernels.operators import register
 from flowbp_kernels.quadrature_update import quadrature_update
 
 
@@ -13,8 +14,8 @@ def cfg_euler_step(
     x: Tensor,
     v_cond: Tensor,
     v_uncond: Tensor | None,
-    guidance: float,
-    h: float,
+    guidance: float | Tensor,
+    h: float | Tensor,
     *,
     velocity_out: Tensor | None = None,
     out: Tensor | None = None,
@@ -22,13 +23,16 @@ def cfg_euler_step(
     """v = v_uncond + guidance (v_cond - v_uncond),  x_next = x + h v, in float32 (float64 if a tensor is float64).
 
     x, v_cond, v_uncond: [B, *S], any float dtype; v_cond and v_uncond share one. v_uncond None: no guidance, v = v_cond.
-    guidance: a number.  h: sigma_next - sigma (negative), a number or a 0-dimensional CPU tensor.
+    guidance, h = sigma_next - sigma (negative): numbers or 0-dimensional tensors. Numbers and CPU tensors travel by value; a
+    tensor on x's device is read by the kernel whenever it runs (a number beside it joins it there), so that one captured
+    CUDA graph serves every step. Compiled, 0-dimensional tensors share one graph and floats at most two.
     velocity_out: [B, *S] contiguous, any dtype of v_cond, x, float32, bfloat16, float16: a slot of the velocity
     cache.  out: [B, *S] contiguous, x.dtype: a slot of the latent cache. Written and returned, without gradient.
+    In place: velocity_out may be v_cond itself, out may be x itself. They overlap no other argument in memory, nor each other.
     Returns (x_next in x.dtype, v in velocity_out's dtype, else v_cond's). x_next uses v as rounded to that dtype, so that
     a replay which reads v from the cache meets the same x_next. Without guidance and velocity_out, v is v_cond itself.
     Gradient: 1 to x, guidance and 1 - guidance (times h, for x_next) to v_cond and v_uncond; none to guidance and h.
-    Strided inputs are made contiguous. Raises ValueError for shapes, dtypes or devices outside this contract.
+    Strided inputs are made contiguous. Raises ValueError for shapes, dtypes, devices or memory outside this contract.
     Equivalent to  v = (v_u.float() + guidance * (v_c.float() - v_u.float())).to(v_c.dtype);  x_next = x + h * v
     """
     check_float("x", x)
@@ -37,67 +41,83 @@ def cfg_euler_step(
         check_like("v_uncond", v_uncond, x, "x")
         if v_cond.dtype != v_uncond.dtype:
             raise ValueError(f"v_cond is {v_cond.dtype} and v_uncond {v_uncond.dtype}; they must share one dtype: cast one")
-    if isinstance(h, Tensor):
-        if h.dim() != 0 or h.device.type != "cpu":
-            raise ValueError(f"h must be a number or a 0-dimensional CPU tensor, not of shape {tuple(h.shape)} on {h.device}")
-        h = h.item()
     inputs = (x, v_cond, v_uncond)
     check_out("out", out, x.shape, (x.dtype,), inputs)
     check_out("velocity_out", velocity_out, x.shape, (v_cond.dtype, x.dtype, *COMPILED_DTYPES), inputs)
 
-    if v_uncond is None and velocity_out is None:  # a quadrature of one node
-        return quadrature_update(x, v_cond.contiguous()[None], [0], [h], out=out), v_cond
-    x, v_cond, v_uncond = (None if t is None else t.contiguous() for t in inputs)
-    arguments = x, v_cond, v_uncond, guidance, h
-    if not backend.needs_operator(x, v_cond, v_uncond, velocity_out, out):
-        return _run(*arguments, velocity_out, out)
-    if out is None and velocity_out is None:
-        return _op(*arguments)
-    out = torch.empty_like(x) if out is None else out
-    velocity_out = torch.empty_like(v_cond) if velocity_out is None else velocity_out
-    _op_out(*arguments, velocity_out, out)
-    return out, velocity_out
-
-
-def _run(x, v_cond, v_uncond, guidance, h, velocity_out=None, out=None) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(x) if out is None else backend.written(out)
-    velocity_out = torch.empty_like(v_cond) if velocity_out is None else backend.written(velocity_out)
-    runs = backend.select("cfg_euler_step", x=x, v_cond=v_cond, v_uncond=v_uncond, velocity_out=velocity_out)
-    if runs == "reference":
-        x_next, velocity = reference.cfg_euler_step(x, v_cond, v_uncond, guidance, h, velocity_out.dtype)
-        out.copy_(x_next), velocity_out.copy_(velocity)
-    elif runs == "triton":
-        backend.triton_op("cfg_euler_step")(x, v_cond, v_uncond, guidance, h, velocity_out=velocity_out, out=out)
+    by_operator = backend.needs_operator(*inputs, velocity_out, out)
+    if by_operator or isinstance(guidance, Tensor) or isinstance(h, Tensor):
+        coefficients = scalar_table(x, guidance=guidance, h=h)
     else:
-        torch.ops.flowbp_compiled.cfg_euler_step(x, v_cond, v_uncond, guidance, h, velocity_out, out)
-    return out, velocity_out
+        coefficients = guidance, h
+    if v_uncond is None and velocity_out is None and out is None:  # a quadrature of one node
+        node = [0] if isinstance(coefficients, tuple) else torch.zeros(1, dtype=torch.long, device=coefficients.device)
+        return quadrature_update(x, v_cond.contiguous()[None], node, coefficients[1:]), v_cond
+    arguments = *(None if t is None else t.contiguous() for t in inputs), coefficients
+    if not by_operator:
+        x_next, velocity = _run(*arguments, velocity_out, out)
+    elif out is None and velocity_out is None:
+        x_next, velocity = _op.of(coefficients)(*arguments)
+    else:
+        x_next = torch.empty_like(arguments[0]) if out is None else out
+        velocity = torch.empty_like(arguments[1]) if velocity_out is None and v_uncond is not None else velocity_out
+        _op_out.of(coefficients)(*arguments, velocity, x_next)
+    return x_next, v_cond if velocity is None else velocity
 
 
-@torch.library.custom_op("flowbp_kernels::cfg_euler_step_out", mutates_args=("velocity_out", "out"))
-def _op_out(x: Tensor, v_cond: Tensor, v_uncond: Tensor | None, guidance: float, h: float, velocity_out: Tensor, out: Tensor) -> None:
-    _run(x, v_cond, v_uncond, guidance, h, velocity_out, out)
+def _run(x, v_cond, v_uncond, coefficients, velocity=None, out=None) -> tuple[Tensor, Tensor | None]:
+    """(x + h v, v) for coefficients (guidance, h); v is not written, and None, where it is v_cond."""
+    if isinstance(coefficients, Tensor) and coefficients.is_cpu:
+        coefficients = tuple(coefficients.tolist())
+    on_device = coefficients if isinstance(coefficients, Tensor) else None
+    inputs = {"x": x, "v_cond": v_cond, "v_uncond": v_uncond, "guidance and h": on_device}
+    if out is None:
+        out = torch.empty_like(x)
+    else:
+        backend.written("out", out, inputs | {"velocity_out": velocity}, in_place_of="x")
+    if velocity is not None:
+        backend.written("velocity_out", velocity, inputs, in_place_of="v_cond")
+    elif v_uncond is not None:
+        velocity = torch.empty_like(v_cond)
+    runs = backend.select("cfg_euler_step", x=x, v_cond=v_cond, v_uncond=v_uncond, velocity_out=velocity)
+    if runs == "reference":
+        dtype = v_cond.dtype if velocity is None else velocity.dtype
+        x_next, v = reference.cfg_euler_step(x, v_cond, v_uncond, *coefficients, dtype)
+        out.copy_(x_next)
+        if velocity is not None:
+            velocity.copy_(v)
+    else:
+        numbers = coefficients if on_device is None else (0.0, 0.0)
+        run = backend.triton_op("cfg_euler_step") if runs == "triton" else torch.ops.flowbp_compiled.cfg_euler_step
+        run(x, v_cond, v_uncond, *numbers, on_device, velocity, out)
+    return out, velocity
 
 
-@torch.library.custom_op("flowbp_kernels::cfg_euler_step", mutates_args=())
-def _op(x: Tensor, v_cond: Tensor, v_uncond: Tensor, guidance: float, h: float) -> tuple[Tensor, Tensor]:
-    return _run(x, v_cond, v_uncond, guidance, h)
+def _into(x: Tensor, v_cond: Tensor, v_uncond: Tensor | None, coefficients: Tensor, velocity_out: Tensor | None, out: Tensor) -> None:
+    _run(x, v_cond, v_uncond, coefficients, velocity_out, out)
 
 
-@_op.register_fake
-def _(x, v_cond, v_uncond, guidance, h):
+def _new(x: Tensor, v_cond: Tensor, v_uncond: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    return _run(x, v_cond, v_uncond, coefficients)
+
+
+def _fake(x, v_cond, v_uncond, coefficients):
     return torch.empty_like(x), torch.empty_like(v_cond)
 
 
 def _setup_context(ctx, inputs, output):
-    _, v_cond, _, ctx.guidance, ctx.h = inputs
+    _, v_cond, _, coefficients = inputs
+    ctx.save_for_backward(coefficients)
     ctx.dtype = v_cond.dtype
 
 
 def _backward(ctx, of_x_next, of_velocity):
     """v's cotangent is of_velocity + h of_x_next, shared out between the branches."""
-    shares = [ctx.guidance, 1 - ctx.guidance]
-    of_cond, of_uncond = bridge_cotangents(of_velocity, of_x_next, shares, [ctx.h, ctx.h], dtype=ctx.dtype).unbind()
-    return of_x_next, of_cond, of_uncond, None, None
+    guidance, h = ctx.saved_tensors[0]
+    shares = torch.stack([guidance, 1 - guidance])
+    of_cond, of_uncond = bridge_cotangents(of_velocity, of_x_next, shares, h.expand(2), dtype=ctx.dtype).unbind()
+    return of_x_next, of_cond, of_uncond, None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = register(_new, "cfg_euler_step", fake=_fake, backward=_backward, setup_context=_setup_context)
+_op_out = register(_into, "cfg_euler_step_out", mutates=("velocity_out", "out"))

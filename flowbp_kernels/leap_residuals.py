@@ -17,6 +17,7 @@ from flowbp_kernels.arguments import (
     node_table,
     weight_table,
 )
+from flowbp_kernels.operators import register
 
 CHUNK = 2048  # elements whose gaps make one partial sum: kChunk in csrc/ops.h
 
@@ -38,13 +39,14 @@ def leap_residuals(
 
     with v_i = scales[nodes[i]] velocities[nodes[i]], summed in float32 (float64 if a tensor is float64).
     x_k, x_j, x_end: [B, *S], one float dtype, S not empty.  velocities, nodes, scales: as in quadrature_update.
-    weights: two rows [K] or [K, B] of numbers or CPU tensors, sigma units. A weight of zero skips: each leap reads its own
-    nodes, and a node outside both is not read.
-    predictions_out: [2, B, *S] contiguous, float32, bfloat16 or float16 (float64 with float64): gets both landings.
+    weights: two rows [K] or [K, B] in sigma units, by value or on the device as the nodes are. A weight of zero skips: each
+    leap reads its own nodes, and a node outside both is not read.
+    predictions_out: [2, B, *S] contiguous, float32, bfloat16 or float16 (float64 with float64): gets both landings. It
+    overlaps no other argument in memory.
     Returns [2, B] float32 (float64), whose sums run in one fixed order: equal inputs give equal bits.
     Gradient: none. A residual weights a loss and is not part of one; backward raises RuntimeError.
     Strided latents are made contiguous; a strided cache runs on the reference.
-    Raises ValueError for shapes, dtypes, devices or nodes outside this contract.
+    Raises ValueError for shapes, dtypes, devices, nodes or memory outside this contract.
     Equivalent to  (quadrature_update(x_k, velocities, nodes, weights[0]).float() - x_j.float()).abs().flatten(1).mean(1), and
     the same from x_j to x_end
     """
@@ -58,8 +60,8 @@ def leap_residuals(
         raise ValueError(f"a sample of shape {tuple(x_k.shape[1:])} has no elements to take a mean over")
     if len(weights) != 2:
         raise ValueError(f"weights must hold two rows, one a leap; got {len(weights)}")
-    nodes = node_table(nodes, x_k.shape[0])
-    first, second = (weight_table(f"weights[{leap}]", row, x_k.shape[0]) for leap, row in enumerate(weights))
+    nodes = node_table(nodes, x_k)
+    first, second = (weight_table(f"weights[{leap}]", row, x_k) for leap, row in enumerate(weights))
     check_rows("nodes", nodes, first, "weights[0]")
     check_rows("nodes", nodes, second, "weights[1]")
     inputs = (x_k, x_j, x_end, velocities)
@@ -68,14 +70,17 @@ def leap_residuals(
     arguments = (x_k.contiguous(), x_j.contiguous(), x_end.contiguous(), velocities, nodes, first, second, scales)
     if not backend.needs_operator(*inputs, predictions_out):
         return _run(*arguments, predictions_out)
-    return _op(*arguments) if predictions_out is None else _op_out(*arguments, predictions_out)
+    if predictions_out is None:
+        return _op.of(nodes)(*arguments)
+    return _op_out.of(nodes)(*arguments, predictions_out)
 
 
 def _run(x_k, x_j, x_end, velocities, nodes, first, second, scales, predictions=None) -> Tensor:
     check_nodes(nodes, velocities)
-    if predictions is not None:
-        backend.written(predictions)
     latents = {"x_k": x_k, "x_j": x_j, "x_end": x_end}
+    if predictions is not None:
+        rule = {"scales": scales, "nodes": nodes, "weights[0]": first, "weights[1]": second}
+        backend.written("predictions_out", predictions, latents | {"velocities": velocities} | rule)
     runs = backend.select("leap_residuals", nodes.shape[0], **latents, velocities=velocities, predictions_out=predictions)
     if runs == "reference":
         residuals, landings = reference.leap_residuals(*latents.values(), velocities, nodes, (first, second), scales)
@@ -83,8 +88,9 @@ def _run(x_k, x_j, x_end, velocities, nodes, first, second, scales, predictions=
             predictions.copy_(landings)
         return residuals
     if runs == "triton":
+        nodes, *weights = backend.triton_tables(x_k, nodes, first, second)
         launch = backend.triton_op("leap_residuals")
-        return launch(*latents.values(), velocities, nodes, (first, second), scales=scales, predictions_out=predictions)
+        return launch(*latents.values(), velocities, nodes, weights, scales=scales, predictions_out=predictions)
     residuals = _empty(*latents.values(), velocities)
     chunks = -(-x_k.shape[1:].numel() // CHUNK)
     partials = residuals.new_empty(2, len(x_k), chunks)
@@ -96,8 +102,7 @@ def _empty(x_k, x_j, x_end, velocities, *_) -> Tensor:
     return x_k.new_empty(2, x_k.shape[0], dtype=accumulation_dtype(x_k, x_j, x_end, velocities))
 
 
-@torch.library.custom_op("flowbp_kernels::leap_residuals_out", mutates_args=("predictions",))
-def _op_out(
+def _into(
     x_k: Tensor,
     x_j: Tensor,
     x_end: Tensor,
@@ -111,20 +116,18 @@ def _op_out(
     return _run(x_k, x_j, x_end, velocities, nodes, first, second, scales, predictions)
 
 
-@torch.library.custom_op("flowbp_kernels::leap_residuals", mutates_args=())
-def _op(
+def _new(
     x_k: Tensor, x_j: Tensor, x_end: Tensor, velocities: Tensor, nodes: Tensor, first: Tensor, second: Tensor, scales: Tensor | None
 ) -> Tensor:
     return _run(x_k, x_j, x_end, velocities, nodes, first, second, scales)
 
 
-_op.register_fake(_empty)
-_op_out.register_fake(_empty)
-
-
-@_op.register_autograd
 def _backward(ctx, *_):
     raise RuntimeError(
         "leap_residuals has no gradient: a residual weights a loss. Detach its inputs; for a gap to descend on, take "
         "(quadrature_update(...) - target).abs().mean()."
     )
+
+
+_op = register(_new, "leap_residuals", fake=_empty, backward=_backward)
+_op_out = register(_into, "leap_residuals_out", mutates=("predictions",), fake=_empty)

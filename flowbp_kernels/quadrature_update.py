@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flowbp_kernels import backend, reference
 from flowbp_kernels.arguments import check_cache, check_float, check_nodes, check_out, check_rows, node_table, weight_table
+from flowbp_kernels.operators import register
 
 
 def quadrature_update(
@@ -21,55 +22,61 @@ def quadrature_update(
     """x + sum_k weights[k] scales[nodes[k]] velocities[nodes[k]], accumulated in float32 (float64 if a tensor is float64).
 
     x: [B, *S], any float dtype.  velocities: [N, B, *S], any float dtype (float8_e4m3fn too), on x's device.
-    nodes: [K] or [K, B] integers in [0, N), repeats allowed.  weights: [K] or [K, B], sigma units.
-    Both are numbers or CPU tensors: they travel by value. [K, B] holds one rule a sample.
+    nodes: [K] or [K, B] integers in [0, N), repeats allowed.  weights: [K] or [K, B], sigma units. [K, B]: one rule a sample.
+    A rule of numbers or CPU tensors travels by value, as part of the launch. A rule of tensors on x's device (best int64 and
+    float64: others are converted there) is read by the kernel whenever it runs, and never by the host: one captured CUDA
+    graph serves every plan. Fill up a plan of fewer nodes with weights of zero. Both forms give the same bits.
     scales: [N, B] float32 on x's device, what each cached sample was divided by when it was stored; None for ones.
-    out: [B, *S] contiguous, x.dtype: written and returned, without gradient.
-    Returns [B, *S] in x.dtype, rounded once. A velocity of weight zero is not read: it may hold NaN.
+    out: [B, *S] contiguous, x.dtype: written and returned, without gradient. It may be x itself; it overlaps no other
+    argument in memory.
+    Returns [B, *S] in x.dtype, rounded once. A velocity of weight zero is not read: it may hold NaN. A node outside [0, N)
+    raises; on the device, where nobody can, its sample becomes NaN (with a weight of zero it is not looked at).
     Gradient: 1 to x, weights[k] scales[nodes[k]] to velocities[nodes[k]] (not to float8); none to nodes, weights, scales.
     A strided x is made contiguous; a strided cache runs on the reference.
-    Raises ValueError for shapes, dtypes, devices or nodes outside this contract.
+    Raises ValueError for shapes, dtypes, devices, nodes or memory outside this contract.
     Equivalent to  (x.float() + torch.einsum("k,k...->...", weights, velocities[nodes].float())).to(x.dtype)
     """
     check_float("x", x)
     check_cache(velocities, x, scales)
-    nodes, weights = node_table(nodes, x.shape[0]), weight_table("weights", weights, x.shape[0])
+    nodes, weights = node_table(nodes, x), weight_table("weights", weights, x)
     check_rows("nodes", nodes, weights, "weights")
     check_out("out", out, x.shape, (x.dtype,), (x, velocities))
     arguments = x.contiguous(), velocities, nodes, weights, scales
     if not backend.needs_operator(x, velocities, out):
         return _run(*arguments, out)
     if out is None:
-        return _op(*arguments)
-    _op_out(*arguments, out)
+        return _op.of(nodes)(*arguments)
+    _op_out.of(nodes)(*arguments, out)
     return out
 
 
 def _run(x, velocities, nodes, weights, scales, out=None) -> Tensor:
     check_nodes(nodes, velocities)
-    out = torch.empty_like(x) if out is None else backend.written(out)
+    if out is None:
+        out = torch.empty_like(x)
+    else:
+        others = {"x": x, "velocities": velocities, "scales": scales, "nodes": nodes, "weights": weights}
+        backend.written("out", out, others, in_place_of="x")
     runs = backend.select("quadrature_update", nodes.shape[0], x=x, velocities=velocities)
     if runs == "reference":
         out.copy_(reference.quadrature_update(x, velocities, nodes, weights, scales))
     elif runs == "triton":
+        nodes, weights = backend.triton_tables(x, nodes, weights)
         backend.triton_op("quadrature_update")(x, velocities, nodes, weights, scales=scales, out=out)
     else:
         torch.ops.flowbp_compiled.quadrature_update(x, velocities, nodes, weights, scales, out)
     return out
 
 
-@torch.library.custom_op("flowbp_kernels::quadrature_update_out", mutates_args=("out",))
-def _op_out(x: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, scales: Tensor | None, out: Tensor) -> None:
+def _into(x: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, scales: Tensor | None, out: Tensor) -> None:
     _run(x, velocities, nodes, weights, scales, out)
 
 
-@torch.library.custom_op("flowbp_kernels::quadrature_update", mutates_args=())
-def _op(x: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, scales: Tensor | None) -> Tensor:
+def _new(x: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, scales: Tensor | None) -> Tensor:
     return _run(x, velocities, nodes, weights, scales)
 
 
-@_op.register_fake
-def _(x, velocities, nodes, weights, scales):
+def _fake(x, velocities, nodes, weights, scales):
     return torch.empty_like(x)
 
 
@@ -84,16 +91,16 @@ def _backward(ctx, g):
     of_velocities = None
     if ctx.needs_input_grad[1]:
         nodes, weights, scales = ctx.saved_tensors
-        num_cached, batch = ctx.cache_shape[:2]
-        nodes, weights = nodes.expand(-1, batch), weights.expand(-1, batch)
-        totals = weights.new_zeros(num_cached, batch).scatter_add(0, nodes, weights)
+        rows = torch.arange(ctx.cache_shape[0], device=nodes.device)[:, None, None]
+        totals = torch.where(nodes == rows, weights, 0.0).sum(1)  # [N, 1] or [N, B]
         of_velocities = bridge_cotangents(g, g, totals, torch.zeros_like(totals), dtype=ctx.cache_dtype)
         if scales is not None:
             of_velocities = of_velocities * scales.reshape(scales.shape + (1,) * (g.dim() - 1)).to(ctx.cache_dtype)
     return g, of_velocities, None, None, None
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = register(_new, "quadrature_update", fake=_fake, backward=_backward, setup_context=_setup_context)
+_op_out = register(_into, "quadrature_update_out", mutates=("out",))
 
 # The two sums of this package are each other's gradient; imported last, since each needs the other.
 from flowbp_kernels.bridge_cotangents import bridge_cotangents  # noqa: E402

@@ -9,13 +9,17 @@ re-forwards the active nodes one at a time, clean end to noise end, so that one 
 """
 
 import contextlib
+import functools
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._dynamo import OptimizedModule
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from flowbp_kernels.arguments import accumulation_dtype
@@ -72,10 +76,12 @@ def selective_recompute(
     Gradient: sum_i w_i (dv_i/dparams)^T c_i (see the module) to params, summed in float32 (float64 for a float64 value)
     and cast to each parameter's dtype; none to value, latents and weights. The replay runs under the autocast state of
     this call and leaves the random state as it finds it. retain_graph replays again. Under torch.compile this call is
-    a graph break (an error with fullgraph=True); a compiled velocity is fine.
+    a graph break (an error with fullgraph=True); a compiled velocity is fine, though torch warns of the hook through which
+    backward sees which modules it enters, unless the network was compiled in place (network.compile()).
+    Memory beside one node's graph: the float32 sums of the gradients, which become those of the parameters' dtype one by one.
     Raises ValueError for inputs outside this contract; RuntimeError, in backward, for create_graph=True, a parameter
-    changed since this call, left without gradient or with a gradient hook, random numbers drawn without rng_states, or
-    gradients that no rank would reduce.
+    changed since this call, left without gradient or with a gradient hook, random numbers drawn without rng_states, a
+    BatchNorm that would count each replay in its running statistics, or gradients that no rank would reduce.
 
         x_hat = selective_recompute(x_hat, velocity, latents, sigmas, weights, params=adapter_params)
         (-reward(decode(x_hat)).mean()).backward()
@@ -152,7 +158,20 @@ def _replay(sweep: _Sweep, latents: tuple[Tensor, ...], g: Tensor) -> list[Tenso
         )
     cotangent = g.to(accumulation_dtype(g))
     totals: list[Tensor | None] = [None] * len(params)
-    with _keep_rng(g.device), _require_ddp(sweep.needs_ddp):
+
+    def add_to(k: int, gradient: Tensor) -> Tensor:
+        """Adds a node's gradient to its sum. What autograd keeps in its place takes no memory, so a node's gradients never pile up."""
+        if totals[k] is None:
+            totals[k] = gradient.to(accumulation_dtype(gradient), copy=True)  # autograd may give one tensor to two parameters
+        else:
+            totals[k] += gradient
+        return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_keep_rng(g.device))
+        stack.enter_context(_watch_modules(sweep.needs_ddp))
+        for k, p in enumerate(params):
+            stack.callback(p.register_hook(functools.partial(add_to, k)).remove)
         for i in reversed(range(len(latents))):
             weight = sweep.grad_weights[i]
             if weight == 0:
@@ -163,10 +182,6 @@ def _replay(sweep: _Sweep, latents: tuple[Tensor, ...], g: Tensor) -> list[Tenso
             wanted = (*params, x) if at_bridge else params
             gradients = torch.autograd.grad(v, wanted, (weight * cotangent).to(v.dtype), allow_unused=True)
             del v
-            for k, gradient in enumerate(gradients[: len(params)]):
-                if gradient is not None:
-                    gradient = gradient.to(accumulation_dtype(gradient))
-                    totals[k] = gradient if totals[k] is None else totals[k] + gradient
             if at_bridge:
                 if gradients[-1] is None:
                     raise RuntimeError("velocity at the bridge node does not depend on its input x: is x detached in it?")
@@ -177,7 +192,9 @@ def _replay(sweep: _Sweep, latents: tuple[Tensor, ...], g: Tensor) -> list[Tenso
             f"{len(missing)} of {len(params)} params took no part in the replayed velocities; the first has shape "
             f"{missing[0]}. Pass only parameters that velocity uses; a sharded or copied parameter is not in its graph."
         )
-    return [total.to(p.dtype) for p, total in zip(params, totals, strict=True)]
+    for k, p in enumerate(params):
+        totals[k] = totals[k].to(p.dtype)  # in its place, so that wide and narrow sums never all lie there together
+    return totals
 
 
 def _forward(sweep: _Sweep, x: Tensor, i: int) -> Tensor:
@@ -265,23 +282,45 @@ def _keep_rng(device: torch.device):
         state.restore()
 
 
-@contextlib.contextmanager
-def _require_ddp(required: bool):
-    """Raises unless the replay goes through a DistributedDataParallel wrapper, whose forward arms the reduction."""
-    if not required:
-        yield
+# The wrappers that a thread's sweep has entered. One hook serves all sweeps under one name: what torch.compile traces while a hook
+# is there, it traces again when the name is another.
+_ENTERED: dict[int, list[DistributedDataParallel]] = {}
+_HOOKS = torch.nn.modules.module._global_forward_pre_hooks
+
+
+def _look_at(module: torch.nn.Module, _) -> None:
+    """What a replay does with a module that it enters; compiled modules are looked at from outside."""
+    if torch.compiler.is_compiling() or threading.get_ident() not in _ENTERED:
         return
-    entered = []
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, _: entered.append(True) if isinstance(module, DistributedDataParallel) else None
-    )
+    if isinstance(module, DistributedDataParallel):
+        _ENTERED[threading.get_ident()].append(module)
+    for part in module.modules() if isinstance(module, OptimizedModule) else (module,):
+        if isinstance(part, _NormBase) and part.training and part.track_running_stats:
+            raise RuntimeError(
+                f"{type(part).__name__} in training mode would count each replay in its running statistics, which the rollout "
+                "has counted already: put it in eval() for both, or build it with track_running_stats=False."
+            )
+
+
+@contextlib.contextmanager
+def _watch_modules(needs_ddp: bool):
+    """Refuses what a replay must not enter, and, where gradients need it, a sweep that entered no wrapper which reduces them."""
+    entered = _ENTERED[threading.get_ident()] = []
+    _HOOKS["flowbp_kernels.selective_recompute"] = _look_at
     try:
         yield
     finally:
-        hook.remove()
-    if not entered:
+        del _ENTERED[threading.get_ident()]
+        if not _ENTERED:
+            del _HOOKS["flowbp_kernels.selective_recompute"]
+    if needs_ddp and not entered:
         raise RuntimeError(
             f"there are {_world_size()} ranks and velocity did not call the network through DistributedDataParallel: "
             "the gradients would not be reduced and the ranks would drift apart. Call the wrapper, not its .module; "
             "or, if your loop reduces gradients itself, say so with reduces_gradients=True."
+        )
+    if needs_ddp and any(wrapper.static_graph for wrapper in entered):
+        raise RuntimeError(
+            "DistributedDataParallel(static_graph=True) waits for the gradients of its first graph, and a replay's graphs are gone "
+            "before any gradient reaches a parameter: nothing would be reduced and the ranks would drift apart. Leave static_graph out."
         )

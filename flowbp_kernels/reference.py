@@ -2,7 +2,7 @@
 
 Sums run in float32, or in float64 when a tensor is float64, one node after the other; the result is rounded once.
 Shapes: B samples [B, *S]; N cached velocities [N, B, *S], of which a rule reads K. nodes and weights: [K, 1] or [K, B].
-A coefficient of zero cuts: what it would multiply takes no part, so that 0 * NaN is 0.
+A coefficient of zero cuts: what it would multiply takes no part, so that 0 * NaN is 0. Any other makes NaN of a node that is not cached.
 The contracts, and the gradients, are in the file of each op, which checks what arrives here.
 """
 
@@ -29,7 +29,7 @@ def leap_residuals(
 
 
 def cfg_euler_step(
-    x: Tensor, v_cond: Tensor, v_uncond: Tensor | None, guidance: float, h: float, velocity_dtype: torch.dtype
+    x: Tensor, v_cond: Tensor, v_uncond: Tensor | None, guidance: float | Tensor, h: float | Tensor, velocity_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """v = v_uncond + guidance (v_cond - v_uncond), rounded to velocity_dtype; x + h v in x.dtype, and v"""
     dtype = accumulation_dtype(x, v_cond)
@@ -51,6 +51,8 @@ def bridge_cotangents(g: Tensor, g_x: Tensor, weights: Tensor, alphas: Tensor, d
 def _integrate(x: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, scales: Tensor | None) -> Tensor:
     dtype = accumulation_dtype(x, velocities)
     nodes, weights = nodes.to(x.device), weights.to(x.device, dtype)
+    cached = (nodes >= 0) & (nodes < velocities.shape[0])
+    nodes, weights = torch.where(cached, nodes, 0), torch.where(cached | (weights == 0), weights, torch.nan)
     samples = torch.arange(x.shape[0], device=x.device)
     total = x.to(dtype)
     for node, weight in zip(nodes, weights, strict=True):  # each [1] or [B]

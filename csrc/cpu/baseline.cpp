@@ -16,6 +16,13 @@ inline Floats fma(Floats a, Floats b, Floats c) {
   return a * b + c;
 #endif
 }
+inline Floats load(const bfloat16* p) {
+  typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+  Halves halves;
+  memcpy(&halves, p, sizeof(halves));
+  return (Floats)(__builtin_convertvector(halves, Bits) << 16);
+}
 inline Floats load(const float16* p) { return Floats{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
 inline void store(float16* p, Floats v) {
   for (int e = 0; e < kLanes; ++e) p[e] = from_float<float16>(v[e]);

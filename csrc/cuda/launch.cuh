@@ -99,26 +99,62 @@ __device__ __forceinline__ void store(Output to, int64_t i, int64_t left, const 
   }
 }
 
+// The terms of one sample.
+template <int L>
+struct Terms {
+  const Term<L>* data;
+  int begin, end;
+};
+
+// Those of a block's sample. Tables on the device are fetched into shared memory by all threads of the block, one term each,
+// without the terms that the host leaves out of a rule that travels by value. A node that is no row, which the host would
+// have refused, gets the weight NaN: what comes of it shows, and nothing is read beyond the cache.
+template <bool kOnDevice, int L>
+__device__ __forceinline__ Terms<L> terms_of(const Rule<L>& rule, const Place& at) {
+  if constexpr (!kOnDevice) {
+    return {rule.terms, rule.begin(at.sample), rule.end(at.sample)};
+  } else {
+    static_assert(kMaxTerms <= kThreads);
+    __shared__ Term<L> kept[kMaxTerms];
+    __shared__ bool takes_part[kThreads];
+    const int fetched = static_cast<int>(rule.tables.num_nodes), mine = static_cast<int>(threadIdx.x);
+    Term<L> term = mine < fetched ? rule.tables.term(mine, at.b) : Term<L>{};
+    if (term.node < 0) {
+      term.node = 0;
+      for (int l = 0; l < L; ++l) term.weight[l] = term.weight[l] == 0 ? 0 : bit_cast<float>(0x7fc00000u);
+    }
+    takes_part[mine] = mine < fetched && rule.tables.takes_part(term);
+    __syncthreads();
+    int before = 0, end = 0;
+    for (int t = 0; t < fetched; ++t) {
+      before += t < mine && takes_part[t];
+      end += takes_part[t];
+    }
+    if (takes_part[mine]) kept[before] = term;
+    __syncthreads();
+    return {kept, 0, end};
+  }
+}
+
 // sums[l] += sum over the terms of weight[l] * scale * velocity. Loads are issued kInFlight rows at a time before the
 // first of them is used.
 template <class V, bool kWide, int L>
-__device__ __forceinline__ void accumulate(const Input& velocities, const float* scales, const Rule<L>& rule,
+__device__ __forceinline__ void accumulate(const Input& velocities, const float* scales, const Terms<L>& terms,
                                            const Samples& s, const Place& at, float (&sums)[L][kWidth]) {
   constexpr int kInFlight = sizeof(V) == 4 ? 4 : 8;
-  const int end = rule.end(at.sample);
-  for (int first = rule.begin(at.sample); first < end; first += kInFlight) {
+  for (int first = terms.begin; first < terms.end; first += kInFlight) {
     Pack<V> pack[kInFlight];
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
-      if (first + u < end) {
-        const int64_t row = rule.terms[first + u].node * s.batch + at.b;
+      if (first + u < terms.end) {
+        const int64_t row = terms.data[first + u].node * s.batch + at.b;
         pack[u] = load<V, kWide>(velocities.data, row * s.size + at.i, at.left);
       }
     }
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
-      if (first + u < end) {
-        const Term<L>& term = rule.terms[first + u];
+      if (first + u < terms.end) {
+        const Term<L>& term = terms.data[first + u];
         const float scale = scales ? scales[term.node * s.batch + at.b] : 1.0f;
 #pragma unroll
         for (int l = 0; l < L; ++l) {
@@ -138,14 +174,14 @@ bool wide(int64_t size, const Data*... data) {
   return size % kWidth == 0 && (... && (reinterpret_cast<uintptr_t>(data) % 16 == 0));
 }
 
-// Turns a fact of run time into a template argument.
+// Turns a fact of run time, as of width, into a template argument.
 template <bool kValue>
 struct Bool {
   static constexpr bool value = kValue;
 };
 template <class F>
-void with_width(bool is_wide, F f) {
-  is_wide ? f(Bool<true>{}) : f(Bool<false>{});
+void with_fact(bool fact, F f) {
+  fact ? f(Bool<true>{}) : f(Bool<false>{});
 }
 
 }  // namespace flowbp

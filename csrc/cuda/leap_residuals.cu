@@ -13,17 +13,18 @@ __device__ __forceinline__ void sum_by_halves(T* sums) {
   }
 }
 
-template <class X, class V, bool kWide>
+template <class X, class V, bool kWide, bool kOnDevice>
 __global__ void __launch_bounds__(kThreads, kBlocks) leaps(const __grid_constant__ LeapResiduals op) {
   __shared__ float gaps[2][kThreads];
   const Place at(op.s);
+  const Terms<2> terms = terms_of<kOnDevice>(op.rule, at);
   float gap[2] = {0, 0};
   if (at.left > 0) {
     const int64_t element = at.b * op.s.size + at.i;
     float sums[2][kWidth], targets[2][kWidth];
     load<X, kWide>(op.x_k.data, element, at.left, sums[0]);
     load<X, kWide>(op.x_j.data, element, at.left, sums[1]);
-    accumulate<V, kWide>(op.velocities, op.scales, op.rule, op.s, at, sums);
+    accumulate<V, kWide>(op.velocities, op.scales, terms, op.s, at, sums);
     load<X, kWide>(op.x_j.data, element, at.left, targets[0]);  // where the first leap aims, the second started
     load<X, kWide>(op.x_end.data, element, at.left, targets[1]);
 #pragma unroll
@@ -63,8 +64,11 @@ const char* leap_residuals_cuda(const LeapResiduals& op, void* stream) {
       wide(op.s.size, op.x_k.data, op.x_j.data, op.x_end.data, op.velocities.data, op.predictions.data);
   with_type(op.x_k.dtype, [&](auto x) {
     with_cache_type(op.velocities.dtype, [&](auto v) {
-      with_width(rows_are_wide, [&](auto is_wide) {
-        FLOWBP_LAUNCH((leaps<decltype(x), decltype(v), decltype(is_wide)::value>), blocks(op.s), stream, op);
+      with_fact(rows_are_wide, [&](auto is_wide) {
+        with_fact(op.rule.tables.on_device, [&](auto on_device) {
+          FLOWBP_LAUNCH((leaps<decltype(x), decltype(v), decltype(is_wide)::value, decltype(on_device)::value>),
+                        blocks(op.s), stream, op);
+        });
       });
     });
   });

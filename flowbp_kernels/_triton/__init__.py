@@ -2,58 +2,63 @@
 
 A launcher takes and returns tensors of one device; flowbp_kernels checks them first, and imports this package at its first launch.
 
-Nodes and weights travel by value, as tuples of float arguments of the launch. They lie in the constant bank beside the pointers, so no
-launch waits for the host or reads memory that the host may have changed since, and a CUDA graph captures the numbers with the launch.
-- A node travels as a float too (exact up to 2**24): Triton compiles anew for an integer argument that is 1 or a multiple of 16, inside a
-  tuple even against do_not_specialize (3.9), and never for the value of a float.
-- Loops over a rule are unrolled, so that the loads of its rows are in flight together: one binary for each number of nodes.
-- A rule that the batch shares (tables [K, 1]) is one launch; rules of each sample (a table [K, B]) are one launch a sample.
-- Rows of weight zero are dropped before the launch, and never read.
+A kernel reads the tables of its rule, nodes [K, C] int64 and weights [K, C] float64 with a column for all samples or one a sample, from the
+device's memory, in groups of 8 rows: as many loads in flight as registers hold, and one binary for any number of nodes. A table that lies
+on the CPU travels by value: `carry` writes its numbers to the device from the arguments of a launch, so that no launch waits for the host
+or reads memory that the host may have changed since, and a CUDA graph captures the numbers with the launch.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+# Of every launch. No fusion: where a product and a sum are rounded once the source says tl.fma, as in csrc/.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
-class Launch(NamedTuple):
-    """One launch: the `samples` of the batch that it covers, as `count` runs of `size` elements, and its columns of the tables.
+CARRIED = 64  # numbers that one launch carries
 
-    batch: how many such runs lie between one node's row and the next one's.
+
+def carry(device: torch.device, nodes: Tensor | None, *weights: Tensor) -> list[Tensor | None]:
+    """Tables of the CPU, int64 and float64, on the device: weights are rounded to float32, nodes must be below 2**24.
+
+    A node travels as a float: Triton compiles anew for an integer argument that is 1 or a multiple of 16, inside a tuple even against
+    do_not_specialize (3.9), and never for the value of a float.
     """
+    tables = weights if nodes is None else (nodes, *weights)
+    integers = 0 if nodes is None else nodes.numel()
+    numbers = [float(number) for table in tables for number in table.flatten().tolist()]
+    words = torch.empty(len(numbers), dtype=torch.int64, device=device)
+    with torch.cuda.device_of(words):
+        for first in range(0, len(numbers), CARRIED):
+            some = numbers[first : first + CARRIED]
+            padded = *some, *[0.0] * (CARRIED - len(some))
+            write[(1,)](words[first:], padded, len(some), integers - first, **OPTIONS)
+    places = words.split([table.numel() for table in tables])
+    carried = [place.view(table.dtype).view(table.shape) for place, table in zip(places, tables, strict=True)]
+    return carried if nodes is not None else [None, *carried]
 
-    samples: slice
-    count: int
-    size: int
-    batch: int
-    columns: list[tuple[float, ...]]
 
-    def grid(self, block: int) -> tuple[int]:
-        return (self.count * -(-self.size // block),)
+@triton.jit(do_not_specialize=["count", "integers"])
+def write(words, numbers, count, integers):
+    """words[k] = numbers[k] for k < count: the first `integers` as int64, the others as the bits of float64."""
+    for k in tl.static_range(len(numbers)):
+        number = tl.cast(numbers[k], tl.float32)
+        word = tl.where(k < integers, number.to(tl.int64), number.to(tl.float64).to(tl.int64, bitcast=True))
+        tl.store(words + k, word, k < count)
 
 
-def launches(x: Tensor, *tables: Tensor, apart: bool = False) -> Iterator[Launch]:
-    """The launches over x [B, *S] that CPU tables [K, 1] or [K, B] need. apart: samples differ in more than the tables.
+def runs(x: Tensor, *tables: Tensor, apart: bool = False) -> tuple[int, int]:
+    """x [B, *S] as (count, size): B runs of one sample's elements, or, where nothing differs between samples, one run of the whole batch.
 
-    Where nothing differs between samples the batch is one long run, which keeps more of its loads aligned.
+    One run keeps more of its loads aligned. apart: samples differ in more than the tables.
     """
-    batch, size = len(x), x[0].numel()
-    tables = [table.float() for table in tables]  # a weight that underflows is zero from here on
-    if any(table.shape[1] > 1 for table in tables):
-        columns = [table.expand(-1, batch).T.tolist() for table in tables]
-        for b in range(batch):
-            yield Launch(slice(b, b + 1), 1, size, batch, [tuple(column[b]) for column in columns])
-    else:
-        count = batch if apart else 1
-        yield Launch(slice(batch), count, x.numel() // count, count, [tuple(table[:, 0].tolist()) for table in tables])
+    count = len(x) if apart or any(table.shape[1] > 1 for table in tables) else 1
+    return count, x.numel() // count
 
 
-def nonzero(nodes: tuple[float, ...], weights: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The nodes of nonzero weight, in the order given, and their weights."""
-    kept = [pair for pair in zip(nodes, weights, strict=True) if pair[1] != 0]
-    return tuple(node for node, _ in kept), tuple(weight for _, weight in kept)
+def grid(count: int, size: int, block: int) -> tuple[int]:
+    return (count * -(-size // block),)
 
 
 def loadable(cache: Tensor) -> Tensor:

@@ -7,32 +7,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowbp_kernels._triton import block_of, launches, loadable, nonzero
+from flowbp_kernels._triton import OPTIONS, block_of, grid, loadable
 from flowbp_kernels._triton.rows import add_rows, place
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["node_columns", "columns_j", "columns_end", "num_nodes", "num_cached", "count"])
 def kernel(
-    x_k, x_j, x_end, velocities, scales, at_j, at_end, parts_j, parts_end, nodes_j, weights_j, nodes_end, weights_end,
-    batch, size, BLOCK: tl.constexpr,
+    x_k, x_j, x_end, velocities, scales, at_j, at_end, parts_j, parts_end, nodes, node_columns, weights_j, columns_j, weights_end,
+    columns_end, num_nodes, num_cached, count, size, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Where both leaps of sample b land, and this block's part of the mean absolute gap to the latents that they aim at:
 
-    at_j[b, i] = x_k[b, i] + sum_n weights_j[n] v[nodes_j[n], b, i]            parts_j[b, block] = sum_i |at_j - x_j| / size
-    at_end[b, i] = x_j[b, i] + sum_n weights_end[n] v[nodes_end[n], b, i]      parts_end[b, block] = sum_i |at_end - x_end| / size
+    at_j[b, i] = x_k[b, i] + sum_n weights_j[n, b] v[nodes[n, b], b, i]        parts_j[b, block] = sum_i |at_j - x_j| / size
+    at_end[b, i] = x_j[b, i] + sum_n weights_end[n, b] v[nodes[n, b], b, i]    parts_end[b, block] = sum_i |at_end - x_end| / size
     """
-    b, i, inside = place(size, BLOCK)
+    b, i, inside = place(tl.program_id(0), size, BLOCK)
     here = b * size + i
-    start = tl.load(x_k + here, inside, 0).to(tl.float32)
+    cache = velocities, scales, nodes, node_columns
     joint = tl.load(x_j + here, inside, 0).to(tl.float32)
-    end = tl.load(x_end + here, inside, 0).to(tl.float32)
-    landed_j = add_rows(start, velocities, scales, nodes_j, weights_j, batch, size, b, i, inside)
-    landed_end = add_rows(joint, velocities, scales, nodes_end, weights_end, batch, size, b, i, inside)
+    landed = add_rows(
+        tl.load(x_k + here, inside, 0).to(tl.float32), *cache, weights_j, columns_j, num_nodes, num_cached, count, size, b, i, inside
+    )
     if at_j is not None:
-        tl.store(at_j + here, landed_j.to(at_j.dtype.element_ty), inside)
-        tl.store(at_end + here, landed_end.to(at_end.dtype.element_ty), inside)
-    tl.store(parts_j + tl.program_id(0), tl.sum(tl.where(inside, tl.abs(landed_j - joint), 0)) / size)
-    tl.store(parts_end + tl.program_id(0), tl.sum(tl.where(inside, tl.abs(landed_end - end), 0)) / size)
+        tl.store(at_j + here, landed.to(at_j.dtype.element_ty), inside)
+    tl.store(parts_j + tl.program_id(0), tl.sum(tl.where(inside, tl.abs(landed - joint), 0)) / size)
+    landed = add_rows(joint, *cache, weights_end, columns_end, num_nodes, num_cached, count, size, b, i, inside)
+    if at_end is not None:
+        tl.store(at_end + here, landed.to(at_end.dtype.element_ty), inside)
+    end = tl.load(x_end + here, inside, 0).to(tl.float32)
+    tl.store(parts_end + tl.program_id(0), tl.sum(tl.where(inside, tl.abs(landed - end), 0)) / size)
 
 
 def leap_residuals(
@@ -45,26 +48,25 @@ def leap_residuals(
     scales: Tensor | None = None,
     predictions_out: Tensor | None = None,
 ) -> Tensor:
-    """Mean absolute gaps of both leaps of a plan to the cached latents that they aim at, in one pass over the cache.
+    """Mean absolute gaps of both leaps of a plan to the cached latents that they aim at, in one pass over the rows that each reads.
 
-    x_k, x_j, x_end: [B, *S] float32, bfloat16 or float16.  velocities, scales, nodes: as in quadrature_update.
-    weights: two CPU tensors [K, 1] or [K, B]: of the leap from x_k to x_j, and of the leap from x_j to x_end.
+    x_k, x_j, x_end: [B, *S] float32, bfloat16 or float16.  velocities, nodes, scales: as in quadrature_update.
+    weights: two tensors [K, 1] or [K, B] float64: of the leap from x_k to x_j, and of the leap from x_j to x_end.
     predictions_out: [2, B, *S], gets both landings, rounded once to its dtype; None: they are not written.
     Returns [2, B] float32, the gaps of the unrounded landings. A program stores its part of each mean and one sum adds up the parts:
     no atomics, so equal inputs give equal bits.
     """
-    assert all(t.is_contiguous() for t in (x_k, x_j, x_end, velocities, scales, predictions_out) if t is not None)
+    inputs = x_k, x_j, x_end, velocities, nodes, *weights
+    assert all(t.is_contiguous() for t in (*inputs, scales, predictions_out) if t is not None)
     cache, block = loadable(velocities), block_of(velocities)
-    blocks = triton.cdiv(x_k[:1].numel(), block)
-    parts = x_k.new_empty((2, len(x_k), blocks), dtype=torch.float32)
+    count, size = len(x_k), x_k[:1].numel()
+    parts = x_k.new_empty((2, count, triton.cdiv(size, block)), dtype=torch.float32)
     if x_k.numel() > 0:
+        landings = (None, None) if predictions_out is None else predictions_out.unbind()
+        tables = [argument for table in (nodes, *weights) for argument in (table, table.shape[1])]
+        rule = *tables, len(nodes), len(velocities)
         with torch.cuda.device_of(x_k):
-            for launch in launches(x_k, nodes, *weights, apart=True):
-                s = launch.samples
-                latents = x_k[s], x_j[s], x_end[s]
-                mine = cache[:, s], None if scales is None else scales[:, s]
-                landings = (None, None) if predictions_out is None else predictions_out[:, s].unbind()
-                chosen, first, second = launch.columns
-                rules = *nonzero(chosen, first), *nonzero(chosen, second)
-                kernel[launch.grid(block)](*latents, *mine, *landings, *parts[:, s].unbind(), *rules, launch.batch, launch.size, block)
+            kernel[grid(count, size, block)](
+                x_k, x_j, x_end, cache, scales, *landings, *parts.unbind(), *rule, count, size, block, **OPTIONS
+            )
     return parts.sum(2)

@@ -5,16 +5,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowbp_kernels._triton import block_of, launches, loadable, nonzero
+from flowbp_kernels._triton import OPTIONS, block_of, grid, loadable, runs
 from flowbp_kernels._triton.rows import add_rows, place
 
 
-@triton.jit(do_not_specialize=["batch"])
-def kernel(x, velocities, scales, out, nodes, weights, batch, size, BLOCK: tl.constexpr):
-    """out[b, i] = x[b, i] + sum_k weights[k] scales[nodes[k], b] velocities[nodes[k], b, i]"""
-    b, i, inside = place(size, BLOCK)
+@triton.jit(do_not_specialize=["node_columns", "weight_columns", "num_nodes", "num_cached", "count"])
+def kernel(
+    x, velocities, scales, out, nodes, node_columns, weights, weight_columns, num_nodes, num_cached, count, size, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out[b, i] = x[b, i] + sum_k weights[k, b] scales[nodes[k, b], b] velocities[nodes[k, b], b, i]"""
+    b, i, inside = place(tl.program_id(0), size, BLOCK)
     start = tl.load(x + b * size + i, inside).to(tl.float32)
-    end = add_rows(start, velocities, scales, nodes, weights, batch, size, b, i, inside)
+    end = add_rows(
+        start, velocities, scales, nodes, node_columns, weights, weight_columns, num_nodes, num_cached, count, size, b, i, inside
+    )  # fmt: skip
     tl.store(out + b * size + i, end.to(out.dtype.element_ty), inside)
 
 
@@ -23,19 +27,16 @@ def quadrature_update(
 ) -> Tensor:
     """x + sum_k weights[k] scales[nodes[k]] velocities[nodes[k]], accumulated in float32, one FMA a node in the order given.
 
-    x: [B, *S] float32, bfloat16 or float16.  velocities: [N, B, *S], one of those or float8_e4m3fn.  All contiguous, on one device.
-    nodes, weights: [K, 1] or [K, B] CPU tensors.  scales: [N, B] float32 on the device: what each cached row is to be multiplied by.
-    Returns out (default: a new tensor like x), [B, *S] in any of x's dtypes; it may be x.
+    x: [B, *S] float32, bfloat16 or float16.  velocities: [N, B, *S], one of those or float8_e4m3fn.
+    nodes: [K, 1] or [K, B] int64.  weights: [K, 1] or [K, B] float64.  scales: [N, B] float32, or None for ones.
+    Returns out (default: a new tensor like x), [B, *S] in any of x's dtypes; it may be x. All are contiguous, on one device.
     """
     out = torch.empty_like(x) if out is None else out
-    assert all(t.is_contiguous() for t in (x, velocities, out, scales) if t is not None)
-    if x.numel() == 0:
-        return out
-    cache, block = loadable(velocities), block_of(velocities)
-    with torch.cuda.device_of(x):
-        for launch in launches(x, nodes, weights, apart=scales is not None):
-            s = launch.samples
-            rule = nonzero(*launch.columns)
-            mine = None if scales is None else scales[:, s]
-            kernel[launch.grid(block)](x[s], cache[:, s], mine, out[s], *rule, launch.batch, launch.size, block)
+    assert all(t.is_contiguous() for t in (x, velocities, nodes, weights, scales, out) if t is not None)
+    if x.numel() > 0:
+        cache, block = loadable(velocities), block_of(velocities)
+        count, size = runs(x, nodes, weights, apart=scales is not None)
+        rule = nodes, nodes.shape[1], weights, weights.shape[1], len(nodes), len(velocities)
+        with torch.cuda.device_of(x):
+            kernel[grid(count, size, block)](x, cache, scales, out, *rule, count, size, block, **OPTIONS)
     return out

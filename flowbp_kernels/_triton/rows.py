@@ -1,28 +1,54 @@
-"""What the kernels that read a cache of velocities share: the loop over the rows of a rule."""
+"""What the kernels share: where a program works, and the loop over the rows of a rule."""
 
 import triton
 import triton.language as tl
 
+GROUP: tl.constexpr = tl.constexpr(8)  # rows whose loads are in flight together
+
 
 @triton.jit
-def place(size, BLOCK: tl.constexpr):
+def place(program, size, BLOCK: tl.constexpr):
     """(b, i, inside) of a program on a grid of samples x blocks: its sample, its elements of that sample, which of them exist. 64-bit."""
-    blocks = tl.cdiv(size, BLOCK)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cast((size - 1) // BLOCK + 1, tl.int32)  # size + BLOCK - 1 may exceed 32 bits where size does not
+    b = (program // blocks).to(tl.int64)
+    i = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return b, i, i < size
 
 
 @triton.jit
-def add_rows(total, velocities, scales, nodes, weights, batch, size, b, i, inside):
-    """total + sum_k weights[k] scales[nodes[k], b] velocities[nodes[k], b, i] in float32: one FMA a node, in the order given."""
-    for k in tl.static_range(len(nodes)):
-        row = tl.cast(nodes[k], tl.int64) * batch + b
-        weight = tl.cast(weights[k], tl.float32)
-        if scales is not None:
-            weight *= tl.load(scales + row)
-        v = to_float32(tl.load(velocities + row * size + i, inside))
-        total = tl.fma(v, weight, total)
+def entry(table, columns, k, b, exists):
+    """table[k, b], or table[k, 0] if all samples share a column; 0 where k does not exist."""
+    return tl.load(table + k.to(tl.int64) * columns + tl.where(columns > 1, b, 0), exists, 0)
+
+
+@triton.jit
+def add_rows(
+    total, velocities, scales, nodes, node_columns, weights, weight_columns, num_nodes, num_cached, count, size, b, i, inside
+):  # fmt: skip
+    """total + sum_k weights[k] scales[nodes[k], b] velocities[nodes[k], b, i] in float32: one FMA a node, in the order given.
+
+    A row of weight zero is not read. A node that is not in the cache makes the sum NaN, and nothing is read for it.
+    """
+    first = tl.full((), 0, tl.int32)
+    while first < num_nodes:
+        terms = ()
+        for k in tl.static_range(GROUP):  # all read before the rows, so that no row waits for its own node alone
+            exists = first + k < num_nodes
+            node = entry(nodes, node_columns, first + k, b, exists)
+            node = tl.where((node >= 0) & (node < num_cached), node, -1).to(tl.int32)
+            weight = entry(weights, weight_columns, first + k, b, exists).to(tl.float32)
+            terms += ((node, weight),)
+        for k in tl.static_range(GROUP):
+            node, weight = terms[k]
+            takes_part, cached = weight != 0, node >= 0
+            row = tl.maximum(node, 0).to(tl.int64) * count + b
+            weight = tl.where(cached, weight, float("nan"))
+            if scales is not None:
+                weight *= tl.load(scales + row, takes_part & cached, 1)
+            read = tl.where(takes_part & cached, inside, False)
+            v = to_float32(tl.load(velocities + row * size + i, read, 0))
+            total = tl.where(takes_part, tl.fma(v, weight, total), total)
+        first += GROUP
     return total
 
 

@@ -106,7 +106,7 @@ def machine(device: str) -> dict:
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "versions": versions | {"cuda": torch.version.cuda},
-        "backends": {name: why for name, runs, why in backend.report() if runs and name != "cpu"} | {"cpu": _isa()},
+        "backends": {name: why for name, runs, why in backend.report() if runs and name != "cpu"} | {"cpu": _compiled_for()},
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "load_average": round(os.getloadavg()[0], 1),
@@ -210,14 +210,18 @@ def _free_memory(device: str) -> int:
 
 
 def _processor() -> str:
+    """Its name and, since that of a virtual machine is often no more than a brand, its family and model."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in fields:
+        return platform.machine()
+    return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
-def _isa() -> str | None:
-    """The instruction set of the compiled CPU ops; None where they are not built."""
-    return None if backend.unavailable("cpu") else backend.isa()
+def _compiled_for() -> str | None:
+    """The instruction set of the compiled CPU ops and how they read a cache; None where they are not built."""
+    return None if backend.unavailable("cpu") else f"{backend.isa()}, {backend.rows()} rows side by side"
 
 
 def _commit() -> str | None:

@@ -36,7 +36,7 @@ def eager_sum(x, cache, nodes, weights):
 
 @dataclass
 class Op:
-    """arguments(shape, num_nodes, dtype, per_sample): `num_tensors` on a device, then rules, which travel by value.
+    """arguments(shape, num_nodes, dtype, per_sample): `num_tensors` on a device, then its rule, which travels by value from the CPU.
 
     call and eager take them and return a tuple of tensors.
     """
@@ -46,8 +46,8 @@ class Op:
     call: Callable
     eager: Callable
 
-    def to(self, device, arguments):
-        return [a.to(device) if i < self.num_tensors else a for i, a in enumerate(arguments)]
+    def to(self, device, arguments, rule_too=False):
+        return [a.to(device) if i < self.num_tensors or rule_too else a for i, a in enumerate(arguments)]
 
 
 def quadrature_arguments(shape, num_nodes, dtype, per_sample):
@@ -72,12 +72,12 @@ def leap_eager(x_k, x_j, x_end, cache, nodes, first, second):
 
 
 def cfg_arguments(shape, num_nodes, dtype, per_sample):
-    return draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1), draw(*shape, dtype=dtype, seed=2)
+    return *(draw(*shape, dtype=dtype, seed=seed) for seed in range(3)), torch.tensor(4.5), torch.tensor(-0.04)
 
 
-def cfg_eager(x, v_cond, v_uncond):
-    velocity = v_uncond + 4.5 * (v_cond - v_uncond)
-    return x - 0.04 * velocity, velocity
+def cfg_eager(x, v_cond, v_uncond, guidance, h):
+    velocity = v_uncond + guidance * (v_cond - v_uncond)
+    return x + h * velocity, velocity
 
 
 def bridge_arguments(shape, num_nodes, dtype, per_sample):
@@ -93,6 +93,6 @@ def bridge_eager(g, g_x, weights, alphas):
 OPS = {
     "quadrature_update": Op(2, quadrature_arguments, lambda *a: (quadrature_update(*a),), lambda *a: (eager_sum(*a),)),
     "leap_residuals": Op(4, leap_arguments, leap_call, leap_eager),
-    "cfg_euler_step": Op(3, cfg_arguments, lambda *a: cfg_euler_step(*a, 4.5, -0.04), cfg_eager),
+    "cfg_euler_step": Op(3, cfg_arguments, cfg_euler_step, cfg_eager),
     "bridge_cotangents": Op(2, bridge_arguments, lambda *a: (bridge_cotangents(*a),), bridge_eager),
 }

@@ -183,6 +183,18 @@ def test_an_instruction_set_that_is_not_there_is_refused(choose, monkeypatch):
         assert backend.isa() == isa and (quadrature_update(*UPDATE) == 1.5).all()
 
 
+def test_a_way_to_read_a_cache_that_is_not_there_is_refused(choose, monkeypatch):
+    if backend.extension_path() is None:
+        pytest.skip(backend.unavailable("cpu"))
+    choose("cpu")
+    monkeypatch.setenv("FLOWBP_ROWS", "some")
+    with pytest.raises(RuntimeError, match="FLOWBP_ROWS must be few or all, not some; unset it"):
+        quadrature_update(*UPDATE)
+    for rows in ("few", "all"):
+        monkeypatch.setenv("FLOWBP_ROWS", rows)
+        assert backend.rows() == rows and (quadrature_update(*UPDATE) == 1.5).all()
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have the baseline alone")
 def test_every_instruction_set_of_the_processor_is_used():
     """As Linux tells them: a binary may lack what asks the processor, and would run its slowest code without a word."""
@@ -199,7 +211,7 @@ def test_the_report_has_a_row_a_backend():
     assert tuple(rows) == backend.BACKENDS and rows["reference"][0]
     assert all(why for _, why in rows.values())
     if rows["cpu"][0]:
-        assert backend.isa() in rows["cpu"][1]
+        assert backend.isa() in rows["cpu"][1] and f"{backend.rows()} rows" in rows["cpu"][1]
 
 
 def test_the_package_works_without_its_extension(tmp_path):

@@ -1,5 +1,9 @@
 """Every op on the compiled CPU kernels of each instruction set, against float64 and against what one writes without it."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -129,6 +133,62 @@ def test_instruction_sets_with_fused_multiply_add_agree_bit_for_bit(name, monkey
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("num_nodes", [0, 8, 25])  # the rows that are read side by side, fewer and more
+@pytest.mark.parametrize("size", [41, 2**15 + 299])  # less and more than a tile
+@pytest.mark.parametrize("cache_dtype", [*DTYPES, torch.float8_e4m3fn], ids=str)
+def test_how_a_cache_is_read_changes_no_bit(cache_dtype, size, num_nodes, per_sample, isa, monkeypatch):
+    """Few rows side by side or all: the bits are those of one order, and the values are right."""
+    few, all_, truth = (sums(cache_dtype, size, num_nodes, per_sample, rows, monkeypatch) for rows in ("few", "all", "reference"))
+    assert all(map(torch.equal, few, all_))
+    torch.testing.assert_close(few, truth, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", ["few", "all"])
+def test_the_number_of_threads_changes_no_bit(rows, isa, monkeypatch):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(sums(torch.bfloat16, 2**15 + 299, 25, True, rows, monkeypatch))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
+
+
+def sums(cache_dtype, size, num_nodes, per_sample, rows, monkeypatch):
+    """Both ops that sum the rows of a cache, by FLOWBP_ROWS or the reference, of rows of the first leap, of the second and of both."""
+    x, y, z = (draw(2, size, seed=seed) for seed in range(3))
+    cache, scales = draw(NUM_CACHED, 2, size, seed=3).to(cache_dtype), draw(NUM_CACHED, 2, seed=4).abs()
+    nodes, first = rule(num_nodes, 2, per_sample)
+    second = first.flip(0)
+    first[: num_nodes // 3], second[num_nodes // 2 :] = 0, 0
+    landings = torch.empty(2, 2, size)
+    with monkeypatch.context() as patch:
+        patch.setenv("FLOWBP_KERNELS", "reference" if rows == "reference" else "cpu")
+        patch.setenv("FLOWBP_ROWS", rows)
+        gaps = leap_residuals(x, y, z, cache, nodes, (first, second), scales=scales, predictions_out=landings)
+        return quadrature_update(x, cache, nodes, first, scales=scales), gaps, landings
+
+
+def test_the_first_large_calls_of_a_process_agree_whichever_measures():
+    """Several threads at once are the first to read much of a cache: one of them measures how, and all compute the same."""
+    script = """
+import threading, torch
+from flowbp_kernels import backend, quadrature_update
+torch.set_num_threads(1)
+x, cache, results = torch.ones(1, 2**19), torch.ones(16, 1, 2**19, dtype=torch.bfloat16), []
+calls = [threading.Thread(target=lambda: results.append(quadrature_update(x, cache, range(16), [0.5] * 16))) for _ in range(4)]
+for call in calls: call.start()
+for call in calls: call.join()
+assert len(results) == 4 and all((result == 9).all() for result in results)
+assert backend.rows() in ("few", "all") and backend.rows() == backend.rows()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "FLOWBP_ROWS"} | {"FLOWBP_KERNELS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
 def test_what_requires_grad_may_be_written_from_where_none_is_recorded():
     x, cache, out = draw(2, 41).requires_grad_(), draw(1, 2, 41, seed=1), torch.empty(2, 41)
     with pytest.raises(ValueError, match="writing into out records no gradient"):
@@ -198,36 +258,39 @@ def operator_calls():
     x, y, z, cache = (t.requires_grad_() for t in (draw(3, 41), draw(3, 41, seed=1), draw(3, 41, seed=2), draw(5, 3, 41, seed=3)))
     nodes, weights = rule(4, 3, True)
     weights, scales, seeds = weights.double(), draw(5, 3).abs(), torch.empty(4, 3, 41)
-    detached = [t.detach() for t in (x, y, z, cache)]
-    x0, y0, z0, cache0 = detached
-    ops = torch.ops.flowbp_kernels
-    return {
-        "quadrature_update": (ops.quadrature_update, (x, cache, nodes, weights, scales)),
-        "quadrature_update_out": (ops.quadrature_update_out, (x0, cache0, nodes, weights, None, torch.empty_like(x0))),
-        "leap_residuals": (ops.leap_residuals, (x0, y0, z0, cache0, nodes, weights, weights, None)),
-        "leap_residuals_out": (
-            ops.leap_residuals_out,
-            (x0, y0, z0, cache0, nodes, weights, weights, scales, torch.empty(2, 3, 41)),
-        ),
-        "cfg_euler_step": (ops.cfg_euler_step, (x, y, z, 4.5, -0.1)),
-        "cfg_euler_step_out": (ops.cfg_euler_step_out, (x0, y0, None, 1.0, -0.1, torch.empty_like(x0), torch.empty_like(x0))),
-        "bridge_cotangents": (ops.bridge_cotangents, (x, y, weights, weights, torch.bfloat16)),
-        "bridge_cotangents_out": (ops.bridge_cotangents_out, (x0, y0, weights, weights, seeds)),
-        "straight_through": (ops.straight_through, (x0, y, 0.5)),
+    x0, y0, z0, cache0 = (t.detach() for t in (x, y, z, cache))
+    step = torch.tensor([4.5, -0.1], dtype=torch.float64)
+    of_a_rule = {
+        "quadrature_update": (x, cache, nodes, weights, scales),
+        "quadrature_update_out": (x0, cache0, nodes, weights, None, torch.empty_like(x0)),
+        "leap_residuals": (x0, y0, z0, cache0, nodes, weights, weights, None),
+        "leap_residuals_out": (x0, y0, z0, cache0, nodes, weights, weights, scales, torch.empty(2, 3, 41)),
+        "cfg_euler_step": (x, y, z, step),
+        "cfg_euler_step_out": (x0, y0, None, step, torch.empty_like(x0), torch.empty_like(x0)),
+        "bridge_cotangents": (x, y, weights, weights, torch.bfloat16),
+        "bridge_cotangents_out": (x0, y0, weights, weights, seeds),
     }
+    forms = {name + form: arguments for name, arguments in of_a_rule.items() for form in ("", "_on_device")}
+    return forms | {"straight_through": (x0, y, 0.5)}
 
 
 @pytest.mark.parametrize("choice", ["cpu", "reference"])
 @pytest.mark.parametrize("name", operator_calls())
 def test_the_operator_is_registered_correctly(name, choice, monkeypatch):
     monkeypatch.setenv("FLOWBP_KERNELS", choice)
-    operator, arguments = operator_calls()[name]
-    torch.library.opcheck(operator.default, arguments)
+    torch.library.opcheck(getattr(torch.ops.flowbp_kernels, name).default, operator_calls()[name])
 
 
 def test_every_operator_is_checked():
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("flowbp_kernels::")}
     assert registered == set(operator_calls())
+
+
+def test_what_a_cuda_graph_would_freeze_is_kept_out_of_it():
+    """A rule that travels by value is part of a captured launch: every later plan would run with the first one's numbers."""
+    for name in operator_calls().keys() - {"straight_through"}:
+        tags = getattr(torch.ops.flowbp_kernels, name).default.tags
+        assert (torch.Tag.cudagraph_unsafe in tags) == (not name.endswith("_on_device")), name
 
 
 def test_a_step_with_slots_compiles_without_graph_breaks(monkeypatch):
@@ -269,8 +332,8 @@ def test_fake_tensors_pass_through_every_op():
             fake = [torch.empty(3, 41) for _ in range(op.num_tensors - (name in ("quadrature_update", "leap_residuals")))]
             caches = [torch.empty(2, 3, 41)] * (op.num_tensors - len(fake))
             rules = {"quadrature_update": ([0, 1], [0.5, 1.0]), "leap_residuals": ([0, 1], [0.5, 0], [0, 1.0])}
-            rule_of = rules.get(name, ([0.5, 1.0], [0.1, 0]) if name == "bridge_cotangents" else ())
-            assert all(isinstance(result, FakeTensor) for result in op.call(*fake, *caches, *rule_of))
+            rules |= {"bridge_cotangents": ([0.5, 1.0], [0.1, 0]), "cfg_euler_step": (4.5, -0.1)}
+            assert all(isinstance(result, FakeTensor) for result in op.call(*fake, *caches, *rules[name]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

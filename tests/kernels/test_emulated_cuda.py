@@ -3,8 +3,11 @@
 import importlib.util
 import platform
 import shutil
+import signal
 import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from kernels.cases import draw
@@ -14,6 +17,7 @@ from flowbp_kernels import backend, bridge_cotangents, cfg_euler_step, leap_resi
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}  # Dtype in csrc/ops.h
 SHAPES = [(1, 1), (3, 41), (1, 4097), (3, 2056)]
+GUIDANCE_AND_H = np.array([4.5, -0.04])
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="built with AVX2 and FMA"),
@@ -56,9 +60,15 @@ def rule(num_nodes, columns):
     return torch.randint(5, (num_nodes, columns), generator=generator), weights
 
 
+@pytest.fixture(params=[False, True], ids=["by value", "on the device"])
+def on_device(request):
+    """Whether the kernel reads the rule when it runs."""
+    return request.param
+
+
 @pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sums_over_a_cache_have_the_same_bits(emulated, shape, cache_dtype):
+def test_sums_over_a_cache_have_the_same_bits(emulated, shape, cache_dtype, on_device):
     batch, size = shape
     for dtype in (torch.float32, torch.bfloat16) if cache_dtype != torch.float16 else (torch.float16,):
         x_k, x_j, x_end = (draw(*shape, dtype=dtype, seed=seed) for seed in range(3))
@@ -68,7 +78,7 @@ def test_sums_over_a_cache_have_the_same_bits(emulated, shape, cache_dtype):
             factor = None if factors is None else factors.numpy()
             out = unwritten(*shape, dtype=dtype)
             emulated.quadrature_update(
-                raw(x_k), raw(cache), nodes.numpy(), weights[:1].contiguous().numpy(), factor, raw(out), 5, batch, size
+                raw(x_k), raw(cache), nodes.numpy(), weights[:1].contiguous().numpy(), factor, raw(out), 5, batch, size, on_device
             )
             assert same_bits(out, quadrature_update(x_k, cache, *table[:2], scales=factors))
 
@@ -76,7 +86,7 @@ def test_sums_over_a_cache_have_the_same_bits(emulated, shape, cache_dtype):
             partials, residuals = torch.empty(2, batch, -(-size // emulated.chunk)), unwritten(2, batch, dtype=torch.float32)
             emulated.leap_residuals(
                 *map(raw, (x_k, x_j, x_end, cache)), nodes.numpy(), weights.numpy(), factor,
-                raw(landings), partials.numpy(), residuals.numpy(), 5, batch, size,
+                raw(landings), partials.numpy(), residuals.numpy(), 5, batch, size, on_device,
             )  # fmt: skip
             result = leap_residuals(x_k, x_j, x_end, cache, table[0], table[1:], scales=factors, predictions_out=expected)
             assert same_bits(residuals, result) and same_bits(landings, expected)
@@ -84,19 +94,48 @@ def test_sums_over_a_cache_have_the_same_bits(emulated, shape, cache_dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_elementwise_ops_have_the_same_bits(emulated, shape, dtype):
+def test_elementwise_ops_have_the_same_bits(emulated, shape, dtype, on_device):
     batch, size = shape
     x, y, z = draw(*shape), draw(*shape, dtype=dtype, seed=1), draw(*shape, dtype=dtype, seed=2)
     for v_uncond, slot in ((z, None), (z, torch.float32), (None, torch.bfloat16)):
         out, velocity, mine = unwritten(*shape, dtype=x.dtype), *(unwritten(*shape, dtype=slot or dtype) for _ in range(2))
-        emulated.cfg_euler_step(raw(x), raw(y), None if v_uncond is None else raw(z), 4.5, -0.04, raw(mine), raw(out), x.numel())
+        given = None if v_uncond is None else raw(z)
+        emulated.cfg_euler_step(raw(x), raw(y), given, GUIDANCE_AND_H, raw(mine), raw(out), x.numel(), on_device)
         x_next, v = cfg_euler_step(x, y, v_uncond, 4.5, -0.04, velocity_out=velocity)
         assert same_bits(out, x_next) and same_bits(mine, v)
 
     _, weights = rule(4, batch)
     seeds = unwritten(4, *shape, dtype=dtype)
-    emulated.bridge_cotangents(raw(x), raw(y), weights.numpy(), raw(seeds), batch, size)
+    emulated.bridge_cotangents(raw(x), raw(y), weights.numpy(), raw(seeds), batch, size, on_device)
     assert same_bits(seeds, bridge_cotangents(x, y, *weights, dtype=dtype))
+
+
+def test_a_node_that_is_not_in_the_cache_shows_unless_its_weight_is_zero(emulated):
+    """With its rule on the device: there is nobody whom the kernel could tell."""
+    x, cache, landings = draw(2, 41), draw(3, 2, 41, seed=1), unwritten(2, 2, 41, dtype=torch.float32)
+    nodes = np.array([[0, 0], [3, 2], [-1, 1], [2**40, 1]])
+    weights = np.array([[[1.0, 1.0]] * 4, [[1.0, 1.0], *[[0.0, 0.0]] * 3]])
+    partials, residuals = torch.empty(2, 2, 1), unwritten(2, 2, dtype=torch.float32)
+    emulated.leap_residuals(
+        raw(x), raw(x), raw(x), raw(cache), nodes, weights, None, raw(landings), partials.numpy(), residuals.numpy(), 3, 2, 41, True
+    )
+    assert landings[0, 0].isnan().all() and residuals[0].isnan().tolist() == [True, False]
+    assert torch.equal(landings[0, 1], x[1] + cache[0, 1] + cache[2, 1] + cache[1, 1] + cache[1, 1])
+    assert torch.equal(landings[1], x + cache[0])
+
+
+def test_a_dtype_that_no_kernel_takes_ends_the_process(emulated):
+    """A launch that returned in silence would leave its output unwritten."""
+    script = (
+        "import importlib.util, numpy as np\n"
+        f"spec = importlib.util.spec_from_file_location('emulated', {emulated.__file__!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "byte = (np.zeros(1, np.uint8), 3), (np.zeros(4, np.uint8), 0)\n"
+        "module.cfg_euler_step(byte[0], byte[1], None, np.zeros(2), None, byte[1], 1, False)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGABRT, ended.stderr
 
 
 def shifted(tensor):
@@ -104,19 +143,22 @@ def shifted(tensor):
     return tensor.new_empty(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
 
 
-def test_no_16_byte_access_where_a_tensor_does_not_start_on_16_bytes(emulated):
+def test_no_16_byte_access_where_a_tensor_does_not_start_on_16_bytes(emulated, on_device):
     """The emulated access aborts on a misaligned address, as a GPU would."""
     shape, (nodes, weights) = (2, 16), rule(4, 1)
+    sizes = 5, *shape, on_device
     x, y, z, out, slot = (draw(*shape, seed=seed) for seed in range(5))
     cache, seeds, landings = draw(5, *shape, seed=5), draw(4, *shape), draw(2, *shape)
     weight, partials, residuals = weights[:1].contiguous().numpy(), torch.empty(2, 2, 1).numpy(), torch.empty(2, 2).numpy()
     calls = {
-        lambda x, cache, out: emulated.quadrature_update(x, cache, nodes.numpy(), weight, None, out, 5, *shape): (x, cache, out),
-        lambda *t: emulated.leap_residuals(*t[:4], nodes.numpy(), weights.numpy(), None, t[4], partials, residuals, 5, *shape): (
-            x, y, z, cache, landings,
-        ),
-        lambda x, y, z, slot, out: emulated.cfg_euler_step(x, y, z, 4.5, -0.04, slot, out, x[0].size // 4): (x, y, z, slot, out),
-        lambda g, g_x, seeds: emulated.bridge_cotangents(g, g_x, weights.numpy(), seeds, *shape): (x, y, seeds),
+        lambda x, cache, out: emulated.quadrature_update(x, cache, nodes.numpy(), weight, None, out, *sizes): (x, cache, out),
+        lambda *t: emulated.leap_residuals(
+            *t[:4], nodes.numpy(), weights.numpy(), None, t[4], partials, residuals, *sizes
+        ): (x, y, z, cache, landings),
+        lambda x, y, z, slot, out: emulated.cfg_euler_step(
+            x, y, z, GUIDANCE_AND_H, slot, out, x[0].size // 4, on_device
+        ): (x, y, z, slot, out),
+        lambda g, g_x, seeds: emulated.bridge_cotangents(g, g_x, weights.numpy(), seeds, *sizes[1:]): (x, y, seeds),
     }  # fmt: skip
     for call, tensors in calls.items():
         call(*map(raw, tensors))

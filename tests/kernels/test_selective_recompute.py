@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flowbp_kernels import RngState, selective_recompute
+from flowbp_kernels.bench.measure import peak_memory
 
 SIGMAS = (0.9, 0.7, 0.4, 0.1)
 WEIGHTS = (-0.2, -0.3, 0.0, -0.4)  # the third node is only read from the cache
@@ -177,6 +178,17 @@ def test_gradients_of_parameters_that_share_storage_of_a_gradient_stay_apart():
     assert (a.grad.item(), b.grad.item()) == (3.0, 3.0)
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 2.5), (torch.float32, 1.5)])
+def test_of_all_gradients_only_the_wide_sums_lie_in_memory_at_once(dtype, most):
+    """In bytes of the parameters: 2 of bfloat16 or 1 of float32, and what one layer of 16 takes."""
+    layers = [nn.Linear(128, 128, bias=False, dtype=dtype) for _ in range(16)]
+    network, x = nn.Sequential(*layers), torch.ones(1, 128, dtype=dtype)
+    weights = tuple(network.parameters())
+    endpoint = selective_recompute(x, lambda x, sigma: network(x), [x] * 3, [0.9, 0.5, 0.1], [-0.4, -0.4, -0.1], params=weights)
+    peak = peak_memory(lambda: torch.autograd.grad(endpoint.sum(), weights, retain_graph=True), "cpu")
+    assert 1 <= peak / sum(w.nbytes for w in weights) <= most
+
+
 def test_a_parameter_that_only_some_nodes_use_gets_their_gradient():
     a, b = (torch.ones(1, 1, requires_grad=True) for _ in range(2))
     x = torch.ones(1, 1)
@@ -215,6 +227,58 @@ def test_a_compiled_loop_breaks_its_graph_and_keeps_the_gradient():
         torch.compile(loop, backend="eager", fullgraph=True)()
     compiled = torch.compile(network, backend="eager", fullgraph=True, dynamic=True)
     assert_equal(gradients(recompute(network, value, latents, compiled), network), expected)
+
+
+@pytest.mark.parametrize("sweep_first", [False, True])
+def test_a_compiled_velocity_is_traced_once_for_all_steps(sweep_first):
+    """With and without gradient, that is: nothing that a sweep does for itself may make the next one trace it anew."""
+    network, value, latents = problem()
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, sigma: network(x, x.new_tensor(sigma)), backend=backend, dynamic=False)
+    if not sweep_first:
+        compiled(latents[0], SIGMAS[0])
+    for _ in range(3):
+        selective_recompute(value, compiled, latents[:1], SIGMAS[:1], WEIGHTS[:1], params=network.parameters()).sum().backward()
+    assert len(traced) == 1
+    assert not torch.nn.modules.module._has_any_global_hook()
+
+
+class Normalised(nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(5, 5), nn.BatchNorm1d(5, **settings)
+
+    def forward(self, x, sigma):
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda network: network, lambda network: torch.compile(network, backend="eager")], ids=["eager", "compiled"]
+)
+def test_running_statistics_count_no_replay(wrap):
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+
+    def sweep(network, velocity):
+        with torch.no_grad():
+            velocity(x, 0.5)
+        before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        try:
+            selective_recompute(x, velocity, [x, x], [0.9, 0.1], [-0.8, -0.1], params=network.parameters()).sum().backward()
+        finally:
+            assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
+
+    network = Normalised()
+    with pytest.raises(RuntimeError, match=r"BatchNorm1d in training mode would count each replay.*eval\(\)"):
+        sweep(network, wrap(network))
+    sweep(network.eval(), wrap(network))
+    network = Normalised(track_running_stats=False)
+    sweep(network, wrap(network))
 
 
 def test_a_second_derivative_is_refused():
@@ -297,8 +361,8 @@ def test_inputs_outside_the_contract_raise_and_say_why(change, message):
         selective_recompute(**{**inputs, **change})
 
 
-DISTRIBUTED = """
-import sys, torch, torch.distributed as dist
+DISTRIBUTED = r"""
+import re, sys, torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -324,11 +388,16 @@ alone = lambda r: gradient(lambda n: n, lambda n: n, r, reduces_gradients=True)
 mean = (alone(0) + alone(1)) / 2
 reduced = gradient(DistributedDataParallel, lambda ddp: ddp, rank)
 assert torch.allclose(reduced, mean, rtol=1e-12, atol=1e-12), (reduced - mean).abs().max()
-for wrap, velocity in ((DistributedDataParallel, lambda ddp: ddp.module), (lambda n: n, lambda n: n)):
+static = lambda n: DistributedDataParallel(n, static_graph=True)
+for wrap, velocity, message in (
+    (DistributedDataParallel, lambda ddp: ddp.module, "there are 2 ranks and velocity did not call .*Call the wrapper"),
+    (lambda n: n, lambda n: n, "there are 2 ranks and velocity did not call .*Call the wrapper"),
+    (static, lambda ddp: ddp, r"DistributedDataParallel\(static_graph=True\) .* Leave static_graph out"),
+):
     try:
         gradient(wrap, velocity, rank)
     except RuntimeError as error:
-        assert "there are 2 ranks" in str(error) and "Call the wrapper" in str(error)
+        assert re.match(message, str(error)), error
     else:
         raise AssertionError("gradients that are not reduced must be refused")
 sharded = nn.Parameter(distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,))))

@@ -41,38 +41,56 @@ int main() {
 
     const Table<int64_t> read = {nodes.data(), 1}, written = {nullptr, 1};
     const Table<double> first = {weights.data(), 1}, second = {weights.data() + 3, 1};
-    for_each_launch(Tables<1>{3, read, {first}}, batch, size, rows, [&](Samples s, const Rule<1>& rule) {
-      std::vector<float> out(total), other(total);
-      QuadratureUpdate op = {s, input(x), input(cache), nullptr, {out.data(), Dtype::kFloat32}, rule};
-      quadrature_update_cuda(op, nullptr);
-      op.out.data = other.data();
-      kHere.quadrature_update(op, 0, s.samples * tiles(size));
-      good &= out == other;
-    });
-    for_each_launch(Tables<2>{3, read, {first, second}}, batch, size, rows, [&](Samples s, const Rule<2>& rule) {
-      std::vector<float> partials(2 * batch * chunks(size)), out(2 * batch), other(2 * batch), landings(2 * total);
-      LeapResiduals op = {s, input(x), input(y), input(y), input(cache), nullptr, {landings.data(), Dtype::kFloat32},
-                          partials.data(), out.data(), rule};
-      leap_residuals_cuda(op, nullptr);
-      op.residuals = other.data();
-      kHere.leap_residuals(op, 0, s.samples * chunks(size));
-      sum_chunks(op);
-      good &= out == other;
-    });
-    for_each_launch(Tables<2>{3, written, {first, second}}, batch, size, 3, [&](Samples s, const Rule<2>& rule) {
-      std::vector<float> out(3 * total), other(3 * total);
-      BridgeCotangents op = {s, input(y), input(x), {out.data(), Dtype::kFloat32}, size > 41, rule};
-      bridge_cotangents_cuda(op, nullptr);
-      op.out.data = other.data();
-      kHere.bridge_cotangents(op, 0, s.samples * chunks(size));
-      good &= out == other;
+    std::vector<float> update(total), residuals(2 * batch), seeds(3 * total);  // of the CPU, to which a rule travels by value
+    for (const bool on_device : {false, true}) {
+      for_each_launch(Tables<1>{3, rows, read, {first}, on_device}, batch, size, [&](Samples s, const Rule<1>& rule) {
+        std::vector<float> out(total);
+        QuadratureUpdate op = {s, input(x), input(cache), nullptr, {out.data(), Dtype::kFloat32}, rule};
+        quadrature_update_cuda(op, nullptr);
+        op.out.data = update.data();
+        for (const Walk walk : {kFewRows, kAllRows}) {
+          op.walk = walk;
+          if (!on_device) kHere.quadrature_update(op, 0, s.samples * chunks(size));
+          good &= out == update;
+        }
+      });
+      for_each_launch(Tables<2>{3, rows, read, {first, second}, on_device}, batch, size, [&](Samples s, const Rule<2>& rule) {
+        std::vector<float> partials(2 * batch * chunks(size)), out(2 * batch), landings(2 * total);
+        LeapResiduals op = {s, input(x), input(y), input(y), input(cache), nullptr, {landings.data(), Dtype::kFloat32},
+                            partials.data(), out.data(), rule};
+        leap_residuals_cuda(op, nullptr);
+        op.residuals = residuals.data();
+        for (const Walk walk : {kFewRows, kAllRows}) {
+          op.walk = walk;
+          if (!on_device) kHere.leap_residuals(op, 0, s.samples * chunks(size)), sum_chunks(op);
+          good &= out == residuals;
+        }
+      });
+      for_each_launch(Tables<2>{3, 3, written, {first, second}, on_device}, batch, size, [&](Samples s, const Rule<2>& rule) {
+        std::vector<float> out(3 * total);
+        BridgeCotangents op = {s, input(y), input(x), {out.data(), Dtype::kFloat32}, size > 41, rule};
+        bridge_cotangents_cuda(op, nullptr);
+        op.out.data = seeds.data();
+        if (!on_device) kHere.bridge_cotangents(op, 0, s.samples * chunks(size));
+        good &= out == seeds;
+      });
+    }
+    const std::vector<int64_t> nowhere = {rows, -1, int64_t{1} << 40};  // nothing may be read for them
+    for_each_launch(Tables<1>{3, rows, {nowhere.data(), 1}, {first}, true}, batch, size, [&](Samples s, const Rule<1>& rule) {
+      std::vector<float> out(total);
+      quadrature_update_cuda({s, input(x), input(cache), nullptr, {out.data(), Dtype::kFloat32}, rule}, nullptr);
+      for (const float v : out) good &= v != v;
     });
     std::vector<float> out(total), other(total), velocity(total);
-    CfgEulerStep op = {total, input(x), input(y), input(cache), 4.5f, -0.04f, {velocity.data(), Dtype::kFloat32},
-                       {out.data(), Dtype::kFloat32}};
+    const std::vector<double> coefficients = {4.5, -0.04};
+    CfgEulerStep op = {total, input(x), input(y), input(cache), 4.5f, -0.04f, nullptr,
+                       {velocity.data(), Dtype::kFloat32}, {out.data(), Dtype::kFloat32}};
     cfg_euler_step_cuda(op, nullptr);
+    op.on_device = coefficients.data(), op.out.data = other.data();
+    cfg_euler_step_cuda(op, nullptr);
+    good &= out == other;
     op.out.data = other.data();
-    kHere.cfg_euler_step(op, 0, tiles(total));
+    kHere.cfg_euler_step(op, 0, chunks(total));
     good &= out == other;
   }
   std::puts(good ? "equal" : "the emulated kernels and the CPU's differ");

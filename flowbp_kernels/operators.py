@@ -1,0 +1,43 @@
+"""How an op is registered with torch: once for a rule that travels by value, once for a rule that lies on the device.
+
+The two compute the same. A CUDA graph that captured the first would replay the first plan's numbers for every later plan, so it carries
+the tag that keeps torch.compile(mode="reduce-overhead") from capturing it; the second reads its rule anew at each replay.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef
+
+
+class Operators(NamedTuple):
+    by_value: CustomOpDef
+    on_device: CustomOpDef
+
+    def of(self, rule: Tensor) -> CustomOpDef:
+        """The operator for a rule of which `rule` is a part."""
+        return self.by_value if rule.is_cpu else self.on_device
+
+
+def register(
+    function: Callable,
+    name: str,
+    *,
+    mutates: tuple[str, ...] = (),
+    fake: Callable | None = None,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> Operators:
+    """flowbp_kernels::NAME and flowbp_kernels::NAME_on_device, which run `function`; its annotations are their schema."""
+    operators = Operators(
+        torch.library.custom_op(f"flowbp_kernels::{name}", function, mutates_args=mutates, tags=(torch.Tag.cudagraph_unsafe,)),
+        torch.library.custom_op(f"flowbp_kernels::{name}_on_device", function, mutates_args=mutates),
+    )
+    for operator in operators:
+        if fake is not None:
+            operator.register_fake(fake)
+        if backward is not None:
+            operator.register_autograd(backward, setup_context=setup_context)
+    return operators
