@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowbp import evaluation
 from flowbp.config import load
-from flowbp.data import load_prompts
-from flowbp.report import environment
-from flowbp.trainer import Trainer
+from flowbp.evaluation import scores as evaluation
+from flowbp.runtime.data import load_prompts
+from flowbp.runtime.environment import environment
+from flowbp.training.trainer import Trainer
 
 DECAYS = (0.0, 0.9, 0.95, 0.98, 0.99, 0.995)  # 0: the last weights
 METRICS = ("reward", "monitor", "checker", "diversity")

@@ -100,7 +100,7 @@ def work(batch_size: int) -> None:
     import torch
 
     from flowbp.config import load
-    from flowbp.trainer import Trainer
+    from flowbp.training.trainer import Trainer
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     with tempfile.TemporaryDirectory() as folder:

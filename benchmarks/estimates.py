@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from flowbp import presets  # noqa: E402
 from flowbp.config import load  # noqa: E402
-from flowbp.estimate import Estimate, estimate  # noqa: E402
+from flowbp.estimate.estimate import Estimate, estimate  # noqa: E402
 
 
 def main() -> None:

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from flowbp.backbones import bind_velocity, load_backbone
-from flowbp.data import load_prompts, sample_seeds
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
 from flowbp.objective import Objective, loss_factors, sample_weights
 from flowbp.rewards import load_reward
+from flowbp.runtime.data import load_prompts, sample_seeds
 from flowbp.surrogate import backward, residuals, reward_input
 from flowbp.trajectory import rollout, rollout_with_graph
 

@@ -10,7 +10,7 @@ import argparse
 import numpy as np
 from scipy import stats
 
-from flowbp import statistics
+from flowbp.evaluation import statistics
 
 LAWS = {
     "normal": lambda rng, n: rng.normal(size=n),

@@ -12,7 +12,7 @@ import tempfile
 import torch
 
 from flowbp.config import load
-from flowbp.trainer import Trainer
+from flowbp.training.trainer import Trainer
 
 RUNS = {
     "float32": ["backbone.dtype=float32"],

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 
 from flowbp.backbones import bind_velocity, load_backbone
-from flowbp.data import load_prompts, sample_seeds
 from flowbp.guidance import Guidance
 from flowbp.methods import FlowBPSparse, draw_plans
 from flowbp.objective import Objective, reward_gradient
 from flowbp.plan import PlanBatch
 from flowbp.rewards import load_reward
+from flowbp.runtime.data import load_prompts, sample_seeds
 from flowbp.surrogate import backward, reward_input
 from flowbp.trajectory import rollout
 

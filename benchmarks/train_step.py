@@ -27,13 +27,13 @@ from transformers import CLIPVisionConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from flowbp.architectures import ARCHITECTURES, IMAGE_TOWERS, ImageTower, build_backbone, image_tower  # noqa: E402
 from flowbp.backbones import BACKBONES  # noqa: E402
 from flowbp.backbones.tiny import tiny_pipeline  # noqa: E402
 from flowbp.config import RunConfig, build_method  # noqa: E402
+from flowbp.estimate.architectures import ARCHITECTURES, IMAGE_TOWERS, ImageTower, build_backbone, image_tower  # noqa: E402
 from flowbp.methods import METHODS  # noqa: E402
-from flowbp.performance import Phases, memory_mb  # noqa: E402
-from flowbp.trainer import Trainer  # noqa: E402
+from flowbp.runtime.memory import Phases, memory_mb  # noqa: E402
+from flowbp.training.trainer import Trainer  # noqa: E402
 from flowbp_kernels.bench import machine  # noqa: E402
 
 MODES = {"sweep": "always", "graph": "never"}

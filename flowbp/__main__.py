@@ -2,7 +2,7 @@
 
 import sys
 
-from flowbp.reproducible import TOO_LATE, request_equal_bytes
+from flowbp.runtime.reproducible import TOO_LATE, request_equal_bytes
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from flowbp.console import hide_loading_bars, hush_libraries
+from flowbp.runtime.console import hide_loading_bars, hush_libraries
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console()
@@ -55,10 +55,10 @@ def train(
     processes: Processes = 1,
 ) -> None:
     """Fine-tune a backbone; writes weights, metrics, samples and report.html into the config's output folder."""
-    from flowbp.checkpoint import how_to_go_on
     from flowbp.config import load
-    from flowbp.processes import launched
-    from flowbp.trainer import train as run
+    from flowbp.runtime.processes import launched
+    from flowbp.runtime.run_folder import how_to_go_on
+    from flowbp.training.trainer import train as run
 
     settings = load(config, overrides or ())
     hide_loading_bars()
@@ -99,8 +99,8 @@ def estimate(
     """Predict the peak memory and the cost of a training step. Needs no GPU and reads no weights."""
     import json
 
-    from flowbp import estimate as estimates
     from flowbp.config import load
+    from flowbp.estimate.estimate import estimate as estimates
 
     memory = None if gpu_memory is None else estimates.parse_size(gpu_memory)
     run = load(config, overrides or ())
@@ -145,17 +145,19 @@ def sample(
     seed: Annotated[int, typer.Option(help="seed of the initial noise")] = 0,
 ) -> None:
     """Draw prompts with the base or the tuned model."""
-    from flowbp import checkpoint, evaluation, figures
     from flowbp.backbones import load_backbone
     from flowbp.config import load
-    from flowbp.data import sample_seeds
-    from flowbp.distributed import process_state
+    from flowbp.evaluation import figures
+    from flowbp.evaluation import scores as evaluation
+    from flowbp.runtime.data import sample_seeds
+    from flowbp.runtime.distributed import process_state
+    from flowbp.runtime.weights import load_weights
 
     run = load(config)
     hide_loading_bars()
     backbone = load_backbone(**run.backbone.model_dump(), device=str(process_state().device))
     if weights is not None:
-        checkpoint.load_weights(backbone, weights)
+        load_weights(backbone, weights)
     images = evaluation.generate(backbone, prompts, sample_seeds(seed, count=len(prompts)), run.evaluation_rollout, run.guidance)
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     figures.sample_grid(pixels, prompts, [None] * len(prompts), columns=min(4, len(prompts))).savefig(out, dpi=110)
@@ -168,9 +170,9 @@ def export(
     out: Annotated[Path, typer.Argument(help="file to write, such as my-lora.safetensors")],
 ) -> None:
     """Write a run's LoRA as one file for ComfyUI, with alpha / rank in the weights. (A run's own file is for diffusers.)"""
-    from flowbp import checkpoint
+    from flowbp.runtime.weights import export_comfyui
 
-    checkpoint.export_comfyui(run, out)
+    export_comfyui(run, out)
     console.print(f"wrote {out}", soft_wrap=True)
 
 
@@ -185,8 +187,8 @@ def evaluate(
 ) -> None:
     """Score the base and tuned models on the same prompts and seeds: means, intervals, paired tests, and a page. A killed run goes on."""
     from flowbp.config import load
-    from flowbp.evaluation_run import name_models, run_evaluation
-    from flowbp.processes import launched
+    from flowbp.evaluation.models import name_models, run_evaluation
+    from flowbp.runtime.processes import launched
 
     is_run = (Path(config) / "config.yaml").is_file()
     run = load(config, overrides or ())
@@ -207,7 +209,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="folder of comparison.html and comparison.json")] = Path("comparison"),
 ) -> None:
     """Put several runs into one table and one page, and name the differences that make their comparison unfair."""
-    from flowbp.run_comparison import compare_runs, grouped
+    from flowbp.evaluation.runs import compare_runs, grouped
 
     results = compare_runs(runs, out)
     first, *others = names = [run["name"] for run in results["runs"]]
@@ -254,7 +256,7 @@ def plan(
     bridge = "none" if drawn.bridge is None else f"at node {drawn.bridge.node}, alpha {drawn.bridge.alpha:g}"
     console.print(f"reward sees {sees}; bridge: {bridge}; re-noised copies: {drawn.num_renoised}", highlight=False)
     if png is not None:
-        from flowbp.figures import draw_plan
+        from flowbp.evaluation.figures import draw_plan
 
         draw_plan(drawn, sigmas, f"{method}: one plan of {steps} steps").savefig(png, dpi=130)
         console.print(f"wrote {png}")
@@ -321,7 +323,7 @@ def doctor() -> None:
     import torch
 
     import flowbp
-    from flowbp.reproducible import math_library
+    from flowbp.runtime.reproducible import math_library
     from flowbp_kernels import backend
 
     table = Table("what", "found", title="flowbp doctor")
@@ -376,7 +378,7 @@ def plan_table(drawn, sigmas, title: str) -> Table:
 
 def comparison_table(rows: list[dict], title: str, before: str = "before", after: str = "after") -> Table:
     """Paired changes; image statistics over all images only. Bold marks a change that its interval and its test confirm."""
-    from flowbp.report import between, direction, notes, number, p_text, scale_of, scale_of_change, shown, signed
+    from flowbp.evaluation.numbers import between, direction, notes, number, p_text, scale_of, scale_of_change, shown, signed
 
     table = metric_table(title, "n", before, after, "change, 95 %", "p")
     table.caption = "\n".join(notes(rows)) or None
@@ -395,7 +397,7 @@ def listed(parts: list[tuple[str, str]]) -> str:
 
 def means_table(rows: list[dict], column: str, title: str) -> Table:
     """The mean of each metric over all images and its interval, for each run or model."""
-    from flowbp.report import between, number, scale_of
+    from flowbp.evaluation.numbers import between, number, scale_of
 
     table = Table(title=title)
     table.add_column("metric", no_wrap=True)
@@ -430,7 +432,7 @@ def metric_label(row: dict) -> str:
 
 def evaluation_tables(results: dict, title: str) -> Iterator[Table]:
     """One table of paired changes for each tuned model; without any, the base model's means."""
-    from flowbp.report import between, notes, number, scale_of
+    from flowbp.evaluation.numbers import between, notes, number, scale_of
 
     for name in [model["name"] for model in results["models"][1:]]:
         rows = [row for row in results["changes"] if row["model"] == name]

@@ -1,6 +1,6 @@
 import pytest
 
-from flowbp.reproducible import TOO_LATE, one_thread, request_equal_bytes
+from flowbp.runtime.reproducible import TOO_LATE, one_thread, request_equal_bytes
 
 if not request_equal_bytes():  # the first import of a test run; the processes that tests start inherit it
     raise pytest.UsageError(f"tests compare bytes. {TOO_LATE}")

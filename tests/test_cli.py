@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import flowbp.__main__
 from flowbp import cli
 from flowbp.config import load
-from flowbp.trainer import Trainer
+from flowbp.training.trainer import Trainer
 
 TINY = ["steps=3", "data.batch_size=2", "rollout.num_steps=12", "checkpoint_every=1", "evaluation=null"]
 

@@ -4,7 +4,7 @@ import io
 import logging
 import sys
 
-from flowbp.console import HARMLESS, hush_libraries, progress_bar
+from flowbp.runtime.console import HARMLESS, hush_libraries, progress_bar
 
 
 def test_progress_in_a_file_is_lines_without_control_characters(monkeypatch):

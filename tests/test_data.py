@@ -2,7 +2,7 @@
 
 import pytest
 
-from flowbp.data import Prompt, PromptStream, load_prompts, sample_seeds
+from flowbp.runtime.data import Prompt, PromptStream, load_prompts, sample_seeds
 
 
 def test_a_text_file_holds_one_prompt_a_line(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowbp.backbones import load_backbone
-from flowbp.embeddings import EmbeddingCache, default_cache, embed_once, encoder_hash
+from flowbp.runtime.embeddings import EmbeddingCache, default_cache, embed_once, encoder_hash
 
 TEXTS = ["a red circle", "two blue stars", "a green square", "three circles"]
 

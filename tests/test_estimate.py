@@ -12,10 +12,10 @@ from flowbp.backbones import load_backbone
 from flowbp.backbones.tiny import TINY_PIPELINES, tiny_pipeline
 from flowbp.cli import app
 from flowbp.config import load
-from flowbp.embeddings import embed_once, text_encoders
-from flowbp.estimate import estimate, parse_size, suggest, without_masters
-from flowbp.performance import LiveBytes, Phases
-from flowbp.trainer import Trainer
+from flowbp.estimate.estimate import estimate, parse_size, suggest, without_masters
+from flowbp.runtime.embeddings import embed_once, text_encoders
+from flowbp.runtime.memory import LiveBytes, Phases
+from flowbp.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from flowbp.backbones.tiny import tiny_pipeline
 from flowbp.config import ConfigError, MemoryConfig, OptimizerConfig, TuningConfig
 from flowbp.guidance import Guidance
 from flowbp.methods import FlowBPBridge
-from flowbp.performance import Phases, compile_blocks, save_memory
 from flowbp.replay import Recompute
+from flowbp.runtime.memory import Phases, compile_blocks, save_memory
+from flowbp.runtime.tuning import build_optimizer, trainable_parameters
 from flowbp.surrogate import backward, reward_input
 from flowbp.trajectory import rollout
-from flowbp.tuning import build_optimizer, trainable_parameters
 
 logging.set_verbosity_error()
 

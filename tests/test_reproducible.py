@@ -8,12 +8,14 @@ import pytest
 import torch
 from displaced import OFFSETS, Displaced, frozen
 
-from flowbp import checkpoint, evaluation
 from flowbp.backbones import load_backbone
 from flowbp.config import load
-from flowbp.reproducible import MODE, TOO_LATE, math_library, mkl_is_reproducible
-from flowbp.trainer import Trainer
-from flowbp.tuning import assign
+from flowbp.evaluation import scores as evaluation
+from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowbp.runtime.reproducible import MODE, TOO_LATE, math_library, mkl_is_reproducible
+from flowbp.runtime.tuning import assign
+from flowbp.runtime.weights import load_weights, save_weights
+from flowbp.training.trainer import Trainer
 
 SMALL = [
     "steps=2", "data.batch_size=2", "rollout={num_steps: 4, height: 32, width: 32}", "guidance.scale=2.0",
@@ -28,7 +30,7 @@ def run(backbone_overrides, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     trainer = Trainer(load("demo", [f"output={folder}", *SMALL, *backbone_overrides]))
     trainer.step(0)
-    checkpoint.save_checkpoint(folder, 1, *state(trainer))
+    save_checkpoint(folder, 1, *state(trainer))
     return trainer, folder
 
 
@@ -39,7 +41,7 @@ def state(trainer):
 def second_step(run):
     """What a run that is resumed after its first step logs of the second, and its weights and their average after it."""
     trainer, folder = run
-    assert checkpoint.load_checkpoint(checkpoint.latest_checkpoint(folder), *state(trainer)) == 1
+    assert load_checkpoint(latest_checkpoint(folder), *state(trainer)) == 1
     assign(trainer.parameters, trainer.masters)
     row = trainer.step(1)
     logged = {key: value for key, value in row.items() if not key.endswith("seconds") and key != "peak_mb"}
@@ -61,7 +63,7 @@ def expected(run):
     trainer, folder = run
     logged, weights = second_step(run)
     with trainer.weights(trainer.tuned):
-        checkpoint.save_weights(trainer.backbone, folder)
+        save_weights(trainer.backbone, folder)
         with frozen(trainer.backbone.denoiser):
             return logged, weights, evaluated(trainer, trainer.backbone)
 
@@ -82,7 +84,7 @@ def test_a_resumed_run_takes_the_step_of_an_unbroken_one_wherever_its_tensors_li
 def test_a_saved_lora_has_the_scores_and_pictures_of_its_run_wherever_tensors_lie(run, expected, offset):
     trainer, folder = run
     backbone = load_backbone(**trainer.config.backbone.model_dump())
-    checkpoint.load_weights(backbone, folder)
+    load_weights(backbone, folder)
     backbone.encode = trainer.backbone.encode  # the same embeddings, from their files
     with Displaced(offset):
         assert evaluated(trainer, backbone) == expected[2]
@@ -103,7 +105,7 @@ def python(*arguments, **environment):
 @needs_mkl
 @pytest.mark.parametrize(("before", "said"), [("", "True"), ("import torch", "True"), (MULTIPLY, "False")])
 def test_mkl_takes_the_mode_until_it_multiplies(before, said):
-    ask = "from flowbp.reproducible import *; asked = request_equal_bytes(); print(asked, mkl_is_reproducible())"
+    ask = "from flowbp.runtime.reproducible import *; asked = request_equal_bytes(); print(asked, mkl_is_reproducible())"
     assert python("-c", f"{before}\n{ask}").stdout.split() == [said, said]
 
 

@@ -13,9 +13,9 @@ from flowbp.active_sets import stratified
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import METHODS, FlowBPSparse, LeapAlign, draw_plans
 from flowbp.objective import Objective, loss_factors, reward_gradient, sample_weights
-from flowbp.performance import LiveBytes
 from flowbp.plan import Bridge, PlanBatch, PosteriorMean, Similarity, SurrogatePlan
 from flowbp.replay import Recompute, record, spare_bytes, weigh
+from flowbp.runtime.memory import LiveBytes
 from flowbp.surrogate import _times, as_graph, backward, residuals, reward_input
 from flowbp.trajectory import rollout, rollout_with_graph
 

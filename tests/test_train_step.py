@@ -29,7 +29,7 @@ def test_running_out_of_memory_is_a_row_not_an_end(tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr("flowbp.trainer.backward", full)
+    monkeypatch.setattr("flowbp.training.trainer.backward", full)
     cases = ["--size", "tiny", "--active", "1", "--checkpointing", "off", "--steps", "2", "--json", str(tmp_path / "steps.json")]
     train_step.main(cases)
     assert [row["out_of_memory"] for row in json.loads((tmp_path / "steps.json").read_text())["rows"]] == ["sweep"] * 2

@@ -9,19 +9,22 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from flowbp import checkpoint, evaluation
 from flowbp.backbones import bind_velocity, load_backbone
 from flowbp.cli import app
 from flowbp.config import MemoryConfig, dump, load
-from flowbp.data import Prompt, sample_seeds
-from flowbp.evaluation import Scores, compare
+from flowbp.evaluation import scores as evaluation
+from flowbp.evaluation.scores import Scores, compare
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
 from flowbp.objective import clip_samples
 from flowbp.replay import Recompute
 from flowbp.rewards import Smoothed, Smoothing, load_reward
+from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowbp.runtime.data import Prompt, sample_seeds
+from flowbp.runtime.run_folder import locked, open_run
+from flowbp.runtime.weights import load_weights
 from flowbp.surrogate import as_graph, backward, reward_input
-from flowbp.trainer import Trainer, train
+from flowbp.training.trainer import Trainer, train
 from flowbp.trajectory import rollout
 
 TINY = ["steps=2", "data.batch_size=2", "rollout.num_steps=12", "checkpoint_every=1", "evaluation=null"]
@@ -89,11 +92,11 @@ def test_a_resumed_run_equals_an_unbroken_one(backbone_overrides, tmp_path):
     broken = tiny(tmp_path / "broken", "steps=3", "method.name=draft-lv", *backbone_overrides)
     stopped = Trainer(broken)
     stopped_at = 2
-    checkpoint.open_run(broken.output, dump(broken), overwrite=False)
+    open_run(broken.output, dump(broken), overwrite=False)
     rows = [{"step": s + 1} | stopped.step(s) for s in range(stopped_at)]
     lines = [json.dumps(row) for row in rows] + ['{"step": 3, "lost": true}']  # logged after the checkpoint, before the kill
     (broken.output / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    checkpoint.save_checkpoint(broken.output, stopped_at, stopped.parameters, stopped.optimizer, stopped.ema, stopped.mixture)
+    save_checkpoint(broken.output, stopped_at, stopped.parameters, stopped.optimizer, stopped.ema, stopped.mixture)
     train(broken, resume=True)
     expected, got = lora_file(whole.output), lora_file(broken.output)
     assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
@@ -122,8 +125,8 @@ def test_a_checkpoint_of_a_device_that_is_gone_still_loads(tmp_path, monkeypatch
     trainer.step(0)
     state = (trainer.parameters, trainer.optimizer, trainer.ema, trainer.mixture)
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:99")
-    checkpoint.save_checkpoint(tmp_path, 1, *state)
-    assert checkpoint.load_checkpoint(checkpoint.latest_checkpoint(tmp_path), *state) == 1
+    save_checkpoint(tmp_path, 1, *state)
+    assert load_checkpoint(latest_checkpoint(tmp_path), *state) == 1
     devices = {p.device for p in trainer.parameters.values()}
     assert {shadow.device for shadow in trainer.ema.shadow_params} == devices
 
@@ -131,28 +134,28 @@ def test_a_checkpoint_of_a_device_that_is_gone_still_loads(tmp_path, monkeypatch
 def test_a_full_disk_keeps_the_last_checkpoint_and_leaves_no_scraps(tmp_path, monkeypatch):
     trainer = Trainer(tiny(tmp_path))
     state = (trainer.parameters, trainer.optimizer, trainer.ema, trainer.mixture)
-    checkpoint.save_checkpoint(tmp_path, 1, *state)
+    save_checkpoint(tmp_path, 1, *state)
 
     def full(*arguments):
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="step-000002 cannot be written: PytorchStreamWriter failed"):
-        checkpoint.save_checkpoint(tmp_path, 2, *state)
+        save_checkpoint(tmp_path, 2, *state)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
 
 def test_lora_weights_load_into_a_fresh_diffusers_pipeline(tmp_path):
     config = tiny(tmp_path, "tuning.alpha=8", "data.embeddings=live")
     trainer = Trainer(config)
-    checkpoint.open_run(config.output, dump(config), overwrite=False)
+    open_run(config.output, dump(config), overwrite=False)
     trainer.run()
     arguments = (["a red circle"], [7], config.rollout, config.guidance)
     with trainer.weights(trainer.tuned):
         expected = evaluation.generate(trainer.backbone, *arguments)
     fresh = load_backbone("shapes", max_sequence_length=1)
     base = evaluation.generate(fresh, *arguments)
-    checkpoint.load_weights(fresh, config.output)
+    load_weights(fresh, config.output)
     torch.testing.assert_close(evaluation.generate(fresh, *arguments), expected, rtol=0, atol=0)
     assert not torch.equal(base, expected)
 
@@ -160,10 +163,10 @@ def test_lora_weights_load_into_a_fresh_diffusers_pipeline(tmp_path):
 def test_full_weights_are_saved_as_a_folder_that_loads_back(tmp_path):
     config = tiny(tmp_path, "tuning.mode=full", "optimizer.lr=1e-4", "steps=1")
     trainer = Trainer(config)
-    checkpoint.open_run(config.output, dump(config), overwrite=False)
+    open_run(config.output, dump(config), overwrite=False)
     trainer.run()
     fresh = load_backbone("shapes", max_sequence_length=1)
-    checkpoint.load_weights(fresh, config.output)
+    load_weights(fresh, config.output)
     for name, value in trainer.tuned.items():
         assert torch.equal(fresh.denoiser.get_parameter(name), value)
 
@@ -300,7 +303,7 @@ def test_clipping_bounds_each_sample_and_leaves_small_ones():
 
 def run_folder(config):
     """What a run of `config` leaves, without its weights."""
-    checkpoint.open_run(config.output, dump(config), overwrite=False)
+    open_run(config.output, dump(config), overwrite=False)
     (config.output / "metrics.jsonl").write_text('{"step": 1}\n')
     return {path.name: path.read_text() for path in config.output.iterdir()}
 
@@ -345,7 +348,7 @@ def test_a_run_that_is_overwritten_leaves_nothing_but_what_others_put_there(tmp_
         (config.output / name).mkdir(parents=True)
     for name in ("scores_before.csv", "samples_after.png", "report.html", ".plan.png.partial", "notes.txt"):
         (config.output / name).write_text("")
-    checkpoint.open_run(config.output, dump(config), overwrite=True)
+    open_run(config.output, dump(config), overwrite=True)
     assert sorted(path.name for path in config.output.iterdir()) == ["config.yaml", "metrics.jsonl", "notes.txt"]
     assert (config.output / "metrics.jsonl").read_text() == ""
 
@@ -383,7 +386,7 @@ def test_training_on_a_cpu_takes_one_thread_unless_told(told, taken, tmp_path, m
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
     config = tiny(tmp_path)
     before = run_folder(config)
-    with checkpoint.claimed(config.output):
+    with locked(config.output):
         for how in ({}, {"resume": True}, {"overwrite": True}):
             with pytest.raises(FileExistsError, match="another process trains in .*run right now"):
                 train(config, **how)
@@ -404,8 +407,8 @@ def saved_run(config):
     run_folder(config)
     trainer = Trainer(config)
     state = (trainer.masters, trainer.optimizer, trainer.ema, trainer.mixture)
-    checkpoint.save_checkpoint(config.output, 1, *state)
-    return checkpoint.latest_checkpoint(config.output), state
+    save_checkpoint(config.output, 1, *state)
+    return latest_checkpoint(config.output), state
 
 
 @pytest.mark.parametrize("name", ["parameters.safetensors", "state.pt", "step.json"])
@@ -415,7 +418,7 @@ def test_a_damaged_checkpoint_is_named(name, share, tmp_path):
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: int(share * len(content))])
     with pytest.raises(OSError, match=r"checkpoint .*step-000001 is damaged \(.*\): delete it"):
-        checkpoint.load_checkpoint(folder, *state)
+        load_checkpoint(folder, *state)
 
 
 def test_a_resumed_run_has_as_many_processes(tmp_path):
@@ -428,7 +431,7 @@ def test_a_resumed_run_has_as_many_processes(tmp_path):
 
 def test_loading_weights_from_nowhere_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="pass the folder of a finished run"):
-        checkpoint.load_weights(load_backbone("shapes", max_sequence_length=1), tmp_path)
+        load_weights(load_backbone("shapes", max_sequence_length=1), tmp_path)
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):

@@ -4,10 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowbp import checkpoint
 from flowbp.config import load
-from flowbp.trainer import Trainer
-from flowbp.tuning import assign
+from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowbp.runtime.tuning import assign
+from flowbp.runtime.weights import save_weights
+from flowbp.training.trainer import Trainer
 
 STEPS = 30
 
@@ -52,7 +53,7 @@ def test_the_network_computes_with_its_own_rounding_of_the_master_weights(tmp_pa
         assert p.dtype == torch.bfloat16 and run.masters[name].dtype == torch.float32 and p.grad is None
         assert torch.equal(p, run.masters[name].bfloat16())
     assert any(not torch.equal(p.float(), run.masters[name]) for name, p in run.parameters.items())
-    checkpoint.save_weights(run.backbone, tmp_path)
+    save_weights(run.backbone, tmp_path)
     assert {p.dtype for p in load_file(tmp_path / "transformer/diffusion_pytorch_model.safetensors").values()} == {torch.bfloat16}
 
 
@@ -61,8 +62,8 @@ def test_a_resumed_bfloat16_run_takes_the_step_of_an_unbroken_one(masters, tmp_p
     runs = [trainer(tmp_path, "backbone.dtype=bfloat16", f"tuning.master_weights={masters}") for _ in range(2)]
     states = [(run.masters, run.optimizer, run.ema, run.mixture) for run in runs]
     runs[0].step(0)
-    checkpoint.save_checkpoint(tmp_path, 1, *states[0])
-    assert checkpoint.load_checkpoint(checkpoint.latest_checkpoint(tmp_path), *states[1]) == 1
+    save_checkpoint(tmp_path, 1, *states[0])
+    assert load_checkpoint(latest_checkpoint(tmp_path), *states[1]) == 1
     assign(runs[1].parameters, runs[1].masters)
     rows = [{key: run.step(1)[key] for key in ("loss", "grad_norm")} for run in runs]
     assert rows[0] == rows[1]

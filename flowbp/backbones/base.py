@@ -39,7 +39,7 @@ class Backbone(Protocol):
     embeds_guidance: bool  # the network reads conditioning["guidance"] [B] float32, a guidance scale
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Text conditioning of `prompts`, without gradient. `flowbp.embeddings.embed_once` puts files in the place of the text encoders."""
+        """Text conditioning of `prompts`, without gradient. `embed_once` puts files in the place of the text encoders."""
         ...
 
     def sigmas(self, num_steps: int, height: int, width: int, levels: NoiseLevels = "published") -> Tensor:
@@ -103,7 +103,7 @@ class DiffusersBackbone(ABC):
 
     @property
     def text_device(self) -> torch.device:
-        """Where the text encoders are, which need not be where the network is (`flowbp.embeddings`)."""
+        """Where the text encoders are, which need not be where the network is (`flowbp.runtime.embeddings`)."""
         return self.pipe.text_encoder.device
 
     @property

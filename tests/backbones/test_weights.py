@@ -8,13 +8,14 @@ from displaced import frozen
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from flowbp import checkpoint, evaluation
 from flowbp.backbones import BACKBONES
 from flowbp.backbones.tiny import TINY_PIPELINES, tiny_pipeline
 from flowbp.cli import app
 from flowbp.config import build_method, load
+from flowbp.evaluation import scores as evaluation
 from flowbp.methods import METHODS
-from flowbp.trainer import Trainer
+from flowbp.runtime.weights import LORA, export_comfyui, load_weights, save_weights
+from flowbp.training.trainer import Trainer
 
 TOKENS = 48
 SETTINGS = [
@@ -61,7 +62,7 @@ def test_a_lora_of_every_method_changes_the_images_and_loads_into_a_fresh_pipeli
     name, folder, train = trained
     run = train(method)
     expected = draw(run.backbone, run.config)
-    path = checkpoint.save_weights(run.backbone, tmp_path)
+    path = save_weights(run.backbone, tmp_path)
 
     pipe = tiny_pipeline(name)  # diffusers' own reading, without this package
     base = draw(BACKBONES[name](pipe, max_sequence_length=TOKENS), run.config)
@@ -77,10 +78,10 @@ def test_an_exported_lora_carries_alpha_in_its_weights(trained, tmp_path):
     name, folder, train = trained
     run = train("flowbp-sparse")
     expected = draw(run.backbone, run.config)
-    checkpoint.save_weights(run.backbone, tmp_path)
+    save_weights(run.backbone, tmp_path)
     result = CliRunner().invoke(app, ["export", str(tmp_path), str(tmp_path / "comfyui.safetensors")])
     assert result.exit_code == 0, result.output
-    tensors, original = load_file(tmp_path / "comfyui.safetensors"), load_file(tmp_path / checkpoint.LORA)
+    tensors, original = load_file(tmp_path / "comfyui.safetensors"), load_file(tmp_path / LORA)
     assert tensors.keys() == original.keys() and all(key.startswith("transformer.") for key in tensors)
 
     without_alpha, exported = tiny_pipeline(name), tiny_pipeline(name)
@@ -93,10 +94,10 @@ def test_an_exported_lora_carries_alpha_in_its_weights(trained, tmp_path):
 
 def test_a_lora_of_another_class_is_refused(trained, tmp_path):
     name, folder, train = trained
-    checkpoint.save_weights(train("refl").backbone, tmp_path)
+    save_weights(train("refl").backbone, tmp_path)
     other = "ZImagePipeline" if name != "ZImagePipeline" else "FluxPipeline"
     with pytest.raises(ValueError, match="belongs to another model: .* do not fit this"):
-        checkpoint.load_weights(BACKBONES[other](tiny_pipeline(other)), tmp_path)
+        load_weights(BACKBONES[other](tiny_pipeline(other)), tmp_path)
 
 
 def test_the_default_lora_reaches_every_block(trained):
@@ -111,14 +112,14 @@ def test_the_default_lora_reaches_every_block(trained):
 @pytest.mark.parametrize("name", TINY_PIPELINES)
 def test_full_weights_are_a_transformer_folder_that_from_pretrained_reads(name, tmp_path):
     tuned = BACKBONES[name](tiny_pipeline(name, seed=1))
-    folder = checkpoint.save_weights(tuned, tmp_path)
+    folder = save_weights(tuned, tmp_path)
     read = type(tuned.denoiser).from_pretrained(folder)
     fresh = BACKBONES[name](tiny_pipeline(name))
-    checkpoint.load_weights(fresh, tmp_path)
+    load_weights(fresh, tmp_path)
     for key, value in tuned.denoiser.state_dict().items():
         assert torch.equal(read.state_dict()[key], value) and torch.equal(fresh.denoiser.state_dict()[key], value)
 
 
 def test_a_run_of_full_weights_has_no_lora_to_export(tmp_path):
     with pytest.raises(FileNotFoundError, match="pass the folder of a finished run with tuning.mode=lora"):
-        checkpoint.export_comfyui(tmp_path, tmp_path / "lora.safetensors")
+        export_comfyui(tmp_path, tmp_path / "lora.safetensors")

@@ -11,19 +11,21 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 
-from flowbp import checkpoint, evaluation
 from flowbp.backbones import BACKBONES
 from flowbp.backbones.tiny import tiny_pipeline
 from flowbp.config import dump, load
-from flowbp.data import load_prompts
-from flowbp.distributed import full, laid_out_as, shard_weights
+from flowbp.evaluation import scores as evaluation
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import FlowBPBridge
 from flowbp.replay import Recompute
+from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowbp.runtime.data import load_prompts
+from flowbp.runtime.distributed import full, laid_out_as, shard_weights
+from flowbp.runtime.run_folder import open_run
+from flowbp.runtime.tuning import assign
 from flowbp.surrogate import backward, reward_input
-from flowbp.trainer import Trainer
+from flowbp.training.trainer import Trainer
 from flowbp.trajectory import rollout
-from flowbp.tuning import assign
 
 GLOBAL_BATCH = 4
 SD3, FLUX2 = "StableDiffusion3Pipeline", "Flux2KleinPipeline"
@@ -111,9 +113,9 @@ def resumes(case, folder, world):
     first.step(0)
     output = Path(folder, f"{world} {case}")
     states = [(trainer.masters, trainer.optimizer, trainer.ema, trainer.mixture) for trainer in (first, second)]
-    checkpoint.save_checkpoint(output, 1, *states[0], write=first.ranks.is_main)
+    save_checkpoint(output, 1, *states[0], write=first.ranks.is_main)
     first.accelerator.wait_for_everyone()
-    done = checkpoint.load_checkpoint(checkpoint.latest_checkpoint(output), *states[1])
+    done = load_checkpoint(latest_checkpoint(output), *states[1])
     assign(second.parameters, second.masters)
     rows = [{key: trainer.step(done)[key] for key in ("loss", "grad_norm")} for trainer in (first, second)]
     average = flat(first.ema.shadow_params)
@@ -213,7 +215,7 @@ def whole_run(case, folder, world):
     output = Path(folder, f"{world} whole {case}")
     trainer = make_trainer(case, folder, world, f"output={output}", "steps=2", WATCHED.format(folder))
     if trainer.ranks.is_main:
-        checkpoint.open_run(output, dump(trainer.config), overwrite=False)
+        open_run(output, dump(trainer.config), overwrite=False)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training = trainer.accelerator.wait_for_everyone  # other cases follow
     trainer.run()

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from flowbp.config import load
-from flowbp.data import Prompt
-from flowbp.evaluation import BALANCED, Samples, Scores, compare, draw_samples, join, scorers, split, summarise
-from flowbp.report import notes, number
+from flowbp.evaluation.numbers import notes, number
+from flowbp.evaluation.scores import BALANCED, Samples, Scores, compare, draw_samples, join, scorers, split, summarise
 from flowbp.rewards import load_reward
+from flowbp.runtime.data import Prompt
 
 PROMPTS = [Prompt(f"prompt {i}", "even" if i % 2 == 0 else "odd") for i in range(8)]
 

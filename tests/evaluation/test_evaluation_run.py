@@ -15,12 +15,14 @@ import yaml
 from displaced import OFFSETS, Displaced
 from typer.testing import CliRunner
 
-from flowbp import checkpoint, evaluation, evaluation_run
 from flowbp.backbones import load_backbone
 from flowbp.cli import app
 from flowbp.config import load
-from flowbp.evaluation_run import BASE, Model, name_models, run_evaluation
-from flowbp.trainer import train
+from flowbp.evaluation import scores as evaluation
+from flowbp.evaluation.models import BASE, Model, name_models, run_evaluation
+from flowbp.evaluation.scores import models as evaluation_run
+from flowbp.runtime.weights import LORA, load_weights
+from flowbp.training.trainer import train
 
 
 def contents(folder):
@@ -73,13 +75,13 @@ def test_two_processes_write_the_same_bytes_as_one(run, whole, tmp_path):
 def test_every_form_of_the_weights_gives_the_same_scores(run, tmp_path):
     (step,) = (run / "checkpoints").iterdir()
     lora = tmp_path / "renamed.safetensors"
-    lora.write_bytes((run / checkpoint.LORA).read_bytes())
-    forms = {"run": run, "file": run / checkpoint.LORA, "renamed": lora, "folder": tmp_path, "checkpoint": step}
+    lora.write_bytes((run / LORA).read_bytes())
+    forms = {"run": run, "file": run / LORA, "renamed": lora, "folder": tmp_path, "checkpoint": step}
     config = load(run / "config.yaml")
     images = {}
     for name, source in forms.items():
         backbone = load_backbone(**config.backbone.model_dump())
-        checkpoint.load_weights(backbone, source)
+        load_weights(backbone, source)
         images[name] = evaluation.generate(backbone, ["a red circle"], [7], config.rollout, config.guidance)
     base = evaluation.generate(load_backbone(**config.backbone.model_dump()), ["a red circle"], [7], config.rollout, config.guidance)
     assert not torch.equal(images["run"], base)

@@ -11,8 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BatchFeature
 
 from flowbp.config import GenEvalConfig
-from flowbp.data import load_prompts
-from flowbp.geneval import (
+from flowbp.evaluation.geneval import (
     ClipColours,
     Detection,
     GenEval,
@@ -24,6 +23,7 @@ from flowbp.geneval import (
     load_requirements,
     relations,
 )
+from flowbp.runtime.data import load_prompts
 from flowbp.shapes.models import build_tokenizer
 
 DOG, BENCH = (0, 0, 10, 10), (40, 0, 50, 10)

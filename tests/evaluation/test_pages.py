@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import flowbp
-from flowbp import figures
 from flowbp.config import load
-from flowbp.evaluation_run import Model, run_evaluation
-from flowbp.report import between, duration, images_a_step, number, scale_of, scale_of_change, signed
-from flowbp.run_comparison import compare_runs
+from flowbp.evaluation import figures
+from flowbp.evaluation.models import Model, run_evaluation
+from flowbp.evaluation.numbers import between, duration, number, scale_of, scale_of_change, signed
+from flowbp.evaluation.pages import images_a_step
+from flowbp.evaluation.runs import compare_runs
 
 VOID = {"meta", "img", "br", "link"}
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from flowbp.cli import app
 from flowbp.config import dump, load
-from flowbp.evaluation import Scores
-from flowbp.run_comparison import EVALUATED, IMAGES_A_STEP, compare_runs, contrast, grouped, short_names
+from flowbp.evaluation.runs import EVALUATED, IMAGES_A_STEP, compare_runs, contrast, grouped, short_names
+from flowbp.evaluation.scores import Scores
 
 
 def demo_against(*overrides, processes=1):

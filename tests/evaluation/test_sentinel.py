@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowbp import checkpoint
 from flowbp.config import ConfigError, dump, load
-from flowbp.data import Prompt, load_prompts
-from flowbp.evaluation import Scores
-from flowbp.sentinel import best_step, exhausted, validation_samples, warnings
-from flowbp.trainer import Trainer, train
+from flowbp.evaluation.scores import Scores
+from flowbp.runtime.data import Prompt, load_prompts
+from flowbp.runtime.run_folder import open_run
+from flowbp.runtime.weights import LORA
+from flowbp.training.sentinel import best_step, exhausted, validation_samples, warnings
+from flowbp.training.trainer import Trainer, train
 
 N = 60
 
@@ -92,7 +93,7 @@ SMALL = [
 
 
 def weights(folder):
-    return load_file(folder / checkpoint.LORA)
+    return load_file(folder / LORA)
 
 
 def test_watching_leaves_training_bit_identical_and_resumes_exactly(tmp_path):
@@ -104,7 +105,7 @@ def test_watching_leaves_training_bit_identical_and_resumes_exactly(tmp_path):
     assert losses[0] == losses[1]
 
     broken = load("demo", [f"output={tmp_path / 'broken'}", "steps=3", *SMALL, *PERIODIC])
-    checkpoint.open_run(broken.output, dump(broken), overwrite=False)
+    open_run(broken.output, dump(broken), overwrite=False)
     killed = Trainer(broken)
     step, kill_at = killed.step, 2
     killed.step = lambda i: step(i) if i < kill_at else pytest.fail("killed")
@@ -123,7 +124,7 @@ def test_watching_leaves_training_bit_identical_and_resumes_exactly(tmp_path):
 
 
 def test_training_stops_when_patience_ends_and_stays_stopped(tmp_path, monkeypatch):
-    from flowbp import evaluation
+    from flowbp.evaluation import scores as evaluation
 
     def falling(*arguments):
         falling.calls += 1

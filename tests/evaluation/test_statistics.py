@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flowbp import statistics
-from flowbp.statistics import interval, paired_p_value, weighted_mean
+from flowbp.evaluation import statistics
+from flowbp.evaluation.statistics import interval, paired_p_value, weighted_mean
 
 REPEATS = 300
 

@@ -5,10 +5,10 @@ import pytest
 import tiny_rewards as tiny
 import torch
 
-from flowbp import checkpoint
 from flowbp.config import load
 from flowbp.rewards import Mixture
-from flowbp.trainer import Trainer
+from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowbp.training.trainer import Trainer
 
 TINY = ["steps=3", "data.batch_size=2", "rollout.num_steps=3", "method={name: refl, last_n: 1}", "evaluation=null", "ema=null"]
 
@@ -47,9 +47,9 @@ def test_a_resumed_mixture_of_rewards_equals_an_unbroken_one(tmp_path):
     assert all(np.isfinite(row["shape"]) and np.isfinite(row["red"]) for row in rows)
     for step in range(2):
         broken.step(step)
-    checkpoint.save_checkpoint(tmp_path, 2, broken.parameters, broken.optimizer, broken.ema, broken.mixture)
-    found = checkpoint.latest_checkpoint(tmp_path)
-    assert checkpoint.load_checkpoint(found, resumed.parameters, resumed.optimizer, resumed.ema, resumed.mixture) == 2
+    save_checkpoint(tmp_path, 2, broken.parameters, broken.optimizer, broken.ema, broken.mixture)
+    found = latest_checkpoint(tmp_path)
+    assert load_checkpoint(found, resumed.parameters, resumed.optimizer, resumed.ema, resumed.mixture) == 2
     again = resumed.step(2)
     assert again["loss"] == rows[2]["loss"]
     assert all(torch.equal(whole.parameters[key], resumed.parameters[key]) for key in whole.parameters)

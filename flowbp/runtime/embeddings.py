@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -27,9 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowbp.backbones import Backbone
-from flowbp.console import progress_bar
-from flowbp.distributed import process_state
 from flowbp.guidance import Conditioning
+from flowbp.runtime.console import progress_bar
+from flowbp.runtime.distributed import process_state
+from flowbp.runtime.environment import versions
+from flowbp.runtime.files import replacing
 
 __all__ = ["EmbeddingCache", "default_cache", "embed_once", "encoder_hash"]
 
@@ -128,9 +128,8 @@ class EmbeddingCache:
         """A file a prompt, whole or not at all; of several processes that write the same prompt, one wins."""
         for row, prompt in enumerate(prompts):
             tensors = {name: value[row].contiguous().cpu() for name, value in embedded.items()}
-            scratch = self.folder / f".{uuid.uuid4().hex}.partial"
-            save_file(tensors, scratch, metadata={"prompt": prompt, "sha256": _digest(tensors)})
-            os.replace(scratch, self.path(prompt))
+            with replacing(self.path(prompt), cache=True) as scratch:
+                save_file(tensors, scratch, metadata={"prompt": prompt, "sha256": _digest(tensors)})
 
     def _check_space(self, count: int) -> None:
         one = self.path("")
@@ -152,8 +151,8 @@ def text_encoders(backbone: Backbone) -> dict[str, nn.Module]:
 def encoder_hash(backbone: Backbone) -> str:
     """Hash of all that determines an embedding beside the prompt; weights are represented by 64 evenly spaced values of each tensor."""
     digest = hashlib.sha256()
-    versions = [importlib.metadata.version(package) for package in ("flowbp", "diffusers", "transformers")]
-    digest.update(repr((type(backbone).__qualname__, backbone.text_options, BATCH, versions)).encode())
+    libraries = list(versions("flowbp", "diffusers", "transformers").values())
+    digest.update(repr((type(backbone).__qualname__, backbone.text_options, BATCH, libraries)).encode())
     for name, encoder in text_encoders(backbone).items():
         digest.update(json.dumps([name, encoder.config.to_dict()], sort_keys=True, default=str).encode())
         for key, value in encoder.state_dict().items():

@@ -16,21 +16,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from flowbp import checkpoint, figures
 from flowbp.config import ConfigError, RewardConfig, RunConfig, by_name, dump, flatten, load
-from flowbp.evaluation import Scores, compare, summarise
+from flowbp.evaluation import figures
+from flowbp.evaluation.pages import describe_reward, images_a_step, panels, render, training_facts, with_fields
+from flowbp.evaluation.scores import Scores, compare, summarise
 from flowbp.image_statistics import IMAGE_STATISTICS
-from flowbp.report import (
-    ENVIRONMENT,
-    describe_environment,
-    describe_reward,
-    images_a_step,
-    panels,
-    render,
-    training_facts,
-    with_fields,
-    without_nan,
-)
+from flowbp.runtime.environment import ENVIRONMENT, describe_environment
+from flowbp.runtime.files import without_nan, write_file
+from flowbp.runtime.run_folder import mark_folder
 
 __all__ = ["Contrast", "Run", "compare_runs", "contrast", "grouped", "read_run"]
 
@@ -188,7 +181,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     if len(folders) < 2:
         raise ValueError(f"a comparison needs two runs or more, got {len(folders)}")
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
-    checkpoint.mark_folder(out, "flowbp compare")
+    mark_folder(out, "flowbp compare")
     images = {run.name: images_a_step(run.config, run.rows) for run in runs}
     first, found = runs[0], contrast([yaml.safe_load(dump(run.config)) for run in runs], list(images.values()))
     scored = {run.name: run.after for run in runs if run.after is not None}
@@ -204,8 +197,8 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         "changes": [{"run": r.name, "against": first.name} | asdict(row) for r in paired for row in compare(first.after, r.after)],
     }
     results = without_nan(results)
-    checkpoint.replace_file(out / "comparison.json", json.dumps(results, indent=1) + "\n")
-    checkpoint.replace_file(out / "comparison.html", page(runs, results))
+    write_file(out / "comparison.json", json.dumps(results, indent=1) + "\n")
+    write_file(out / "comparison.html", page(runs, results))
     return results
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 from accelerate.utils import gather_object
 
-from flowbp.distributed import process_state
+from flowbp.runtime.distributed import process_state
 
 __all__ = ["launched", "naming_the_dead"]
 

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import importlib.metadata
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,18 +25,21 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
-from flowbp import checkpoint, report
 from flowbp.backbones import load_backbone
 from flowbp.config import ConfigError, RunConfig, changed
-from flowbp.console import progress_bar
-from flowbp.data import load_prompts
-from flowbp.distributed import process_state
-from flowbp.embeddings import embed_once
-from flowbp.evaluation import Part, Samples, Scores, compare, draw_samples, join, score_chunk, scorers, summarise
+from flowbp.evaluation.pages import write_evaluation
+from flowbp.evaluation.scores import Part, Samples, Scores, compare, draw_samples, join, score_chunk, scorers, summarise
 from flowbp.image_statistics import IMAGE_STATISTICS
-from flowbp.processes import naming_the_dead
-from flowbp.report import to_json
-from flowbp.reproducible import one_thread
+from flowbp.runtime.console import progress_bar
+from flowbp.runtime.data import load_prompts
+from flowbp.runtime.distributed import process_state
+from flowbp.runtime.embeddings import embed_once
+from flowbp.runtime.environment import versions
+from flowbp.runtime.files import digest_files, replacing, write_file, write_json
+from flowbp.runtime.processes import naming_the_dead
+from flowbp.runtime.reproducible import one_thread
+from flowbp.runtime.run_folder import mark_folder
+from flowbp.runtime.weights import load_weights, weight_files
 
 __all__ = ["BASE", "Model", "name_models", "run_evaluation"]
 
@@ -87,7 +88,7 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
     manifests = [manifest(config, samples, model) for model in models]
     state = process_state()
     if state.is_main_process:
-        checkpoint.mark_folder(folder, "flowbp eval")
+        mark_folder(folder, "flowbp eval")
         for model, about in zip(models, manifests, strict=True):
             open_model(folder / model.name, about, overwrite)
     state.wait_for_everyone()
@@ -110,26 +111,15 @@ def manifest(config: RunConfig, samples: Samples, model: Model) -> dict[str, Any
         raise FileNotFoundError(f"the weights of {model.name}, {model.weights}, do not exist")
     settings = config.model_dump(mode="json", include={"backbone", "guidance", "reward", "evaluation"})
     settings["rollout"] = config.evaluation_rollout.model_dump(mode="json")
-    versions = {package: importlib.metadata.version(package) for package in ("flowbp", "torch", "diffusers", "transformers", "numpy")}
     return {
         "name": model.name,
         "weights": None if model.weights is None else str(model.weights),
-        "sha256": None if model.weights is None else digest_files(checkpoint.weight_files(model.weights)),
+        "sha256": None if model.weights is None else digest_files(weight_files(model.weights)),
         "prompts_sha256": hashlib.sha256(json.dumps(samples.prompts).encode()).hexdigest(),
         "settings": settings,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": versions,
+        "versions": versions("flowbp", "torch", "diffusers", "transformers", "numpy"),
     }
-
-
-def digest_files(paths: Iterable[Path]) -> str:
-    """SHA-256 of the files' contents, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> None:
@@ -152,7 +142,7 @@ def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> 
     elif folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and holds no scores (it has no {MANIFEST}): choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.replace_file(path, json.dumps(about, indent=1))
+    write_file(path, json.dumps(about, indent=1))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -170,7 +160,7 @@ def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path,
     device = str(state.device)
     backbone = load_backbone(**config.backbone.model_dump())
     if model.weights is not None:
-        checkpoint.load_weights(backbone, model.weights)
+        load_weights(backbone, model.weights)
     if config.data.embeddings == "cached":
         embed_once(backbone, [prompt.text for prompt in samples.prompts], config.data.cache, device)
     backbone.pipe.to(device)
@@ -193,9 +183,8 @@ def chunk_file(folder: Path, index: int) -> Path:
 
 
 def write_chunk(path: Path, part: Part) -> None:
-    scratch = path.with_suffix(".partial")
-    save_file(part, scratch)
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        save_file(part, scratch)
 
 
 def read_scores(folder: Path, samples: Samples, metrics: Sequence[str]) -> Scores:
@@ -226,10 +215,10 @@ def write_results(config: RunConfig, folder: Path, results: dict[str, Any], scor
     writer.writerow(["prompt", "category", "seed", *metrics])
     for row in rows:
         writer.writerow([row["prompt"], row["category"], row["seed"], *(v for found in row["scores"].values() for v in found.values())])
-    checkpoint.replace_file(folder / "samples.csv", table.getvalue())
-    checkpoint.replace_file(folder / "samples.json", to_json(rows))
-    checkpoint.replace_file(folder / "results.json", to_json(results))
-    report.write_evaluation(config, folder, results, scores)
+    write_file(folder / "samples.csv", table.getvalue())
+    write_json(folder / "samples.json", rows)
+    write_json(folder / "results.json", results)
+    write_evaluation(config, folder, results, scores)
 
 
 def sample_rows(scores: Mapping[str, Scores]) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowbp.backbones import Backbone
 from flowbp.config import ConfigError, OptimizerConfig, TuningConfig
-from flowbp.distributed import laid_out_as
+from flowbp.runtime.distributed import laid_out_as
 
 __all__ = ["assign", "build_optimizer", "hand_over_gradients", "master_weights", "trainable_parameters", "trained"]
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from flowbp.backbones import Backbone, bind_velocity
 from flowbp.config import EvaluationConfig, RolloutConfig
-from flowbp.data import Prompt, load_prompts, sample_seeds
-from flowbp.distributed import process_state
+from flowbp.evaluation.statistics import interval, paired_p_value, weighted_mean
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import IMAGE_STATISTICS, OF_ONE_IMAGE, diversity, thumbnails
 from flowbp.rewards import ImageEncoder, Reward
-from flowbp.statistics import interval, paired_p_value, weighted_mean
+from flowbp.runtime.data import Prompt, load_prompts, sample_seeds
+from flowbp.runtime.distributed import process_state
 from flowbp.trajectory import rollout
 
 __all__ = ["Difference", "Samples", "Scores", "Summary", "compare", "draw_samples", "evaluate", "generate", "scorers", "summarise"]
@@ -79,7 +79,7 @@ def load_checker(config: EvaluationConfig, device: str) -> Scorer:
             except ValueError as error:
                 raise ValueError(f"evaluation.checker=shapes judges captions of its world alone, others take null: {error}") from error
         return lambda images, texts: torch.from_numpy(np.asarray(check_batch(images.cpu(), texts), dtype=np.float32))
-    from flowbp.geneval import load_geneval
+    from flowbp.evaluation.geneval import load_geneval
 
     return load_geneval(config.checker, sources, device)
 

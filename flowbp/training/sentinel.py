@@ -18,9 +18,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from flowbp.config import EvaluationConfig
-from flowbp.data import load_prompts
-from flowbp.evaluation import Difference, Samples, Scores, compare, draw_samples
-from flowbp.report import between, scale_of_change, signed
+from flowbp.evaluation.numbers import between, scale_of_change, signed
+from flowbp.evaluation.scores import Difference, Samples, Scores, compare, draw_samples
+from flowbp.runtime.data import load_prompts
+from flowbp.runtime.files import replacing
 
 __all__ = ["Sentinel", "best_step", "exhausted", "warnings"]
 
@@ -50,9 +51,8 @@ class Sentinel:
 
     def record(self, steps: int, scores: Scores) -> None:
         self.folder.mkdir(exist_ok=True)
-        scratch = self.file(steps).with_suffix(".partial")
-        save_file({name: np.ascontiguousarray(values) for name, values in scores.values.items()}, scratch)
-        scratch.replace(self.file(steps))
+        with replacing(self.file(steps)) as scratch:
+            save_file({name: np.ascontiguousarray(values) for name, values in scores.values.items()}, scratch)
 
     def forget_after(self, done: int) -> None:
         """Drop evaluations made after the checkpoint that a run resumes from."""

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowbp.data import read_lines
 from flowbp.rewards.clip import image_features
+from flowbp.runtime.data import read_lines
 
 if TYPE_CHECKING:
     from flowbp.config import GenEvalConfig

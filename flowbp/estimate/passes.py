@@ -21,19 +21,19 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedModel, Qwen3Config
 
-from flowbp.architectures import IMAGE_TOWERS, ImageTower, read_backbone
 from flowbp.backbones import Backbone, bind_velocity
 from flowbp.config import BackboneConfig, RunConfig, ScorerConfig
-from flowbp.embeddings import BATCH
+from flowbp.estimate.architectures import IMAGE_TOWERS, ImageTower, read_backbone
 from flowbp.guidance import GuidedVelocity
 from flowbp.methods import draw_plans
 from flowbp.objective import reward_gradient
-from flowbp.performance import LiveBytes, save_memory
 from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.replay import record
 from flowbp.rewards import Mixture, Reward
 from flowbp.rewards.registry import EMBEDDED, find_folders, find_source
-from flowbp.tuning import trainable_parameters
+from flowbp.runtime.embeddings import BATCH
+from flowbp.runtime.memory import LiveBytes, save_memory
+from flowbp.runtime.tuning import trainable_parameters
 
 __all__ = ["NetworkPass", "RewardPass", "TextPass", "draw_plan", "network_pass", "reward_pass", "text_pass"]
 
@@ -96,7 +96,7 @@ def reward_pass(config: RunConfig) -> RewardPass:
 
 
 def text_pass(config: RunConfig) -> TextPass:
-    """The run's text encoders, embedding as many prompts as `flowbp.embeddings` does at a time."""
+    """The run's text encoders, embedding as many prompts as `flowbp.runtime.embeddings` does at a time."""
     return _text_pass(config.backbone.model_dump_json())
 
 

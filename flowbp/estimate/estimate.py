@@ -8,7 +8,7 @@
     update    =  gradients + one more copy of the trained parameters, which AdamW makes on a GPU
     embedding =  text encoders and one batch of prompts, before the rest is on the device
 
-The passes are run on the meta device (`flowbp.passes`). What an allocator adds to their live bytes (fragmentation, workspaces, the CUDA
+The passes are run on the meta device (`passes`). What an allocator adds to their live bytes (fragmentation, workspaces, the CUDA
 context) is not counted. No estimate was compared with a GPU.
 """
 
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from flowbp.config import RunConfig, load
-from flowbp.passes import NetworkPass, RewardPass, TextPass, draw_plan, network_pass, reward_pass, text_pass
+from flowbp.estimate.passes import NetworkPass, RewardPass, TextPass, draw_plan, network_pass, reward_pass, text_pass
 from flowbp.plan import PlanBatch, SurrogatePlan
 
 __all__ = ["MARGIN", "Estimate", "estimate", "parse_size", "suggest", "without_masters"]

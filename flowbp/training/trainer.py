@@ -20,25 +20,30 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from flowbp import checkpoint, evaluation, report
 from flowbp.backbones import Backbone, bind_velocity, check_guidance, load_backbone
 from flowbp.config import EvaluationConfig, RunConfig, dump
-from flowbp.console import progress_bar
-from flowbp.data import PromptStream, load_prompts, sample_seeds
-from flowbp.distributed import Ranks, full, process_state
-from flowbp.embeddings import embed_once
+from flowbp.evaluation import scores as evaluation
 from flowbp.methods import draw_plans
 from flowbp.objective import clip_samples, loss_factors, reward_gradient, sample_weights
-from flowbp.performance import Phases, compile_blocks, now, peak_memory_mb, save_memory
 from flowbp.plan import PlanBatch, SurrogatePlan
-from flowbp.processes import naming_the_dead
 from flowbp.replay import Recompute
-from flowbp.reproducible import one_thread
 from flowbp.rewards import Mixture, Reward
-from flowbp.sentinel import Sentinel
+from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowbp.runtime.console import progress_bar
+from flowbp.runtime.data import PromptStream, load_prompts, sample_seeds
+from flowbp.runtime.distributed import Ranks, full, process_state
+from flowbp.runtime.embeddings import embed_once
+from flowbp.runtime.environment import record_environment
+from flowbp.runtime.memory import Phases, compile_blocks, now, peak_memory_mb, save_memory
+from flowbp.runtime.processes import naming_the_dead
+from flowbp.runtime.reproducible import one_thread
+from flowbp.runtime.run_folder import METRICS, check_run, keep_first_lines, locked, open_run
+from flowbp.runtime.tuning import assign, build_optimizer, hand_over_gradients, master_weights, trainable_parameters, trained
+from flowbp.runtime.weights import base_weights, save_weights
 from flowbp.surrogate import backward, residuals, reward_input
+from flowbp.training.report import Report
+from flowbp.training.sentinel import Sentinel
 from flowbp.trajectory import Trajectory, rollout
-from flowbp.tuning import assign, build_optimizer, hand_over_gradients, master_weights, trainable_parameters, trained
 
 __all__ = ["Trainer", "train"]
 
@@ -54,11 +59,11 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> P
     """
     state = process_state()
     threads = one_thread() if state.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ else nullcontext()
-    with threads, checkpoint.claimed(config.output) if state.is_main_process else nullcontext():
-        checkpoint.check_run(config.output, dump(config), resume, overwrite)
+    with threads, locked(config.output) if state.is_main_process else nullcontext():
+        check_run(config.output, dump(config), resume, overwrite)
         trainer = Trainer(config)
         if trainer.ranks.is_main:
-            checkpoint.open_run(config.output, dump(config), overwrite)
+            open_run(config.output, dump(config), overwrite)
         trainer.accelerator.wait_for_everyone()
         trainer.run()
     return config.output
@@ -121,15 +126,15 @@ class Trainer:
 
     def run(self) -> None:
         config, done = self.config, 0
-        found = checkpoint.latest_checkpoint(config.output)
+        found = latest_checkpoint(config.output)
         if found is not None:
-            done = checkpoint.load_checkpoint(found, self.masters, self.optimizer, self.ema, self.mixture)
+            done = load_checkpoint(found, self.masters, self.optimizer, self.ema, self.mixture)
             assign(self.parameters, self.masters)
         main = self.ranks.is_main  # which alone writes
-        metrics_path = config.output / checkpoint.METRICS if main else Path(os.devnull)
-        checkpoint.keep_first_lines(metrics_path, done)
+        metrics_path = config.output / METRICS if main else Path(os.devnull)
+        keep_first_lines(metrics_path, done)
         if main:
-            report.record_environment(config.output)
+            record_environment(config.output)
         if main and self.sentinel is not None:
             self.sentinel.forget_after(done)
         self.accelerator.init_trackers("tensorboard")
@@ -146,11 +151,11 @@ class Trainer:
                 stopped = self.watch_held_out(step + 1)
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopped:
                     state = (self.masters, self.optimizer, self.ema, self.mixture)
-                    checkpoint.save_checkpoint(config.output, step + 1, *state, write=main)
+                    save_checkpoint(config.output, step + 1, *state, write=main)
                 if stopped:
                     break
         with self.weights(self.tuned):
-            checkpoint.save_weights(self.backbone, config.output, write=main)
+            save_weights(self.backbone, config.output, write=main)
         self.report()
         self.accelerator.end_training()
 
@@ -161,7 +166,7 @@ class Trainer:
         """
         config, main = self.config, self.ranks.is_main
         plan = config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(config.seed))
-        pages = report.Report(config, plan, self.sigmas.tolist())
+        pages = Report(config, plan, self.sigmas.tolist())
         if config.evaluation is not None:
             samples = evaluation.draw_samples(self.held_out, config.evaluation)
             named = self.scorers(config.evaluation)
@@ -194,7 +199,7 @@ class Trainer:
             with self.weights(self.tuned):
                 scores = self.score(self.sentinel.samples, named)
                 if self.ranks.main_says(lambda: self.sentinel.is_best(steps, scores)):
-                    checkpoint.save_weights(self.backbone, self.config.output / "best", write=self.ranks.is_main)
+                    save_weights(self.backbone, self.config.output / "best", write=self.ranks.is_main)
             if self.ranks.is_main:
                 self.sentinel.record(steps, scores)
             self.accelerator.log({f"validation/{name}": float(values.mean()) for name, values in scores.values.items()}, step=steps)
@@ -318,7 +323,7 @@ class Trainer:
     def base(self) -> dict[str, Tensor]:
         """The weights that a run starts from: a LoRA of zero, or the checkpoint's own, read again."""
         if self.config.tuning.mode == "full":
-            return checkpoint.base_weights(self.backbone)
+            return base_weights(self.backbone)
         return {name: torch.zeros_like(p) if "lora_B" in name else p for name, p in self.parameters.items()}
 
     @property

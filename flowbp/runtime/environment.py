@@ -1,0 +1,40 @@
+"""What runs: the versions of flowbp and of the libraries under it, and the device."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flowbp
+from flowbp.runtime.files import write_json
+from flowbp_kernels.bench import machine
+
+__all__ = ["describe_environment", "environment", "record_environment", "versions"]
+
+ENVIRONMENT = "environment.json"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed version of each package, by name."""
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def environment() -> dict[str, Any]:
+    """What ran: flowbp's version and commit, the libraries and the device."""
+    about = machine("cuda" if torch.cuda.is_available() else "cpu")
+    libraries = versions("diffusers", "transformers")
+    return {"flowbp": flowbp.__version__, "commit": about["commit"]} | about["versions"] | libraries | {"device": about["device"]}
+
+
+def record_environment(folder: Path) -> None:
+    """Keep what runs as environment.json; a resumed run's is that of its last part."""
+    write_json(folder / ENVIRONMENT, environment())
+
+
+def describe_environment(about: Mapping[str, Any]) -> str:
+    """One line of `environment`."""
+    return ", ".join(f"{value}" if key == "device" else f"{key} {value}" for key, value in about.items() if value)

@@ -1,0 +1,105 @@
+"""Files and folders that are whole or not there.
+
+Everything is written under a scratch name beside its place and moved there in one step. Its bytes reach the disk before its name
+does, so that a kill, a full disk or a power cut leaves the old one or the new one, never half of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+__all__ = ["digest_files", "replacing", "write_file", "write_json"]
+
+
+@contextmanager
+def replacing(path: Path, cache: bool = False) -> Iterator[Path]:
+    """A scratch path that takes the place of `path`, as the file or folder that the block made of it, when the block ends without error.
+
+    If the block raises, `path` is as it was and the scratch is gone. A kill leaves the scratch, named `.NAME.partial`, for the
+    next write to remove.
+    cache: several processes may write `path` at once, and whoever reads it checks it: each has a scratch of its own, and none waits
+    for the disk.
+    Raises OSError where it cannot be written: on a full disk, safetensors and torch raise errors of their own.
+    """
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial" if cache else f".{path.name}.partial")
+    remove(scratch)
+    try:
+        yield scratch
+        if not cache:
+            flush(scratch)
+        if path.is_dir():
+            old = path.with_name(f".{path.name}.old.partial")
+            remove(old)
+            os.replace(path, old)
+            os.replace(scratch, path)
+            remove(old)
+        else:
+            os.replace(scratch, path)
+        if not cache:
+            sync(path.parent)
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"{path} cannot be written: {error}. Its disk may be full") from error
+    finally:
+        remove(scratch)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all; text as UTF-8."""
+    with replacing(path) as scratch:
+        scratch.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all; a number that is not finite becomes null."""
+    write_file(path, json.dumps(without_nan(value), indent=1) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """SHA-256 of the files' contents, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all it holds, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or all that a folder holds, is on the disk."""
+    for part in (*(path.rglob("*") if path.is_dir() else ()), path):
+        sync(part)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
