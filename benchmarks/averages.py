@@ -17,8 +17,6 @@ import numpy as np
 import torch
 
 from flowbp.config import load
-from flowbp.evaluation import scores as evaluation
-from flowbp.runtime.data import load_prompts
 from flowbp.runtime.environment import environment
 from flowbp.training.trainer import Trainer
 
@@ -51,17 +49,15 @@ def train(seed: int) -> dict:
         scored = ["evaluation.prompts=shapes:dev", "evaluation.samples=576", "evaluation.seed=77"]
         config = load("demo", [f"output={folder}", f"seed={seed}", "ema=null", *scored])
         trainer = Trainer(config)
-    averages = {decay: {name: p.detach().clone() for name, p in trainer.parameters.items()} for decay in DECAYS}
+    averages = {decay: {name: p.detach().clone() for name, p in trainer.model.parameters.items()} for decay in DECAYS}
     for step in range(config.steps):
         trainer.step(step)
         for decay, average in averages.items():
-            for name, p in trainer.parameters.items():
+            for name, p in trainer.model.parameters.items():
                 average[name].lerp_(p.detach(), 1 - decay)
-    samples, named = evaluation.draw_samples(load_prompts(config.evaluation.prompts), config.evaluation), trainer.scorers(config.evaluation)
     found = {}
-    for key, weights in {"base": trainer.base, **averages}.items():
-        with trainer.weights(weights):
-            scores = trainer.score(samples, named)
+    for key, weights in {"base": trainer.model.base, **averages}.items():
+        scores = trainer.evaluator.score(trainer.model, weights)
         found[key] = {name: float(np.nanmean(scores.values[name])) for name in METRICS}
     return found
 

@@ -26,10 +26,10 @@ def way(overrides: list[str], steps: int, lr: float) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as folder:
         small = [f"output={folder}", "tuning.mode=full", f"optimizer.lr={lr}", "data.batch_size=8", "evaluation=null", f"steps={steps}"]
         trainer = Trainer(load("demo", [*small, *overrides]))
-        start = [p.detach().double() for p in trainer.masters.values()]
+        start = [p.detach().double() for p in trainer.model.masters.values()]
         for step in range(steps):
             trainer.step(step)
-    return torch.cat([(p.detach().double() - s).flatten() for p, s in zip(trainer.masters.values(), start, strict=True)])
+    return torch.cat([(p.detach().double() - s).flatten() for p, s in zip(trainer.model.masters.values(), start, strict=True)])
 
 
 def main() -> None:

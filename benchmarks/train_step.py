@@ -77,7 +77,7 @@ def measure(name: str, method: dict, tuning: str, checkpointing: bool, recompute
         return {"out_of_memory": phases.current or "models"}
     seconds = {phase: statistics.median(step[f"{phase}_seconds"] for step in steps) for phase in PHASES}
     whole = statistics.median(step["seconds"] for step in steps)
-    parameters = sum(p.numel() for p in trainer.parameters.values())
+    parameters = sum(p.numel() for p in trainer.model.parameters.values())
     return {"step_seconds": whole, "seconds": seconds, "at_rest_mb": at_rest, "peak_mb": phases.peak_mb, "trained_parameters": parameters}
 
 

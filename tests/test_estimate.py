@@ -41,13 +41,14 @@ def tiny(tmp_path, *overrides, side=128):
 
 def held(trainer):
     """Every tensor that a trainer keeps between steps."""
-    for module in (trainer.backbone.denoiser, trainer.backbone.pipe.vae, *(reward.model for reward in trainer.mixture.rewards.values())):
+    backbone, rewards = trainer.model.backbone, [reward.model for reward in trainer.rewards.rewards.values()]
+    for module in (backbone.denoiser, backbone.pipe.vae, *rewards):
         yield from module.parameters()
         yield from module.buffers()
-    yield from trainer.masters.values()
+    yield from trainer.model.masters.values()
     for state in trainer.optimizer.state.values():
         yield from (value for value in state.values() if isinstance(value, torch.Tensor))
-    yield from trainer.ema.shadow_params if trainer.ema else ()
+    yield from trainer.model.ema.shadow_params if trainer.model.ema else ()
 
 
 class LivePhases(Phases):
@@ -102,9 +103,9 @@ def test_the_peak_of_every_part_is_predicted_within_5_percent(name, overrides, b
     assert ratios.keys() == {"rollout", "reward", "sweep", "update"}
     assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), abs=0.05)
     assert max(predicted.peaks[phase] for phase in measured) == pytest.approx(max(measured.values()), rel=0.05)
-    assert predicted.trained == sum(p.numel() for p in trainer.parameters.values())
+    assert predicted.trained == sum(p.numel() for p in trainer.model.parameters.values())
     adapters = predicted.trained if config.tuning.mode == "lora" else 0
-    assert predicted.parameters == sum(p.numel() for p in trainer.backbone.denoiser.parameters()) - adapters
+    assert predicted.parameters == sum(p.numel() for p in trainer.model.backbone.denoiser.parameters()) - adapters
 
 
 @pytest.mark.parametrize("name", TINY_PIPELINES)

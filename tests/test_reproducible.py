@@ -13,7 +13,6 @@ from flowbp.config import load
 from flowbp.evaluation import scores as evaluation
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowbp.runtime.reproducible import MODE, TOO_LATE, math_library, mkl_is_reproducible
-from flowbp.runtime.tuning import assign
 from flowbp.runtime.weights import load_weights, save_weights
 from flowbp.training.trainer import Trainer
 
@@ -35,25 +34,23 @@ def run(backbone_overrides, tmp_path_factory):
 
 
 def state(trainer):
-    return trainer.masters, trainer.optimizer, trainer.ema, trainer.mixture
+    return trainer.model, trainer.optimizer, trainer.rewards
 
 
 def second_step(run):
     """What a run that is resumed after its first step logs of the second, and its weights and their average after it."""
     trainer, folder = run
     assert load_checkpoint(latest_checkpoint(folder), *state(trainer)) == 1
-    assign(trainer.parameters, trainer.masters)
     row = trainer.step(1)
     logged = {key: value for key, value in row.items() if not key.endswith("seconds") and key != "peak_mb"}
-    return logged, [p.detach().clone() for p in (*trainer.parameters.values(), *trainer.ema.shadow_params)]
+    return logged, [p.detach().clone() for p in (*trainer.model.parameters.values(), *trainer.model.ema.shadow_params)]
 
 
 def evaluated(trainer, backbone):
     """Scores by metric, and pictures, of three samples that `backbone` draws."""
     config = trainer.config
-    samples = evaluation.draw_samples(trainer.held_out, config.evaluation)
-    named = evaluation.scorers(config.evaluation, trainer.mixture.rewards, trainer.monitors)
-    found = evaluation.evaluate(backbone, samples, config.rollout, config.guidance, named)
+    named = trainer.evaluator.load()
+    found = evaluation.evaluate(backbone, trainer.evaluator.samples, config.rollout, config.guidance, named)
     return {name: column.tolist() for name, column in found.values.items()} | {"pictures": found.images.tolist()}
 
 
@@ -62,10 +59,10 @@ def expected(run):
     """(second step, its weights, the evaluation of what the run then saves), with all tensors where torch puts them."""
     trainer, folder = run
     logged, weights = second_step(run)
-    with trainer.weights(trainer.tuned):
-        save_weights(trainer.backbone, folder)
-        with frozen(trainer.backbone.denoiser):
-            return logged, weights, evaluated(trainer, trainer.backbone)
+    with trainer.model.using(trainer.model.tuned):
+        save_weights(trainer.model.backbone, folder)
+        with frozen(trainer.model.backbone.denoiser):
+            return logged, weights, evaluated(trainer, trainer.model.backbone)
 
 
 def test_the_tests_themselves_run_in_the_reproducible_mode():
@@ -85,7 +82,7 @@ def test_a_saved_lora_has_the_scores_and_pictures_of_its_run_wherever_tensors_li
     trainer, folder = run
     backbone = load_backbone(**trainer.config.backbone.model_dump())
     load_weights(backbone, folder)
-    backbone.encode = trainer.backbone.encode  # the same embeddings, from their files
+    backbone.encode = trainer.model.backbone.encode  # the same embeddings, from their files
     with Displaced(offset):
         assert evaluated(trainer, backbone) == expected[2]
 

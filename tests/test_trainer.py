@@ -21,10 +21,11 @@ from flowbp.replay import Recompute
 from flowbp.rewards import Smoothed, Smoothing, load_reward
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowbp.runtime.data import Prompt, sample_seeds
-from flowbp.runtime.run_folder import locked, open_run
+from flowbp.runtime.run_folder import RunFolder
 from flowbp.runtime.weights import load_weights
 from flowbp.surrogate import as_graph, backward, reward_input
-from flowbp.training.trainer import Trainer, train
+from flowbp.training.run import run, train
+from flowbp.training.trainer import Trainer
 from flowbp.trajectory import rollout
 
 TINY = ["steps=2", "data.batch_size=2", "rollout.num_steps=12", "checkpoint_every=1", "evaluation=null"]
@@ -46,7 +47,8 @@ def test_every_method_trains_the_embedded_model(name, tmp_path):
     trainer = Trainer(tiny(tmp_path, f"method.name={name}", *extra))
     row = trainer.step(0)
     assert np.isfinite(row["grad_norm"]) and row["grad_norm"] > 0 and not row["skipped"]
-    still = [key for key in trainer.parameters if "lora_B" in key and torch.equal(trainer.parameters[key], trainer.base[key])]
+    trained, base = trainer.model.parameters, trainer.model.base
+    still = [key for key in trained if "lora_B" in key and torch.equal(trained[key], base[key])]
     assert all("transformer_blocks.3.attn.add_q_proj" in key for key in still)  # the last block drops what the text queries attend to
 
 
@@ -92,11 +94,11 @@ def test_a_resumed_run_equals_an_unbroken_one(backbone_overrides, tmp_path):
     broken = tiny(tmp_path / "broken", "steps=3", "method.name=draft-lv", *backbone_overrides)
     stopped = Trainer(broken)
     stopped_at = 2
-    open_run(broken.output, dump(broken), overwrite=False)
+    RunFolder(broken.output).open(broken)
     rows = [{"step": s + 1} | stopped.step(s) for s in range(stopped_at)]
     lines = [json.dumps(row) for row in rows] + ['{"step": 3, "lost": true}']  # logged after the checkpoint, before the kill
     (broken.output / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    save_checkpoint(broken.output, stopped_at, stopped.parameters, stopped.optimizer, stopped.ema, stopped.mixture)
+    save_checkpoint(broken.output, stopped_at, stopped.model, stopped.optimizer, stopped.rewards)
     train(broken, resume=True)
     expected, got = lora_file(whole.output), lora_file(broken.output)
     assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
@@ -123,17 +125,17 @@ def test_a_checkpoint_of_a_device_that_is_gone_still_loads(tmp_path, monkeypatch
     """As when eight processes resume what the first wrote from its GPU."""
     trainer = Trainer(tiny(tmp_path))
     trainer.step(0)
-    state = (trainer.parameters, trainer.optimizer, trainer.ema, trainer.mixture)
+    state = (trainer.model, trainer.optimizer, trainer.rewards)
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:99")
     save_checkpoint(tmp_path, 1, *state)
     assert load_checkpoint(latest_checkpoint(tmp_path), *state) == 1
-    devices = {p.device for p in trainer.parameters.values()}
-    assert {shadow.device for shadow in trainer.ema.shadow_params} == devices
+    devices = {p.device for p in trainer.model.parameters.values()}
+    assert {shadow.device for shadow in trainer.model.ema.shadow_params} == devices
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_leaves_no_scraps(tmp_path, monkeypatch):
     trainer = Trainer(tiny(tmp_path))
-    state = (trainer.parameters, trainer.optimizer, trainer.ema, trainer.mixture)
+    state = (trainer.model, trainer.optimizer, trainer.rewards)
     save_checkpoint(tmp_path, 1, *state)
 
     def full(*arguments):
@@ -148,11 +150,12 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_leaves_no_scraps(tmp_path, mo
 def test_lora_weights_load_into_a_fresh_diffusers_pipeline(tmp_path):
     config = tiny(tmp_path, "tuning.alpha=8", "data.embeddings=live")
     trainer = Trainer(config)
-    open_run(config.output, dump(config), overwrite=False)
-    trainer.run()
+    folder = RunFolder(config.output)
+    folder.open(config)
+    run(trainer, folder)
     arguments = (["a red circle"], [7], config.rollout, config.guidance)
-    with trainer.weights(trainer.tuned):
-        expected = evaluation.generate(trainer.backbone, *arguments)
+    with trainer.model.using(trainer.model.tuned):
+        expected = evaluation.generate(trainer.model.backbone, *arguments)
     fresh = load_backbone("shapes", max_sequence_length=1)
     base = evaluation.generate(fresh, *arguments)
     load_weights(fresh, config.output)
@@ -163,11 +166,12 @@ def test_lora_weights_load_into_a_fresh_diffusers_pipeline(tmp_path):
 def test_full_weights_are_saved_as_a_folder_that_loads_back(tmp_path):
     config = tiny(tmp_path, "tuning.mode=full", "optimizer.lr=1e-4", "steps=1")
     trainer = Trainer(config)
-    open_run(config.output, dump(config), overwrite=False)
-    trainer.run()
+    folder = RunFolder(config.output)
+    folder.open(config)
+    run(trainer, folder)
     fresh = load_backbone("shapes", max_sequence_length=1)
     load_weights(fresh, config.output)
-    for name, value in trainer.tuned.items():
+    for name, value in trainer.model.tuned.items():
         assert torch.equal(fresh.denoiser.get_parameter(name), value)
 
 
@@ -176,10 +180,10 @@ def test_the_base_of_a_trained_run_is_the_model_it_started_from(mode, tmp_path):
     trainer = Trainer(tiny(tmp_path, f"tuning.mode={mode}", "data.embeddings=live"))
     trainer.step(0)
     arguments = (["a red circle"], [7], trainer.config.rollout, trainer.config.guidance)
-    with trainer.weights(trainer.base):
-        base = evaluation.generate(trainer.backbone, *arguments)
+    with trainer.model.using(trainer.model.base):
+        base = evaluation.generate(trainer.model.backbone, *arguments)
     assert torch.equal(base, evaluation.generate(load_backbone("shapes", max_sequence_length=1), *arguments))
-    assert not torch.equal(base, evaluation.generate(trainer.backbone, *arguments))
+    assert not torch.equal(base, evaluation.generate(trainer.model.backbone, *arguments))
 
 
 def test_a_step_tells_where_its_time_went(tmp_path):
@@ -190,45 +194,45 @@ def test_a_step_tells_where_its_time_went(tmp_path):
 
 def test_a_broken_gradient_changes_nothing(tmp_path):
     trainer = Trainer(tiny(tmp_path))
-    term = trainer.mixture.terms["reward"]
+    term = trainer.rewards.terms["reward"]
     reward, term.reward = term.reward, lambda images, prompts: reward(images, prompts) * float("nan")
-    before = {key: p.detach().clone() for key, p in trainer.parameters.items()}
+    before = {key: p.detach().clone() for key, p in trainer.model.parameters.items()}
     row = trainer.step(0)
-    assert row["skipped"] and all(torch.equal(trainer.parameters[key], before[key]) for key in before)
+    assert row["skipped"] and all(torch.equal(trainer.model.parameters[key], before[key]) for key in before)
 
 
 def test_accumulated_micro_batches_are_averaged(tmp_path):
     trainer = Trainer(tiny(tmp_path, "data.accumulate=2", "reward.smooth=null"))
     trainer.accumulate_gradient(0, 0)
-    first = {key: p.grad.clone() for key, p in trainer.parameters.items()}
+    first = {key: p.grad.clone() for key, p in trainer.model.parameters.items()}
     trainer.optimizer.zero_grad()
     trainer.accumulate_gradient(0, 1)
-    second = {key: p.grad.clone() for key, p in trainer.parameters.items()}
+    second = {key: p.grad.clone() for key, p in trainer.model.parameters.items()}
     trainer.accumulate_gradient(0, 0)
-    for key, p in trainer.parameters.items():
+    for key, p in trainer.model.parameters.items():
         torch.testing.assert_close(p.grad, first[key] + second[key], rtol=1e-4, atol=1e-7)
     alone = Trainer(tiny(tmp_path, "reward.smooth=null"))
     alone.accumulate_gradient(0, 0)  # the same plan, prompts and noise
-    for key, p in alone.parameters.items():
+    for key, p in alone.model.parameters.items():
         torch.testing.assert_close(p.grad, 2 * first[key], rtol=1e-4, atol=1e-7)
 
 
 def test_a_trained_parameter_without_gradient_is_named(tmp_path):
     trainer = Trainer(tiny(tmp_path))
-    trainer.parameters["unused"] = torch.nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError, match=f"1 of {len(trainer.parameters)} trained parameters take no part .* such as unused"):
+    trainer.model.parameters["unused"] = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match=f"1 of {len(trainer.model.parameters)} trained parameters take no part .* such as unused"):
         trainer.step(0)
 
 
 def test_the_moving_average_is_a_lerp_of_constant_decay_from_the_first_step_on(tmp_path):
     """The released trainers call lerp_(weights, 1 - decay) after every step, on a copy of the base weights."""
     trainer = Trainer(tiny(tmp_path, "steps=3", "ema=0.995"))
-    average = {key: p.detach().clone() for key, p in trainer.parameters.items()}
+    average = {key: p.detach().clone() for key, p in trainer.model.parameters.items()}
     for step in range(3):
         trainer.step(step)
         for key, value in average.items():
-            value.lerp_(trainer.parameters[key].detach(), 1 - 0.995)
-    for key, value in trainer.tuned.items():
+            value.lerp_(trainer.model.parameters[key].detach(), 1 - 0.995)
+    for key, value in trainer.model.tuned.items():
         torch.testing.assert_close(value, average[key], rtol=1e-6, atol=1e-9)
 
 
@@ -241,7 +245,7 @@ def test_memory_settings_leave_the_gradient_as_it_is(name, tmp_path):
         trainer.config = trainer.config.model_copy(update={"memory": MemoryConfig(**memory)})
         trainer.recompute = Recompute(trainer.config.memory.recompute)
         trainer.accumulate_gradient(0, 0)
-        gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters.values() if p.grad is not None]))
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters.values() if p.grad is not None]))
         trainer.optimizer.zero_grad()
     for other in gradients[1:]:
         assert (other - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
@@ -254,8 +258,8 @@ def test_lora_dropout_is_the_same_in_rollout_and_replay(checkpointing, tmp_path)
         overrides = ["tuning.dropout=0.3", f"memory.checkpointing={checkpointing}", f"memory.recompute={recompute}", "guidance.scale=2.0"]
         trainer = Trainer(tiny(tmp_path, *overrides))
         trainer.accumulate_gradient(0, 0)
-        gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters.values() if p.grad is not None]))
-        assert not trainer.backbone.denoiser.training
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters.values() if p.grad is not None]))
+        assert not trainer.model.backbone.denoiser.training
     assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
 
 
@@ -303,7 +307,7 @@ def test_clipping_bounds_each_sample_and_leaves_small_ones():
 
 def run_folder(config):
     """What a run of `config` leaves, without its weights."""
-    open_run(config.output, dump(config), overwrite=False)
+    RunFolder(config.output).open(config)
     (config.output / "metrics.jsonl").write_text('{"step": 1}\n')
     return {path.name: path.read_text() for path in config.output.iterdir()}
 
@@ -348,8 +352,9 @@ def test_a_run_that_is_overwritten_leaves_nothing_but_what_others_put_there(tmp_
         (config.output / name).mkdir(parents=True)
     for name in ("scores_before.csv", "samples_after.png", "report.html", ".plan.png.partial", "notes.txt"):
         (config.output / name).write_text("")
-    open_run(config.output, dump(config), overwrite=True)
-    assert sorted(path.name for path in config.output.iterdir()) == ["config.yaml", "metrics.jsonl", "notes.txt"]
+    RunFolder(config.output).open(config, overwrite=True)
+    written = ["config.yaml", "environment.json", "metrics.jsonl", "notes.txt"]
+    assert sorted(path.name for path in config.output.iterdir()) == written
     assert (config.output / "metrics.jsonl").read_text() == ""
 
 
@@ -370,7 +375,7 @@ def test_bad_input_leaves_no_folder(tmp_path):
 @pytest.mark.parametrize(("told", "taken"), [(None, 1), ("3", 3)])
 def test_training_on_a_cpu_takes_one_thread_unless_told(told, taken, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(Trainer, "run", lambda trainer: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr("flowbp.training.run.run", lambda trainer, folder: seen.append(torch.get_num_threads()))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if told is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", told)
@@ -386,7 +391,7 @@ def test_training_on_a_cpu_takes_one_thread_unless_told(told, taken, tmp_path, m
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
     config = tiny(tmp_path)
     before = run_folder(config)
-    with locked(config.output):
+    with RunFolder(config.output).locked():
         for how in ({}, {"resume": True}, {"overwrite": True}):
             with pytest.raises(FileExistsError, match="another process trains in .*run right now"):
                 train(config, **how)
@@ -406,7 +411,7 @@ def saved_run(config):
     """A run with a checkpoint after its first step."""
     run_folder(config)
     trainer = Trainer(config)
-    state = (trainer.masters, trainer.optimizer, trainer.ema, trainer.mixture)
+    state = (trainer.model, trainer.optimizer, trainer.rewards)
     save_checkpoint(config.output, 1, *state)
     return latest_checkpoint(config.output), state
 

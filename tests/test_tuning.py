@@ -6,7 +6,6 @@ from safetensors.torch import load_file
 
 from flowbp.config import load
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from flowbp.runtime.tuning import assign
 from flowbp.runtime.weights import save_weights
 from flowbp.training.trainer import Trainer
 
@@ -21,12 +20,12 @@ def trainer(folder, *overrides):
 def moved(folder, *overrides):
     """How far STEPS updates by the same gradients carry the network's, the optimizer's and the averaged weights."""
     run, noise = trainer(folder, *overrides), torch.Generator().manual_seed(0)
-    start = [p.detach().float().clone() for p in run.parameters.values()]
+    start = [p.detach().float().clone() for p in run.model.parameters.values()]
     for step in range(STEPS):
-        for p in run.parameters.values():
+        for p in run.model.parameters.values():
             p.grad = (1 + torch.randn(p.shape, generator=noise)).bfloat16().to(p.dtype)
         run.update(step)
-    weights = {"network": run.parameters.values(), "optimizer": run.masters.values(), "average": run.ema.shadow_params}
+    weights = {"network": run.model.parameters.values(), "optimizer": run.model.masters.values(), "average": run.model.ema.shadow_params}
     return {name: torch.cat([(p.detach() - s).flatten() for p, s in zip(ps, start, strict=True)]) for name, ps in weights.items()}
 
 
@@ -49,30 +48,29 @@ def test_without_master_weights_bfloat16_rounds_most_steps_away(in_float32, tmp_
 def test_the_network_computes_with_its_own_rounding_of_the_master_weights(tmp_path):
     run = trainer(tmp_path, "backbone.dtype=bfloat16")
     run.step(0)
-    for name, p in run.parameters.items():
-        assert p.dtype == torch.bfloat16 and run.masters[name].dtype == torch.float32 and p.grad is None
-        assert torch.equal(p, run.masters[name].bfloat16())
-    assert any(not torch.equal(p.float(), run.masters[name]) for name, p in run.parameters.items())
-    save_weights(run.backbone, tmp_path)
+    for name, p in run.model.parameters.items():
+        assert p.dtype == torch.bfloat16 and run.model.masters[name].dtype == torch.float32 and p.grad is None
+        assert torch.equal(p, run.model.masters[name].bfloat16())
+    assert any(not torch.equal(p.float(), run.model.masters[name]) for name, p in run.model.parameters.items())
+    save_weights(run.model.backbone, tmp_path)
     assert {p.dtype for p in load_file(tmp_path / "transformer/diffusion_pytorch_model.safetensors").values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("masters", ["true", "false"])
 def test_a_resumed_bfloat16_run_takes_the_step_of_an_unbroken_one(masters, tmp_path):
     runs = [trainer(tmp_path, "backbone.dtype=bfloat16", f"tuning.master_weights={masters}") for _ in range(2)]
-    states = [(run.masters, run.optimizer, run.ema, run.mixture) for run in runs]
+    states = [(run.model, run.optimizer, run.rewards) for run in runs]
     runs[0].step(0)
     save_checkpoint(tmp_path, 1, *states[0])
     assert load_checkpoint(latest_checkpoint(tmp_path), *states[1]) == 1
-    assign(runs[1].parameters, runs[1].masters)
     rows = [{key: run.step(1)[key] for key in ("loss", "grad_norm")} for run in runs]
     assert rows[0] == rows[1]
-    for name, p in runs[0].masters.items():
+    for name, p in runs[0].model.masters.items():
         assert torch.equal(p, runs[1].masters[name]) and torch.equal(runs[0].parameters[name], runs[1].parameters[name])
-    averages = list(zip(*(run.ema.shadow_params for run in runs), strict=True))
+    averages = list(zip(*(run.model.ema.shadow_params for run in runs), strict=True))
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in averages)
 
 
 def test_lora_is_its_own_master(tmp_path):
     run = trainer(tmp_path, "tuning.mode=lora", "backbone.dtype=bfloat16")
-    assert all(run.masters[name] is p for name, p in run.parameters.items())
+    assert all(run.model.masters[name] is p for name, p in run.model.parameters.items())

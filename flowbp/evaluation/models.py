@@ -32,7 +32,7 @@ from flowbp.evaluation.scores import Part, Samples, Scores, compare, draw_sample
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.data import load_prompts
-from flowbp.runtime.distributed import process_state
+from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.embeddings import embed_once
 from flowbp.runtime.environment import versions
 from flowbp.runtime.files import digest_files, replacing, write_file, write_json
@@ -87,11 +87,13 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
     samples = draw_samples(prompts, config.evaluation)
     manifests = [manifest(config, samples, model) for model in models]
     state = process_state()
-    if state.is_main_process:
+
+    def open_all() -> None:
         mark_folder(folder, "flowbp eval")
         for model, about in zip(models, manifests, strict=True):
             open_model(folder / model.name, about, overwrite)
-    state.wait_for_everyone()
+
+    on_main(open_all)
     for model, about in zip(models, manifests, strict=True):  # the other processes meet a refusal of the main one here
         open_model(folder / model.name, about)
         score_model(config, model, samples, folder / model.name, state)
@@ -99,9 +101,7 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
     metrics = (*config.reward, *config.evaluation.monitors, "checker", *IMAGE_STATISTICS)
     scores = {model.name: read_scores(folder / model.name, samples, metrics) for model in models}
     results = summarise_models(manifests, scores)
-    if state.is_main_process:
-        write_results(config, folder, results, scores)
-    state.wait_for_everyone()
+    on_main(lambda: write_results(config, folder, results, scores))
     return results
 
 

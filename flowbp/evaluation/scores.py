@@ -7,6 +7,7 @@ on the batch it runs in. So scores do not depend on how many processes share the
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,17 +120,18 @@ class Scores:
     values: dict[str, np.ndarray]
     images: Tensor = field(default_factory=lambda: torch.empty(0, 3, 0, 0, dtype=torch.uint8), compare=False)
 
-    def write_csv(self, path: Path) -> None:
-        """One row an image: prompt, category, seed, scores."""
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["prompt", "category", "seed", *self.values])
-            for i, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True)):
-                writer.writerow([*prompt, seed, *(f"{column[i]:.6g}" for column in self.values.values())])
+    def as_csv(self) -> str:
+        """A table of one row an image: prompt, category, seed, scores to six digits."""
+        table = io.StringIO()
+        writer = csv.writer(table)
+        writer.writerow(["prompt", "category", "seed", *self.values])
+        for i, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True)):
+            writer.writerow([*prompt, seed, *(f"{column[i]:.6g}" for column in self.values.values())])
+        return table.getvalue()
 
     @classmethod
     def read_csv(cls, path: Path) -> Scores:
-        """What `write_csv` wrote: the scores, to six digits, without the images."""
+        """What `as_csv` wrote: the scores, to six digits, without the images."""
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         metrics = [name for name in rows[0] if name not in ("prompt", "category", "seed")]

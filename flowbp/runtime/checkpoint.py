@@ -6,15 +6,21 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from flowbp.rewards import Mixture
 from flowbp.runtime.distributed import gathered, laid_out_as, process_state
 from flowbp.runtime.files import replacing
+from flowbp.runtime.tuning import assign
+
+if TYPE_CHECKING:
+    from flowbp.runtime.tuned_model import TunedModel
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "load_parameters", "load_state", "progress", "save_checkpoint"]
 
@@ -23,20 +29,21 @@ CHECKPOINT = "parameters.safetensors"
 STATE = "state.pt"
 
 
-def save_checkpoint(output: Path, step: int, parameters: dict[str, Tensor], optimizer, ema, rewards: Mixture, write: bool = True) -> None:
+def save_checkpoint(output: Path, step: int, model: TunedModel, optimizer: Optimizer, rewards: Mixture) -> None:
     """Everything that a run needs to go on after `step` optimizer steps. Older checkpoints are removed once this one is whole.
 
-    Every process calls it, for shards are gathered from all; one writes.
+    Every process calls it, for shards are gathered from all; the main one writes.
     """
-    state = {"optimizer": optimizer.state_dict(), "ema": ema and ema.state_dict(), "rewards": rewards.state_dict()}
-    tensors, state = gathered((dict(parameters), state))
-    if not write:
+    averages = None if model.ema is None else model.ema.state_dict()
+    tensors = gathered(dict(model.masters))
+    state = gathered({"optimizer": optimizer.state_dict(), "ema": averages, "rewards": rewards.state_dict()})
+    if not process_state().is_main_process:
         return
     folder = output / CHECKPOINTS / f"step-{step:06d}"
-    folder.parent.mkdir(exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as scratch:
         scratch.mkdir()
-        save_file({name: p.detach().contiguous() for name, p in tensors.items()}, scratch / CHECKPOINT)
+        save_file({name: p.contiguous() for name, p in tensors.items()}, scratch / CHECKPOINT)
         torch.save(state, scratch / STATE)
         (scratch / "step.json").write_text(json.dumps({"step": step, "processes": process_state().num_processes}))
     for other in folder.parent.glob("step-*"):
@@ -73,22 +80,23 @@ def load_state(folder: Path) -> dict:
         raise damaged(folder, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
 
 
-def load_checkpoint(folder: Path, parameters: dict[str, Tensor], optimizer, ema, rewards: Mixture) -> int:
+def load_checkpoint(folder: Path, model: TunedModel, optimizer: Optimizer, rewards: Mixture) -> int:
     """Restore what `save_checkpoint` wrote, in place; returns the number of steps done. Raises OSError when it is damaged."""
-    saved = load_parameters(folder)
-    if saved.keys() != parameters.keys():
-        raise ValueError(f"{folder} holds other parameters than this config trains: {len(saved)} saved, {len(parameters)} expected")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(laid_out_as(parameter, saved[name]))
-    state, trained = load_state(folder), list(parameters.values())
+    saved, masters = load_parameters(folder), model.masters
+    if saved.keys() != masters.keys():
+        raise ValueError(f"{folder} holds other parameters than this config trains: {len(saved)} saved, {len(masters)} expected")
+    assign(masters, saved)
+    assign(model.parameters, masters)
+    state, trained = load_state(folder), list(masters.values())
     for index, moments in state["optimizer"]["state"].items():
         p = trained[index]
-        moments.update({key: laid_out_as(p, value) for key, value in moments.items() if torch.is_tensor(value) and value.shape == p.shape})
+        whole = {key: value for key, value in moments.items() if torch.is_tensor(value) and value.shape == p.shape}
+        moments.update({key: laid_out_as(p, value) for key, value in whole.items()})
     optimizer.load_state_dict(state["optimizer"])
-    if ema:
-        state["ema"]["shadow_params"] = [laid_out_as(p, shadow) for p, shadow in zip(trained, state["ema"]["shadow_params"], strict=True)]
-        ema.load_state_dict(state["ema"])
+    if model.ema is not None:
+        shadows = zip(trained, state["ema"]["shadow_params"], strict=True)
+        state["ema"]["shadow_params"] = [laid_out_as(p, shadow) for p, shadow in shadows]
+        model.ema.load_state_dict(state["ema"])
     rewards.load_state_dict(state["rewards"])
     return progress(folder)["step"]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import TextIO
 
 from tqdm import tqdm
 
-__all__ = ["hide_loading_bars", "hush_libraries", "progress_bar"]
+__all__ = ["hide_loading_bars", "hush_libraries", "is_main", "progress_bar"]
 
 HARMLESS = {  # logger: how its messages begin or go on that ask for nothing
     "transformers.utils.import_utils": "requires torchvision (not installed)",  # rewards have preprocessing of their own
@@ -32,9 +33,14 @@ def hide_loading_bars() -> None:
     logging.disable_progress_bar()
 
 
-def progress_bar(what: str, unit: str, total: int, done: int = 0, shown: bool = True) -> tqdm:
-    """A bar that redraws on a terminal; a line a minute where the output goes to a file."""
-    about = {"desc": what, "unit": unit, "total": total, "initial": done, "disable": not shown}
+def is_main() -> bool:
+    """Whether this process speaks for those that a launcher started. It loads nothing."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def progress_bar(what: str, unit: str, total: int, done: int = 0) -> tqdm:
+    """A bar that redraws on a terminal; a line a minute where the output goes to a file. Of several processes the main one has it."""
+    about = {"desc": what, "unit": unit, "total": total, "initial": done, "disable": not is_main()}
     if sys.stderr.isatty():
         return tqdm(**about, mininterval=0.2, dynamic_ncols=True)
     return tqdm(**about, mininterval=60.0, maxinterval=60.0, bar_format=LINE, file=Lines(sys.stderr))

@@ -27,12 +27,20 @@ from torch.utils._pytree import tree_map
 
 from flowbp.backbones import Backbone
 
-__all__ = ["Ranks", "full", "gathered", "laid_out_as", "process_state"]
+__all__ = ["Ranks", "full", "gathered", "laid_out_as", "on_main", "process_state"]
 
 
 def process_state() -> PartialState:
     """This process among those of the run. A CPU is asked for by name, or processes on CPUs would not know of one another."""
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def on_main(work: Callable[[], object]) -> None:
+    """Let the main process do `work` while the others wait for it."""
+    state = process_state()
+    if state.is_main_process:
+        work()
+    state.wait_for_everyone()
 
 
 class Ranks:
@@ -45,7 +53,6 @@ class Ranks:
 
     def __init__(self, accelerator: Accelerator, backbone: Backbone, shard: bool = False, shard_gradients: bool = False):
         self.accelerator, self.size, self.rank = accelerator, accelerator.num_processes, accelerator.process_index
-        self.is_main = accelerator.is_main_process
         self.shard_gradients, self.sharded = shard_gradients, None
         if self.size > 1 and shard:
             self.sharded = shard_weights(backbone.denoiser, accelerator.device)
@@ -83,14 +90,6 @@ class Ranks:
         torch.distributed.all_reduce(table)
         return dict(zip(values, (table / self.size).tolist(), strict=True))
 
-    def main_says(self, question: Callable[[], bool]) -> bool:
-        """The main process's answer, on every process; it alone is asked. What decides on a collective call must be the same everywhere."""
-        if self.size == 1:
-            return question()
-        answer = torch.tensor(int(self.is_main and question()), device=self.accelerator.device)
-        torch.distributed.broadcast(answer, 0)
-        return bool(answer)
-
 
 def shard_weights(denoiser: nn.Module, device: torch.device) -> nn.Module:
     """FSDP2, in place, on `device`: the weights of a transformer block are gathered when it runs, and dropped after.
@@ -117,8 +116,19 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def gathered(state: Any) -> Any:
-    """A state dict, or any nesting of tensors, with its shards put together."""
-    return tree_map(lambda leaf: full(leaf) if isinstance(leaf, Tensor) else leaf, state)
+    """A state dict, or any nesting of tensors, whole, in the main process's CPU memory; elsewhere None in each tensor's place.
+
+    One tensor after the other: a device holds one whole tensor at a time.
+    """
+    is_main = process_state().is_main_process
+
+    def collect(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        whole = full(leaf.detach())
+        return whole.cpu() if is_main else None
+
+    return tree_map(collect, state)
 
 
 def laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:

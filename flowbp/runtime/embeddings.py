@@ -56,7 +56,7 @@ def embed_once(backbone: Backbone, prompts: Iterable[str], cache: Path | None = 
     texts = list(dict.fromkeys(["", *prompts]))
     embeddings.fill(backbone.encode, [""])
     share = texts[state.process_index :: state.num_processes]
-    with progress_bar("embed", "prompt", len(share), shown=state.is_main_process) as bar:
+    with progress_bar("embed", "prompt", len(share)) as bar:
         embeddings.fill(backbone.encode, share, embeddings.signature(""), bar.update)
     state.wait_for_everyone()
     for name in encoders:

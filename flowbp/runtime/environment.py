@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import flowbp
-from flowbp.runtime.files import write_json
 from flowbp_kernels.bench import machine
 
-__all__ = ["describe_environment", "environment", "record_environment", "versions"]
+__all__ = ["describe_environment", "environment", "versions"]
 
 ENVIRONMENT = "environment.json"
 
@@ -28,11 +26,6 @@ def environment() -> dict[str, Any]:
     about = machine("cuda" if torch.cuda.is_available() else "cpu")
     libraries = versions("diffusers", "transformers")
     return {"flowbp": flowbp.__version__, "commit": about["commit"]} | about["versions"] | libraries | {"device": about["device"]}
-
-
-def record_environment(folder: Path) -> None:
-    """Keep what runs as environment.json; a resumed run's is that of its last part."""
-    write_json(folder / ENVIRONMENT, environment())
 
 
 def describe_environment(about: Mapping[str, Any]) -> str:

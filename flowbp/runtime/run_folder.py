@@ -1,67 +1,200 @@
-"""The folder of a run, or of another command's results: what may be written there, by whom, and how a run goes on."""
+"""The folder of a run: what lies in it, who may write there, and how a run goes on.
+
+    config.yaml                          the resolved config
+    environment.json                     versions, commit, device
+    metrics.jsonl, tensorboard/          a row a step
+    checkpoints/step-000100/             all that resuming needs
+    validation/step-000050.safetensors   scores of the held-out samples, if `evaluation.every` asks for them
+    best/                                the weights of the best step by `evaluation.best`
+    pytorch_lora_weights.safetensors     the trained weights; with tuning.mode=full transformer/
+    report.html                          the report, with plan.png, samples_*.png, scores_*.csv, evaluation.json, validation.json
+"""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import yaml
+from accelerate.utils import broadcast_object_list
+from safetensors.numpy import load_file, save_file
 
-from flowbp.config import RunConfig, changed
+from flowbp.backbones import Backbone
+from flowbp.config import RunConfig, changed, dump
 from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress
-from flowbp.runtime.distributed import process_state
-from flowbp.runtime.files import remove, write_file
-from flowbp.runtime.weights import LORA, TRANSFORMER
+from flowbp.runtime.distributed import on_main, process_state
+from flowbp.runtime.environment import ENVIRONMENT, environment
+from flowbp.runtime.files import remove, replacing, write_file, write_json
+from flowbp.runtime.weights import LORA, TRANSFORMER, save_weights
 
-__all__ = ["check_run", "how_to_go_on", "is_run", "keep_first_lines", "locked", "mark_folder", "open_run"]
+__all__ = ["RunFolder", "how_to_go_on", "is_run", "mark_folder"]
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 BEST = "best"
+VALIDATION = "validation"
 MARK = ".flowbp"  # in a folder that a command wrote, with the command's name
 WRITTEN = (  # all that a run leaves in its folder, as patterns
-    *(CONFIG, METRICS, LORA, TRANSFORMER, BEST, CHECKPOINTS, "validation", "tensorboard", "environment.json", "evaluation.json"),
+    *(CONFIG, METRICS, LORA, TRANSFORMER, BEST, CHECKPOINTS, VALIDATION, "tensorboard", ENVIRONMENT, "evaluation.json"),
     *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", ".*.partial"),
 )
 
+Values = Mapping[str, np.ndarray]  # scores [n] float64 by metric
 
-def check_run(output: Path, resolved_config: str, resume: bool, overwrite: bool) -> None:
-    """Raise unless a run may write into `output`: an empty or absent folder, or a run that a switch says to resume or to replace."""
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other: continue the run, or start it afresh")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not is_run(output):
-        raise FileExistsError(
-            f"{output} exists and is not a run of flowbp (which has a {CONFIG} of its own and {METRICS}): choose another output="
-        )
-    if not (resume or overwrite):
-        raise FileExistsError(f"{output} already holds a run: pass --resume to go on, --overwrite to start afresh, or another output=")
-    if resume:
-        old, new = (yaml.safe_load(text) for text in ((output / CONFIG).read_text(), resolved_config))
+
+class RunFolder:
+    """The folder of one run. Every process of a run has one; that of the main process alone writes."""
+
+    def __init__(self, path: Path):
+        self.path, self.writes = path, process_state().is_main_process
+
+    # -- before training -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The folder, made if need be, for this run alone; it is gone again if it stays empty.
+
+        The lock is the kernel's: a killed process leaves none. Raises FileExistsError while another process holds it.
+        """
+        if not self.writes:
+            yield
+            return
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"{self.path} is a file: choose another output=")
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.path, os.W_OK):
+            raise PermissionError(f"{self.path} cannot be written to: choose another output=, or change its permissions")
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FileExistsError(
+                    f"another process trains in {self.path} right now: wait for it, or choose another output="
+                ) from None
+            yield
+        finally:
+            os.close(folder)
+            with suppress(OSError):  # it holds something
+                self.path.rmdir()
+
+    def check(self, config: RunConfig, resume: bool, overwrite: bool) -> None:
+        """Raise unless the run may write here: an empty or absent folder, or a run that a switch says to resume or replace."""
+        path = self.path
+        if resume and overwrite:
+            raise ValueError("--resume and --overwrite exclude each other: continue the run, or start it afresh")
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        if not is_run(path):
+            raise FileExistsError(
+                f"{path} exists and is not a run of flowbp (which has a {CONFIG} of its own and {METRICS}): choose another output="
+            )
+        if resume:
+            self._check_resume(yaml.safe_load((path / CONFIG).read_text()), yaml.safe_load(dump(config)))
+        elif not overwrite:
+            raise FileExistsError(
+                f"{path} already holds a run: pass --resume to go on, --overwrite to start afresh, or another output="
+            )
+
+    def _check_resume(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        path = self.path
         if "sigmas" not in (old.get("rollout") or {}):
             raise ValueError(
-                f"{output} was trained by flowbp 0.1, whose noise levels were not the published ones, and cannot go on; its weights still "
-                f"evaluate (flowbp eval {shlex.quote(str(output))}): to train afresh, choose another output="
+                f"{path} was trained by flowbp 0.1, whose noise levels were not the published ones, and cannot go on; its weights "
+                f"still evaluate (flowbp eval {shlex.quote(str(path))}): to train afresh, choose another output="
             )
         found = changed(old, new)
         if found.keys() - {"steps"} or new["steps"] < old.get("steps", 0):
             changes = ", ".join(f"{key} from {was} to {now}" for key, (was, now) in found.items())
             raise ValueError(
-                f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from {output}, or "
+                f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from {path}, or "
                 "choose another output="
             )
-        found = latest_checkpoint(output)
-        before, now = found and progress(found)["processes"], process_state().num_processes
-        if found and before != now:
+        last = latest_checkpoint(path)
+        before, now = last and progress(last)["processes"], process_state().num_processes
+        if last and before != now:
             raise ValueError(
-                f"{found} is of {before} process{'es' if before > 1 else ''}, and this run has {now}: a step's samples are processes x "
+                f"{last} is of {before} process{'es' if before > 1 else ''}, and this run has {now}: a step's samples are processes x "
                 f"batch_size x accumulate, and a resumed run keeps them. Start {before}"
             )
+
+    def open(self, config: RunConfig, overwrite: bool = False) -> None:
+        """Begin or go on: the resolved config, the environment, and metrics to append to, once `check` let the run pass.
+
+        overwrite: what an older run wrote here is removed, and nothing else.
+        """
+
+        def prepare() -> None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for child in [child for pattern in WRITTEN for child in self.path.glob(pattern)] if overwrite else ():
+                remove(child)
+            (self.path / METRICS).touch()
+            self.write(CONFIG, dump(config))
+            write_json(self.path / ENVIRONMENT, environment())
+
+        on_main(prepare)
+
+    def forget_after(self, done: int) -> None:
+        """Drop what was logged and validated after the `done` steps of the checkpoint that a run resumes from."""
+
+        def forget() -> None:
+            lines = (self.path / METRICS).read_text().splitlines(keepends=True)
+            self.write(METRICS, "".join(lines[:done]))
+            for step, file in self._validations().items():
+                if step > done:
+                    file.unlink()
+
+        on_main(forget)
+
+    # -- while training ------------------------------------------------------------------------------------------------
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append a step's row to metrics.jsonl."""
+        if self.writes:
+            with (self.path / METRICS).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of all steps so far."""
+        return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a file of the run, whole or not at all."""
+        if self.writes:
+            write_file(self.path / name, content)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """The same for a value as JSON."""
+        if self.writes:
+            write_json(self.path / name, value)
+
+    def save_weights(self, backbone: Backbone, name: str = "") -> None:
+        """Write the backbone's weights into the run's folder, or into `name` in it. Every process calls it."""
+        save_weights(backbone, self.path / name, write=self.writes)
+
+    def keep_validation(self, step: int, values: Values) -> None:
+        """Keep the scores of the weights after `step` steps."""
+        if self.writes:
+            file = self.path / VALIDATION / f"step-{step:06d}.safetensors"
+            file.parent.mkdir(exist_ok=True)
+            with replacing(file) as scratch:
+                save_file({name: np.ascontiguousarray(column) for name, column in values.items()}, scratch)
+
+    def validations(self) -> dict[int, Values]:
+        """All scores that were kept, by step; the main process reads them for all."""
+        found = [{step: load_file(file) for step, file in self._validations().items()} if self.writes else None]
+        return broadcast_object_list(found)[0]
+
+    def _validations(self) -> dict[int, Path]:
+        files = sorted((self.path / VALIDATION).glob("step-*.safetensors"))
+        return {int(file.stem.removeprefix("step-")): file for file in files}
 
 
 def is_run(folder: Path) -> bool:
@@ -74,42 +207,6 @@ def is_run(folder: Path) -> bool:
         return False
     needed = {name for name, field in RunConfig.model_fields.items() if field.is_required()}
     return isinstance(keys, dict) and needed <= keys.keys()
-
-
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """The folder of a run, made if need be, for this process alone; it is gone again if it stays empty.
-
-    The claim is the kernel's lock on the folder: a killed process leaves none. Raises FileExistsError while another one holds it.
-    """
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"{output} is a file: choose another output=")
-    output.mkdir(parents=True, exist_ok=True)
-    if not os.access(output, os.W_OK):
-        raise PermissionError(f"{output} cannot be written to: choose another output=, or change its permissions")
-    folder = os.open(output, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(f"another process trains in {output} right now: wait for it, or choose another output=") from None
-        yield
-    finally:
-        os.close(folder)
-        with suppress(OSError):  # it holds something
-            output.rmdir()
-
-
-def open_run(output: Path, resolved_config: str, overwrite: bool) -> None:
-    """Make the folder of a run, which `check_run` let pass: its resolved config, and metrics to append to.
-
-    overwrite: what an older run wrote there is removed, and nothing else.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    for child in [child for pattern in WRITTEN for child in output.glob(pattern)] if overwrite else ():
-        remove(child)
-    (output / METRICS).touch()
-    write_file(output / CONFIG, resolved_config)
 
 
 def how_to_go_on(output: Path) -> str:
@@ -135,9 +232,3 @@ def mark_folder(folder: Path, command: str) -> None:
         raise FileExistsError(f"{folder} holds what {command} did not write there: choose another --out, or an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_file(mark, command)
-
-
-def keep_first_lines(path: Path, count: int) -> None:
-    """Drop the lines that were logged after the checkpoint a run resumes from."""
-    if path.is_file():
-        write_file(path, "".join(path.read_text().splitlines(keepends=True)[:count]))

@@ -1,14 +1,15 @@
-"""What is trained: LoRA layers or the whole denoiser; the optimizer that trains them, and the float32 copies that it steps.
+"""What is trained of a network, and what the optimizer steps.
 
-A bfloat16 weight has 8 bits: a step below about 1/500 of it is rounded away, and at the learning rates of fine-tuning most steps are. So
-the optimizer, the moving average and the checkpoints hold master weights in float32 (Micikevicius et al. 2018, arXiv 1710.03740), and the
-network its own rounding of them, with which it computes.
+A bfloat16 weight has 8 bits: a step below about 1/500 of it is rounded away, and at the learning rates of fine-tuning most steps
+are. So the optimizer, the average and the checkpoints hold master weights in float32 (Micikevicius et al. 2018, arXiv 1710.03740),
+and the network computes with its own rounding of them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from flowbp.backbones import Backbone
 from flowbp.config import ConfigError, OptimizerConfig, TuningConfig
 from flowbp.runtime.distributed import laid_out_as
 
-__all__ = ["assign", "build_optimizer", "hand_over_gradients", "master_weights", "trainable_parameters", "trained"]
+__all__ = ["assign", "build_optimizer", "master_weights", "moving_average", "trainable_parameters", "trained"]
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +38,13 @@ def trainable_parameters(backbone: Backbone, tuning: TuningConfig) -> dict[str, 
                 target_modules=tuning.targets or backbone.lora_targets,
             )
         )
-        cast_training_params(denoiser, torch.float32)  # on a bfloat16 network, small updates to bfloat16 weights would be rounded away
+        cast_training_params(denoiser, torch.float32)  # small updates of bfloat16 weights would be rounded away
     else:
         denoiser.requires_grad_(True)
         if denoiser.dtype == torch.bfloat16 and not tuning.master_weights:
             log.warning(
-                "all weights are trained in bfloat16: a step of AdamW changes a weight by about optimizer.lr, and what is less than about "
-                "1/500 of the weight is rounded away; tuning.master_weights=true keeps every step"
+                "all weights are trained in bfloat16: a step of AdamW changes a weight by about optimizer.lr, and what is less than "
+                "about 1/500 of the weight is rounded away; tuning.master_weights=true keeps every step"
             )
     return trained(backbone)
 
@@ -54,15 +55,15 @@ def trained(backbone: Backbone) -> dict[str, Tensor]:
 
 
 def master_weights(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the optimizer steps, by name: float32 copies of narrower parameters, sharded as they are; wider ones are their own."""
+    """Float32 copies of narrower parameters, sharded as they are; wider ones are their own."""
     return {name: p if p.dtype.itemsize >= 4 else p.detach().float().requires_grad_() for name, p in parameters.items()}
 
 
-def hand_over_gradients(parameters: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> None:
-    """Move each gradient from the network's parameter to its master weight, in the master's dtype."""
-    for name, parameter in parameters.items():
-        if masters[name] is not parameter and parameter.grad is not None:
-            masters[name].grad, parameter.grad = parameter.grad.to(masters[name].dtype), None
+def moving_average(masters: Mapping[str, Tensor], decay: float) -> Any:
+    """diffusers' EMAModel of constant decay from the first step on; in float32, since it moves by (1 - decay) of a step."""
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(master_weights(masters).values(), decay=decay, min_decay=decay, update_after_step=-1)
 
 
 def build_optimizer(parameters: Iterable[Tensor], options: OptimizerConfig) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ from flowbp.config import load
 from flowbp.runtime.checkpoint import CHECKPOINT, STATE, latest_checkpoint, load_parameters, load_state
 from flowbp.runtime.distributed import gathered
 from flowbp.runtime.files import replacing
+from flowbp.runtime.tuning import assign, trainable_parameters
 
 __all__ = ["LORA", "base_weights", "export_comfyui", "load_weights", "save_weights", "weight_files"]
 
@@ -133,8 +134,6 @@ def weight_files(source: Path) -> list[Path]:
 
 def load_training_checkpoint(backbone: Backbone, folder: Path) -> None:
     """Load the weights that a run would have delivered after the checkpoint `folder`: the moving average if it keeps one."""
-    from flowbp.runtime.tuning import assign, trainable_parameters
-
     config = folder.parents[1] / "config.yaml"
     if not config.is_file():
         raise FileNotFoundError(f"{folder} is a checkpoint of a run, but {config}, which says what was trained, is missing")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -16,7 +14,7 @@ from flowbp.evaluation.scores import Difference, Scores
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.plan import SurrogatePlan
 from flowbp.runtime.environment import describe_environment, environment
-from flowbp.runtime.files import write_file, write_json
+from flowbp.runtime.run_folder import RunFolder
 
 __all__ = ["Report"]
 
@@ -24,50 +22,51 @@ __all__ = ["Report"]
 class Report:
     """Collects what a run has to show; `write` puts it into the run's folder."""
 
-    def __init__(self, config: RunConfig, plan: SurrogatePlan, sigmas: list[float]):
-        self.output, self.config = config.output, config
+    def __init__(self, config: RunConfig, folder: RunFolder, plan: SurrogatePlan, sigmas: list[float]):
+        self.folder, self.config = folder, config
         self.plan_figure = figures.draw_plan(plan, sigmas, f"{config.method_name}: one plan of {len(sigmas) - 1} steps")
         self.grids: dict[str, Figure] = {}
         self.differences: list[dict[str, Any]] = []
         self.validation: dict[str, Any] | None = None
 
-    def add_grid(self, name: str, scores: Scores) -> None:
-        """Draw the images that `scores` kept, and save them as samples_<name>.png."""
+    def add_scores(self, name: str, scores: Scores) -> None:
+        """Draw the images that `scores` kept as samples_<name>.png, and save all scores as scores_<name>.csv."""
         self.grids[name] = draw_samples(scores)
-        write_file(self.output / f"samples_{name}.png", as_png(self.grids[name]))
+        self.folder.write(f"samples_{name}.png", as_png(self.grids[name]))
+        self.folder.write(f"scores_{name}.csv", scores.as_csv())
 
     def add_comparison(self, differences: list[Difference]) -> None:
         """Keep the before/after table and save it as evaluation.json."""
         self.differences = [asdict(d) for d in differences]
-        write_json(self.output / "evaluation.json", self.differences)
+        self.folder.write_json("evaluation.json", self.differences)
 
     def add_validation(self, summary: dict[str, Any]) -> None:
         """Keep what the sentinel saw and save it as validation.json."""
         self.validation = summary
-        write_json(self.output / "validation.json", summary)
+        self.folder.write_json("validation.json", summary)
 
-    def write(self) -> Path:
-        """Write plan.png and report.html; returns the page's path."""
-        self.plan_figure.savefig(self.output / "plan.png", dpi=110)
-        rows = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
+    def write(self) -> None:
+        """Write plan.png and report.html."""
+        if not self.folder.writes:
+            return
+        self.folder.write("plan.png", as_png(self.plan_figure))
+        rows, name = self.folder.metrics(), self.folder.path.name
         page = render(
             "report.html",
-            name=self.output.name,
+            name=name,
             facts_of_run=training_facts(self.config, rows) | {"made with": describe_environment(environment())},
             differences=self.differences,
             validation=self.validation,
             evaluation=self.config.evaluation,
             held_out=self.validation and panels({"held-out prompts": self.validation["means"]}, self.held_out, smooth=False),
             plan=as_data_uri(self.plan_figure),
-            curves=panels({self.output.name: rows}, [*self.config.reward, *self.monitors, "grad_norm", "d_j", "d_0"]),
+            curves=panels({name: rows}, [*self.config.reward, *self.monitors, "grad_norm", "d_j", "d_0"]),
             window=max(1, len(rows) // 10),
             trained=" and ".join(self.config.reward),
             grids={name: as_data_uri(figure) for name, figure in self.grids.items()},
             config=dump(self.config),
         )
-        path = self.output / "report.html"
-        write_file(path, page)
-        return path
+        self.folder.write("report.html", page)
 
     @property
     def monitors(self) -> list[str]:

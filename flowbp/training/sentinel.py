@@ -1,29 +1,23 @@
 """The over-optimisation sentinel: held-out metrics at regular steps of training, the best step by one of them, and when to stop.
 
-Whatever reward is maximised, its true aim first improves with it and then falls (Gao et al. 2023, arXiv 2210.10760). So the same held-out
-prompts and seeds are scored every `evaluation.every` steps, in files of their own:
-
-    RUN/validation/step-000050.safetensors    scores [n] float64 by metric, of the weights after 50 steps
-    RUN/best/                                 the weights of the best step, by `evaluation.best`
-
-All decisions are functions of these files: a resumed run forgets those after its checkpoint and decides as an unbroken one.
+Whatever reward is maximised, its true aim first improves with it and then falls (Gao et al. 2023, arXiv 2210.10760). So the same
+held-out prompts and seeds are scored every `evaluation.every` steps. All decisions are functions of these scores: a run that goes
+on from a checkpoint decides as an unbroken one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from flowbp.config import EvaluationConfig
 from flowbp.evaluation.numbers import between, scale_of_change, signed
 from flowbp.evaluation.scores import Difference, Samples, Scores, compare, draw_samples
 from flowbp.runtime.data import load_prompts
-from flowbp.runtime.files import replacing
 
-__all__ = ["Sentinel", "best_step", "exhausted", "warnings"]
+__all__ = ["Decision", "Sentinel", "best_step", "exhausted", "warnings"]
 
 History = Mapping[int, Scores]  # by optimizer steps taken, increasing; all of the same samples
 
@@ -34,63 +28,50 @@ LIMITS = {  # relative changes of image statistics since the first evaluation th
 }
 
 
+class Decision(NamedTuple):
+    """What an evaluation during training decides: whether its weights are the best so far, and whether training stops."""
+
+    is_best: bool
+    stops: bool
+
+
 class Sentinel:
-    """The periodic evaluations of the run in `output`."""
+    """The history of a run's periodic evaluations, and what follows from it. It reads and writes nothing."""
 
-    def __init__(self, config: EvaluationConfig, trained: Iterable[str], output: Path):
-        """trained: names of the rewards that training maximises."""
-        self.config, self.trained, self.folder = config, tuple(trained), output / "validation"
+    def __init__(self, config: EvaluationConfig, trained: Iterable[str], past: Mapping[int, Mapping[str, np.ndarray]] | None = None):
+        """trained: names of the rewards that training maximises. past: scores by step, of a run that goes on."""
+        self.config, self.trained = config, tuple(trained)
         self.samples = validation_samples(config)
+        past = past or {}
+        self.history = {step: Scores(self.samples.prompts, self.samples.seeds, dict(past[step])) for step in sorted(past)}
 
-    def due(self, steps: int) -> bool:
-        """Whether the weights after `steps` optimizer steps are to be scored."""
-        return steps % self.config.every == 0 and not self.file(steps).is_file()
+    def due(self, step: int) -> bool:
+        """Whether the weights after `step` optimizer steps are to be scored, and were not."""
+        return step % self.config.every == 0 and step not in self.history
 
-    def file(self, steps: int) -> Path:
-        return self.folder / f"step-{steps:06d}.safetensors"
-
-    def record(self, steps: int, scores: Scores) -> None:
-        self.folder.mkdir(exist_ok=True)
-        with replacing(self.file(steps)) as scratch:
-            save_file({name: np.ascontiguousarray(values) for name, values in scores.values.items()}, scratch)
-
-    def forget_after(self, done: int) -> None:
-        """Drop evaluations made after the checkpoint that a run resumes from."""
-        for path in self.folder.glob("step-*.safetensors"):
-            if step_of(path) > done:
-                path.unlink()
-
-    @property
-    def history(self) -> dict[int, Scores]:
-        files = sorted(self.folder.glob("step-*.safetensors"))
-        return {step_of(path): Scores(self.samples.prompts, self.samples.seeds, load_file(path)) for path in files}
-
-    def is_best(self, steps: int, scores: Scores) -> bool:
-        """Whether the weights after `steps` steps, not recorded yet, are the best so far by `evaluation.best`."""
-        return self.config.best is not None and best_step(self.history | {steps: scores}, self.config.best) == steps
+    def record(self, step: int, scores: Scores) -> Decision:
+        """Add the scores of the weights after `step` steps."""
+        self.history[step] = scores
+        return Decision(self.best == step, self.stops)
 
     @property
     def best(self) -> int | None:
         """The best step by `evaluation.best`, if there is one."""
-        history = self.history
-        return best_step(history, self.config.best) if self.config.best and history else None
+        return best_step(self.history, self.config.best) if self.config.best and self.history else None
 
     @property
     def stops(self) -> bool:
         """Whether `evaluation.patience` is at its end."""
         return self.config.patience is not None and exhausted(self.history, self.config.best, self.config.patience)
 
-    def summary(self) -> dict:
+    def summary(self) -> dict[str, Any]:
         """{"means": a row a step, "metric": the one that chooses, "best": step, "stopped": bool, "warnings": lines}."""
-        history = self.history
         held_out = [*self.config.monitors, *(["checker"] if self.config.checker is not None else [])]
-        means = [{"step": step} | {name: float(v.mean()) for name, v in scores.values.items()} for step, scores in history.items()]
-        found = warnings(history, self.trained, held_out)
+        means = [
+            {"step": step} | {name: float(v.mean()) for name, v in scores.values.items()} for step, scores in self.history.items()
+        ]
+        found = warnings(self.history, self.trained, held_out)
         return {"means": means, "metric": self.config.best, "best": self.best, "stopped": self.stops, "warnings": found}
-
-
-def step_of(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
 
 
 def validation_samples(config: EvaluationConfig) -> Samples:
@@ -113,7 +94,8 @@ def warnings(history: History, trained: Sequence[str], held_out: Sequence[str]) 
     """What the last evaluation says against the run, each in one line.
 
     A held-out metric fell from its best step on while a trained reward rose: both paired 95 % intervals exclude zero. An image statistic
-    changed by more than `LIMITS` since the first evaluation, and its interval excludes zero. With too few prompts for an interval, that.
+    changed by more than `LIMITS` since the first evaluation, and its interval excludes zero. If there are too few prompts for an
+    interval, the line says so instead of judging the metric.
     """
     steps = list(history)
     if len(steps) < 2:

@@ -42,8 +42,8 @@ def trained(request, tmp_path_factory):
         run.config = run.config.model_copy(update={"method": build_method({"name": method} | fields)})
         run.optimizer.state.clear()
         with torch.no_grad():
-            for key, parameter in run.parameters.items():
-                parameter.copy_(run.base[key])
+            for key, parameter in run.model.parameters.items():
+                parameter.copy_(run.model.base[key])
         for step in range(run.config.steps):
             row = run.step(step)
             assert not row["skipped"] and row["grad_norm"] > 0
@@ -61,8 +61,8 @@ def draw(backbone, config):
 def test_a_lora_of_every_method_changes_the_images_and_loads_into_a_fresh_pipeline(trained, method, tmp_path):
     name, folder, train = trained
     run = train(method)
-    expected = draw(run.backbone, run.config)
-    path = save_weights(run.backbone, tmp_path)
+    expected = draw(run.model.backbone, run.config)
+    path = save_weights(run.model.backbone, tmp_path)
 
     pipe = tiny_pipeline(name)  # diffusers' own reading, without this package
     base = draw(BACKBONES[name](pipe, max_sequence_length=TOKENS), run.config)
@@ -70,15 +70,15 @@ def test_a_lora_of_every_method_changes_the_images_and_loads_into_a_fresh_pipeli
     images = draw(BACKBONES[name](pipe, max_sequence_length=TOKENS), run.config)
     assert torch.equal(images, expected)
     assert (images - base).abs().max() > 1e-4
-    assert len(load_file(path)) == len(run.parameters)
+    assert len(load_file(path)) == len(run.model.parameters)
 
 
 def test_an_exported_lora_carries_alpha_in_its_weights(trained, tmp_path):
     """Read without any metadata, as ComfyUI does, it draws what the run's own file draws."""
     name, folder, train = trained
     run = train("flowbp-sparse")
-    expected = draw(run.backbone, run.config)
-    save_weights(run.backbone, tmp_path)
+    expected = draw(run.model.backbone, run.config)
+    save_weights(run.model.backbone, tmp_path)
     result = CliRunner().invoke(app, ["export", str(tmp_path), str(tmp_path / "comfyui.safetensors")])
     assert result.exit_code == 0, result.output
     tensors, original = load_file(tmp_path / "comfyui.safetensors"), load_file(tmp_path / LORA)
@@ -103,9 +103,10 @@ def test_a_lora_of_another_class_is_refused(trained, tmp_path):
 def test_the_default_lora_reaches_every_block(trained):
     name, folder, train = trained
     run = train("drtune")
-    blocks = {key.split(".")[0] + "." + key.split(".")[1] for key in run.parameters}
-    layers = {key for key, module in run.backbone.denoiser.named_modules() if isinstance(module, torch.nn.ModuleList) and "." not in key}
-    expected = {f"{key}.{i}" for key in layers for i in range(len(run.backbone.denoiser.get_submodule(key)))}
+    blocks = {key.split(".")[0] + "." + key.split(".")[1] for key in run.model.parameters}
+    denoiser = run.model.backbone.denoiser
+    layers = {key for key, module in denoiser.named_modules() if isinstance(module, torch.nn.ModuleList) and "." not in key}
+    expected = {f"{key}.{i}" for key in layers for i in range(len(denoiser.get_submodule(key)))}
     assert blocks == expected
 
 

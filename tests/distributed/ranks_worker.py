@@ -13,17 +13,15 @@ from diffusers.utils import logging
 
 from flowbp.backbones import BACKBONES
 from flowbp.backbones.tiny import tiny_pipeline
-from flowbp.config import dump, load
-from flowbp.evaluation import scores as evaluation
+from flowbp.config import load
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import FlowBPBridge
 from flowbp.replay import Recompute
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from flowbp.runtime.data import load_prompts
 from flowbp.runtime.distributed import full, laid_out_as, shard_weights
-from flowbp.runtime.run_folder import open_run
-from flowbp.runtime.tuning import assign
+from flowbp.runtime.run_folder import RunFolder
 from flowbp.surrogate import backward, reward_input
+from flowbp.training.run import run as train_run
 from flowbp.training.trainer import Trainer
 from flowbp.trajectory import rollout
 
@@ -97,13 +95,13 @@ def train_step(case, folder, world):
     trainer = make_trainer(case, folder, world)
     torch.manual_seed(1)
     with torch.no_grad():
-        for key, p in trainer.parameters.items():  # LoRA starts where half of its gradient is zero
+        for key, p in trainer.model.parameters.items():  # LoRA starts where half of its gradient is zero
             if "lora_B" in key:
                 p.copy_(laid_out_as(p, torch.randn(p.shape, dtype=p.dtype) / 10))
     gradients = {}
-    trainer.optimizer.register_step_pre_hook(lambda *_: gradients.update({key: p.grad for key, p in trainer.parameters.items()}))
+    trainer.optimizer.register_step_pre_hook(lambda *_: gradients.update({key: p.grad for key, p in trainer.model.parameters.items()}))
     row = trainer.step(0)
-    zeros = {key: torch.zeros(p.shape, dtype=torch.float64) for key, p in trainer.parameters.items()}
+    zeros = {key: torch.zeros(p.shape, dtype=torch.float64) for key, p in trainer.model.parameters.items()}
     return row, torch.cat([(zeros[key] if g is None else full(g).double()).flatten() for key, g in gradients.items()])
 
 
@@ -112,15 +110,14 @@ def resumes(case, folder, world):
     first, second = (make_trainer(case, folder, world, "ema=0.5") for _ in range(2))
     first.step(0)
     output = Path(folder, f"{world} {case}")
-    states = [(trainer.masters, trainer.optimizer, trainer.ema, trainer.mixture) for trainer in (first, second)]
-    save_checkpoint(output, 1, *states[0], write=first.ranks.is_main)
-    first.accelerator.wait_for_everyone()
+    states = [(trainer.model, trainer.optimizer, trainer.rewards) for trainer in (first, second)]
+    save_checkpoint(output, 1, *states[0])
+    first.model.ranks.accelerator.wait_for_everyone()
     done = load_checkpoint(latest_checkpoint(output), *states[1])
-    assign(second.parameters, second.masters)
     rows = [{key: trainer.step(done)[key] for key in ("loss", "grad_norm")} for trainer in (first, second)]
-    average = flat(first.ema.shadow_params)
-    weights = [flat([*trainer.parameters.values(), *trainer.masters.values()]) for trainer in (first, second)]
-    return rows[0] == rows[1] and torch.equal(*weights) and torch.equal(average, flat(second.ema.shadow_params)), average
+    average = flat(first.model.ema.shadow_params)
+    weights = [flat([*trainer.model.parameters.values(), *trainer.model.masters.values()]) for trainer in (first, second)]
+    return rows[0] == rows[1] and torch.equal(*weights) and torch.equal(average, flat(second.model.ema.shadow_params)), average
 
 
 def flat(tensors):
@@ -133,9 +130,9 @@ def dropout_gradients(shard, folder, world):
     for recompute in ("always", "never"):
         overrides = ("tuning.dropout=0.3", f"memory.shard={shard}", f"memory.recompute={recompute}", "guidance.scale=3.0")
         trainer = make_trainer("lora", folder, world, *overrides)
-        with trainer.ranks.averaging():
+        with trainer.model.ranks.averaging():
             trainer.accumulate_gradient(0, 1)
-        gradients.append(flat(p.grad for p in trainer.parameters.values()))
+        gradients.append(flat(p.grad for p in trainer.model.parameters.values()))
     return gradients
 
 
@@ -150,9 +147,9 @@ def auto_capacity(folder, world, rank):
 def splits_gradients(case, folder, world):
     """Whether a process has its share of the gradient, instead of all of it, between the backward passes of a step."""
     trainer = make_trainer(case, folder, world)
-    with trainer.ranks.averaging():
+    with trainer.model.ranks.averaging():
         trainer.accumulate_gradient(0, 0)
-        return all(p.grad is not None for p in trainer.parameters.values())
+        return all(p.grad is not None for p in trainer.model.parameters.values())
 
 
 def sum_of_backward_passes(world):
@@ -196,10 +193,10 @@ def scores(case, folder, world):
     """(scores by metric, the first images, how many chunks this process scored) of the weights that a run starts from."""
     evaluation_config = f"evaluation={{prompts: {folder}/prompts.txt, samples: 5, batch_size: 2, grid: 3, num_steps: 3, checker: null}}"
     trainer = make_trainer(case, folder, world, evaluation_config)
-    config, chunks = trainer.config.evaluation, []
-    named = evaluation.scorers(config, trainer.mixture.rewards, {})
+    chunks, named = [], trainer.evaluator.load()
     named["count"] = lambda images, texts: chunks.append(len(texts)) or torch.zeros(len(texts))
-    found = trainer.score(evaluation.draw_samples(load_prompts(config.prompts), config), named)
+    trainer.evaluator.load = lambda: named
+    found = trainer.evaluator.score(trainer.model, trainer.model.parameters)
     return {name: torch.from_numpy(column) for name, column in found.values.items()}, found.images, len(chunks)
 
 
@@ -214,11 +211,10 @@ def whole_run(case, folder, world):
     """The folder of a run from start to report, watched by a sentinel."""
     output = Path(folder, f"{world} whole {case}")
     trainer = make_trainer(case, folder, world, f"output={output}", "steps=2", WATCHED.format(folder))
-    if trainer.ranks.is_main:
-        open_run(output, dump(trainer.config), overwrite=False)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training = trainer.accelerator.wait_for_everyone  # other cases follow
-    trainer.run()
+    run_folder = RunFolder(output)
+    run_folder.open(trainer.config)
+    trainer.model.ranks.accelerator.end_training = trainer.model.ranks.accelerator.wait_for_everyone  # other cases follow
+    train_run(trainer, run_folder)
     return output
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from flowbp.config import load
-from flowbp.training.trainer import train
+from flowbp.training.run import train
 
 SMALL = [
     "steps=2",

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 from flowbp.backbones import load_backbone
 from flowbp.cli import app
 from flowbp.config import load
+from flowbp.evaluation import models as evaluation_run
 from flowbp.evaluation import scores as evaluation
 from flowbp.evaluation.models import BASE, Model, name_models, run_evaluation
-from flowbp.evaluation.scores import models as evaluation_run
 from flowbp.runtime.weights import LORA, load_weights
-from flowbp.training.trainer import train
+from flowbp.training.run import train
 
 
 def contents(folder):

@@ -93,7 +93,7 @@ def other(run, tmp_path_factory):
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     scores = Scores.read_csv(folder / "scores_after.csv")
     scores.values["reward"] += 0.1
-    scores.write_csv(folder / "scores_after.csv")
+    (folder / "scores_after.csv").write_text(scores.as_csv())
     return folder
 
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowbp.config import ConfigError, dump, load
+from flowbp.config import ConfigError, load
 from flowbp.evaluation.scores import Scores
 from flowbp.runtime.data import Prompt, load_prompts
-from flowbp.runtime.run_folder import open_run
+from flowbp.runtime.run_folder import RunFolder
 from flowbp.runtime.weights import LORA
+from flowbp.training.run import run, train
 from flowbp.training.sentinel import best_step, exhausted, validation_samples, warnings
-from flowbp.training.trainer import Trainer, train
+from flowbp.training.trainer import Trainer
 
 N = 60
 
@@ -101,16 +102,16 @@ def test_watching_leaves_training_bit_identical_and_resumes_exactly(tmp_path):
     whole = train(load("demo", [f"output={tmp_path / 'whole'}", "steps=3", *SMALL, *PERIODIC]))
     expected = weights(blind)
     assert all(expected[key].equal(value) for key, value in weights(whole).items()), "watching changed the training"
-    losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (blind, whole)]
+    losses = [[json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (blind, whole)]
     assert losses[0] == losses[1]
 
     broken = load("demo", [f"output={tmp_path / 'broken'}", "steps=3", *SMALL, *PERIODIC])
-    open_run(broken.output, dump(broken), overwrite=False)
+    RunFolder(broken.output).open(broken)
     killed = Trainer(broken)
     step, kill_at = killed.step, 2
     killed.step = lambda i: step(i) if i < kill_at else pytest.fail("killed")
     with pytest.raises(pytest.fail.Exception):
-        killed.run()
+        run(killed, RunFolder(broken.output))
     stale = broken.output / "validation" / "step-000003.safetensors"  # as if seen after the checkpoint, before the kill
     shutil.copy(whole / "validation" / "step-000000.safetensors", stale)
     train(broken, resume=True)

@@ -29,11 +29,11 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("name", [*tiny.FOLDERS, f"{__name__}:redness"])
 def test_every_reward_trains_the_embedded_model(name, folders, run):
     config = load("demo", [f"reward={{name: '{name}', model: {folders.get(name, 'null')}}}"])
-    run.mixture = Mixture({key: spec.term() for key, spec in config.reward.items()})
-    before = {key: p.detach().clone() for key, p in run.parameters.items()}
+    run.rewards = Mixture({key: spec.term() for key, spec in config.reward.items()})
+    before = {key: p.detach().clone() for key, p in run.model.parameters.items()}
     rows = [run.step(step) for step in range(3)]
     assert all(np.isfinite(row["reward"]) and 0 < row["grad_norm"] < np.inf and not row["skipped"] for row in rows)
-    assert any(not torch.equal(run.parameters[key], before[key]) for key in before)
+    assert any(not torch.equal(run.model.parameters[key], before[key]) for key in before)
 
 
 MIXTURE = f"""reward={{
@@ -47,9 +47,9 @@ def test_a_resumed_mixture_of_rewards_equals_an_unbroken_one(tmp_path):
     assert all(np.isfinite(row["shape"]) and np.isfinite(row["red"]) for row in rows)
     for step in range(2):
         broken.step(step)
-    save_checkpoint(tmp_path, 2, broken.parameters, broken.optimizer, broken.ema, broken.mixture)
+    save_checkpoint(tmp_path, 2, broken.model, broken.optimizer, broken.rewards)
     found = latest_checkpoint(tmp_path)
-    assert load_checkpoint(found, resumed.parameters, resumed.optimizer, resumed.ema, resumed.mixture) == 2
+    assert load_checkpoint(found, resumed.model, resumed.optimizer, resumed.rewards) == 2
     again = resumed.step(2)
     assert again["loss"] == rows[2]["loss"]
-    assert all(torch.equal(whole.parameters[key], resumed.parameters[key]) for key in whole.parameters)
+    assert all(torch.equal(whole.model.parameters[key], resumed.model.parameters[key]) for key in whole.model.parameters)

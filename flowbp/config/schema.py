@@ -1,23 +1,13 @@
-"""Typed, strict configuration of a run. Unknown keys and names are errors that name the nearest known one.
-
-A config is a YAML file, the folder of a run, or the name of a preset (`flowbp.presets`), with `key.path=value` overrides. Method, pair
-sampler, guidance and smoothing are built straight from their constructors: their fields are their configuration. What can be known
-without loading a model is checked here.
-"""
+"""Everything that a run's config may say: types, defaults, bounds and what must fit together. Unknown keys are errors."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import difflib
-import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -27,107 +17,18 @@ from pydantic import (
     Field,
     PlainSerializer,
     Tag,
-    TypeAdapter,
-    ValidationError,
     model_validator,
 )
 
-from flowbp import presets
-from flowbp.active_sets import PAIR_SAMPLERS, PairSampler
+from flowbp.config.registry import FINITE, ConfigError, build_method, describe, from_mapping, unknown
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.methods import METHODS
 from flowbp.objective import Objective
 from flowbp.rewards import Reward, RunningScale, Smoothing, Term, check_options, load_reward
 
-__all__ = ["ConfigError", "RunConfig", "build_method", "dump", "load", "parse_overrides"]
-
 LOGGED = "step nodes images loss grad_norm sample_grad_norm d_j d_0 kept skipped lr seconds peak_mb".split()  # columns of metrics.jsonl
 SCORED = ["prompt", "category", "seed", "checker", "embedding", *IMAGE_STATISTICS]  # columns of an evaluation
-FINITE = ConfigDict(allow_inf_nan=False)
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run. Its message names the key, the value and the way out."""
-
-
-# -- constructors as configuration -------------------------------------------------------------------------------------------------
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """The error for a name that does not exist, with the nearest one that does."""
-    known = sorted(known)
-    return ConfigError(f"unknown {kind} {name!r}; {nearest(name, known)}known: {', '.join(known)}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """'did you mean ...? ', or nothing where no name is near."""
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}? " if near else ""
-
-
-def build(cls: type, values: Mapping[str, Any]) -> Any:
-    """cls(**values) for a dataclass, each value validated against its field's type."""
-    hints, names = get_type_hints(cls), [field.name for field in dataclasses.fields(cls)]
-    arguments = {}
-    for key, value in values.items():
-        if key not in names:
-            raise unknown(f"{cls.__name__} key", key, names)
-        if hints[key] is PairSampler:
-            default = next(field.default for field in dataclasses.fields(cls) if field.name == key)
-            named = describe(default, PAIR_SAMPLERS)["name"] if dataclasses.is_dataclass(default) else None
-            arguments[key] = build_named("pair sampler", PAIR_SAMPLERS, {"name": named} | value if isinstance(value, Mapping) else value)
-        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
-            arguments[key] = build(hints[key], value)
-        else:
-            try:
-                arguments[key] = TypeAdapter(hints[key], config=FINITE).validate_python(value)
-            except ValidationError as error:
-                raise ConfigError(f"{key} = {value!r}: {error.errors()[0]['msg']}") from None
-    return cls(**arguments)
-
-
-def build_named(kind: str, registry: Mapping[str, type], spec: Any) -> Any:
-    """Build from "name" or {name: ..., **fields}. A name "module:Class" imports a class of your own."""
-    if dataclasses.is_dataclass(spec):
-        return spec  # already built
-    if not isinstance(spec, (str, Mapping)):
-        raise ConfigError(f"{spec!r} is no {kind}: give a name, or a mapping of name and fields; known: {', '.join(sorted(registry))}")
-    fields = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = fields.pop("name", None)
-    if isinstance(name, str) and ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            cls = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"cannot import {kind} {name!r}: {error}") from error
-        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-            raise ConfigError(f"{kind} {name!r} is {cls!r}: name a dataclass")
-        return build(cls, fields)
-    if name not in registry:
-        raise unknown(kind, name, registry)
-    return build(registry[name], fields)
-
-
-def describe(built: Any, registry: Mapping[str, type]) -> dict[str, Any]:
-    """The inverse of `build_named`: {name: ..., **fields}."""
-    names = {cls: name for name, cls in registry.items()}
-    name = names.get(type(built), f"{type(built).__module__}:{type(built).__qualname__}")
-    fields = {field.name: getattr(built, field.name) for field in dataclasses.fields(built)}
-    return {"name": name} | {k: describe(v, PAIR_SAMPLERS) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
-
-
-def build_method(spec: Any) -> Any:
-    """The method that `spec` ("name" or {name: ..., **fields}) describes."""
-    method = build_named("method", METHODS, spec)
-    if not hasattr(method, "plan"):
-        raise ConfigError(f"{spec!r} is no method: it has no plan(sigmas, rng)")
-    return method
-
-
-def from_mapping(cls: type) -> BeforeValidator:
-    return BeforeValidator(lambda value: build(cls, value) if isinstance(value, Mapping) else value)
-
 
 MethodField = Annotated[Any, BeforeValidator(build_method), PlainSerializer(lambda method: describe(method, METHODS))]
 
@@ -448,98 +349,3 @@ class RunConfig(Strict):
     @property
     def method_name(self) -> str:
         return describe(self.method, METHODS)["name"]
-
-
-def load(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """The config of a YAML file, a run's folder or a preset, with `key.path=value` overrides applied. Raises ConfigError."""
-    values: dict[str, Any] = {}
-    for layer in read(name):
-        merge(values, layer)
-    merge(values, parse_overrides(overrides))
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_readable(e) for e in error.errors())) from None
-
-
-def read(name: str | Path) -> list[dict[str, Any]]:
-    """The mappings that make up a config file, that of a run's folder, or a preset, each to be laid over those before it."""
-    path = Path(name)
-    if str(name) in presets.names() and not path.is_file():
-        return presets.layers(str(name))
-    if path.is_dir():
-        path = path / "config.yaml"
-    if not path.is_file():
-        hint = nearest(str(name), presets.names())
-        raise ConfigError(f"no config file {str(path)!r}, and unknown preset {str(name)!r}; {hint}flowbp presets lists them")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of keys, got {type(values).__name__}")
-    return [values]
-
-
-def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """["method.alpha=0.3", ...] -> {"method": {"alpha": 0.3}}; values are YAML."""
-    values: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {override!r} must read key.path=value, such as method.alpha=0.3")
-        for part in reversed(key.split(".")):
-            try:
-                value = {part: value if isinstance(value, dict) else _number_or_yaml(value)}
-            except yaml.YAMLError as error:
-                raise ConfigError(f"override {override!r}: the value is not YAML ({error.problem or error}); quote it") from None
-        merge(values, value)
-    return values
-
-
-def merge(base: dict[str, Any], extra: Mapping[str, Any]) -> None:
-    """Merge nested mappings in place. A method, pair sampler or reward of another name starts afresh: its fields are those of another."""
-    for key, value in extra.items():
-        old = base.get(key)
-        both = isinstance(value, Mapping) and isinstance(old, dict)
-        renamed = both and key in ("method", "pairs", "reward") and value.get("name", old.get("name")) != old.get("name")
-        regrouped = both and key == "reward" and is_one_reward(value) != is_one_reward(old)
-        if both and not renamed and not regrouped:
-            merge(old, value)
-        else:
-            base[key] = copy.deepcopy(value)
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-    return flat
-
-
-def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """key.path -> (before, after) of what differs between two configs, sorted; None stands for a key that is not there."""
-    before, after = flatten(old), flatten(new)
-    keys = sorted(before.keys() | after.keys())
-    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
-
-
-def dump(config: RunConfig) -> str:
-    """The resolved config as YAML, which `load` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _number_or_yaml(text: str) -> Any:
-    try:
-        return float(text) if "e" in text.lower() and "." not in text else yaml.safe_load(text)  # YAML reads 1e-4 as a string
-    except (ValueError, yaml.YAMLError):
-        return yaml.safe_load(text)
-
-
-def _readable(error: Mapping[str, Any]) -> str:
-    parts = error["loc"][error["loc"][:2] == ("reward", "reward") :]  # one reward is not named in the config
-    where = ".".join(str(part) for part in parts)
-    message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] in ("value_error", "missing") else f", got {error['input']!r}"
-    return f"{where}{': ' if where else ''}{message}{given}"

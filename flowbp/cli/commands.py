@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from flowbp.runtime.console import hide_loading_bars, hush_libraries
+from flowbp.runtime.console import hide_loading_bars, hush_libraries, is_main
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console()
@@ -32,11 +29,6 @@ def main() -> None:
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-
-
-def is_main() -> bool:
-    """Whether this process speaks for those that torchrun or accelerate started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 @app.callback()
@@ -55,10 +47,11 @@ def train(
     processes: Processes = 1,
 ) -> None:
     """Fine-tune a backbone; writes weights, metrics, samples and report.html into the config's output folder."""
+    from flowbp.cli.tables import comparison_table
     from flowbp.config import load
     from flowbp.runtime.processes import launched
     from flowbp.runtime.run_folder import how_to_go_on
-    from flowbp.training.trainer import train as run
+    from flowbp.training.run import train as run
 
     settings = load(config, overrides or ())
     hide_loading_bars()
@@ -97,10 +90,9 @@ def estimate(
     json_file: Annotated[Path | None, typer.Option("--json", help="write all numbers here, in bytes")] = None,
 ) -> None:
     """Predict the peak memory and the cost of a training step. Needs no GPU and reads no weights."""
-    import json
-
+    from flowbp.cli.tables import estimate_table, gigabytes
     from flowbp.config import load
-    from flowbp.estimate.estimate import estimate as estimates
+    from flowbp.estimate import estimate as estimates
 
     memory = None if gpu_memory is None else estimates.parse_size(gpu_memory)
     run = load(config, overrides or ())
@@ -124,13 +116,13 @@ def estimate(
     console.print(f"[red]does not fit:[/] {share}", highlight=False)
     if (narrow := estimates.without_masters(run, processes)) is not None:
         console.print(
-            f"without master weights (tuning.master_weights=false) it takes {_gigabytes(narrow.peak)} GB, and most steps of "
+            f"without master weights (tuning.master_weights=false) it takes {gigabytes(narrow.peak)} GB, and most steps of "
             f"optimizer.lr={run.optimizer.lr:g} round to nothing in bfloat16: docs/training.md",
             highlight=False,
         )
     added, count, smaller = estimates.suggest(config, overrides or [], memory, processes)
     outcome = "fits" if smaller.fits(memory) else f"the smallest found still does not fit, for the {smaller.peak_phase}"
-    console.print(f"{outcome}: {_gigabytes(smaller.peak)} GB a process, {smaller.relative_cost:.1f} x sampling, with", highlight=False)
+    console.print(f"{outcome}: {gigabytes(smaller.peak)} GB a process, {smaller.relative_cost:.1f} x sampling, with", highlight=False)
     console.print(f"  {' '.join(added) or 'nothing changed'}", highlight=False, soft_wrap=True)
     if count > processes:
         console.print(f"on {count} processes", highlight=False)
@@ -186,6 +178,7 @@ def evaluate(
     processes: Processes = 1,
 ) -> None:
     """Score the base and tuned models on the same prompts and seeds: means, intervals, paired tests, and a page. A killed run goes on."""
+    from flowbp.cli.tables import evaluation_tables
     from flowbp.config import load
     from flowbp.evaluation.models import name_models, run_evaluation
     from flowbp.runtime.processes import launched
@@ -209,6 +202,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="folder of comparison.html and comparison.json")] = Path("comparison"),
 ) -> None:
     """Put several runs into one table and one page, and name the differences that make their comparison unfair."""
+    from flowbp.cli.tables import comparison_table, listed, means_table
     from flowbp.evaluation.runs import compare_runs, grouped
 
     results = compare_runs(runs, out)
@@ -246,6 +240,7 @@ def plan(
     """Draw one plan of a method and print its nodes, noise levels, weights and bridge."""
     import numpy as np
 
+    from flowbp.cli.tables import plan_table
     from flowbp.config import build_method, parse_overrides
 
     u = 1.0 - np.arange(steps) / steps
@@ -286,6 +281,7 @@ def rewards(name: Annotated[str | None, typer.Argument(help="tell more of one re
 @app.command()
 def presets(name: Annotated[str | None, typer.Argument(help="print this one as a config")] = None) -> None:
     """List the presets, or print one as a config to start from."""
+    from flowbp.cli.tables import non_defaults
     from flowbp.config import dump, load
     from flowbp.presets import names
 
@@ -301,17 +297,6 @@ def presets(name: Annotated[str | None, typer.Argument(help="print this one as a
         guidance, method = non_defaults(run.guidance), non_defaults(run.method)
         table.add_row(preset, str(run.data.batch_size), guidance, method, end_section=preset.endswith("/flowbp-lagrange"))
     console.print(table)
-
-
-def non_defaults(built) -> str:
-    """The fields of a dataclass that differ from its defaults, on one line; a nested one by its class and its own."""
-    shown = []
-    for field in dataclasses.fields(built):
-        value, default = getattr(built, field.name), field.default
-        if value != default:
-            nested = f"{type(value).__name__}({non_defaults(value)})" if dataclasses.is_dataclass(value) else value
-            shown.append(f"{field.name} {nested}")
-    return ", ".join(shown)
 
 
 @app.command()
@@ -340,110 +325,6 @@ def doctor() -> None:
     for name, runs, why in backend.report():
         table.add_row(f"kernels: {name}", f"{'runs' if runs else 'cannot run'}: {why}")
     console.print(table)
-
-
-def estimate_table(found, title: str) -> Table:
-    """Gigabytes of what is always there, of what comes and goes, and of all that each part of a run holds at its peak."""
-    caption = f"{found.trained:,} parameters trained,\non a network of {found.parameters:,}"
-    table = Table("memory", "GB", title=title, caption=caption, min_width=44)
-    table.columns[1].justify = "right"
-    sections = {"always there": found.resident, "comes and goes": found.working, "peak in": found.peaks}
-    for heading, terms in sections.items():
-        table.add_row(heading, "", style="dim")
-        for name, size in terms.items():
-            if size:
-                table.add_row(f"  {name}", _gigabytes(size), style="bold" if heading == "peak in" and name == found.peak_phase else None)
-        table.add_section()
-    return table
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3f}" if size < 1e9 else f"{size / 1e9:.1f}"
-
-
-def plan_table(drawn, sigmas, title: str) -> Table:
-    """The plan's nodes as a table; active nodes in bold."""
-    numbers = (Column(name, justify="right") for name in ("node", "sigma", "value weight", "gradient weight"))
-    table = Table(*numbers, "role", title=title)
-    for node, weight, grad_weight in zip(drawn.nodes, drawn.weights, drawn.grad_weights, strict=True):
-        roles = ["active"] if grad_weight else ["cached"]
-        if drawn.bridge is not None and node == drawn.bridge.node:
-            roles.append("bridge")
-        gradient = f"{grad_weight:+.4f}" if grad_weight else ""
-        table.add_row(
-            str(node), f"{sigmas[node]:.4f}", f"{weight:+.4f}", gradient, ", ".join(roles), style="bold" if grad_weight else "dim"
-        )
-    return table
-
-
-def comparison_table(rows: list[dict], title: str, before: str = "before", after: str = "after") -> Table:
-    """Paired changes; image statistics over all images only. Bold marks a change that its interval and its test confirm."""
-    from flowbp.evaluation.numbers import between, direction, notes, number, p_text, scale_of, scale_of_change, shown, signed
-
-    table = metric_table(title, "n", before, after, "change, 95 %", "p")
-    table.caption = "\n".join(notes(rows)) or None
-    for row in shown(rows):
-        scale, finer = scale_of(row), scale_of_change(row)
-        change = f"{signed(row['change'], finer)} {between((row['low'], row['high']), finer)}"
-        cells = (str(row["count"]), number(row["before"], scale), number(row["after"], scale), change, p_text(row["p_value"]))
-        table.add_row(metric_label(row), *cells, style="bold" if direction(row) else None)
-    return table
-
-
-def listed(parts: list[tuple[str, str]]) -> str:
-    """value: the runs that have it, one value a line."""
-    return escape("\n".join(f"{value}: {names}" for value, names in parts))
-
-
-def means_table(rows: list[dict], column: str, title: str) -> Table:
-    """The mean of each metric over all images and its interval, for each run or model."""
-    from flowbp.evaluation.numbers import between, number, scale_of
-
-    table = Table(title=title)
-    table.add_column("metric", no_wrap=True)
-    table.add_column(column)
-    for name in ("n", "mean", "95 %"):
-        table.add_column(name, justify="right", no_wrap=True)
-    by_metric: dict[str, list[dict]] = {}
-    for row in rows:
-        if row["category"] == "all":
-            by_metric.setdefault(row["metric"], []).append(row)
-    for metric, found in by_metric.items():
-        for i, row in enumerate(found):
-            interval = between((row["low"], row["high"]), scale_of(row))
-            cells = (escape(row[column]), str(row["count"]), number(row["mean"], scale_of(row)), interval)
-            table.add_row("" if i else metric, *cells, end_section=i + 1 == len(found))
-    return table
-
-
-def metric_table(title: str, *columns: str) -> Table:
-    """An empty table of a column of metrics and `columns` of numbers."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("metric", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def metric_label(row: dict) -> str:
-    """The metric's name, or below it the indented name of a category."""
-    return row["metric"] if row["category"] == "all" else f" {row['category']}"
-
-
-def evaluation_tables(results: dict, title: str) -> Iterator[Table]:
-    """One table of paired changes for each tuned model; without any, the base model's means."""
-    from flowbp.evaluation.numbers import between, notes, number, scale_of
-
-    for name in [model["name"] for model in results["models"][1:]]:
-        rows = [row for row in results["changes"] if row["model"] == name]
-        yield comparison_table(rows, f"{name} against base: {title}", "base", "tuned")
-    if not results["changes"]:
-        table = metric_table(f"base: {title}", "n", "mean", "95 %")
-        table.caption = "\n".join(notes(results["means"])) or None
-        for row in results["means"]:
-            scale = scale_of(row)
-            table.add_row(metric_label(row), str(row["count"]), number(row["mean"], scale), between((row["low"], row["high"]), scale))
-        yield table
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

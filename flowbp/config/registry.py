@@ -1,0 +1,97 @@
+"""Constructors as configuration: a dataclass is built from a mapping of its fields, or from a name and fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any, get_type_hints
+
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+
+from flowbp.active_sets import PAIR_SAMPLERS, PairSampler
+from flowbp.methods import METHODS
+
+__all__ = ["FINITE", "ConfigError", "build", "build_method", "build_named", "describe", "from_mapping", "nearest", "unknown"]
+
+FINITE = ConfigDict(allow_inf_nan=False)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. Its message names the key, the value and the way out."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that does not exist, with the nearest one that does."""
+    known = sorted(known)
+    return ConfigError(f"unknown {kind} {name!r}; {nearest(name, known)}known: {', '.join(known)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'did you mean ...? ', or nothing where no name is near."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def build(cls: type, values: Mapping[str, Any]) -> Any:
+    """cls(**values) for a dataclass, each value validated against its field's type."""
+    hints, names = get_type_hints(cls), [field.name for field in dataclasses.fields(cls)]
+    arguments = {}
+    for key, value in values.items():
+        if key not in names:
+            raise unknown(f"{cls.__name__} key", key, names)
+        if hints[key] is PairSampler:
+            default = next(field.default for field in dataclasses.fields(cls) if field.name == key)
+            named = describe(default, PAIR_SAMPLERS)["name"] if dataclasses.is_dataclass(default) else None
+            arguments[key] = build_named("pair sampler", PAIR_SAMPLERS, {"name": named} | value if isinstance(value, Mapping) else value)
+        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            arguments[key] = build(hints[key], value)
+        else:
+            try:
+                arguments[key] = TypeAdapter(hints[key], config=FINITE).validate_python(value)
+            except ValidationError as error:
+                raise ConfigError(f"{key} = {value!r}: {error.errors()[0]['msg']}") from None
+    return cls(**arguments)
+
+
+def build_named(kind: str, registry: Mapping[str, type], spec: Any) -> Any:
+    """Build from "name" or {name: ..., **fields}. A name "module:Class" imports a class of your own."""
+    if dataclasses.is_dataclass(spec):
+        return spec  # already built
+    if not isinstance(spec, (str, Mapping)):
+        raise ConfigError(f"{spec!r} is no {kind}: give a name, or a mapping of name and fields; known: {', '.join(sorted(registry))}")
+    fields = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = fields.pop("name", None)
+    if isinstance(name, str) and ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            cls = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"cannot import {kind} {name!r}: {error}") from error
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+            raise ConfigError(f"{kind} {name!r} is {cls!r}: name a dataclass")
+        return build(cls, fields)
+    if name not in registry:
+        raise unknown(kind, name, registry)
+    return build(registry[name], fields)
+
+
+def describe(built: Any, registry: Mapping[str, type]) -> dict[str, Any]:
+    """The inverse of `build_named`: {name: ..., **fields}."""
+    names = {cls: name for name, cls in registry.items()}
+    name = names.get(type(built), f"{type(built).__module__}:{type(built).__qualname__}")
+    fields = {field.name: getattr(built, field.name) for field in dataclasses.fields(built)}
+    return {"name": name} | {k: describe(v, PAIR_SAMPLERS) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
+
+
+def build_method(spec: Any) -> Any:
+    """The method that `spec` ("name" or {name: ..., **fields}) describes."""
+    method = build_named("method", METHODS, spec)
+    if not hasattr(method, "plan"):
+        raise ConfigError(f"{spec!r} is no method: it has no plan(sigmas, rng)")
+    return method
+
+
+def from_mapping(cls: type) -> BeforeValidator:
+    return BeforeValidator(lambda value: build(cls, value) if isinstance(value, Mapping) else value)

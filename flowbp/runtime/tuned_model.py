@@ -1,0 +1,99 @@
+"""The model of a run: a backbone on its device, what is trained of it, its float32 copies and its average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from flowbp.backbones import Backbone, check_guidance, load_backbone
+from flowbp.config import RunConfig
+from flowbp.runtime.distributed import Ranks
+from flowbp.runtime.embeddings import embed_once
+from flowbp.runtime.memory import compile_blocks, save_memory
+from flowbp.runtime.tuning import assign, master_weights, moving_average, trainable_parameters, trained
+from flowbp.runtime.weights import base_weights
+
+__all__ = ["TunedModel"]
+
+class TunedModel:
+    """The model of a run. Building it in another order would fail or waste memory, so nothing else builds one:
+
+        load on the CPU -> embed the prompts -> drop the text encoders -> add LoRA -> memory switches -> compile
+        -> copy or shard over the processes -> master weights -> average
+
+    backbone    the pipeline behind its protocol, on the device
+    sigmas      [N + 1] noise levels of the training rollout
+    ranks       the processes that share the network
+    parameters  what is trained, by name, as the network computes with it; shards, if the weights are sharded
+    masters     what the optimizer steps, by the same names: float32 copies of narrower parameters, else the parameters themselves
+    ema         the moving average of the masters in float32, or None
+    """
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, texts: Iterable[str], backbone: Backbone | None = None):
+        """texts: every prompt that the run will draw. backbone: takes the place of the one that `config` names."""
+        self.config = config
+        self.backbone = backbone or load_backbone(**config.backbone.model_dump())
+        check_guidance(self.backbone, config.guidance)
+        size = config.rollout
+        self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas)
+        config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(0))  # a method that does not fit says so now
+        if config.data.embeddings == "cached":
+            embed_once(self.backbone, texts, config.data.cache, accelerator.device)
+        torch.manual_seed(config.seed)  # LoRA's initial weights
+        trainable_parameters(self.backbone, config.tuning)
+        save_memory(self.backbone, config.memory)
+        if config.compile is not None:
+            compile_blocks(self.backbone.denoiser, config.compile)
+        self.ranks = Ranks(accelerator, self.backbone, config.memory.shard, config.memory.shard_gradients)
+        self.parameters = trained(self.backbone)
+        self.masters = master_weights(self.parameters) if config.tuning.master_weights else self.parameters
+        self.ema = None if config.ema is None else moving_average(self.masters, config.ema)
+
+    def take_gradients(self) -> None:
+        """Move each parameter's gradient to its master weight. Raises ValueError where a trained parameter has none."""
+        missing = [name for name, p in self.parameters.items() if p.grad is None]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(self.parameters)} trained parameters take no part in the velocity and would never change, "
+                f"such as {missing[0]}: name other modules in tuning.targets"
+            )
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                self.masters[name].grad, parameter.grad = parameter.grad.to(self.masters[name].dtype), None
+
+    def follow_masters(self, average: bool = True) -> None:
+        """Round the master weights into the network, and let the average take a step towards them."""
+        assign(self.parameters, self.masters)
+        if average and self.ema is not None:
+            self.ema.step(self.masters.values())
+
+    @property
+    def base(self) -> dict[str, Tensor]:
+        """The weights that a run starts from: a LoRA of zero, or the checkpoint's own, read again."""
+        if self.config.tuning.mode == "full":
+            return base_weights(self.backbone)
+        return {name: torch.zeros_like(p) if "lora_B" in name else p for name, p in self.parameters.items()}
+
+    @property
+    def tuned(self) -> dict[str, Tensor]:
+        """The weights that a run delivers: the average if there is one, else the last ones."""
+        return self.parameters if self.ema is None else dict(zip(self.parameters, self.ema.shadow_params, strict=True))
+
+    @contextmanager
+    def using(self, weights: Mapping[str, Tensor]) -> Iterator[Backbone]:
+        """The backbone with its trained parameters set to `weights` for the block.
+
+        Its own wait on the CPU meanwhile, or where they are if they are shards.
+        """
+        own = {name: p.detach() for name, p in self.parameters.items()}
+        kept = {name: p.to("cpu", copy=True) if self.ranks.sharded is None else p.clone() for name, p in own.items()}
+        try:
+            assign(self.parameters, weights)
+            yield self.backbone
+        finally:
+            assign(self.parameters, kept)

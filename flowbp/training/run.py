@@ -1,0 +1,106 @@
+"""A run from its config to its report: train, watch held-out samples, keep checkpoints, evaluate."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+
+from flowbp.config import RunConfig
+from flowbp.evaluation.scores import compare
+from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowbp.runtime.console import progress_bar
+from flowbp.runtime.distributed import process_state
+from flowbp.runtime.processes import naming_the_dead
+from flowbp.runtime.reproducible import one_thread
+from flowbp.runtime.run_folder import BEST, RunFolder
+from flowbp.training.report import Report
+from flowbp.training.sentinel import Sentinel
+from flowbp.training.trainer import Trainer
+
+__all__ = ["run", "train"]
+
+
+@naming_the_dead()
+def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:
+    """Run `config` to its last step, evaluate it against the base weights and write the report. Returns the run's folder.
+
+    On a CPU a process computes on one thread, or on $OMP_NUM_THREADS. All input is checked before the folder is touched.
+    Raises ValueError or FileExistsError on bad input, and ConnectionError where another process of the run has ended.
+    """
+    on_cpu = process_state().device.type == "cpu"
+    folder = RunFolder(config.output)
+    with one_thread() if on_cpu and "OMP_NUM_THREADS" not in os.environ else nullcontext(), folder.locked():
+        folder.check(config, resume, overwrite)
+        trainer = Trainer(config)
+        folder.open(config, overwrite)
+        run(trainer, folder)
+    return folder.path
+
+
+def run(trainer: Trainer, folder: RunFolder) -> None:
+    """Train from the folder's last checkpoint on, to the last step or until the sentinel stops it; then evaluate and report."""
+    config, model, accelerator = trainer.config, trainer.model, trainer.model.ranks.accelerator
+    found = latest_checkpoint(folder.path)
+    done = load_checkpoint(found, model, trainer.optimizer, trainer.rewards) if found else 0
+    folder.forget_after(done)
+    watched = config.evaluation is not None and config.evaluation.every is not None
+    sentinel = Sentinel(config.evaluation, config.reward, folder.validations()) if watched else None
+    accelerator.init_trackers("tensorboard")
+    with progress_bar("train", "step", config.steps, done) as bar:
+        stopped = validate(trainer, sentinel, folder, done)
+        for step in range(done, config.steps if not stopped else done):
+            row = {"step": step + 1} | trainer.step(step)
+            folder.log(row)
+            accelerator.log({key: value for key, value in row.items() if key not in ("step", "nodes")}, step=step + 1)
+            scores = ", ".join(f"{name} {row[name]:.4f}" for name in config.reward)
+            bar.set_postfix_str(f"{scores}, {row['seconds']:.2f} s/step, peak {row['peak_mb']:.0f} MB", refresh=False)
+            bar.update()
+            stopped = validate(trainer, sentinel, folder, step + 1)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopped:
+                save_checkpoint(folder.path, step + 1, model, trainer.optimizer, trainer.rewards)
+            if stopped:
+                break
+    with model.using(model.tuned) as backbone:
+        folder.save_weights(backbone)
+    report(trainer, sentinel, folder)
+    accelerator.end_training()
+
+
+def validate(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder, step: int) -> bool:
+    """Score the weights after `step` optimizer steps if they are due, and keep the best; returns whether training is to stop.
+
+    Nothing that training draws is drawn. All processes have all scores, and so decide alike.
+    """
+    if sentinel is None:
+        return False
+    if sentinel.due(step):
+        model = trainer.model
+        scores = trainer.evaluator.score(model, model.tuned, sentinel.samples)
+        decision = sentinel.record(step, scores)
+        if decision.is_best:
+            with model.using(model.tuned) as backbone:
+                folder.save_weights(backbone, BEST)
+        folder.keep_validation(step, scores.values)
+        means = {f"validation/{name}": float(values.mean()) for name, values in scores.values.items()}
+        model.ranks.accelerator.log(means, step=step)
+    return sentinel.stops
+
+
+def report(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder) -> None:
+    """Score base and tuned weights on the same prompts and seeds, draw both, and write everything into the run's folder."""
+    config, model = trainer.config, trainer.model
+    plan = config.method.plan(model.sigmas.double().numpy(), np.random.default_rng(config.seed))
+    pages = Report(config, folder, plan, model.sigmas.tolist())
+    if trainer.evaluator is not None:
+        scores = []
+        with progress_bar("evaluate", "image", 2 * config.evaluation.samples) as bar:
+            for name, weights in (("before", model.base), ("after", model.tuned)):
+                scores.append(trainer.evaluator.score(model, weights, progress=bar.update))
+                pages.add_scores(name, scores[-1])
+        pages.add_comparison(compare(*scores))
+    if sentinel is not None:
+        pages.add_validation(sentinel.summary())
+    pages.write()
