@@ -23,10 +23,11 @@ Reading order: reference.py (every formula on one page), quadrature_update.py (a
 csrc/ops.h and csrc/cpu/ (its kernel), backend.py (which one runs), recompute.py.
 """
 
-from flowbp_kernels.quadrature_update import quadrature_update  # isort: skip  (it and bridge_cotangents need each other)
+from flowbp_kernels import adjoints  # noqa: F401  (registers gradients)
 from flowbp_kernels.bridge_cotangents import bridge_cotangents
 from flowbp_kernels.cfg_euler_step import cfg_euler_step
 from flowbp_kernels.leap_residuals import leap_residuals
+from flowbp_kernels.quadrature_update import quadrature_update
 from flowbp_kernels.recompute import RngState, selective_recompute
 from flowbp_kernels.straight_through import straight_through
 

@@ -79,25 +79,5 @@ def _fake(g, g_x, weights, alphas, dtype):
     return g.new_empty(len(weights), *g.shape, dtype=dtype)
 
 
-def _setup_context(ctx, inputs, output):
-    g, g_x, weights, alphas, _ = inputs
-    ctx.save_for_backward(weights, alphas)
-    ctx.dtypes = g.dtype, g_x.dtype
-
-
-def _backward(ctx, gradients):
-    """The adjoint of spreading one tensor over K nodes is the weighted sum over them."""
-    weights, alphas = ctx.saved_tensors
-    nodes, gradients = torch.arange(len(weights), device=weights.device), gradients.contiguous()
-    of_g, of_g_x = (
-        quadrature_update(gradients.new_zeros(gradients.shape[1:], dtype=dtype), gradients, nodes, table) if needed else None
-        for needed, dtype, table in zip(ctx.needs_input_grad[:2], ctx.dtypes, (weights, weights * alphas), strict=True)
-    )
-    return of_g, of_g_x, None, None, None
-
-
-_op = register(_new, "bridge_cotangents", fake=_fake, backward=_backward, setup_context=_setup_context)
+_op = register(_new, "bridge_cotangents", fake=_fake)  # its gradient: adjoints.py
 _op_out = register(_into, "bridge_cotangents_out", mutates=("out",))
-
-# The two sums of this package are each other's gradient; imported last, since each needs the other.
-from flowbp_kernels.quadrature_update import quadrature_update  # noqa: E402

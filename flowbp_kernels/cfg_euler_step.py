@@ -119,5 +119,6 @@ def _backward(ctx, of_x_next, of_velocity):
     return of_x_next, of_cond, of_uncond, None
 
 
-_op = register(_new, "cfg_euler_step", fake=_fake, backward=_backward, setup_context=_setup_context)
+_op = register(_new, "cfg_euler_step", fake=_fake)
+_op.differentiate(_backward, _setup_context)
 _op_out = register(_into, "cfg_euler_step_out", mutates=("velocity_out", "out"))

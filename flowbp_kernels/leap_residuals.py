@@ -129,5 +129,6 @@ def _backward(ctx, *_):
     )
 
 
-_op = register(_new, "leap_residuals", fake=_empty, backward=_backward)
+_op = register(_new, "leap_residuals", fake=_empty)
+_op.differentiate(_backward)
 _op_out = register(_into, "leap_residuals_out", mutates=("predictions",), fake=_empty)

@@ -20,6 +20,11 @@ class Operators(NamedTuple):
         """The operator for a rule of which `rule` is a part."""
         return self.by_value if rule.is_cpu else self.on_device
 
+    def differentiate(self, backward: Callable, setup_context: Callable | None = None) -> None:
+        """Register the gradient of both."""
+        for operator in self:
+            operator.register_autograd(backward, setup_context=setup_context)
+
 
 def register(
     function: Callable,
@@ -27,8 +32,6 @@ def register(
     *,
     mutates: tuple[str, ...] = (),
     fake: Callable | None = None,
-    backward: Callable | None = None,
-    setup_context: Callable | None = None,
 ) -> Operators:
     """flowbp_kernels::NAME and flowbp_kernels::NAME_on_device, which run `function`; its annotations are their schema."""
     operators = Operators(
@@ -38,6 +41,4 @@ def register(
     for operator in operators:
         if fake is not None:
             operator.register_fake(fake)
-        if backward is not None:
-            operator.register_autograd(backward, setup_context=setup_context)
     return operators

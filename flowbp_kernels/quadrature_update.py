@@ -80,27 +80,5 @@ def _fake(x, velocities, nodes, weights, scales):
     return torch.empty_like(x)
 
 
-def _setup_context(ctx, inputs, output):
-    _, velocities, nodes, weights, scales = inputs
-    ctx.save_for_backward(nodes, weights, scales)
-    ctx.cache_shape, ctx.cache_dtype = velocities.shape, velocities.dtype
-
-
-def _backward(ctx, g):
-    """Velocity n of sample b gets g times the sum of the weights with which that sample's rule reads it."""
-    of_velocities = None
-    if ctx.needs_input_grad[1]:
-        nodes, weights, scales = ctx.saved_tensors
-        rows = torch.arange(ctx.cache_shape[0], device=nodes.device)[:, None, None]
-        totals = torch.where(nodes == rows, weights, 0.0).sum(1)  # [N, 1] or [N, B]
-        of_velocities = bridge_cotangents(g, g, totals, torch.zeros_like(totals), dtype=ctx.cache_dtype)
-        if scales is not None:
-            of_velocities = of_velocities * scales.reshape(scales.shape + (1,) * (g.dim() - 1)).to(ctx.cache_dtype)
-    return g, of_velocities, None, None, None
-
-
-_op = register(_new, "quadrature_update", fake=_fake, backward=_backward, setup_context=_setup_context)
+_op = register(_new, "quadrature_update", fake=_fake)  # its gradient: adjoints.py
 _op_out = register(_into, "quadrature_update_out", mutates=("out",))
-
-# The two sums of this package are each other's gradient; imported last, since each needs the other.
-from flowbp_kernels.bridge_cotangents import bridge_cotangents  # noqa: E402
