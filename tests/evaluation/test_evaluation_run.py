@@ -44,7 +44,7 @@ def test_a_killed_evaluation_resumes_to_the_same_bytes_wherever_tensors_lie(offs
 
     def write_until_killed(path, part):
         if len(written) == 2:
-            path.with_suffix(".partial").write_bytes(b"half a chu")
+            path.with_name(f".{path.name}.partial").write_bytes(b"half a chu")
             raise KeyboardInterrupt
         write(path, part)
         written.append(path)
