@@ -137,19 +137,16 @@ def sample(
     seed: Annotated[int, typer.Option(help="seed of the initial noise")] = 0,
 ) -> None:
     """Draw prompts with the base or the tuned model."""
-    from flowbp.backbones import load_backbone
     from flowbp.config import load
     from flowbp.evaluation import figures
     from flowbp.evaluation import scores as evaluation
     from flowbp.runtime.data import sample_seeds
     from flowbp.runtime.distributed import process_state
-    from flowbp.runtime.weights import load_weights
+    from flowbp.runtime.tuned_model import frozen_backbone
 
     run = load(config)
     hide_loading_bars()
-    backbone = load_backbone(**run.backbone.model_dump(), device=str(process_state().device))
-    if weights is not None:
-        load_weights(backbone, weights)
+    backbone = frozen_backbone(run, weights, str(process_state().device))
     images = evaluation.generate(backbone, prompts, sample_seeds(seed, count=len(prompts)), run.evaluation_rollout, run.guidance)
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     figures.sample_grid(pixels, prompts, [None] * len(prompts), columns=min(4, len(prompts))).savefig(out, dpi=110)

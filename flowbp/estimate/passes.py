@@ -29,7 +29,7 @@ from flowbp.methods import draw_plans
 from flowbp.objective import reward_gradient
 from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.replay import record
-from flowbp.rewards import Mixture, Reward
+from flowbp.rewards import Reward, WeightedRewards
 from flowbp.rewards.registry import EMBEDDED, find_folders, find_source
 from flowbp.runtime.embeddings import BATCH
 from flowbp.runtime.memory import LiveBytes, save_memory
@@ -201,17 +201,17 @@ def _reward_pass(relevant: str) -> RewardPass:
     rewards = {name: _reward(spec) for name, spec in config.reward.items()}
     watching = config.evaluation is not None and config.evaluation.watch
     monitors = [_reward(spec) for spec in (config.evaluation.monitors if watching else {}).values()]
-    mixture = Mixture({name: spec.term(reward=rewards[name].reward) for name, spec in config.reward.items()})
+    weighted = WeightedRewards({name: spec.term(reward=rewards[name].reward) for name, spec in config.reward.items()})
     samples = config.data.batch_size * (1 + draw_plan(config, 0, np.linspace(1, 0, config.rollout.num_steps + 1)).num_renoised)
     z = _latents(backbone, config, min(samples, config.memory.reward_batch or samples))
 
     def score(part: Tensor, which: slice) -> Tensor:
-        return mixture.score(backbone.decode(part), [""] * len(part), list(range(len(part))))
+        return weighted.score(backbone.decode(part), [""] * len(part), list(range(len(part))))
 
-    models = [term.reward.model for term in mixture.terms.values() if isinstance(term.reward, ImageTower)]
+    models = [term.reward.model for term in weighted.terms.values() if isinstance(term.reward, ImageTower)]
     with fused_attention(), LiveBytes(t for module in (backbone.pipe.vae, *models) for t in tensors(module)) as live:
         before = live.alive
-        reward_gradient(mixture, score, z, torch.ones(len(z), device="meta"))
+        reward_gradient(weighted, score, z, torch.ones(len(z), device="meta"))
         peak_bytes = live.peak - before
     loaded = [*rewards.values(), *monitors]
     return RewardPass(sum(each.weight_bytes for each in loaded), peak_bytes, tuple(each.note for each in loaded if each.note))

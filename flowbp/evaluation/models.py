@@ -25,7 +25,6 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
-from flowbp.backbones import load_backbone
 from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.evaluation.pages import write_evaluation
 from flowbp.evaluation.scores import Part, Samples, Scores, compare, draw_samples, join, score_chunk, scorers, summarise
@@ -33,13 +32,13 @@ from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.data import load_prompts
 from flowbp.runtime.distributed import on_main, process_state
-from flowbp.runtime.embeddings import embed_once
 from flowbp.runtime.environment import versions
 from flowbp.runtime.files import digest_files, replacing, write_file, write_json
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
 from flowbp.runtime.run_folder import mark_folder
-from flowbp.runtime.weights import load_weights, weight_files
+from flowbp.runtime.tuned_model import frozen_backbone
+from flowbp.runtime.weights import weight_files
 
 __all__ = ["BASE", "Model", "name_models", "run_evaluation"]
 
@@ -158,12 +157,7 @@ def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path,
     if not missing:
         return
     device = str(state.device)
-    backbone = load_backbone(**config.backbone.model_dump())
-    if model.weights is not None:
-        load_weights(backbone, model.weights)
-    if config.data.embeddings == "cached":
-        embed_once(backbone, [prompt.text for prompt in samples.prompts], config.data.cache, device)
-    backbone.pipe.to(device)
+    backbone = frozen_backbone(config, model.weights, device, [prompt.text for prompt in samples.prompts])
     rewards = {name: spec.load(device) for name, spec in config.reward.items()}
     named = scorers(config.evaluation, rewards, config.evaluation.load_monitors(device), device)
     share = [i for i in missing if i % state.num_processes == state.process_index]

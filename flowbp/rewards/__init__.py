@@ -4,13 +4,13 @@ A reward model is one file here, on transformers alone, and one entry of `regist
 """
 
 from flowbp.rewards.base import ImageEncoder, Reward, Smoothed, Smoothing
-from flowbp.rewards.mixture import Mixture, RunningScale, Term
 from flowbp.rewards.registry import REWARDS, RewardSource, check_options, load_reward
+from flowbp.rewards.weighted import RunningScale, Term, WeightedRewards
 
 __all__ = [
     "REWARDS",
     "ImageEncoder",
-    "Mixture",
+    "WeightedRewards",
     "Reward",
     "RewardSource",
     "RunningScale",

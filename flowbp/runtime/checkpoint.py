@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from flowbp.rewards import Mixture
-from flowbp.runtime.distributed import gathered, laid_out_as, process_state
+from flowbp.rewards import WeightedRewards
+from flowbp.runtime.distributed import gathered, process_state, shard_like
 from flowbp.runtime.files import replacing
 from flowbp.runtime.tuning import assign
 
@@ -29,7 +29,7 @@ CHECKPOINT = "parameters.safetensors"
 STATE = "state.pt"
 
 
-def save_checkpoint(output: Path, step: int, model: TunedModel, optimizer: Optimizer, rewards: Mixture) -> None:
+def save_checkpoint(output: Path, step: int, model: TunedModel, optimizer: Optimizer, rewards: WeightedRewards) -> None:
     """Everything that a run needs to go on after `step` optimizer steps. Older checkpoints are removed once this one is whole.
 
     Every process calls it, for shards are gathered from all; the main one writes.
@@ -80,7 +80,7 @@ def load_state(folder: Path) -> dict:
         raise damaged(folder, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
 
 
-def load_checkpoint(folder: Path, model: TunedModel, optimizer: Optimizer, rewards: Mixture) -> int:
+def load_checkpoint(folder: Path, model: TunedModel, optimizer: Optimizer, rewards: WeightedRewards) -> int:
     """Restore what `save_checkpoint` wrote, in place; returns the number of steps done. Raises OSError when it is damaged."""
     saved, masters = load_parameters(folder), model.masters
     if saved.keys() != masters.keys():
@@ -91,11 +91,11 @@ def load_checkpoint(folder: Path, model: TunedModel, optimizer: Optimizer, rewar
     for index, moments in state["optimizer"]["state"].items():
         p = trained[index]
         whole = {key: value for key, value in moments.items() if torch.is_tensor(value) and value.shape == p.shape}
-        moments.update({key: laid_out_as(p, value) for key, value in whole.items()})
+        moments.update({key: shard_like(p, value) for key, value in whole.items()})
     optimizer.load_state_dict(state["optimizer"])
     if model.ema is not None:
         shadows = zip(trained, state["ema"]["shadow_params"], strict=True)
-        state["ema"]["shadow_params"] = [laid_out_as(p, shadow) for p, shadow in shadows]
+        state["ema"]["shadow_params"] = [shard_like(p, shadow) for p, shadow in shadows]
         model.ema.load_state_dict(state["ema"])
     rewards.load_state_dict(state["rewards"])
     return progress(folder)["step"]

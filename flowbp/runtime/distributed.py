@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 
 from flowbp.backbones import Backbone
 
-__all__ = ["Ranks", "full", "gathered", "laid_out_as", "on_main", "process_state"]
+__all__ = ["Ranks", "gathered", "on_main", "process_state", "shard_like", "unshard"]
 
 
 def process_state() -> PartialState:
@@ -110,7 +110,7 @@ def shard_weights(denoiser: nn.Module, device: torch.device) -> nn.Module:
 # -- sharded tensors: every process must make these calls, for all of them take part -------------------------------------------------
 
 
-def full(tensor: Tensor) -> Tensor:
+def unshard(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -125,13 +125,13 @@ def gathered(state: Any) -> Any:
     def collect(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        whole = full(leaf.detach())
+        whole = unshard(leaf.detach())
         return whole.cpu() if is_main else None
 
     return tree_map(collect, state)
 
 
-def laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+def shard_like(parameter: Tensor, value: Tensor) -> Tensor:
     """`value`, whole or sharded, as `parameter` is sharded, and on its device."""
     value = value.to(parameter.device)
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):

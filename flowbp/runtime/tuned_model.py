@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,9 +17,9 @@ from flowbp.runtime.distributed import Ranks
 from flowbp.runtime.embeddings import embed_once
 from flowbp.runtime.memory import compile_blocks, save_memory
 from flowbp.runtime.tuning import assign, master_weights, moving_average, trainable_parameters, trained
-from flowbp.runtime.weights import base_weights
+from flowbp.runtime.weights import base_weights, load_weights
 
-__all__ = ["TunedModel"]
+__all__ = ["TunedModel", "frozen_backbone"]
 
 class TunedModel:
     """The model of a run. Building it in another order would fail or waste memory, so nothing else builds one:
@@ -97,3 +98,17 @@ class TunedModel:
             yield self.backbone
         finally:
             assign(self.parameters, kept)
+
+
+def frozen_backbone(config: RunConfig, weights: Path | None, device: str, texts: Iterable[str] | None = None) -> Backbone:
+    """The backbone of a config with tuned weights, or without, on `device`: to draw with, not to train.
+
+    texts: all prompts that will be drawn. They are embedded as `config.data.embeddings` says; None leaves the text encoders in place.
+    """
+    backbone = load_backbone(**config.backbone.model_dump())
+    if weights is not None:
+        load_weights(backbone, weights)
+    if texts is not None and config.data.embeddings == "cached":
+        embed_once(backbone, texts, config.data.cache, device)
+    backbone.pipe.to(device)
+    return backbone

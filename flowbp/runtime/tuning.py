@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowbp.backbones import Backbone
 from flowbp.config import ConfigError, OptimizerConfig, TuningConfig
-from flowbp.runtime.distributed import laid_out_as
+from flowbp.runtime.distributed import shard_like
 
 __all__ = ["assign", "build_optimizer", "master_weights", "moving_average", "trainable_parameters", "trained"]
 
@@ -82,4 +82,4 @@ def assign(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> No
     """Set `parameters` to `values`, in place; sharded ones take their part of a whole value."""
     for name, parameter in parameters.items():
         if values[name] is not parameter:
-            parameter.copy_(laid_out_as(parameter, values[name]))
+            parameter.copy_(shard_like(parameter, values[name]))

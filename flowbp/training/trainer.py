@@ -22,9 +22,9 @@ from flowbp.methods import draw_plans
 from flowbp.objective import clip_samples, loss_factors, reward_gradient, sample_weights
 from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.replay import Recompute
-from flowbp.rewards import Mixture, Reward
+from flowbp.rewards import Reward, WeightedRewards
 from flowbp.runtime.data import PromptStream, load_prompts, sample_seeds
-from flowbp.runtime.distributed import full, process_state
+from flowbp.runtime.distributed import process_state, unshard
 from flowbp.runtime.memory import Phases, now, peak_memory_mb
 from flowbp.runtime.tuned_model import TunedModel
 from flowbp.runtime.tuning import build_optimizer
@@ -48,7 +48,7 @@ class Trainer:
         accelerator = Accelerator(cpu=on_cpu, log_with="tensorboard", project_dir=config.output)
         self.model = TunedModel(config, accelerator, self.texts(accelerator.num_processes), backbone)
         device = str(accelerator.device)
-        self.rewards = Mixture({name: spec.term(device, reward) for name, spec in config.reward.items()})
+        self.rewards = WeightedRewards({name: spec.term(device, reward) for name, spec in config.reward.items()})
         self.evaluator = Evaluator(config, self.rewards.rewards, device) if config.evaluation is not None else None
         self.optimizer = build_optimizer(self.model.masters.values(), config.optimizer)
         budget = config.memory.budget_gb
@@ -90,7 +90,7 @@ class Trainer:
         """
         options, masters = self.config.optimizer, self.model.masters
         self.model.take_gradients()
-        norm = full(torch.nn.utils.clip_grad_norm_(masters.values(), options.max_grad_norm)).item()
+        norm = unshard(torch.nn.utils.clip_grad_norm_(masters.values(), options.max_grad_norm)).item()
         lr = options.lr * min(1.0, (step + 1) / (options.warmup + 1))
         if np.isfinite(norm):
             for group in self.optimizer.param_groups:

@@ -18,7 +18,7 @@ from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import FlowBPBridge
 from flowbp.replay import Recompute
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from flowbp.runtime.distributed import full, laid_out_as, shard_weights
+from flowbp.runtime.distributed import shard_like, shard_weights, unshard
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.surrogate import backward, reward_input
 from flowbp.training.run import run as train_run
@@ -97,12 +97,12 @@ def train_step(case, folder, world):
     with torch.no_grad():
         for key, p in trainer.model.parameters.items():  # LoRA starts where half of its gradient is zero
             if "lora_B" in key:
-                p.copy_(laid_out_as(p, torch.randn(p.shape, dtype=p.dtype) / 10))
+                p.copy_(shard_like(p, torch.randn(p.shape, dtype=p.dtype) / 10))
     gradients = {}
     trainer.optimizer.register_step_pre_hook(lambda *_: gradients.update({key: p.grad for key, p in trainer.model.parameters.items()}))
     row = trainer.step(0)
     zeros = {key: torch.zeros(p.shape, dtype=torch.float64) for key, p in trainer.model.parameters.items()}
-    return row, torch.cat([(zeros[key] if g is None else full(g).double()).flatten() for key, g in gradients.items()])
+    return row, torch.cat([(zeros[key] if g is None else unshard(g).double()).flatten() for key, g in gradients.items()])
 
 
 def resumes(case, folder, world):
@@ -121,7 +121,7 @@ def resumes(case, folder, world):
 
 
 def flat(tensors):
-    return torch.cat([full(tensor.detach()).double().flatten() for tensor in tensors])
+    return torch.cat([unshard(tensor.detach()).double().flatten() for tensor in tensors])
 
 
 def dropout_gradients(shard, folder, world):
@@ -166,7 +166,7 @@ def sum_of_backward_passes(world):
     if world > 1:
         network.set_requires_gradient_sync(True)
     network(torch.ones(1, 1, dtype=torch.bfloat16)).backward()
-    return full(network.weight.grad).item()
+    return unshard(network.weight.grad).item()
 
 
 def own_loop(rank, world):

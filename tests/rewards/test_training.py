@@ -6,7 +6,7 @@ import tiny_rewards as tiny
 import torch
 
 from flowbp.config import load
-from flowbp.rewards import Mixture
+from flowbp.rewards import WeightedRewards
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowbp.training.trainer import Trainer
 
@@ -29,7 +29,7 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("name", [*tiny.FOLDERS, f"{__name__}:redness"])
 def test_every_reward_trains_the_embedded_model(name, folders, run):
     config = load("demo", [f"reward={{name: '{name}', model: {folders.get(name, 'null')}}}"])
-    run.rewards = Mixture({key: spec.term() for key, spec in config.reward.items()})
+    run.rewards = WeightedRewards({key: spec.term() for key, spec in config.reward.items()})
     before = {key: p.detach().clone() for key, p in run.model.parameters.items()}
     rows = [run.step(step) for step in range(3)]
     assert all(np.isfinite(row["reward"]) and 0 < row["grad_norm"] < np.inf and not row["skipped"] for row in rows)

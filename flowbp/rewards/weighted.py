@@ -13,7 +13,7 @@ from torch import Tensor
 from flowbp.objective import Objective
 from flowbp.rewards.base import Reward, Smoothed, Smoothing
 
-__all__ = ["Mixture", "RunningScale", "Term"]
+__all__ = ["WeightedRewards", "RunningScale", "Term"]
 
 
 class RunningScale:
@@ -45,7 +45,7 @@ class RunningScale:
 
 @dataclass
 class Term:
-    """One reward of a mixture. objective: its hinge, in its own units. scale: None leaves its units alone."""
+    """One reward of several. objective: its hinge, in its own units. scale: None leaves its units alone."""
 
     reward: Reward
     objective: Objective = field(default_factory=Objective)
@@ -54,7 +54,7 @@ class Term:
     scale: RunningScale | None = None
 
 
-class Mixture:
+class WeightedRewards:
     """A weighted sum of reward losses, by name. Takes the place of one reward and its `Objective` in `reward_gradient`.
 
     A batch is scaled by what the batches before it were like, so that its gradient is the same in parts of any size; the first, before

@@ -10,7 +10,7 @@ from tiny_rewards import images
 
 from flowbp.config import ConfigError, RunConfig, dump, load
 from flowbp.objective import Objective, loss_factors, reward_gradient
-from flowbp.rewards import Mixture, RunningScale, Smoothing, Term, load_reward
+from flowbp.rewards import RunningScale, Smoothing, Term, WeightedRewards, load_reward
 
 X, PROMPTS = images(8, 8, batch=4), ["a"] * 4
 
@@ -39,37 +39,37 @@ class Darkness:
         return -bright(x, prompts)
 
 
-def gradient(mixture, factors=None):
+def gradient(weighted, factors=None):
     x = X.clone().requires_grad_()
-    return torch.autograd.grad(mixture.loss(mixture.score(x, PROMPTS, [0] * 4), factors), x)[0]
+    return torch.autograd.grad(weighted.loss(weighted.score(x, PROMPTS, [0] * 4), factors), x)[0]
 
 
 def test_the_loss_is_the_weighted_sum_of_each_rewards_loss():
-    mixture = Mixture({"a": Term(bright, Objective(0.55), 2.0), "b": Term(contrast, Objective(), 0.5)})
+    weighted = WeightedRewards({"a": Term(bright, Objective(0.55), 2.0), "b": Term(contrast, Objective(), 0.5)})
     factors = loss_factors(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([True, True, False, True]))
     x = X.clone().requires_grad_()
     loss = 2 * Objective(0.55).loss(bright(x, PROMPTS), factors) + 0.5 * Objective().loss(contrast(x, PROMPTS), factors)
-    torch.testing.assert_close(gradient(mixture, factors), torch.autograd.grad(loss, x)[0])
-    scores = mixture.score(X, PROMPTS, [0] * 4)
-    assert mixture.update(scores) == pytest.approx({"a": bright(X, PROMPTS).mean().item(), "b": contrast(X, PROMPTS).mean().item()})
+    torch.testing.assert_close(gradient(weighted, factors), torch.autograd.grad(loss, x)[0])
+    scores = weighted.score(X, PROMPTS, [0] * 4)
+    assert weighted.update(scores) == pytest.approx({"a": bright(X, PROMPTS).mean().item(), "b": contrast(X, PROMPTS).mean().item()})
 
 
 def test_one_reward_of_weight_one_is_the_plain_objective():
     x = X.clone().requires_grad_()
     expected = torch.autograd.grad(Objective(20.0).loss(contrast(x, PROMPTS)), x)[0]
-    torch.testing.assert_close(gradient(Mixture({"reward": Term(contrast, Objective(20.0))})), expected, rtol=0, atol=0)
+    torch.testing.assert_close(gradient(WeightedRewards({"reward": Term(contrast, Objective(20.0))})), expected, rtol=0, atol=0)
 
 
 def test_a_reward_that_met_its_hinge_leaves_the_gradient_to_the_others():
-    both = Mixture({"met": Term(contrast, Objective(-1.0)), "b": Term(bright)})
-    assert torch.equal(gradient(both), gradient(Mixture({"b": Term(bright)})))
+    both = WeightedRewards({"met": Term(contrast, Objective(-1.0)), "b": Term(bright)})
+    assert torch.equal(gradient(both), gradient(WeightedRewards({"b": Term(bright)})))
 
 
 def test_normalised_rewards_pull_alike_whatever_their_units():
     def normalised(factor):
-        mixture = Mixture({"r": Term(lambda x, p: factor * contrast(x, p), scale=RunningScale())})
-        mixture.update(mixture.score(X, PROMPTS, [0] * 4))
-        return gradient(mixture)
+        weighted = WeightedRewards({"r": Term(lambda x, p: factor * contrast(x, p), scale=RunningScale())})
+        weighted.update(weighted.score(X, PROMPTS, [0] * 4))
+        return gradient(weighted)
 
     torch.testing.assert_close(normalised(1e4), normalised(1.0), rtol=1e-4, atol=0)
 
@@ -77,20 +77,20 @@ def test_normalised_rewards_pull_alike_whatever_their_units():
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_mixture_in_parts_has_the_gradient_of_the_whole(rows):
     smooth = Smoothing(copies=2)
-    mixture = Mixture({"a": Term(bright, smoothing=smooth), "b": Term(contrast, Objective(4.0), 0.5, smooth, RunningScale())})
-    mixture.update(mixture.score(X, PROMPTS, [0] * 4))
+    weighted = WeightedRewards({"a": Term(bright, smoothing=smooth), "b": Term(contrast, Objective(4.0), 0.5, smooth, RunningScale())})
+    weighted.update(weighted.score(X, PROMPTS, [0] * 4))
     factors, seeds = torch.full((4,), 0.25), [3, 1, 4, 1]
 
     def score(x, part):
-        return mixture.score(x, PROMPTS[part], seeds[part])
+        return weighted.score(x, PROMPTS[part], seeds[part])
 
-    whole, parts = (reward_gradient(mixture, score, X, factors, n) for n in (4, rows))
+    whole, parts = (reward_gradient(weighted, score, X, factors, n) for n in (4, rows))
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b)
-    scores = mixture.score(X, PROMPTS, seeds)  # an image's perturbation is its seed's
+    scores = weighted.score(X, PROMPTS, seeds)  # an image's perturbation is its seed's
     same = X[:1].expand_as(X)
-    assert (mixture.score(same, PROMPTS, seeds)[1] == mixture.score(same, PROMPTS, seeds)[3]).all()
-    assert not torch.equal(scores, mixture.score(X, PROMPTS, seeds[::-1]))
+    assert (weighted.score(same, PROMPTS, seeds)[1] == weighted.score(same, PROMPTS, seeds)[3]).all()
+    assert not torch.equal(scores, weighted.score(X, PROMPTS, seeds[::-1]))
 
 
 def test_the_running_scale_is_the_deviation_of_recent_scores():
@@ -115,14 +115,14 @@ def test_the_running_scale_survives_equal_scores_and_broken_ones():
 
 def test_a_resumed_mixture_goes_on_with_its_scales():
     def build():
-        return Mixture({"a": Term(bright, scale=RunningScale()), "b": Term(contrast, scale=RunningScale()), "c": Term(bright)})
+        return WeightedRewards({"a": Term(bright, scale=RunningScale()), "b": Term(contrast, scale=RunningScale()), "c": Term(bright)})
 
     first, second = build(), build()
     first.update(first.score(X, PROMPTS, [0] * 4))
     second.load_state_dict(first.state_dict())
     assert torch.equal(gradient(first), gradient(second)) and not torch.equal(gradient(first), gradient(build()))
     with pytest.raises(ValueError, match=r"holds running scales of \['a', 'b'\], this config normalises \[\]"):
-        Mixture({"a": Term(bright)}).load_state_dict(first.state_dict())
+        WeightedRewards({"a": Term(bright)}).load_state_dict(first.state_dict())
 
 
 # -- rewards of one's own ----------------------------------------------------------------------------------------------------------
