@@ -6,6 +6,7 @@
     reward    =  cached rollout + kept graphs + decoder and reward graph of `memory.reward_batch` samples
     sweep     =  cached rollout + gradients + other kept graphs + one replay with its backward pass (of `memory.nodes_per_forward` nodes)
     update    =  gradients + one more copy of the trained parameters, which AdamW makes on a GPU
+    checkpoint = the largest trained tensor, put together from its shards
     embedding =  text encoders and one batch of prompts, before the rest is on the device
 
 The passes are run on the meta device (`passes`). What an allocator adds to their live bytes (fragmentation, workspaces, the CUDA
@@ -83,6 +84,9 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     notes = reward.notes
     if config.memory.recompute == "auto" and config.memory.budget_gb is None:
         notes += ("memory.recompute=auto keeps graphs in what memory is left: counted as always",)
+    if run.shards > 1:
+        saved = run.stepped_bytes + sum(run.resident[name] for name in ("optimizer", "moving average")) * run.shards
+        notes += (f"a checkpoint passes through the CPU memory of the main process: {saved / 1e9:.1f} GB",)
     sampling = config.rollout.num_steps * run.branches
     return Estimate(
         run.resident, run.working, run.peaks, network.parameters, network.trained, run.calls, sampling, network.forward_flops, notes
@@ -189,6 +193,8 @@ class Run:
             "sweep": always + gradients + between + max(working["replay with backward"] - already, 0),
             "update": always + 2 * working["update"],  # gradients in the dtype that is stepped
         }
+        if self.shards > 1:  # shards are put together one tensor after the other, each in the dtype that is stepped
+            peaks["checkpoint"] = always + self.network.largest * self.stepped_bytes // self.network.trained
         embeds_first = self.config.data.embeddings == "cached" and self.text.weight_bytes
         return peaks | ({"embedding": self.text.weight_bytes + self.text.peak_bytes} if embeds_first else {})
 

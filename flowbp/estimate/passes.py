@@ -42,7 +42,7 @@ __all__ = ["NetworkPass", "RewardPass", "TextPass", "draw_plan", "network_pass",
 class NetworkPass:
     """The network, and its passes over one micro-batch.
 
-    parameters, trained             how many. trained_bytes, frozen_bytes: as many bytes
+    parameters, trained             how many. trained_bytes, frozen_bytes: as many bytes. largest: elements of the largest trained tensor
     block_bytes                     what FSDP2 holds whole at a time of all weights; of the trained ones alone: trained_block_bytes
     vae_bytes                       weights of the VAE
     latent_bytes                    one latent of the micro-batch
@@ -54,6 +54,7 @@ class NetworkPass:
 
     parameters: int
     trained: int
+    largest: int
     trained_bytes: int
     frozen_bytes: int
     block_bytes: int
@@ -140,6 +141,7 @@ def _network_pass(relevant: str) -> NetworkPass:
     return NetworkPass(
         parameters=parameters,
         trained=sum(p.numel() for p in trained),
+        largest=max(p.numel() for p in trained),
         trained_bytes=bytes_of(trained),
         frozen_bytes=bytes_of(tensors(denoiser)) - bytes_of(trained),
         block_bytes=block_bytes(denoiser, lambda p: True),
