@@ -1,0 +1,91 @@
+"""Files are whole or not there: what a failed write leaves is what was there before."""
+
+import json
+import os
+
+import pytest
+from safetensors import SafetensorError
+
+from flowbp.runtime.files import digest_files, remove, replacing, write_file, write_json
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_takes_the_place_of_another(tmp_path):
+    for content in ("first", b"second"):
+        write_file(tmp_path / "a.txt", content)
+    assert (tmp_path / "a.txt").read_bytes() == b"second" and names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk"), SafetensorError("disk"), RuntimeError("disk")])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_write_that_fails_leaves_what_was_there(error, kind, tmp_path):
+    path = tmp_path / "kept"
+    if kind == "file":
+        path.write_text("old")
+    else:
+        path.mkdir()
+        (path / "old").touch()
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else OSError), replacing(path) as scratch:
+        if kind == "file":
+            scratch.write_text("half of the n")
+        else:
+            scratch.mkdir()
+            (scratch / "half").touch()
+        raise error
+    assert names(tmp_path) == ["kept"]
+    assert path.read_text() == "old" if kind == "file" else names(path) == ["old"]
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path):
+    for name in ("first", "second"):
+        with replacing(tmp_path / "folder") as scratch:
+            scratch.mkdir()
+            (scratch / name).write_text(name)
+    assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["second"]
+
+
+def test_scraps_of_a_killed_write_do_not_stop_the_next(tmp_path):
+    (tmp_path / ".folder.partial").mkdir()
+    (tmp_path / ".folder.partial" / "half").touch()
+    with replacing(tmp_path / "folder") as scratch:
+        scratch.mkdir()
+    assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == []
+
+
+def test_two_writers_of_a_cache_do_not_meet(tmp_path):
+    with replacing(tmp_path / "a", cache=True) as one, replacing(tmp_path / "a", cache=True) as two:
+        one.write_text("same")
+        two.write_text("same")
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "same"
+
+
+def test_bytes_reach_the_disk_before_their_name_does(tmp_path, monkeypatch):
+    seen = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: seen.append(os.readlink(f"/proc/self/fd/{handle}")) or fsync(handle))
+    monkeypatch.setattr(os, "replace", lambda old, new: seen.append("moved") or replace(old, new))
+    write_file(tmp_path / "a", "content")
+    assert seen == [str(tmp_path / ".a.partial"), "moved", str(tmp_path)]
+
+
+def test_json_has_null_for_what_is_not_a_number(tmp_path):
+    write_json(tmp_path / "a.json", {"a": float("nan"), "b": [1.5, float("inf")]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": None, "b": [1.5, None]}
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    remove(tmp_path / "link")
+    remove(tmp_path / "nothing")
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_digest_is_of_contents_in_order(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    one, other = ([tmp_path / name for name in order] for order in ("ab", "ba"))
+    assert digest_files(one) != digest_files(other) == digest_files(other)
