@@ -30,10 +30,10 @@ from flowbp.methods import draw_plans
 from flowbp.objective import reward_gradient
 from flowbp.performance import LiveBytes, save_memory
 from flowbp.plan import PlanBatch, SurrogatePlan
-from flowbp.replay import record
 from flowbp.rewards import Mixture, Reward
 from flowbp.rewards.registry import EMBEDDED, find_folders, find_source
 from flowbp.tuning import trainable_parameters
+from flowbp_kernels.sweep import record
 
 __all__ = ["NetworkPass", "RewardPass", "TextPass", "draw_plan", "network_pass", "reward_pass", "text_pass"]
 
