@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from flowbp import surrogate, trajectory  # noqa: E402
 from flowbp.guidance import Guidance, GuidedVelocity  # noqa: E402
 from flowbp.methods import FlowBPLagrange  # noqa: E402
-from flowbp_kernels import backend  # noqa: E402
+from flowbp_kernels import backend, sweep  # noqa: E402
 from flowbp_kernels.bench import machine, measure  # noqa: E402
 
 OPS = ("cfg_euler_step", "quadrature_update", "leap_residuals", "bridge_cotangents")
@@ -108,7 +108,8 @@ def training_step(options: argparse.Namespace):
 def clocks(device: str):
     """Replaces the ops that the engine calls by ones that add their seconds to the dict it yields."""
     spent = {}
-    replaced = [(module, op, getattr(module, op)) for module in (trajectory, surrogate) for op in OPS if hasattr(module, op)]
+    modules = (trajectory, surrogate, sweep)
+    replaced = [(module, op, getattr(module, op)) for module in modules for op in OPS if hasattr(module, op)]
     for module, op, function in replaced:
 
         def clocked(*args, op=op, function=function, **kwargs):

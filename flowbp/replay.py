@@ -1,4 +1,4 @@
-"""The forward pass of an active node, with its graph: kept while the rollout passes the node, or made again by a replay.
+"""Which active nodes keep their graph while the rollout passes them. The sweep replays the others.
 
     always   replay every active node: one graph in memory, one more forward pass a node
     never    keep every graph: no second forward pass, memory grows with the active set
@@ -9,62 +9,17 @@ All give the same gradient.
 
 from __future__ import annotations
 
-import inspect
 import resource
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Graph", "Recompute", "record"]
+from flowbp_kernels.sweep import Graph
 
-
-class Graph(NamedTuple):
-    """A forward pass ready for `v.backward`: x [B, *S] is a leaf, v [B, *S] has the velocity's VJP."""
-
-    x: Tensor
-    v: Tensor
-
-
-def record(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor, requires_grad: bool) -> Graph:
-    """v = velocity(x, sigma) with its graph; x collects a gradient of its own if `requires_grad`.
-
-    Raises RuntimeError when the graph reaches no parameter, because nothing would be learned from it.
-    """
-    x = x.detach().requires_grad_(requires_grad)
-    with torch.enable_grad():
-        v = velocity(x, sigma)
-    if not reaches_parameter(v, x):
-        raise RuntimeError(
-            f"a replayed velocity carries no gradient to any parameter of {describe(velocity)}: none of them requires grad, "
-            "or the network ran under no_grad or on detached copies"
-        )
-    return Graph(x, v)
-
-
-def reaches_parameter(v: Tensor, x: Tensor) -> bool:
-    """Whether the graph of v ends in a leaf other than x. Depth first: as quick as one path through the network."""
-    stack, seen = [v.grad_fn], set()
-    while stack:
-        function = stack.pop()
-        if function is None or function in seen:
-            continue
-        seen.add(function)
-        leaf = getattr(function, "variable", None)  # of an AccumulateGrad
-        if leaf is not None and leaf is not x:
-            return True
-        stack.extend(parent for parent, _ in function.next_functions)
-    return False
-
-
-def describe(velocity: Callable) -> str:
-    """The class of the network behind a velocity, for error messages."""
-    owner = getattr(velocity, "__self__", velocity)
-    network = inspect.unwrap(getattr(owner, "network", owner))
-    backbone = getattr(network, "__self__", network)
-    return type(getattr(backbone, "denoiser", backbone)).__name__
+__all__ = ["Recompute"]
 
 
 class Recompute:

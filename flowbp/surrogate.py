@@ -1,10 +1,8 @@
 """The surrogate backward trajectory: pulls a reward gradient through the active nodes of a cached rollout.
 
-One engine for every plan. The reward's input is read from the cache, so its gradient g is known before anything is re-forwarded; then the
-active nodes are replayed one at a time, clean end to noise end. Peak memory is one node's graph, whatever the size of the active set. A
-graph that the rollout kept (`flowbp.replay`) is a replay whose forward pass has already happened.
-
-    dR/dtheta = sum_i w_i (dv_i/dtheta)^T c_i        c_i = g,  and past a bridge j (i < j)   c_i = g + alpha w_j (dv_j/dx)^T g
+One engine for every plan: `flowbp_kernels.sweep`, which has the formula. The reward's input is read from the cache, so
+its gradient g is known before anything is re-forwarded. A graph that the rollout kept (`flowbp.replay`) is a replay
+whose forward pass has already happened.
 """
 
 from __future__ import annotations
@@ -14,9 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flowbp.plan import Node, Number, PlanBatch, Replay, SurrogatePlan
+from flowbp.plan import Node, PlanBatch, Replay, SurrogatePlan
 from flowbp.trajectory import Trajectory
 from flowbp_kernels import leap_residuals, quadrature_update, straight_through
+from flowbp_kernels.sweep import Graph, sweep
 
 __all__ = ["as_graph", "backward", "residuals", "reward_input"]
 
@@ -40,23 +39,26 @@ def backward(
     nodes_per_forward: int = 1,
     before_last: Callable[[Tensor], object] | None = None,
 ) -> None:
-    """Pull dR/d(reward_input) back into the parameters' .grad; one network graph is alive at a time, beside those that the rollout kept.
+    """Pull dR/d(reward_input) back into the parameters' .grad, by the sweep over the plan's active nodes.
 
-    grad_reward: shaped as `reward_input`. Cotangents are kept in float32 (or wider) and cast once a node. nodes_per_forward: nodes that one
-    batched replay takes together; a bridge node is replayed alone. before_last: called with the last velocity before its backward, the
-    moment to let a distributed wrapper reduce gradients. Raises RuntimeError when a replay reaches no parameter.
+    One network graph is alive at a time, beside those that the rollout kept. grad_reward: shaped as `reward_input`.
+    nodes_per_forward: nodes that one batched replay takes together; a bridge node is replayed alone. before_last:
+    called with the last velocity before its backward, the moment to let a distributed wrapper reduce gradients.
+    Raises RuntimeError when a replay records no graph.
     """
-    cotangents = list(_wide(grad_reward).split(len(trajectory.sample)))  # dR/dx_hat [B, *S] of the sample, then of each copy
     passes = _passes(plan, trajectory, nodes_per_forward)
-    for replays in passes:  # clean end -> noise end
-        at_bridge = replays[0].gated
-        x, v = trajectory.graph([replay.node for replay in replays], velocity, requires_grad=at_bridge)
-        seed = torch.cat([_times(replay.weight, cotangents[replay.output]) for replay in replays])
+
+    def forward(replays: list[Replay]) -> Graph:
+        graph = trajectory.graph([replay.node for replay in replays], velocity, requires_grad=replays[0].gated)
         if before_last is not None and replays is passes[-1]:
-            before_last(v)
-        v.backward(seed.to(v.dtype))
-        if at_bridge:
-            cotangents[0] = cotangents[0] + _times(replays[0].gate, _wide(x.grad))
+            before_last(graph.v)
+        return graph
+
+    def pull(x: Tensor, v: Tensor, seed: Tensor) -> Tensor | None:
+        v.backward(seed)  # torch.autograd.grad would run no hook that reduces sharded gradients
+        return x.grad
+
+    sweep(grad_reward.split(len(trajectory.sample)), passes, forward, pull)
 
 
 def as_graph(plan: SurrogatePlan, trajectory: Trajectory, velocity: ReplayedVelocity) -> Tensor:
@@ -110,15 +112,3 @@ def _posterior_mean(trajectory: Trajectory, node: Node) -> Tensor:
     """x - sigma v at a cached node, [B, *S]."""
     velocities, weights = trajectory.velocities, -trajectory.level(node).reshape(1, -1).cpu()
     return quadrature_update(trajectory.latents[node], velocities.rows, velocities.slots([node]), weights)
-
-
-def _times(factor: Number, x: Tensor) -> Tensor:
-    """factor * x, for one factor or one a sample. A sample's factor of 0 cuts, NaN included."""
-    if not isinstance(factor, tuple):
-        return factor * x
-    factors = torch.tensor(factor, dtype=x.dtype, device=x.device).view(-1, *[1] * (x.dim() - 1))
-    return torch.where(factors != 0, factors * x, 0.0)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from flowbp.guidance import GuidedVelocity
 from flowbp.plan import Node, PlanBatch, SurrogatePlan
-from flowbp.replay import Graph, Recompute, record
+from flowbp.replay import Recompute
 from flowbp_kernels import RngState, cfg_euler_step
-from flowbp_kernels.recompute import autocast_state
+from flowbp_kernels.sweep import Graph, as_in_the_rollout, autocast_state, record
 
 __all__ = ["NodeCache", "Trajectory", "rollout", "rollout_with_graph"]
 
@@ -75,39 +74,27 @@ class Trajectory:
         return self.levels[list(node)] if isinstance(node, tuple) else self.levels[node]
 
     def graph(self, nodes: Sequence[Node], velocity: Callable[[Tensor, Tensor], Tensor], requires_grad: bool) -> Graph:
-        """The forward pass of `nodes`, with its graph: the one kept by the rollout, or a replay; several are replayed as one batch.
+        """The forward pass of `nodes`, with its graph: kept by the rollout, or replayed, several nodes as one batch.
 
-        velocity: (x [n B, *S], sigma [] or [n B]) -> [n B, *S]. Raises ValueError when a replay cannot draw the rollout's random numbers.
+        velocity: (x [n B, *S], sigma [] or [n B]) -> [n B, *S]. Raises ValueError when a replay cannot draw the
+        rollout's random numbers.
         """
         if len(nodes) == 1 and nodes[0] in self.kept:
             return self.kept.pop(nodes[0])
+        visited = {i for node in nodes for i in (node if isinstance(node, tuple) else (node,))}
+        if len(visited) > 1 and not self.rng.keys().isdisjoint(visited):
+            raise ValueError(
+                f"the network draws random numbers (dropout), and one forward pass at nodes {sorted(visited)} cannot "
+                "repeat what the rollout drew at each: use nodes_per_forward=1 and one plan for the batch, or put the "
+                "network in eval()"
+            )
         if len(nodes) == 1:
             x, sigma = self.latents[nodes[0]], self.level(nodes[0])
         else:
             x = torch.cat([self.latents[node] for node in nodes])
             sigma = torch.cat([self.level(node).expand(len(self.sample)) for node in nodes])
-        with self._as_in_the_rollout(nodes):
+        with as_in_the_rollout(x.device, self.autocast, self.rng.get(nodes[0])):
             return record(velocity, x, sigma, requires_grad)
-
-    @contextmanager
-    def _as_in_the_rollout(self, nodes: Sequence[Node]) -> Iterator[None]:
-        """Random state and autocast of the rollout at `nodes`; both are left as they were found."""
-        visited = {i for node in nodes for i in (node if isinstance(node, tuple) else (node,))}
-        if len(visited) > 1 and not self.rng.keys().isdisjoint(visited):
-            raise ValueError(
-                f"the network draws random numbers (dropout), and one forward pass at nodes {sorted(visited)} cannot repeat what the "
-                "rollout drew at each: use nodes_per_forward=1 and one plan for the batch, or put the network in eval()"
-            )
-        found = RngState.capture(self.sample.device)
-        with ExitStack() as stack:
-            for state in self.autocast:
-                stack.enter_context(torch.autocast(**state))
-            if nodes[0] in self.rng:
-                stack.callback(found.restore)
-                self.rng[nodes[0]].restore()
-            yield
-        if RngState.capture(self.sample.device) != found:
-            raise RuntimeError("the replay drew random numbers (dropout), the rollout none: call both in the same mode, train() or eval()")
 
 
 @torch.no_grad()

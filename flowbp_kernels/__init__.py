@@ -20,7 +20,7 @@ FLOWBP_KERNELS=auto | cuda | triton | cpu | reference chooses the backend; `pyth
 here, and why. Without the compiled extension (FLOWBP_BUILD=0 at installation) and Triton, the reference runs.
 
 Reading order: reference.py (every formula on one page), quadrature_update.py (an op), operators.py (how it is registered),
-csrc/ops.h and csrc/cpu/ (its kernel), backend.py (which one runs), recompute.py.
+csrc/ops.h and csrc/cpu/ (its kernel), backend.py (which one runs), sweep.py, recompute.py (its autograd function).
 """
 
 from flowbp_kernels import adjoints  # noqa: F401  (registers gradients)
@@ -28,8 +28,9 @@ from flowbp_kernels.bridge_cotangents import bridge_cotangents
 from flowbp_kernels.cfg_euler_step import cfg_euler_step
 from flowbp_kernels.leap_residuals import leap_residuals
 from flowbp_kernels.quadrature_update import quadrature_update
-from flowbp_kernels.recompute import RngState, selective_recompute
+from flowbp_kernels.recompute import selective_recompute
 from flowbp_kernels.straight_through import straight_through
+from flowbp_kernels.sweep import RngState
 
 __all__ = [
     "RngState",

@@ -1,11 +1,7 @@
 """Selective recompute: the value of a cached endpoint, the gradient of the velocities that led there.
 
 For a training loop that keeps its own loss.backward(). The rollout runs under no_grad and caches its latents; backward
-re-forwards the active nodes one at a time, clean end to noise end, so that one network graph is alive at any moment:
-
-    dR/dtheta = sum_i w_i (dv_i/dtheta)^T c_i         g = dR/dvalue, all latents detached
-          c_i = g                                     i >= j, or no bridge     (j = bridge node)
-          c_i = g + alpha * w_j (dv_j/dx)^T g         i <  j
+is the sweep of `flowbp_kernels.sweep`, from the gradient g at the endpoint.
 """
 
 import contextlib
@@ -23,30 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from flowbp_kernels.arguments import accumulation_dtype
-
-
-@dataclass(frozen=True)
-class RngState:
-    """State of the random number generators that a network on `device` draws from (dropout): the CPU's and its own."""
-
-    device: torch.device
-    states: tuple[Tensor, ...]
-
-    @classmethod
-    def capture(cls, device: torch.device | str = "cpu") -> "RngState":
-        device = torch.device(device)
-        states = (torch.get_rng_state(),)
-        if device.type != "cpu":
-            states += (torch.get_device_module(device).get_rng_state(device),)
-        return cls(device, states)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.states[0])
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).set_rng_state(self.states[1], self.device)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RngState) and all(map(torch.equal, self.states, other.states))
+from flowbp_kernels.sweep import Graph, Replay, RngState, as_in_the_rollout, autocast_state, record, sweep
 
 
 @torch.compiler.disable(reason="selective_recompute replays a Python callable in backward, which no graph can hold")
@@ -73,12 +46,13 @@ def selective_recompute(
     rng_states: RngState.capture(device) from before each node of the rollout, so that dropout draws its mask again.
     reduces_gradients: with several ranks and no DistributedDataParallel, states that the loop reduces gradients itself.
 
-    Gradient: sum_i w_i (dv_i/dparams)^T c_i (see the module) to params, summed in float32 (float64 for a float64 value)
-    and cast to each parameter's dtype; none to value, latents and weights. The replay runs under the autocast state of
-    this call and leaves the random state as it finds it. retain_graph replays again. Under torch.compile this call is
-    a graph break (an error with fullgraph=True); a compiled velocity is fine, though torch warns of the hook through which
-    backward sees which modules it enters, unless the network was compiled in place (network.compile()).
-    Memory beside one node's graph: the float32 sums of the gradients, which become those of the parameters' dtype one by one.
+    Gradient: sum_i w_i (dv_i/dparams)^T c_i (see flowbp_kernels.sweep) to params, summed in float32 (float64 for a
+    float64 value) and cast to each parameter's dtype; none to value, latents and weights. The replay runs under the
+    autocast state of this call and leaves the random state as it finds it. retain_graph replays again. Under
+    torch.compile this call is a graph break (an error with fullgraph=True); a compiled velocity is fine, though torch
+    warns of the hook through which backward sees which modules it enters, unless the network was compiled in place
+    (network.compile()).
+    Memory beside one node's graph: the float32 sums of the gradients, which become the parameters' dtype one by one.
     Raises ValueError for inputs outside this contract; RuntimeError, in backward, for create_graph=True, a parameter
     changed since this call, left without gradient or with a gradient hook, random numbers drawn without rng_states, a
     BatchNorm that would count each replay in its running statistics, or gradients that no rank would reduce.
@@ -89,34 +63,34 @@ def selective_recompute(
     params, latents, grad_weights = tuple(params), tuple(latents), tuple(float(w) for w in grad_weights)
     _check_params(params)
     _check_nodes(value, latents, sigmas, grad_weights, rng_states)
+    gates = {}
     if bridge is not None:
         position, alpha = bridge
         if not 0 <= position < len(latents):
             raise ValueError(f"bridge position {position} is not a node; there are {len(latents)}, counted from 0")
         if not 0 <= alpha <= 1:
             raise ValueError(f"bridge alpha must lie in [0, 1], not {alpha}")
-    sweep = _Sweep(
+        gates = {position: alpha}
+    call = _Call(
         velocity=velocity,
         sigmas=sigmas,
-        grad_weights=grad_weights,
-        bridge=bridge if bridge is not None and bridge[1] != 0 else None,
+        passes=[[(i, w, gates.get(i, 0.0), 0)] for i, w in reversed(list(enumerate(grad_weights))) if w != 0],
         rng_states=rng_states,
         autocast=autocast_state(value.device.type),
         needs_ddp=not reduces_gradients and _world_size() > 1,
         params=params,
         versions=tuple(p._version for p in params),
     )
-    return _SelectiveRecompute.apply(sweep, value, len(latents), *latents, *params)
+    return _SelectiveRecompute.apply(call, value, len(latents), *latents, *params)
 
 
 @dataclass(frozen=True)
-class _Sweep:
+class _Call:
     """What backward needs to know beside the latents."""
 
     velocity: Callable[[Tensor, float | Tensor], Tensor]
     sigmas: Sequence[float] | Tensor
-    grad_weights: tuple[float, ...]
-    bridge: tuple[int, float] | None
+    passes: Sequence[Sequence[Replay]]
     rng_states: Sequence[RngState] | None
     autocast: tuple[dict, ...]
     needs_ddp: bool
@@ -126,8 +100,8 @@ class _Sweep:
 
 class _SelectiveRecompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sweep, value, num_nodes, *latents_and_params):
-        ctx.sweep = sweep
+    def forward(ctx, call, value, num_nodes, *latents_and_params):
+        ctx.call = call
         ctx.save_for_backward(*latents_and_params[:num_nodes])
         return value.view_as(value)
 
@@ -139,14 +113,14 @@ class _SelectiveRecompute(torch.autograd.Function):
                 "Call backward without create_graph=True."
             )
         latents = ctx.saved_tensors
-        gradients = _replay(ctx.sweep, latents, g)
+        gradients = _gradients(ctx.call, latents, g)
         return (None, None, None, *(None for _ in latents), *gradients)
 
 
-def _replay(sweep: _Sweep, latents: tuple[Tensor, ...], g: Tensor) -> list[Tensor]:
-    """The sweep: pulls g back through the active nodes; one network graph is alive at a time."""
-    params = sweep.params
-    if tuple(p._version for p in params) != sweep.versions:
+def _gradients(call: _Call, latents: tuple[Tensor, ...], g: Tensor) -> list[Tensor]:
+    """What the sweep from g gives to each of the params."""
+    params = call.params
+    if tuple(p._version for p in params) != call.versions:
         raise RuntimeError(
             "a parameter was changed in place between selective_recompute and its backward, so value and gradient "
             "would belong to different networks: call backward before optimizer.step()."
@@ -156,36 +130,30 @@ def _replay(sweep: _Sweep, latents: tuple[Tensor, ...], g: Tensor) -> list[Tenso
             "a parameter has a gradient hook (Tensor.register_hook), which would run once a node and again on the sum: "
             "use register_post_accumulate_grad_hook, which runs once."
         )
-    cotangent = g.to(accumulation_dtype(g))
     totals: list[Tensor | None] = [None] * len(params)
 
     def add_to(k: int, gradient: Tensor) -> Tensor:
-        """Adds a node's gradient to its sum. What autograd keeps in its place takes no memory, so a node's gradients never pile up."""
+        """Adds a node's gradient to its sum. What autograd keeps in its place takes no memory, so none pile up."""
         if totals[k] is None:
             totals[k] = gradient.to(accumulation_dtype(gradient), copy=True)  # autograd may give one tensor to two parameters
         else:
             totals[k] += gradient
         return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_keep_rng(g.device))
-        stack.enter_context(_watch_modules(sweep.needs_ddp))
+    def forward(replays: Sequence[Replay]) -> Graph:
+        ((i, _, gate, _),) = replays
+        rng = None if call.rng_states is None else call.rng_states[i]
+        with as_in_the_rollout(g.device, call.autocast, rng):
+            return record(call.velocity, latents[i], call.sigmas[i], requires_grad=gate > 0)
+
+    def pull(x: Tensor, v: Tensor, seed: Tensor) -> Tensor | None:
+        wanted = (*params, x) if x.requires_grad else params
+        return torch.autograd.grad(v, wanted, seed, allow_unused=True)[-1]
+
+    with _watch_modules(call.needs_ddp), contextlib.ExitStack() as stack:
         for k, p in enumerate(params):
             stack.callback(p.register_hook(functools.partial(add_to, k)).remove)
-        for i in reversed(range(len(latents))):
-            weight = sweep.grad_weights[i]
-            if weight == 0:
-                continue
-            at_bridge = sweep.bridge is not None and i == sweep.bridge[0]
-            x = latents[i].detach().requires_grad_(at_bridge)
-            v = _forward(sweep, x, i)
-            wanted = (*params, x) if at_bridge else params
-            gradients = torch.autograd.grad(v, wanted, (weight * cotangent).to(v.dtype), allow_unused=True)
-            del v
-            if at_bridge:
-                if gradients[-1] is None:
-                    raise RuntimeError("velocity at the bridge node does not depend on its input x: is x detached in it?")
-                cotangent = cotangent + sweep.bridge[1] * gradients[-1].to(cotangent.dtype)
+        sweep([g], call.passes, forward, pull)
     missing = [tuple(p.shape) for p, total in zip(params, totals, strict=True) if total is None]
     if missing:
         raise RuntimeError(
@@ -195,28 +163,6 @@ def _replay(sweep: _Sweep, latents: tuple[Tensor, ...], g: Tensor) -> list[Tenso
     for k, p in enumerate(params):
         totals[k] = totals[k].to(p.dtype)  # in its place, so that wide and narrow sums never all lie there together
     return totals
-
-
-def _forward(sweep: _Sweep, x: Tensor, i: int) -> Tensor:
-    """v(x, sigma_i) with its graph, under the rollout's autocast and random state."""
-    if sweep.rng_states is not None:
-        sweep.rng_states[i].restore()
-    before = RngState.capture(x.device)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        for state in sweep.autocast:
-            stack.enter_context(torch.autocast(**state))
-        v = sweep.velocity(x, sweep.sigmas[i])
-    if sweep.rng_states is None and RngState.capture(x.device) != before:
-        raise RuntimeError(
-            "velocity drew random numbers (dropout?) in the replay, and the rollout drew others: value and gradient "
-            "would disagree. Pass rng_states=[RngState.capture(device) before each node], or put the network in eval()."
-        )
-    if v.shape != x.shape:
-        raise RuntimeError(f"velocity returned shape {tuple(v.shape)} for a latent of shape {tuple(x.shape)}")
-    if not v.requires_grad:
-        raise RuntimeError("velocity returned a tensor without graph: is it decorated with no_grad, or detached?")
-    return v
 
 
 def _check_params(params: tuple[Tensor, ...]) -> None:
@@ -255,31 +201,9 @@ def _check_nodes(value, latents, sigmas, grad_weights, rng_states) -> None:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the endpoint {tuple(value.shape)}")
 
 
-def autocast_state(device_type: str) -> tuple[dict, ...]:
-    """Arguments of the `torch.autocast` blocks that restore the current state, of the device's and of the CPU's."""
-    return tuple(
-        {
-            "device_type": kind,
-            "enabled": torch.is_autocast_enabled(kind),
-            "dtype": torch.get_autocast_dtype(kind),
-            "cache_enabled": torch.is_autocast_cache_enabled(),
-        }
-        for kind in sorted({device_type, "cpu"})
-    )
-
-
 def _world_size() -> int:
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-@contextlib.contextmanager
-def _keep_rng(device: torch.device):
-    state = RngState.capture(device)
-    try:
-        yield
-    finally:
-        state.restore()
 
 
 # The wrappers that a thread's sweep has entered. One hook serves all sweeps under one name: what torch.compile traces while a hook

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from toy import as_recompute
 
 from flowbp.active_sets import DirichletPair, MidpointJPair, MidpointPair, UniformPair, bridge_allocation, train_window
 from flowbp.guidance import Guidance, GuidedVelocity
@@ -170,6 +171,13 @@ def test_every_way_to_recompute_matches_the_released_code(case, recompute, nodes
     _, loss, g = reward_gradient(case.objective, lambda part, _: case.reward(part), z, case.factors(trajectory), nodes_per_forward)
     assert loss.item() * case.guidance.divisor == pytest.approx(case.meta["loss"], rel=TOLERANCE)
     backward(case.plan, trajectory, case.velocity().replay, g, nodes_per_forward=nodes_per_forward)
+    case.check_gradients()
+
+
+def test_selective_recompute_matches_the_released_code(case):
+    trajectory = case.rollout()
+    z = as_recompute(case.plan, trajectory, case.velocity().replay, tuple(case.theta.values()))
+    case.loss(z, trajectory).backward()
     case.check_gradients()
 
 

@@ -5,7 +5,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flowbp.guidance import Guidance, GuidedVelocity
+from flowbp.surrogate import reward_input
 from flowbp.trajectory import rollout
+from flowbp_kernels import selective_recompute
 
 
 class ToyField(nn.Module):
@@ -54,6 +56,22 @@ def toy_rollout(field, plan, num_steps, batch=3, guidance=Guidance(), recompute=
     noise = torch.randn(batch, 6, generator=generator, dtype=torch.float64)
     renoise = [torch.randn(batch, 6, generator=generator, dtype=torch.float64) for _ in range(plan.num_renoised)]
     return rollout(toy_velocity(field, batch, guidance), noise, toy_sigmas(num_steps), plan, renoise, recompute)
+
+
+def as_recompute(plan, trajectory, velocity, params=None):
+    """The reward input of one plan by `selective_recompute`: a call for the sample, and one for each re-noised copy.
+
+    velocity: a GuidedVelocity's `replay`.  params: all of its network's unless given.
+    """
+    params = params or tuple(velocity.__self__.network.parameters())
+    values, blocks, bridge = reward_input(plan, trajectory).split(len(trajectory.sample)), [], plan.active_bridge
+    for output, value in enumerate(values):
+        replays = [replay for replay in plan.sweep if replay.output == output]
+        nodes, weights = [replay.node for replay in replays], [replay.weight for replay in replays]
+        latents, levels = ([of[node] for node in nodes] for of in (trajectory.latents, trajectory.levels))
+        crossing = (nodes.index(bridge.node), bridge.alpha) if bridge and not output else None
+        blocks.append(selective_recompute(value, velocity, latents, levels, weights, crossing, params=params))
+    return torch.cat(blocks)
 
 
 def toy_reward(z):

@@ -28,12 +28,12 @@ from flowbp.guidance import GuidedVelocity
 from flowbp.methods import draw_plans
 from flowbp.objective import reward_gradient
 from flowbp.plan import PlanBatch, SurrogatePlan
-from flowbp.replay import record
 from flowbp.rewards import Reward, WeightedRewards
 from flowbp.rewards.registry import EMBEDDED, find_folders, find_source
 from flowbp.runtime.embeddings import BATCH
 from flowbp.runtime.memory import LiveBytes, save_memory
 from flowbp.runtime.tuning import trainable_parameters
+from flowbp_kernels.sweep import record
 
 __all__ = ["NetworkPass", "RewardPass", "TextPass", "draw_plan", "network_pass", "reward_pass", "text_pass"]
 

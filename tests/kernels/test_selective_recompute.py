@@ -197,6 +197,19 @@ def test_a_parameter_that_only_some_nodes_use_gets_their_gradient():
     assert (a.grad.item(), b.grad.item()) == (2.0, 3.0)
 
 
+def test_a_frozen_network_at_the_bridge_hands_on_the_gradient_of_its_input():
+    """Of two experts for high and low noise, say, the second is not trained."""
+    network, value, latents = problem()
+    frozen = Network(width=8).to(value.dtype).requires_grad_(False)
+
+    def velocity(x, sigma):
+        return (frozen if sigma == SIGMAS[3] else network)(x, sigma)
+
+    half, whole = (gradients(recompute(network, value, latents, velocity, bridge=(3, a)), network) for a in (0.5, 1.0))
+    assert_equal(half, gradients(as_graph(value, velocity, latents, (3, 0.5)), network))
+    assert not torch.allclose(half[0], whole[0], rtol=1e-3)
+
+
 def test_backward_behaves_like_any_other_graph():
     network, value, latents = problem()
     seen = []
