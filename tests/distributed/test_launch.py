@@ -3,13 +3,14 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from flowbp.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 OWN = ["-m", "flowbp"]
@@ -99,8 +100,7 @@ def test_processes_that_flowbp_starts_compute_on_one_thread_each(start, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_whose_peer_is_killed_ends_within_a_minute_and_names_it(killed, start, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     ranks = [start(tmp_path / "run", OWN, LONG, RANK=rank, LOCAL_RANK=rank, OMP_NUM_THREADS="1", **where) for rank in "01"]
     wait_for_steps(tmp_path / "run", 2, *ranks)
     ranks[killed].kill()
