@@ -23,6 +23,11 @@ LAUNCHERS = {  # arguments before the command and after it
 LONG = ["steps=100000", "checkpoint_every=1", "data.batch_size=1", "rollout.num_steps=2", "method={name: refl, last_n: 1}"]
 
 
+def hear_interrupts():
+    """A shell lets what it starts in the background ignore them, and so all that is started from there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="module")
 def start():
     """Starts `flowbp train` of the embedded model into a folder, by itself or as one of several processes."""
@@ -32,7 +37,7 @@ def start():
         command = [sys.executable, *launcher, "train", "demo", f"output={output}", "evaluation=null", *options]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "FLOWBP_CACHE": f"{output}-cache"} | environment
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, env=environment, **pipes))
+        started.append(subprocess.Popen(command, env=environment, preexec_fn=hear_interrupts, **pipes))
         return started[-1]
 
     yield process
