@@ -39,12 +39,13 @@ demo test: export HF_HUB_OFFLINE = 1
 demo: install
 	$(BIN)/flowbp train demo --processes 2 data.batch_size=16 --overwrite
 
-# The compiled CPU ops run in the best instruction set of this processor, then in each of its others; what is slow among
-# the kernels' tests compiles something, whatever the instruction set.
+# A process a core, each with the files it takes. The compiled CPU ops run in the best instruction set of this processor,
+# then in each of its others; what is slow among the kernels' tests compiles something, whatever the instruction set.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 test: install
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 	for isa in $$($(BIN)/python -c 'from flowbp_kernels import backend; print(*backend.isas()[1:])'); do \
-	  echo "FLOWBP_ISA=$$isa"; FLOWBP_ISA=$$isa $(BIN)/python -m pytest -q -m "not slow" tests/kernels || exit 1; \
+	  echo "FLOWBP_ISA=$$isa"; FLOWBP_ISA=$$isa $(PYTEST) -m "not slow" tests/kernels || exit 1; \
 	done
 
 lint: install

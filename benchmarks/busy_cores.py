@@ -10,7 +10,6 @@ against all else that runs.
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -61,12 +60,12 @@ def set_priority(pid: int, priority: int) -> None:
 
 def start(count: int, threads: int, mode: str) -> list[subprocess.Popen]:
     """The processes of a variant, once all of them have warmed up."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    from flowbp.processes import free_port
+
     common = {"OMP_NUM_THREADS": str(threads), "MKL_CBWR": mode, "HF_HUB_OFFLINE": "1"}
     if count > 1:
         common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     command = [sys.executable, __file__, "--worker", str(BATCH // count)]
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {} for rank in range(count)]

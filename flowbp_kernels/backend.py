@@ -4,7 +4,7 @@ FLOWBP_KERNELS=auto (default) | cuda | cpu (compiled, from csrc/) | triton | ref
 A backend named there runs or raises with the cause; only `auto` falls back. The extension is loaded at the first call.
 FLOWBP_ISA=avx512 | avx2 | baseline names the instruction set of the compiled CPU ops; unset, the best there is.
 FLOWBP_ROWS=few | all says how many rows of a cache the compiled CPU ops read side by side, which changes their speed and no bit of a
-result; unset, what is fastest here: measured at the first large call of a process, which then takes about 40 ms longer.
+result; unset, what is fastest here: measured at the first large call of a process, which then takes about 50 ms longer.
 The choice is made whenever an op runs, also inside a graph of torch.compile.
 """
 
@@ -41,7 +41,7 @@ def needs_operator(*tensors: Tensor | None) -> bool:
     return False
 
 
-def written(name: str, out: Tensor, others: dict[str, Tensor | None], in_place_of: str = "") -> Tensor:
+def written(name: str, out: Tensor, others: dict[str, Tensor | None], in_place_of: str = "") -> None:
     """`out`, which a kernel is about to write while it reads the others: apart from them in memory, except that `out` may be the one
     that it replaces in place. Autograd learns that the old value is gone.
 
@@ -62,7 +62,6 @@ def written(name: str, out: Tensor, others: dict[str, Tensor | None], in_place_o
                     f"make {name} a tensor of its own{allowed}"
                 )
     torch.autograd.graph.increment_version(out)
-    return out
 
 
 def select(op: str, num_nodes: int = 0, **tensors: Tensor | None) -> str:

@@ -8,15 +8,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.library import CustomOpDef
+from torch import Tensor, library
 
 
 class Operators(NamedTuple):
-    by_value: CustomOpDef
-    on_device: CustomOpDef
+    by_value: library.CustomOpDef
+    on_device: library.CustomOpDef
 
-    def of(self, rule: Tensor) -> CustomOpDef:
+    def of(self, rule: Tensor) -> library.CustomOpDef:
         """The operator for a rule of which `rule` is a part."""
         return self.by_value if rule.is_cpu else self.on_device
 
@@ -35,8 +34,8 @@ def register(
 ) -> Operators:
     """flowbp_kernels::NAME and flowbp_kernels::NAME_on_device, which run `function`; its annotations are their schema."""
     operators = Operators(
-        torch.library.custom_op(f"flowbp_kernels::{name}", function, mutates_args=mutates, tags=(torch.Tag.cudagraph_unsafe,)),
-        torch.library.custom_op(f"flowbp_kernels::{name}_on_device", function, mutates_args=mutates),
+        library.custom_op(f"flowbp_kernels::{name}", function, mutates_args=mutates, tags=(torch.Tag.cudagraph_unsafe,)),
+        library.custom_op(f"flowbp_kernels::{name}_on_device", function, mutates_args=mutates),
     )
     for operator in operators:
         if fake is not None:

@@ -8,20 +8,21 @@ torchrun and accelerate launch start processes too, on several machines if need 
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from accelerate.utils import gather_object
 
 from flowbp.runtime.distributed import process_state
 
-__all__ = ["launched", "naming_the_dead"]
+__all__ = ["free_port", "launched", "naming_the_dead"]
 
 LOCALHOST = "127.0.0.1"
 GRACE = 20  # seconds
@@ -41,10 +42,8 @@ def launched(count: int) -> Iterator[None]:
     if given is not None or count == 1:
         yield
         return
-    with socket.create_server((LOCALHOST, 0)) as free:
-        port = free.getsockname()[1]
     os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    os.environ |= {"MASTER_ADDR": LOCALHOST, "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": LOCALHOST, "MASTER_PORT": str(free_port())}
     if "OMP_NUM_THREADS" not in os.environ:  # as torchrun does, but this process has loaded torch already
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
@@ -68,6 +67,14 @@ def launched(count: int) -> Iterator[None]:
         over.set()
         for process in others:
             process.terminate()
+
+
+def free_port() -> int:
+    """A port on which nobody listens, below those that Linux gives to outgoing connections: none of them takes it meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)  # no seed of a run is touched
+        with suppress(OSError), socket.create_server((LOCALHOST, port)):
+            return port
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from flowbp.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 OWN = ["-m", "flowbp"]
@@ -22,6 +23,11 @@ LAUNCHERS = {  # arguments before the command and after it
 LONG = ["steps=100000", "checkpoint_every=1", "data.batch_size=1", "rollout.num_steps=2", "method={name: refl, last_n: 1}"]
 
 
+def hear_interrupts():
+    """A shell lets what it starts in the background ignore them, and so all that is started from there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture(scope="module")
 def start():
     """Starts `flowbp train` of the embedded model into a folder, by itself or as one of several processes."""
@@ -31,7 +37,7 @@ def start():
         command = [sys.executable, *launcher, "train", "demo", f"output={output}", "evaluation=null", *options]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "FLOWBP_CACHE": f"{output}-cache"} | environment
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, env=environment, **pipes))
+        started.append(subprocess.Popen(command, env=environment, preexec_fn=hear_interrupts, **pipes))
         return started[-1]
 
     yield process
@@ -99,8 +105,7 @@ def test_processes_that_flowbp_starts_compute_on_one_thread_each(start, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_whose_peer_is_killed_ends_within_a_minute_and_names_it(killed, start, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     ranks = [start(tmp_path / "run", OWN, LONG, RANK=rank, LOCAL_RANK=rank, OMP_NUM_THREADS="1", **where) for rank in "01"]
     wait_for_steps(tmp_path / "run", 2, *ranks)
     ranks[killed].kill()

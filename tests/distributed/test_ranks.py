@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import re
-import socket
 import sys
 from pathlib import Path
 
@@ -15,14 +14,14 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks_worker  # noqa: E402
 
+from flowbp.processes import free_port  # noqa: E402
+
 
 def launch(world, folder):
     """The results of every rank. The processes fork from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ranks_worker"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [context.Process(target=ranks_worker.run, args=(rank, world, port, str(folder))) for rank in range(world)]
     for process in processes:
         process.start()

@@ -171,28 +171,24 @@ def test_a_build_without_cuda_asks_no_driver(gpus, monkeypatch):
     assert backend.unavailable("cuda").startswith("the extension was built without CUDA")
 
 
-def test_an_instruction_set_that_is_not_there_is_refused(choose, monkeypatch):
+@pytest.mark.parametrize(
+    ("variable", "wrong", "says", "asked", "known"),
+    [
+        ("FLOWBP_ISA", "avx1024", "FLOWBP_ISA=avx1024 is not an instruction set of this processor", backend.isa, backend.isas),
+        ("FLOWBP_ROWS", "some", "FLOWBP_ROWS must be few or all, not some; unset it", backend.rows, lambda: ["few", "all"]),
+    ],
+    ids=["instruction set", "rows"],
+)
+def test_what_the_compiled_ops_do_not_know_is_refused(variable, wrong, says, asked, known, choose, monkeypatch):
     if backend.extension_path() is None:
         pytest.skip(backend.unavailable("cpu"))
     choose("cpu")
-    monkeypatch.setenv("FLOWBP_ISA", "avx1024")
-    with pytest.raises(RuntimeError, match="FLOWBP_ISA=avx1024 is not an instruction set of this processor"):
+    monkeypatch.setenv(variable, wrong)
+    with pytest.raises(RuntimeError, match=says):
         quadrature_update(*UPDATE)
-    for isa in backend.isas():
-        monkeypatch.setenv("FLOWBP_ISA", isa)
-        assert backend.isa() == isa and (quadrature_update(*UPDATE) == 1.5).all()
-
-
-def test_a_way_to_read_a_cache_that_is_not_there_is_refused(choose, monkeypatch):
-    if backend.extension_path() is None:
-        pytest.skip(backend.unavailable("cpu"))
-    choose("cpu")
-    monkeypatch.setenv("FLOWBP_ROWS", "some")
-    with pytest.raises(RuntimeError, match="FLOWBP_ROWS must be few or all, not some; unset it"):
-        quadrature_update(*UPDATE)
-    for rows in ("few", "all"):
-        monkeypatch.setenv("FLOWBP_ROWS", rows)
-        assert backend.rows() == rows and (quadrature_update(*UPDATE) == 1.5).all()
+    for value in known():
+        monkeypatch.setenv(variable, value)
+        assert asked() == value and (quadrature_update(*UPDATE) == 1.5).all()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have the baseline alone")

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels.cases import DTYPES, NUM_CACHED, OPS, SHAPES, draw, rule
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from flowbp_kernels import backend, bridge_cotangents, cfg_euler_step, leap_residuals, quadrature_update
@@ -278,7 +279,7 @@ def operator_calls():
 @pytest.mark.parametrize("name", operator_calls())
 def test_the_operator_is_registered_correctly(name, choice, monkeypatch):
     monkeypatch.setenv("FLOWBP_KERNELS", choice)
-    torch.library.opcheck(getattr(torch.ops.flowbp_kernels, name).default, operator_calls()[name])
+    library.opcheck(getattr(torch.ops.flowbp_kernels, name).default, operator_calls()[name])
 
 
 def test_every_operator_is_checked():
