@@ -1,7 +1,8 @@
-"""The decay of the moving average: one training run of the demo a seed, scored with several averages of its weights at the end.
+"""The decay of the moving average: one training run of the demo a seed, scored with several averages of its weights at
+the end.
 
-An average does not change the training, so one run serves all decays. Scores on 576 images of the dev prompts, changes from the base
-model; the deviation is between training runs.
+An average does not change the training, so one run serves all decays. Scores on 576 images of the dev prompts, changes
+from the base model; the deviation is between training runs.
 
     python benchmarks/averages.py --seeds 42 43 44 45 46 --json docs/averages.json
 """
@@ -36,8 +37,13 @@ def main() -> None:
     for decay in DECAYS:
         changes = np.array([[run[decay][name] - run["base"][name] for name in METRICS] for run in runs.values()])
         mean, deviation = changes.mean(axis=0), changes.std(axis=0, ddof=1)
-        rows.append({"decay": decay} | {name: [float(m), float(d)] for name, m, d in zip(METRICS, mean, deviation, strict=True)})
-        print(f"{decay:5}  " + "  ".join(f"{name} {m:+.3f} ± {d:.3f}" for name, m, d in zip(METRICS, mean, deviation, strict=True)))
+        rows.append(
+            {"decay": decay} | {name: [float(m), float(d)] for name, m, d in zip(METRICS, mean, deviation, strict=True)}
+        )
+        print(
+            f"{decay:5}  "
+            + "  ".join(f"{name} {m:+.3f} ± {d:.3f}" for name, m, d in zip(METRICS, mean, deviation, strict=True))
+        )
     if arguments.json:
         about = {"environment": environment(), "seeds": arguments.seeds, "base": next(iter(runs.values()))["base"]}
         arguments.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")

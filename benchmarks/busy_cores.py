@@ -60,7 +60,7 @@ def set_priority(pid: int, priority: int) -> None:
 
 def start(count: int, threads: int, mode: str) -> list[subprocess.Popen]:
     """The processes of a variant, once all of them have warmed up."""
-    from flowbp.processes import free_port
+    from flowbp.runtime.processes import free_port
 
     common = {"OMP_NUM_THREADS": str(threads), "MKL_CBWR": mode, "HF_HUB_OFFLINE": "1"}
     if count > 1:
@@ -118,7 +118,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12, help="steps of each variant")
     parser.add_argument("--busy", type=int, default=1, help="busy programs beside it in the second part")
-    parser.add_argument("--priority", type=int, default=0, help="of the sessions, -20 to 19, where the scheduler groups them")
+    parser.add_argument(
+        "--priority", type=int, default=0, help="of the sessions, -20 to 19, where the scheduler groups them"
+    )
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

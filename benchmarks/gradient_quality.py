@@ -1,7 +1,7 @@
 """How close each method's gradient comes to full backpropagation, on the embedded model.
 
-For the same prompts, noise and reward: the cosine of one draw with the true gradient of the whole Euler chain (mean and deviation over
-draws), and the network calls that a step costs.
+For the same prompts, noise and reward: the cosine of one draw with the true gradient of the whole Euler chain (mean and
+deviation over draws), and the network calls that a step costs.
 
     python benchmarks/gradient_quality.py --draws 20 --json docs/gradient_quality.json
 """
@@ -49,7 +49,9 @@ def main() -> None:
         return gradient
 
     def noise_of(draw: int) -> torch.Tensor:
-        return backbone.noise(32, 32, [torch.Generator().manual_seed(s) for s in sample_seeds(0, draw, count=len(texts))])
+        return backbone.noise(
+            32, 32, [torch.Generator().manual_seed(s) for s in sample_seeds(0, draw, count=len(texts))]
+        )
 
     rows = []
     for name, make in METHODS.items():
@@ -80,10 +82,14 @@ def main() -> None:
         rows.append(row)
         print(f"{name:16} {row['cosine']:+.3f} ± {row['cosine_std']:.3f}   calls {calls:.1f}", flush=True)
     if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
         meta = {"machine": platform.machine(), "torch": torch.__version__, "commit": commit, "draws": arguments.draws}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(meta | {"batch": arguments.batch, "steps": arguments.steps, "rows": rows}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps(meta | {"batch": arguments.batch, "steps": arguments.steps, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

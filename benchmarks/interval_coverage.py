@@ -1,4 +1,5 @@
-"""How often a 95 % interval holds the true mean, by the number of prompts: `python benchmarks/interval_coverage.py [--evaluations 400]`.
+"""How often a 95 % interval holds the true mean, by the number of prompts: `python benchmarks/interval_coverage.py
+[--evaluations 400]`.
 
 The scores of a prompt are drawn from a normal law, an exponential one, and as successes of probability .2 (a checker).
 """

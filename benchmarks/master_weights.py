@@ -1,9 +1,10 @@
-"""What bfloat16 does to small steps: all weights of the embedded model trained in float32, and in bfloat16 with and without master weights.
+"""What bfloat16 does to small steps: all weights of the embedded model trained in float32, and in bfloat16 with and
+without master weights.
 
     python benchmarks/master_weights.py --steps 50
 
-Same prompts, noise and plans in the three runs. Of the weights that the optimizer steps, after the last step: the share that never left its
-place, the length of the way from there, and the cosine of that way with the float32 run's.
+Same prompts, noise and plans in the three runs. Of the weights that the optimizer steps, after the last step: the share
+that never left its place, the length of the way from there, and the cosine of that way with the float32 run's.
 """
 
 import argparse
@@ -24,12 +25,21 @@ RUNS = {
 def way(overrides: list[str], steps: int, lr: float) -> torch.Tensor:
     """The change of all stepped weights, flat, in float64."""
     with tempfile.TemporaryDirectory() as folder:
-        small = [f"output={folder}", "tuning.mode=full", f"optimizer.lr={lr}", "data.batch_size=8", "evaluation=null", f"steps={steps}"]
+        small = [
+            f"output={folder}",
+            "tuning.mode=full",
+            f"optimizer.lr={lr}",
+            "data.batch_size=8",
+            "evaluation=null",
+            f"steps={steps}",
+        ]
         trainer = Trainer(load("demo", [*small, *overrides]))
         start = [p.detach().double() for p in trainer.model.masters.values()]
         for step in range(steps):
             trainer.step(step)
-    return torch.cat([(p.detach().double() - s).flatten() for p, s in zip(trainer.model.masters.values(), start, strict=True)])
+    return torch.cat(
+        [(p.detach().double() - s).flatten() for p, s in zip(trainer.model.masters.values(), start, strict=True)]
+    )
 
 
 def main() -> None:

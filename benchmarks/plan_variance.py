@@ -1,14 +1,17 @@
-"""Variance of the gradient over draws of the plan: one plan a batch, one a sample, or one a sample stratified over the batch.
+"""Variance of the gradient over draws of the plan: one plan a batch, one a sample, or one a sample stratified over the
+batch.
 
-FlowBP-Sparse on the embedded model, with prompts, noise and weights held fixed, so that only the plans differ. There the gradient is a
-sum, over samples b and their active nodes i, of weight_i J_{b,i}^T g_b; the sweep gives each of these terms once, and the gradient of any
-draw is a sum of them, checked against the sweep of one draw. Reported for a gradient G with mean m over the plans:
+FlowBP-Sparse on the embedded model, with prompts, noise and weights held fixed, so that only the plans differ. There
+the gradient is a sum, over samples b and their active nodes i, of weight_i J_{b,i}^T g_b; the sweep gives each of these
+terms once, and the gradient of any draw is a sum of them, checked against the sweep of one draw. Reported for a
+gradient G with mean m over the plans:
 
     gain       Var(G . m) / |m|^4          what a small step along G gains in reward is proportional to G . m
-    gradient   E|G - m|^2 / |m|^2          the trace of the covariance: all directions, most of which are a single sample's own
+    gradient   E|G - m|^2 / |m|^2          the trace of the covariance: all directions, most of which are a single
+    sample's own
 
-and the mean cosine of two samples' gradients: where that is near 0, the second cannot tell whether samples share a plan.
-A batch size is measured on each of the groups of samples that it cuts the largest into, and the mean is reported.
+and the mean cosine of two samples' gradients: where that is near 0, the second cannot tell whether samples share a
+plan. A batch size is measured on each of the groups of samples that it cuts the largest into, and the mean is reported.
 
     python benchmarks/plan_variance.py --json docs/plan_variance.json --png docs/plan_variance.png
 """
@@ -55,14 +58,18 @@ def main() -> None:
 
     flat = terms.reshape(len(terms) * arguments.steps, -1)
     gram = (flat @ flat.T).reshape(len(terms), arguments.steps, len(terms), arguments.steps)
-    whole = np.einsum("i,bicj,j->bc", np.diff(sigmas), gram, np.diff(sigmas))  # products of the samples' dense gradients
+    whole = np.einsum(
+        "i,bicj,j->bc", np.diff(sigmas), gram, np.diff(sigmas)
+    )  # products of the samples' dense gradients
     norms = np.sqrt(np.diag(whole))
     cosine = float((whole / np.outer(norms, norms))[~np.eye(len(terms), dtype=bool)].mean())
     print(f"mean cosine of two samples' gradients {cosine:.4f}", flush=True)
     rows = []
     for batch in (size for size in (1, 2, 4, 8, 16, 32, 64) if size <= arguments.batch):
         for kind in KINDS:
-            groups = [gram[first:][:batch, :, first:][:, :, :batch] for first in range(0, len(terms) - batch + 1, batch)]
+            groups = [
+                gram[first:][:batch, :, first:][:, :, :batch] for first in range(0, len(terms) - batch + 1, batch)
+            ]
             variances = []
             for products in groups:
                 plans = (draw_plans(method, sigmas, rng, batch, kind) for _ in range(arguments.draws))
@@ -70,17 +77,32 @@ def main() -> None:
                 variances.append(relative_variances(draws, products.reshape(draws.shape[1], -1)))
             gain, gradient = map(float, np.mean(variances, axis=0))
             rows.append({"batch": batch, "plans": kind, "gain": gain, "gradient": gradient})
-            print(f"batch {batch:3}  {kind:11} relative variance of the gain {gain:.4f}, of the gradient {gradient:.4f}", flush=True)
+            print(
+                f"batch {batch:3}  {kind:11} relative variance of the gain {gain:.4f}, of the gradient {gradient:.4f}",
+                flush=True,
+            )
     if arguments.json:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-        meta = {"machine": platform.machine(), "torch": torch.__version__, "commit": commit, "draws": arguments.draws, "cosine": cosine}
-        arguments.json.write_text(json.dumps(meta | {"active": arguments.active, "steps": arguments.steps, "rows": rows}, indent=1) + "\n")
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        meta = {
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+            "commit": commit,
+            "draws": arguments.draws,
+            "cosine": cosine,
+        }
+        arguments.json.write_text(
+            json.dumps(meta | {"active": arguments.active, "steps": arguments.steps, "rows": rows}, indent=1) + "\n"
+        )
     if arguments.png:
         draw(rows, arguments).savefig(arguments.png, dpi=130)
 
 
 def relative_variances(draws: np.ndarray, products: np.ndarray) -> tuple[float, float]:
-    """(gain, gradient) over gradients with the coefficients `draws` [D, B N] of terms whose inner products are `products` [B N, B N]."""
+    """(gain, gradient) over gradients with the coefficients `draws` [D, B N] of terms whose inner products are
+    `products` [B N, B N].
+    """
     mean = draws.mean(axis=0)
     deviation = draws - mean
     images = deviation @ products
@@ -90,7 +112,9 @@ def relative_variances(draws: np.ndarray, products: np.ndarray) -> tuple[float, 
 
 
 def sample_gradients(batch: int, steps: int):
-    """(J_{b,i}^T g_b for each sample and node [B, N, P], the sweep's gradient of a plan times the batch [P], sigmas)."""
+    """(J_{b,i}^T g_b for each sample and node [B, N, P], the sweep's gradient of a plan times the batch [P],
+    sigmas).
+    """
     backbone, reward = load_backbone("shapes", max_sequence_length=1), load_reward("clip", "shapes")
     blocks = backbone.denoiser.transformer_blocks.requires_grad_(True)
     parameters = [p for p in blocks[1].parameters()]  # one block of four stands for all
@@ -145,7 +169,9 @@ def draw(rows: list[dict], arguments: argparse.Namespace):
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("relative variance over plans")
     figure.axes[1].legend(frameon=False, title="plans")
-    figure.suptitle(f"FlowBP-Sparse, {arguments.active} of {arguments.steps} nodes; prompts and noise fixed", fontsize=10)
+    figure.suptitle(
+        f"FlowBP-Sparse, {arguments.active} of {arguments.steps} nodes; prompts and noise fixed", fontsize=10
+    )
     return figure
 
 

@@ -3,8 +3,8 @@
     for seed in 42 43 44; do flowbp train demo seed=$seed output=runs/demo-$seed; done
     python benchmarks/seeds.py runs/demo-* --json docs/demo/seeds.json
 
-A run is one of flowbp's, evaluated; runs that differ in their seed and output alone share a row. The interval inside one run is over its
-prompts and images; the deviation here is between training runs, which is the larger one.
+A run is one of flowbp's, evaluated; runs that differ in their seed and output alone share a row. The interval inside
+one run is over its prompts and images; the deviation here is between training runs, which is the larger one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     runs = sorted(map(read, arguments.runs), key=lambda run: (run["method"], run["seed"]))
-    rows = [summary(name, [run for run in runs if settings_of(run) == name]) for name in dict.fromkeys(map(settings_of, runs))]
+    rows = [
+        summary(name, [run for run in runs if settings_of(run) == name])
+        for name in dict.fromkeys(map(settings_of, runs))
+    ]
     print(table(rows))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -37,13 +40,17 @@ def read(folder: Path) -> dict:
     """What a run changed, and what it was."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    overall = {row["metric"]: row for row in json.loads((folder / "evaluation.json").read_text()) if row["category"] == "all"}
+    overall = {
+        row["metric"]: row for row in json.loads((folder / "evaluation.json").read_text()) if row["category"] == "all"
+    }
     seed, _ = config.pop("seed"), config.pop("output")
     return {
         "method": config["method"]["name"],
         "seed": seed,
         "seconds": round(sum(step["seconds"] for step in steps), 1),
-        "changes": {name: {key: overall[name][key] for key in ("before", "after", "change", "low", "high")} for name in METRICS},
+        "changes": {
+            name: {key: overall[name][key] for key in ("before", "after", "change", "low", "high")} for name in METRICS
+        },
         "environment": json.loads((folder / "environment.json").read_text()),
         "config": config,
     }
@@ -75,7 +82,9 @@ def table(rows: list[dict]) -> str:
         return f"{row['mean'][name]:+.3f}".replace("0.", ".", 1) + spread
 
     lines = [f"| method | seeds | {' | '.join(METRICS)} |", f"|{'---|' * (2 + len(METRICS))}"]
-    lines += [f"| {row['method']} | {len(row['seeds'])} | {' | '.join(cell(row, name) for name in METRICS)} |" for row in rows]
+    lines += [
+        f"| {row['method']} | {len(row['seeds'])} | {' | '.join(cell(row, name) for name in METRICS)} |" for row in rows
+    ]
     return "\n".join(lines)
 
 

@@ -1,8 +1,10 @@
-"""The share of a whole training step that the kernel package's ops take:  python benchmarks/step_share.py [--device cuda] [--json FILE]
+"""The share of a whole training step that the kernel package's ops take:  python benchmarks/step_share.py [--device
+cuda] [--json FILE]
 
-One step of FlowBP-Lagrange on a plain transformer: rollout with guidance, reward gradient, residuals, sweep. The ops are timed inside
-the step, each call between two clock readings (synchronised on a GPU, so a step with clocks is slower than one without; both are given).
-The network is small. Behind a network of billions of parameters the share is smaller still: this is an upper bound.
+One step of FlowBP-Lagrange on a plain transformer: rollout with guidance, reward gradient, residuals, sweep. The ops
+are timed inside the step, each call between two clock readings (synchronised on a GPU, so a step with clocks is slower
+than one without; both are given). The network is small. Behind a network of billions of parameters the share is smaller
+still: this is an upper bound.
 """
 
 import argparse
@@ -33,7 +35,9 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, depth: int):
         super().__init__()
-        layer = nn.TransformerEncoderLayer(width, width // 64, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, width // 64, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
         self.inner, self.outer, self.level = nn.Linear(64, width), nn.Linear(width, 64), nn.Linear(1, width)
         self.blocks = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
 
@@ -53,10 +57,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="training steps timed (5)")
     parser.add_argument("--json", help="file for the result")
     options = parser.parse_args()
-    shares = [share(name, options) for name, runs, _ in backend.report() if runs and (name != "cpu" or options.device == "cpu")]
+    shares = [
+        share(name, options)
+        for name, runs, _ in backend.report()
+        if runs and (name != "cpu" or options.device == "cpu")
+    ]
     for row in shares:
         print(
-            f"{row['kernels']:<10} {row['step_ms']:9.1f} ms a step; ops {row['ops_ms']:8.2f} ms: {row['percent']:.2f} %  {row['by_op_ms']}"
+            f"{row['kernels']:<10} {row['step_ms']:9.1f} ms a step; ops {row['ops_ms']:8.2f} ms: {row['percent']:.2f} "
+            f"%  {row['by_op_ms']}"
         )
     if options.json:
         case = {key: value for key, value in vars(options).items() if key != "json"}
@@ -65,7 +74,9 @@ def main() -> None:
 
 
 def share(kernels: str, options: argparse.Namespace) -> dict:
-    """Medians over training steps: a step without clocks, and inside a step with them the ops in all and one by one, in milliseconds."""
+    """Medians over training steps: a step without clocks, and inside a step with them the ops in all and one by one, in
+    milliseconds.
+    """
     with measure.kernels(kernels):
         step = training_step(options)
         step()
@@ -77,7 +88,13 @@ def share(kernels: str, options: argparse.Namespace) -> dict:
             clocked.append((100 * sum(spent.values()) / whole, spent))
     percent, spent = sorted(clocked, key=lambda one: one[0])[len(clocked) // 2]
     by_op = {op: round(1e3 * seconds, 3) for op, seconds in spent.items()}
-    return {"kernels": kernels, "step_ms": 1e3 * plain, "ops_ms": sum(by_op.values()), "percent": percent, "by_op_ms": by_op}
+    return {
+        "kernels": kernels,
+        "step_ms": 1e3 * plain,
+        "ops_ms": sum(by_op.values()),
+        "percent": percent,
+        "by_op_ms": by_op,
+    }
 
 
 def training_step(options: argparse.Namespace):

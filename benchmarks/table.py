@@ -1,8 +1,8 @@
 """The benchmark table of docs/kernels.md, from the committed results:  python benchmarks/table.py [--check]
 
-One line for each op, latent, dtype and kernel backend: the forward pass (forward and backward, where a file holds none alone) at the
-largest batch and the fewest steps of its file. Files of step_share.py and train_step.py give a sentence a row.
---check changes nothing, and fails if the page's table is not the one that the results give.
+One line for each op, latent, dtype and kernel backend: the forward pass (forward and backward, where a file holds none
+alone) at the largest batch and the fewest steps of its file. Files of step_share.py and train_step.py give a sentence a
+row. --check changes nothing, and fails if the page's table is not the one that the results give.
 """
 
 import argparse
@@ -15,11 +15,16 @@ PAGE = ROOT / "docs/kernels.md"
 BEGIN, END = "<!-- benchmarks: begin, written by benchmarks/table.py -->", "<!-- benchmarks: end -->"
 KERNELS = ("cuda", "triton", "cpu")
 EMPTY = (
-    "No results are committed yet: `flowbp bench --json benchmarks/results/NAME.json` makes them, `python benchmarks/table.py` this table."
+    "No results are committed yet: `flowbp bench --json benchmarks/results/NAME.json` makes them, "
+    "`python benchmarks/table.py` this table."
 )
-LEGEND = "`eager takes`, `torch.compile takes`: times the kernel's median. `of copy`: share of the bandwidth of a copy in the same rounds."
+LEGEND = (
+    "`eager takes`, `torch.compile takes`: times the kernel's median. "
+    "`of copy`: share of the bandwidth of a copy in the same rounds."
+)
 HEADER = (
-    "| op | latent, batch, steps, dtype | kernel | median ms [20 %, 80 %] | eager takes | torch.compile takes | GB/s | of copy |\n"
+    "| op | latent, batch, steps, dtype | kernel | median ms [20 %, 80 %] | eager takes | torch.compile takes | GB/s | "
+    "of copy |\n"
     "|---|---|---|---|---|---|---|---|"
 )
 
@@ -64,9 +69,12 @@ def _machine(machine: dict) -> str:
 
 
 def _share(case: dict, row: dict) -> str:
-    network = f"a transformer of width {case['width']}, depth {case['depth']}, on {case['batch']} x {case['tokens']} tokens"
+    network = (
+        f"a transformer of width {case['width']}, depth {case['depth']}, on {case['batch']} x {case['tokens']} tokens"
+    )
     return (
-        f"- `{row['kernels']}`: of a training step of {row['step_ms']:.3g} ms ({network}; {case['steps']} steps of rollout) the ops take "
+        f"- `{row['kernels']}`: of a training step of {row['step_ms']:.3g} ms ({network}; {case['steps']} steps of "
+        "rollout) the ops take "
         f"{row['ops_ms']:.3g} ms, {row['percent']:.2g} %."
     )
 

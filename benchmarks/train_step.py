@@ -1,12 +1,13 @@
 """Seconds and memory of whole training steps:  python benchmarks/train_step.py [--backbone flux.1-dev] [--json FILE]
 
-The trainer's own step, on backbones of full size with random weights: nothing is downloaded, and no text encoder is built. Every row gives
-the parts of a step (rollout, reward, sweep, update): seconds, median of --repeats steps after one for warming up, and peak memory, which
-holds what lies there between steps (`at rest`: weights, optimizer). Memory is what the allocator of the GPU handed out; on a CPU it is the
-resident set of this process, and sizes are tiny unless --size full is given.
+The trainer's own step, on backbones of full size with random weights: nothing is downloaded, and no text encoder is
+built. Every row gives the parts of a step (rollout, reward, sweep, update): seconds, median of --repeats steps after
+one for warming up, and peak memory, which holds what lies there between steps (`at rest`: weights, optimizer). Memory
+is what the allocator of the GPU handed out; on a CPU it is the resident set of this process, and sizes are tiny unless
+--size full is given.
 
-mode sweep replays each active node (memory.recompute=always), mode graph keeps every node's graph (never). --active sets num_active of the
-methods that have it.
+mode sweep replays each active node (memory.recompute=always), mode graph keeps every node's graph (never). --active
+sets num_active of the methods that have it.
 """
 
 import argparse
@@ -44,14 +45,26 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     diffusers.utils.logging.set_verbosity_error()
     tiny = options.size == "tiny"
-    report = {"machine": machine(options.device), "options": {k: v for k, v in vars(options).items() if k != "json"}, "rows": []}
-    cases = itertools.product(options.backbone, options.tuning, options.checkpointing, options.method, options.active, options.mode)
+    report = {
+        "machine": machine(options.device),
+        "options": {k: v for k, v in vars(options).items() if k != "json"},
+        "rows": [],
+    }
+    cases = itertools.product(
+        options.backbone, options.tuning, options.checkpointing, options.method, options.active, options.mode
+    )
     for backbone, tuning, checkpointing, method, active, mode in cases:
         takes_active = "num_active" in {field.name for field in fields(METHODS[method])}
         if not takes_active and active != options.active[0]:
             continue
         spec = {"name": method} | ({"num_active": active} if takes_active else {})
-        case = {"backbone": backbone, "tuning": tuning, "checkpointing": checkpointing == "on", "method": method, "mode": mode}
+        case = {
+            "backbone": backbone,
+            "tuning": tuning,
+            "checkpointing": checkpointing == "on",
+            "method": method,
+            "mode": mode,
+        }
         case |= {"active": active if takes_active else None}
         report["rows"].append(case | measure(backbone, spec, tuning, checkpointing == "on", MODES[mode], tiny, options))
         if options.json:
@@ -59,7 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
     Console(width=None if sys.stdout.isatty() else 180).print(table(report))
 
 
-def measure(name: str, method: dict, tuning: str, checkpointing: bool, recompute: str, tiny: bool, options: argparse.Namespace) -> dict:
+def measure(
+    name: str, method: dict, tuning: str, checkpointing: bool, recompute: str, tiny: bool, options: argparse.Namespace
+) -> dict:
     """One row: seconds and peak megabytes of every phase, or where memory ran out."""
     config = run_config(name, method, tuning, checkpointing, recompute, options)
     gc.collect()
@@ -67,7 +82,10 @@ def measure(name: str, method: dict, tuning: str, checkpointing: bool, recompute
     phases = Phases(memory=True)
     try:
         dtype = getattr(torch, config.backbone.dtype)
-        backbone, reward = random_backbone(name, options.device, dtype, tiny), random_reward(options.device, dtype, tiny)
+        backbone, reward = (
+            random_backbone(name, options.device, dtype, tiny),
+            random_reward(options.device, dtype, tiny),
+        )
         trainer = Trainer(config, backbone, reward)
         trainer.phases = phases
         trainer.step(0)
@@ -78,10 +96,18 @@ def measure(name: str, method: dict, tuning: str, checkpointing: bool, recompute
     seconds = {phase: statistics.median(step[f"{phase}_seconds"] for step in steps) for phase in PHASES}
     whole = statistics.median(step["seconds"] for step in steps)
     parameters = sum(p.numel() for p in trainer.model.parameters.values())
-    return {"step_seconds": whole, "seconds": seconds, "at_rest_mb": at_rest, "peak_mb": phases.peak_mb, "trained_parameters": parameters}
+    return {
+        "step_seconds": whole,
+        "seconds": seconds,
+        "at_rest_mb": at_rest,
+        "peak_mb": phases.peak_mb,
+        "trained_parameters": parameters,
+    }
 
 
-def run_config(name: str, method: dict, tuning: str, checkpointing: bool, recompute: str, options: argparse.Namespace) -> RunConfig:
+def run_config(
+    name: str, method: dict, tuning: str, checkpointing: bool, recompute: str, options: argparse.Namespace
+) -> RunConfig:
     tiny = options.size == "tiny"
     side = options.resolution or (64 if tiny else 512)
     return RunConfig.model_validate(
@@ -129,7 +155,9 @@ def table(report: dict) -> Table:
             cells.append(f"out of memory in {row['out_of_memory']}")
         else:
             cells += [f"{value:.3g}" for value in (row["step_seconds"], *(row["seconds"][phase] for phase in PHASES))]
-            cells += [f"{value / 1e3:.3g}" for value in (row["at_rest_mb"], *(row["peak_mb"][phase] for phase in PHASES))]
+            cells += [
+                f"{value / 1e3:.3g}" for value in (row["at_rest_mb"], *(row["peak_mb"][phase] for phase in PHASES))
+            ]
         shown.add_row(*cells)
     return shown
 
@@ -139,12 +167,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser.add_argument("--backbone", nargs="+", choices=ARCHITECTURES, default=["sd3.5-medium"])
     parser.add_argument("--method", nargs="+", choices=METHODS, default=["flowbp-sparse"])
-    parser.add_argument("--active", nargs="+", type=int, default=[1, 2, 4, 8], metavar="K", help="active nodes (1 2 4 8)")
+    parser.add_argument(
+        "--active", nargs="+", type=int, default=[1, 2, 4, 8], metavar="K", help="active nodes (1 2 4 8)"
+    )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="sweep graph (both)")
     parser.add_argument("--tuning", nargs="+", choices=("lora", "full"), default=["lora"])
-    parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"], help="of transformer and VAE (both)")
-    parser.add_argument("--size", choices=("tiny", "full"), default="full" if cuda else "tiny", help="full on a GPU, else tiny")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (full: bfloat16, tiny: float32)")
+    parser.add_argument(
+        "--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"], help="of transformer and VAE (both)"
+    )
+    parser.add_argument(
+        "--size", choices=("tiny", "full"), default="full" if cuda else "tiny", help="full on a GPU, else tiny"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the weights (full: bfloat16, tiny: float32)"
+    )
     parser.add_argument("--resolution", type=int, help="pixels along each side (full: 512, tiny: 64)")
     parser.add_argument("--steps", type=int, default=25, help="rollout steps (25)")
     parser.add_argument("--batch", type=int, default=1, help="samples (1)")

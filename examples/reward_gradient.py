@@ -7,7 +7,9 @@ import torch
 
 
 def training_step(transformer, scheduler, decode, reward, noise, prompt, negative, guidance=4.5, trained=(1, 3, 4)):
-    """Leaves the gradient of -mean reward on the parameters and returns it. prompt, negative: the transformer's keyword arguments."""
+    """Leaves the gradient of -mean reward on the parameters and returns it. prompt, negative: the transformer's keyword
+    arguments.
+    """
 
     def velocity(x, t, condition):
         return transformer(hidden_states=x, timestep=t.expand(len(x)), **condition, return_dict=False)[0]

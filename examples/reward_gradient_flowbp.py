@@ -1,6 +1,7 @@
 """A step of reward fine-tuning on a diffusers flow-matching transformer, with flowbp_kernels.
 
-The same gradient as reward_gradient.py; backward replays the trained steps, so that one step's graph is alive at a time.
+The same gradient as reward_gradient.py; backward replays the trained steps, so that one step's graph is alive at a
+time.
 """
 
 import torch
@@ -9,7 +10,9 @@ from flowbp_kernels import cfg_euler_step, selective_recompute
 
 
 def training_step(transformer, scheduler, decode, reward, noise, prompt, negative, guidance=4.5, trained=(1, 3, 4)):
-    """Leaves the gradient of -mean reward on the parameters and returns it. prompt, negative: the transformer's keyword arguments."""
+    """Leaves the gradient of -mean reward on the parameters and returns it. prompt, negative: the transformer's keyword
+    arguments.
+    """
 
     def velocity(x, t, condition):
         return transformer(hidden_states=x, timestep=t.expand(len(x)), **condition, return_dict=False)[0]

@@ -1,8 +1,9 @@
-"""UR-Align and UR-IQ, as the FlowBP paper reports them: UnifiedReward-7b-v1.5 is asked in words and writes a number from 1 to 5.
+"""UR-Align and UR-IQ, as the FlowBP paper reports them: UnifiedReward-7b-v1.5 is asked in words and writes a number
+from 1 to 5.
 
-The model runs behind any server with OpenAI's chat interface (sglang, vLLM). The two questions belong to the authors of the paper and stand
-in their code: flowbp/eval/rewards/unifiedreward_scorer.py of github.com/RuoyuWang-2077/FlowBP. Save them as ur-align.txt and ur-iq.txt,
-{prompt} in place of the caption, without the line "<image>". Then score a run:
+The model runs behind any server with OpenAI's chat interface (sglang, vLLM). The two questions belong to the authors of
+the paper and stand in their code: flowbp/eval/rewards/unifiedreward_scorer.py of github.com/RuoyuWang-2077/FlowBP. Save
+them as ur-align.txt and ur-iq.txt, {prompt} in place of the caption, without the line "<image>". Then score a run:
 
     export UNIFIED_REWARD_URL=http://127.0.0.1:17140/v1 UNIFIED_REWARD_QUESTIONS=.
     PYTHONPATH=examples flowbp eval RUN 'evaluation.monitors.ur-align={name: "unified_reward:Alignment"}' \
@@ -27,7 +28,9 @@ SIDE = 512  # pixels to which the paper's evaluation resizes every image
 
 
 class Question:
-    """Scores images [B, 3, H, W] in [0, 1] by the answers to the question in the file `name`.txt: [B], nan where no number was written."""
+    """Scores images [B, 3, H, W] in [0, 1] by the answers to the question in the file `name`.txt: [B], nan where no
+    number was written.
+    """
 
     name: str
 
@@ -45,7 +48,10 @@ class Question:
         """The number after "Final Score:" in the greedy answer."""
         png = io.BytesIO()
         picture.resize((SIDE, SIDE)).save(png, format="PNG")
-        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()}}
+        image = {
+            "type": "image_url",
+            "image_url": {"url": "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()},
+        }
         content = [image, {"type": "text", "text": self.question.replace("{prompt}", prompt)}]
         body = {"model": MODEL, "temperature": 0.0, "messages": [{"role": "user", "content": content}]}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})

@@ -8,8 +8,8 @@ In a loop of your own:
     x = reward_input(plan, trajectory)                        what the reward is to see
     backward(plan, trajectory, velocity.replay, g)            sends g = dloss/dx to the parameters
 
-A whole run: train(flowbp.config.load("demo")), or `flowbp train demo` on the command line. load_backbone and load_reward open models
-by name. A name is loaded when it is first used: importing flowbp imports nothing else.
+A whole run: train(flowbp.config.load("demo")), or `flowbp train demo` on the command line. load_backbone and
+load_reward open models by name. A name is loaded when it is first used: importing flowbp imports nothing else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""`flowbp` and `python -m flowbp`: the command line, also for launchers of several processes (torchrun -m flowbp eval ...)."""
+"""`flowbp` and `python -m flowbp`: the command line, also for launchers of several processes (torchrun -m flowbp eval
+...).
+"""
 
 import sys
 
@@ -16,7 +18,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "flowbp").startswith("flowbp"):  # ours, not a package that is missing
             raise
-        sys.exit(f"error: {error.name} is not installed. The command line needs the extra train: pip install 'flowbp[train]'")
+        sys.exit(
+            f"error: {error.name} is not installed. The command line needs the extra train: pip install 'flowbp[train]'"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Draw the active nodes of a plan, and the pairs (k, j) that split a trajectory in two, from a NumPy generator.
 
-Nodes count from the noise end: node i is the i-th network call of a rollout of N steps. The published methods count from the clean end
-with the reverse index N - i (1 is the last step); pair samplers keep their bounds in that unit, because the papers give them so.
+Nodes count from the noise end: node i is the i-th network call of a rollout of N steps. The published methods count
+from the clean end with the reverse index N - i (1 is the last step); pair samplers keep their bounds in that unit,
+because the papers give them so.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ Drawn = TypeVar("Drawn")
 
 
 def train_window(num_steps: int, tail_ratio: float, min_length: int = 1) -> tuple[int, int]:
-    """Steps [start, num_steps) open to gradients: the last ceil(num_steps tail_ratio) of them, and at least `min_length`."""
+    """Steps [start, num_steps) open to gradients: the last ceil(num_steps tail_ratio) of them, and at least
+    `min_length`.
+    """
     if not 0.0 < tail_ratio <= 1.0:
         raise ValueError(f"tail_ratio must lie in (0, 1], got {tail_ratio}: 1 trains on the whole trajectory")
     if num_steps < min_length:
@@ -59,8 +62,11 @@ def is_active(num_steps: int, active: Sequence[int]) -> np.ndarray:
     return np.isin(np.arange(num_steps), active)
 
 
-def late_biased(nodes: Sequence[int], num_active: int, bias: float, rng: np.random.Generator, first_weight: int = 1) -> tuple[int, ...]:
-    """`num_active` of the consecutive `nodes`, drawn without replacement with probability ~ (offset + first_weight)^bias.
+def late_biased(
+    nodes: Sequence[int], num_active: int, bias: float, rng: np.random.Generator, first_weight: int = 1
+) -> tuple[int, ...]:
+    """`num_active` of the consecutive `nodes`, drawn without replacement with probability ~ (offset +
+    first_weight)^bias.
 
     bias 0 is uniform; a larger bias favours the clean end. Returned in increasing order.
     """
@@ -70,10 +76,14 @@ def late_biased(nodes: Sequence[int], num_active: int, bias: float, rng: np.rand
     return tuple(sorted(int(nodes[i]) for i in drawn))
 
 
-def stratified(nodes: Sequence[int], num_active: int, rng: np.random.Generator) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """One node drawn uniformly from each of `num_active` consecutive, nearly equal strata; and each node's inclusion probability.
+def stratified(
+    nodes: Sequence[int], num_active: int, rng: np.random.Generator
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """One node drawn uniformly from each of `num_active` consecutive, nearly equal strata; and each node's inclusion
+    probability.
 
-    Dividing a node's weight by its probability makes the sum over the drawn nodes an unbiased estimate of the sum over all of them.
+    Dividing a node's weight by its probability makes the sum over the drawn nodes an unbiased estimate of the sum over
+    all of them.
     """
     check_count(num_active, len(nodes))
     strata = np.array_split(np.asarray(nodes), num_active)
@@ -81,12 +91,18 @@ def stratified(nodes: Sequence[int], num_active: int, rng: np.random.Generator) 
 
 
 def stratified_draws(
-    draw: Callable[[np.random.Generator], Drawn], count: int, position: Callable[[Drawn], float], rng: np.random.Generator, pool: int = 8
+    draw: Callable[[np.random.Generator], Drawn],
+    count: int,
+    position: Callable[[Drawn], float],
+    rng: np.random.Generator,
+    pool: int = 8,
 ) -> list[Drawn]:
-    """`count` draws in random order, each distributed as `draw(rng)` alone, that together cover the range of `position` evenly.
+    """`count` draws in random order, each distributed as `draw(rng)` alone, that together cover the range of `position`
+    evenly.
 
-    Systematic sampling: count * pool independent draws are sorted by position, and every pool-th is taken from a random offset. Every draw
-    of the pool is as likely to be taken, so the mean over the chosen is an unbiased estimate; their strata keep it from clumping.
+    Systematic sampling: count * pool independent draws are sorted by position, and every pool-th is taken from a random
+    offset. Every draw of the pool is as likely to be taken, so the mean over the chosen is an unbiased estimate; their
+    strata keep it from clumping.
     """
     drawn = sorted((draw(rng) for _ in range(count * pool)), key=position)
     chosen = drawn[int(rng.integers(pool)) :: pool]
@@ -94,7 +110,9 @@ def stratified_draws(
 
 
 def equally_spaced(length: int, num_active: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """`num_active` of the first `length` nodes, a stride of length // num_active apart from a random start; all if too few."""
+    """`num_active` of the first `length` nodes, a stride of length // num_active apart from a random start; all if too
+    few.
+    """
     if num_active >= length:
         return tuple(range(length))
     stride = length // num_active
@@ -103,9 +121,13 @@ def equally_spaced(length: int, num_active: int, rng: np.random.Generator) -> tu
 
 
 def bridge_allocation(num_active: int, pre_length: int, post_length: int) -> tuple[int, int]:
-    """How many of `num_active` nodes fall before the bridge and how many from it on: in proportion to the lengths, at least one."""
+    """How many of `num_active` nodes fall before the bridge and how many from it on: in proportion to the lengths, at
+    least one.
+    """
     if not 2 <= num_active <= pre_length + post_length:
-        raise ValueError(f"a bridge needs num_active in [2, {pre_length + post_length}] (one node on each side), got {num_active}")
+        raise ValueError(
+            f"a bridge needs num_active in [2, {pre_length + post_length}] (one node on each side), got {num_active}"
+        )
     pre = min(max(round(num_active * pre_length / (pre_length + post_length)), 1), pre_length)
     post = min(max(num_active - pre, 1), post_length)
     pre = min(num_active - post, pre_length)
@@ -120,7 +142,9 @@ class PairSampler(Protocol):
 
 @dataclass(frozen=True)
 class UniformPair:
-    """Two distinct reverse indices from [min_rev, max_rev), the larger is k. With max_j_rev: j uniform among at most it, then k beyond."""
+    """Two distinct reverse indices from [min_rev, max_rev), the larger is k. With max_j_rev: j uniform among at most
+    it, then k beyond.
+    """
 
     min_rev: int = 1
     max_rev: int | None = None
@@ -131,7 +155,9 @@ class UniformPair:
         if self.max_j_rev is None:
             k_rev, j_rev = sorted(rng.choice(np.arange(lo, hi), size=2, replace=False), reverse=True)
         elif self.max_j_rev < lo:
-            raise ValueError(f"max_j_rev must be at least {lo}, the first reverse index open to j, got {self.max_j_rev}")
+            raise ValueError(
+                f"max_j_rev must be at least {lo}, the first reverse index open to j, got {self.max_j_rev}"
+            )
         else:
             j_rev = rng.integers(lo, min(self.max_j_rev, hi - 2) + 1)
             k_rev = rng.integers(j_rev + 1, hi)
@@ -140,7 +166,8 @@ class UniformPair:
 
 @dataclass(frozen=True)
 class DirichletPair:
-    """The window cut in three lengths (clean end | j ... k | noise end) by a Dirichlet draw, each at least one step long.
+    """The window cut in three lengths (clean end | j ... k | noise end) by a Dirichlet draw, each at least one step
+    long.
 
     max_j_rev caps the clean-end part and hands the overflow to the noise end, so that the gap between k and j is kept.
     """
@@ -152,7 +179,9 @@ class DirichletPair:
 
     def __post_init__(self):
         if len(self.alpha) != 3 or not all(a > 0 for a in self.alpha):
-            raise ValueError(f"dirichlet alpha must be three positive numbers (clean end, between, noise end), got {self.alpha}")
+            raise ValueError(
+                f"dirichlet alpha must be three positive numbers (clean end, between, noise end), got {self.alpha}"
+            )
 
     def __call__(self, num_steps, start, rng):
         lo, hi = reverse_bounds(self, num_steps, start, fewest=3)
@@ -199,7 +228,8 @@ def reverse_bounds(pairs, num_steps: int, start: int, fewest: int) -> tuple[int,
     hi = hi if pairs.max_rev is None else min(pairs.max_rev, hi)
     if hi - lo < fewest:
         raise ValueError(
-            f"{type(pairs).__name__} needs at least {fewest} reverse indices, but min_rev = {pairs.min_rev}, max_rev = {pairs.max_rev} "
+            f"{type(pairs).__name__} needs at least {fewest} reverse indices, but min_rev = {pairs.min_rev}, max_rev = "
+            f"{pairs.max_rev} "
             f"and a window of {num_steps - start} steps leave [{lo}, {hi}): widen them"
         )
     return lo, hi

@@ -2,8 +2,8 @@
 
     v = v_neg + scale (v_pos - v_neg)          scale > 1; otherwise v = v_pos alone
 
-It owns the gradient policy of the negative branch. Detached (the default), v_neg is a constant for parameters and input, so the VJP of v
-is scale times the VJP of v_pos, and a replay does not run the negative branch at all.
+It owns the gradient policy of the negative branch. Detached (the default), v_neg is a constant for parameters and
+input, so the VJP of v is scale times the VJP of v_pos, and a replay does not run the negative branch at all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch import Tensor
 __all__ = ["Conditioning", "Guidance", "GuidedVelocity", "NetworkVelocity"]
 
 Conditioning = Mapping[str, Tensor]  # named tensors, each [B, ...]
-NetworkVelocity = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x [B, *S], sigma [] or [B], conditioning) -> velocity [B, *S]
+NetworkVelocity = Callable[
+    [Tensor, Tensor, Conditioning], Tensor
+]  # (x [B, *S], sigma [] or [B], conditioning) -> velocity [B, *S]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Guidance:
     scale             weight of the positive branch; 1 or less runs the positive branch alone
     detach_negative   the negative branch is a constant in the backward pass
     compensate        divide the gradient by `scale`, which otherwise multiplies it
-    embedded          guidance scale fed to a guidance-distilled network as an input (FLUX.1-dev: 3.5); None for every other network
+    embedded          guidance scale fed to a guidance-distilled network as an input (FLUX.1-dev: 3.5); None for every
+    other network
     """
 
     scale: float = 1.0
@@ -52,7 +55,8 @@ class Guidance:
 
 
 class GuidedVelocity:
-    """The velocity of one batch: (x [B, *S], sigma [] or [B]) -> [B, *S], its conditioning bound, value and gradient as `guidance` says.
+    """The velocity of one batch: (x [B, *S], sigma [] or [B]) -> [B, *S], its conditioning bound, value and gradient as
+    `guidance` says.
 
     batched: whether the two branches share a network call where both record a graph or neither does.
     """
@@ -66,7 +70,10 @@ class GuidedVelocity:
         batched: bool = True,
     ):
         if guidance.active and negative is None:
-            raise ValueError(f"guidance scale {guidance.scale} needs the negative conditioning: encode the empty prompt, or set scale to 1")
+            raise ValueError(
+                f"guidance scale {guidance.scale} needs the negative conditioning: encode the empty prompt, or set "
+                "scale to 1"
+            )
         self.network, self.positive, self.negative, self.guidance = network, positive, negative, guidance
         self.batched = batched
         if guidance.active and batched:
@@ -79,7 +86,8 @@ class GuidedVelocity:
     def branches(self, x: Tensor, sigma: Tensor, replayed: bool = False) -> tuple[Tensor, Tensor | None]:
         """(v_pos, v_neg); v_neg is None without guidance, and records no graph when it is detached.
 
-        replayed: `replay` will be called here too, so v_pos comes from the very call that it makes, with the same random numbers.
+        replayed: `replay` will be called here too, so v_pos comes from the very call that it makes, with the same
+            random numbers.
         """
         if not self.guidance.active:
             return self.network(x, sigma, self.positive), None
@@ -93,11 +101,14 @@ class GuidedVelocity:
             return positive, self.network(x, sigma, self.negative)
 
     def replay(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """A tensor with the guided velocity's VJP. Its value differs from the velocity's when the negative branch is a constant.
+        """A tensor with the guided velocity's VJP. Its value differs from the velocity's when the negative branch is a
+        constant.
 
         x may hold the batch at several nodes, [n B, *S] with sigma [n B].
         """
-        copies = len(x) // len(next(iter(self.positive.values()))) if self.positive else 1  # nothing to repeat without conditioning
+        copies = (
+            len(x) // len(next(iter(self.positive.values()))) if self.positive else 1
+        )  # nothing to repeat without conditioning
         if copies > 1:
             return self._repeated(copies).replay(x, sigma)
         if self.guidance.active and self.guidance.detach_negative:

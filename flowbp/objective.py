@@ -1,4 +1,6 @@
-"""From rewards to a loss and its gradient: hinge, trajectory-similarity weights, the filter on residuals, and a batch scored in parts."""
+"""From rewards to a loss and its gradient: hinge, trajectory-similarity weights, the filter on residuals, and a batch
+scored in parts.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ __all__ = ["Objective", "clip_samples", "loss_factors", "reward_gradient", "samp
 
 
 def sample_weights(similarity: Similarity, d_j: Tensor, d_0: Tensor) -> tuple[Tensor, Tensor]:
-    """(weights [B], keep [B] bool) from the residuals [B]: weight 1 / (max(d_j, tau) + max(d_0, tau)); keep where d <= its maximum."""
+    """(weights [B], keep [B] bool) from the residuals [B]: weight 1 / (max(d_j, tau) + max(d_0, tau)); keep where d <=
+    its maximum.
+    """
     weights = 1.0 / (d_j.clamp(min=similarity.tau) + d_0.clamp(min=similarity.tau))
     keep = torch.ones_like(d_j, dtype=torch.bool)
     for d, largest in ((d_j, similarity.max_dj), (d_0, similarity.max_d0)):
@@ -24,10 +28,11 @@ def sample_weights(similarity: Similarity, d_j: Tensor, d_0: Tensor) -> tuple[Te
 
 
 def loss_factors(weights: Tensor, keep: Tensor, copies: int = 1, kept: float | None = None) -> Tensor:
-    """What each of R = copies * B losses is multiplied by in the mean over the kept samples: weight / R_kept, 0 if dropped. [R]
+    """What each of R = copies * B losses is multiplied by in the mean over the kept samples: weight / R_kept, 0 if
+    dropped. [R]
 
-    weights, keep (bool): [B]; re-noised copies follow the batch. kept: number of kept samples that the mean counts, keep.sum() by default;
-    where ranks average their gradients, the mean of that number over ranks.
+    weights, keep (bool): [B]; re-noised copies follow the batch. kept: number of kept samples that the mean counts,
+    keep.sum() by default; where ranks average their gradients, the mean of that number over ranks.
     """
     kept = keep.sum().item() if kept is None else kept
     return torch.where(keep, weights / (copies * kept), 0.0).repeat(copies)
@@ -43,7 +48,9 @@ class Objective:
     hinge: float | None = None
 
     def loss(self, rewards: Tensor, factors: Tensor | None = None) -> Tensor:
-        """rewards [R] -> scalar, sum of factor times loss; the plain mean without factors. A factor of 0 drops even a NaN."""
+        """rewards [R] -> scalar, sum of factor times loss; the plain mean without factors. A factor of 0 drops even a
+        NaN.
+        """
         losses = -rewards if self.hinge is None else torch.relu(self.hinge - rewards)
         return losses.mean() if factors is None else torch.where(factors != 0, factors * losses, 0.0).sum()
 
@@ -51,10 +58,12 @@ class Objective:
 def reward_gradient(
     objective: Objective, score: Callable[[Tensor, slice], Tensor], z: Tensor, factors: Tensor, rows: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(rewards [R], loss [], g = dloss/dz [R, *S]), `rows` samples at a time: one part's graph is freed before the next is made.
+    """(rewards [R], loss [], g = dloss/dz [R, *S]), `rows` samples at a time: one part's graph is freed before the next
+    is made.
 
-    score(z_part, slice of the R samples) -> their rewards, differentiable in z_part: the VAE's decoder and the reward model. The loss is a
-    sum over samples and `factors` are constants, so that g is the same for any `rows`; None takes all at once.
+    score(z_part, slice of the R samples) -> their rewards, differentiable in z_part: the VAE's decoder and the reward
+    model. The loss is a sum over samples and `factors` are constants, so that g is the same for any `rows`; None takes
+    all at once.
     """
     rows = len(z) if rows is None else rows
     if rows < 1:
@@ -73,7 +82,9 @@ def reward_gradient(
 
 
 def clip_samples(g: Tensor, largest: float | None) -> Tensor:
-    """Scale each sample's gradient [R, *S] so that R times its norm is at most `largest` (the loss is a mean over R samples)."""
+    """Scale each sample's gradient [R, *S] so that R times its norm is at most `largest` (the loss is a mean over R
+    samples).
+    """
     if largest is None:
         return g
     norms = g.flatten(1).norm(dim=1) * len(g)

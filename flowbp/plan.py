@@ -1,15 +1,16 @@
 """A surrogate plan: one point of the design space of reward backpropagation, as a flat table of numbers.
 
-A rollout visits latents x_0 ... x_N at noise levels sigma_0 > ... > sigma_N = 0 with velocities v_0 ... v_{N-1}. A plan says how a
-reward gradient travels back through the *cached* rollout without the chain of Jacobians. Its four axes (Wang et al. 2026,
-arXiv 2606.11075):
+A rollout visits latents x_0 ... x_N at noise levels sigma_0 > ... > sigma_N = 0 with velocities v_0 ... v_{N-1}. A plan
+says how a reward gradient travels back through the *cached* rollout without the chain of Jacobians. Its four axes (Wang
+et al. 2026, arXiv 2606.11075):
 
     reward-model input   the sampled image x_N, or the posterior mean x_e - sigma_e v_e of an earlier node
     active set           the nodes that are re-forwarded with gradient: those whose gradient weight is not zero
     integration weights  `weights` give the surrogate its value, `grad_weights` scale each active node's VJP
     bridge coupling      at most one node j whose network input also carries gradient, through a gate alpha
 
-A method draws a plan from the noise levels and a random generator; `flowbp.surrogate` runs any plan. NumPy and torch are not needed here.
+A method draws a plan from the noise levels and a random generator; `flowbp.surrogate` runs any plan. NumPy and torch
+are not needed here.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ Number = float | tuple[float, ...]
 class Bridge:
     """Two quadratures joined at `node` j: the latent x_j that the first one predicts is fed again to the network.
 
-    alpha in [0, 1] scales the gradient that enters the network's input at j, never a value. alpha = 0 cuts that path (no input gradient
-    is computed), alpha = 1 keeps it whole. The identity path into x_j is never damped.
+    alpha in [0, 1] scales the gradient that enters the network's input at j, never a value. alpha = 0 cuts that path
+    (no input gradient is computed), alpha = 1 keeps it whole. The identity path into x_j is never damped.
     """
 
     node: int
@@ -39,7 +40,9 @@ class Bridge:
 
     def __post_init__(self):
         if not 0.0 <= self.alpha <= 1.0:  # also refuses NaN
-            raise ValueError(f"bridge alpha must lie in [0, 1], got {self.alpha}: 0 cuts the cross-node path, 1 keeps it whole")
+            raise ValueError(
+                f"bridge alpha must lie in [0, 1], got {self.alpha}: 0 cuts the cross-node path, 1 keeps it whole"
+            )
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class PosteriorMean:
 
 @dataclass(frozen=True)
 class Similarity:
-    """Per-sample weight 1 / (max(d_j, tau) + max(d_0, tau)) from the residuals of the plan's two quadratures (LeapAlign, FlowBP-Lagrange).
+    """Per-sample weight 1 / (max(d_j, tau) + max(d_0, tau)) from the residuals of the plan's two quadratures
+    (LeapAlign, FlowBP-Lagrange).
 
     Samples whose raw residual exceeds `max_dj` or `max_d0` are dropped from the loss (None keeps all).
     """
@@ -65,7 +69,9 @@ class Similarity:
             raise ValueError(f"similarity tau must be positive, got {self.tau}: it is the floor under each residual")
         for name in ("max_dj", "max_d0"):
             if (largest := getattr(self, name)) is not None and not largest > 0:
-                raise ValueError(f"similarity {name} must be positive, got {largest}: samples beyond it are dropped; None keeps all")
+                raise ValueError(
+                    f"similarity {name} must be positive, got {largest}: samples beyond it are dropped; None keeps all"
+                )
 
 
 class Replay(NamedTuple):
@@ -89,7 +95,8 @@ class Replay(NamedTuple):
 
 
 class Leaps(NamedTuple):
-    """The two quadratures that a bridge joins: from x_start to x_joint by the weights `first` of `nodes`, and on to x_N by `second`.
+    """The two quadratures that a bridge joins: from x_start to x_joint by the weights `first` of `nodes`, and on to x_N
+    by `second`.
 
     nodes, first, second: K entries, each one for the whole batch or one a sample; a weight of 0 skips.
     """
@@ -106,10 +113,13 @@ class SurrogatePlan:
     """Nodes and weights of a surrogate backward trajectory. All sequences run from the noise end to the clean end.
 
     nodes         indices into the rollout, strictly increasing: active nodes and the supports of the quadrature
-    weights       value weights, signed, in sigma units: x_hat = x_start + sum_k weights[k] v_{nodes[k]} approximates the reward input
-    grad_weights  weight of each node's VJP (rescaling and damping folded in); 0 means the node is only read from the cache
+    weights       value weights, signed, in sigma units: x_hat = x_start + sum_k weights[k] v_{nodes[k]} approximates
+    the reward input
+    grad_weights  weight of each node's VJP (rescaling and damping folded in); 0 means the node is only read from the
+    cache
     start         the latent that the quadrature starts from
-    reward_input  None: the sampled image x_N, value exact and gradient the surrogate's (straight-through); or a PosteriorMean
+    reward_input  None: the sampled image x_N, value exact and gradient the surrogate's (straight-through); or a
+    PosteriorMean
     bridge        the node where the quadrature is split in two, with its gradient gate
     similarity    how residuals weigh the samples; None weighs them equally
     num_renoised  extra copies of the sample, re-noised to the last noise level and denoised in one step (DRaFT-LV)
@@ -131,27 +141,43 @@ class SurrogatePlan:
     num_renoised: int = 0
 
     def __post_init__(self):
-        for name in ("nodes", "weights", "grad_weights"):  # accept any sequence, NumPy scalars included; store hashable Python numbers
+        for name in (
+            "nodes",
+            "weights",
+            "grad_weights",
+        ):  # accept any sequence, NumPy scalars included; store hashable Python numbers
             convert = int if name == "nodes" else float
             object.__setattr__(self, name, tuple(convert(value) for value in getattr(self, name)))
         sizes = (len(self.nodes), len(self.weights), len(self.grad_weights))
         if len(set(sizes)) != 1 or not self.nodes:
-            raise ValueError(f"a plan needs as many weights and grad_weights as nodes, and at least one node; got {sizes}")
+            raise ValueError(
+                f"a plan needs as many weights and grad_weights as nodes, and at least one node; got {sizes}"
+            )
         if any(a >= b for a, b in zip(self.nodes, self.nodes[1:], strict=False)) or self.nodes[0] < 0:
-            raise ValueError(f"plan nodes must be non-negative and strictly increasing, got {self.nodes}: sort them, drop repeats")
+            raise ValueError(
+                f"plan nodes must be non-negative and strictly increasing, got {self.nodes}: sort them, drop repeats"
+            )
         for name in ("weights", "grad_weights"):
             if not all(map(math.isfinite, getattr(self, name))):
                 raise ValueError(f"plan {name} must be finite, got {getattr(self, name)}")
         if not self.active:
-            raise ValueError(f"no node of {self.nodes} has a gradient weight: give at least one node a non-zero grad_weight")
+            raise ValueError(
+                f"no node of {self.nodes} has a gradient weight: give at least one node a non-zero grad_weight"
+            )
         if not 0 <= self.start <= self.nodes[0]:
-            raise ValueError(f"plan start must lie in [0, {self.nodes[0]}], at or before the first node, got {self.start}")
+            raise ValueError(
+                f"plan start must lie in [0, {self.nodes[0]}], at or before the first node, got {self.start}"
+            )
         if self.bridge is not None and self.bridge.node not in self.nodes:
             raise ValueError(f"bridge node {self.bridge.node} must be a node of the plan; its nodes are {self.nodes}")
         if self.reward_input is not None and self.reward_input.at != self.nodes[-1]:
-            raise ValueError(f"the posterior mean must be taken at the plan's last node {self.nodes[-1]}, got {self.reward_input.at}")
+            raise ValueError(
+                f"the posterior mean must be taken at the plan's last node {self.nodes[-1]}, got {self.reward_input.at}"
+            )
         if self.similarity is not None and self.bridge is None:
-            raise ValueError("similarity weights compare two joined quadratures: give the plan a bridge, or similarity=None")
+            raise ValueError(
+                "similarity weights compare two joined quadratures: give the plan a bridge, or similarity=None"
+            )
         if self.num_renoised < 0:
             raise ValueError(f"num_renoised must be 0 or more, got {self.num_renoised}")
 
@@ -162,9 +188,13 @@ class SurrogatePlan:
 
     @property
     def active_bridge(self) -> Bridge | None:
-        """The bridge if any gradient crosses it: its gate is open, its node is active, and an earlier active node receives it."""
+        """The bridge if any gradient crosses it: its gate is open, its node is active, and an earlier active node
+        receives it.
+        """
         active = dict(self.active)
-        crosses = self.bridge and self.bridge.alpha > 0 and self.bridge.node in active and min(active) < self.bridge.node
+        crosses = (
+            self.bridge and self.bridge.alpha > 0 and self.bridge.node in active and min(active) < self.bridge.node
+        )
         return self.bridge if crosses else None
 
     @property
@@ -172,13 +202,19 @@ class SurrogatePlan:
         """The active nodes, then the re-noised copies, as the backward pass reads them: from the last to the first."""
         bridge, num_steps = self.active_bridge, self.nodes[-1] + 1
         nodes = (Replay(i, w, bridge.alpha if bridge and i == bridge.node else 0.0) for i, w in self.active)
-        return (*nodes, *(Replay(num_steps + 1 + m, self.grad_weights[-1], output=m + 1) for m in range(self.num_renoised)))
+        return (
+            *nodes,
+            *(Replay(num_steps + 1 + m, self.grad_weights[-1], output=m + 1) for m in range(self.num_renoised)),
+        )
 
     @property
     def leaps(self) -> Leaps:
         """The plan's quadrature, split at its bridge. ValueError without one."""
         if self.bridge is None:
-            raise ValueError("a plan without a bridge has one quadrature, not two leaps: give it a bridge, or do not ask for its residuals")
+            raise ValueError(
+                "a plan without a bridge has one quadrature, not two leaps: give it a bridge, or do not ask for its "
+                "residuals"
+            )
         j, rule = self.bridge.node, tuple(zip(self.nodes, self.weights, strict=True))
         first, second = (tuple(w if (i < j) == before else 0.0 for i, w in rule) for before in (True, False))
         return Leaps(self.start, j, self.nodes, first, second)
@@ -210,18 +246,23 @@ class SurrogatePlan:
     def check(self, total: int) -> None:
         """Raise ValueError unless every index exists in a rollout of `total` steps."""
         if self.nodes[-1] >= total:
-            raise ValueError(f"plan node {self.nodes[-1]} lies outside a rollout of {total} steps: nodes run from 0 to {total - 1}")
+            raise ValueError(
+                f"plan node {self.nodes[-1]} lies outside a rollout of {total} steps: nodes run from 0 to {total - 1}"
+            )
         if self.num_renoised and self.nodes[-1] != total - 1:
-            raise ValueError(f"re-noised copies are denoised from the last node {total - 1}, but the plan ends at {self.nodes[-1]}")
+            raise ValueError(
+                f"re-noised copies are denoised from the last node {total - 1}, but the plan ends at {self.nodes[-1]}"
+            )
 
 
 @dataclass(frozen=True)
 class PlanBatch:
     """One plan a sample, from one method: what `flowbp.surrogate` sweeps is a table [K, B] instead of [K].
 
-    Sample b's last active node is replayed with every other sample's last, and so on towards the noise end. A sample with fewer active
-    nodes than the largest (or than `num_active`, for ranks that share a batch) sits out the last replays with weight 0. Raises ValueError
-    when the plans differ in what one batch cannot mix: the kind of reward input, the number of copies, or the similarity.
+    Sample b's last active node is replayed with every other sample's last, and so on towards the noise end. A sample
+    with fewer active nodes than the largest (or than `num_active`, for ranks that share a batch) sits out the last
+    replays with weight 0. Raises ValueError when the plans differ in what one batch cannot mix: the kind of reward
+    input, the number of copies, or the similarity.
     """
 
     plans: tuple[SurrogatePlan, ...]
@@ -240,9 +281,14 @@ class PlanBatch:
         }
         for name, kind in kinds.items():
             if len(kind) > 1:
-                raise ValueError(f"the plans of a batch must agree in {name}: draw all of them from one method, got {kind}")
+                raise ValueError(
+                    f"the plans of a batch must agree in {name}: draw all of them from one method, got {kind}"
+                )
         if self.similarity is not None and self.reward_input is not None and isinstance(self.reward_input.at, tuple):
-            raise ValueError("the plans of a batch with similarity must see posterior means of one node: their residuals end at one latent")
+            raise ValueError(
+                "the plans of a batch with similarity must see posterior means of one node: their residuals end at one "
+                "latent"
+            )
 
     def rows(self, part: slice) -> PlanBatch:
         """The plans of a part of the batch, with as many replays as the whole."""
@@ -254,7 +300,8 @@ class PlanBatch:
         idle = [(Replay(plan.sweep[0].node, 0.0),) * (self.num_active - len(plan.active)) for plan in self.plans]
         columns = [wait + plan.sweep for wait, plan in zip(idle, self.plans, strict=True)]
         return tuple(
-            Replay(*(_shared(replay[k] for replay in row) for k in range(3)), output=row[0].output) for row in zip(*columns, strict=True)
+            Replay(*(_shared(replay[k] for replay in row) for k in range(3)), output=row[0].output)
+            for row in zip(*columns, strict=True)
         )
 
     @property
@@ -276,7 +323,10 @@ class PlanBatch:
         longest = max(len(leap.nodes) for leap in leaps)
         tables = []
         for name, filler in (("nodes", None), ("first", 0.0), ("second", 0.0)):
-            columns = [getattr(leap, name) + (leap.nodes[0] if filler is None else filler,) * (longest - len(leap.nodes)) for leap in leaps]
+            columns = [
+                getattr(leap, name) + (leap.nodes[0] if filler is None else filler,) * (longest - len(leap.nodes))
+                for leap in leaps
+            ]
             tables.append(tuple(zip(*columns, strict=True)))
         return Leaps(_shared(leap.start for leap in leaps), _shared(leap.joint for leap in leaps), *tables)
 

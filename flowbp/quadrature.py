@@ -2,8 +2,8 @@
 
 A rule on nodes i_1 < ... < i_K of the steps [start, stop) returns weights w with
     sum_k w_k v(sigma_{i_k})  ~  integral of v from sigma_start to sigma_stop.
-Weights are in sigma units and signed (sigma decreases towards the clean end, so a positive rule has negative weights), and always sum to
-sigma_stop - sigma_start. Everything is computed in float64.
+Weights are in sigma units and signed (sigma decreases towards the clean end, so a positive rule has negative weights),
+and always sum to sigma_stop - sigma_start. Everything is computed in float64.
 """
 
 from __future__ import annotations
@@ -26,14 +26,19 @@ def check_sigmas(sigmas: Sequence[float]) -> np.ndarray:
     rising = np.flatnonzero(np.diff(levels) >= 0)
     if len(rising):
         i = int(rising[0])
-        raise ValueError(f"sigmas must strictly decrease, but sigmas[{i}] = {levels[i]:.6g} and sigmas[{i + 1}] = {levels[i + 1]:.6g}")
+        raise ValueError(
+            f"sigmas must strictly decrease, but sigmas[{i}] = {levels[i]:.6g} and sigmas[{i + 1}] = "
+            f"{levels[i + 1]:.6g}"
+        )
     if levels[-1] != 0.0:
         raise ValueError(f"sigmas must end at the clean end, 0, got {levels[-1]:.6g}: append a final 0")
     return levels
 
 
 def euler(sigmas: np.ndarray, nodes: Sequence[int]) -> np.ndarray:
-    """The solver's own step at each node, h_i = sigma_{i+1} - sigma_i: exact for the Euler rollout when the nodes are all its steps."""
+    """The solver's own step at each node, h_i = sigma_{i+1} - sigma_i: exact for the Euler rollout when the nodes are
+    all its steps.
+    """
     nodes = np.asarray(nodes, dtype=int)
     return sigmas[nodes + 1] - sigmas[nodes]
 
@@ -49,10 +54,12 @@ def uniform(sigmas: np.ndarray, nodes: Sequence[int], start: int, stop: int) -> 
 
 
 def lagrange(sigmas: np.ndarray, nodes: Sequence[int], start: int, stop: int) -> np.ndarray:
-    """Interpolatory quadrature: w_m = integral from sigma_start to sigma_stop of the m-th Lagrange basis polynomial on the nodes' sigmas.
+    """Interpolatory quadrature: w_m = integral from sigma_start to sigma_stop of the m-th Lagrange basis polynomial on
+    the nodes' sigmas.
 
-    Exact for velocities polynomial in sigma of degree < K. On uneven nodes a weight may take the sign opposite to the interval's; its
-    node's gradient then points away from that of the full chain. `uniform` never does. Source: FlowBP-Lagrange, arXiv 2606.11075.
+    Exact for velocities polynomial in sigma of degree < K. On uneven nodes a weight may take the sign opposite to the
+    interval's; its node's gradient then points away from that of the full chain. `uniform` never does. Source:
+    FlowBP-Lagrange, arXiv 2606.11075.
     """
     x = sigmas[np.asarray(nodes, dtype=int)]
     middle, half = (sigmas[stop] + sigmas[start]) / 2, (sigmas[stop] - sigmas[start]) / 2
@@ -67,9 +74,11 @@ def lagrange(sigmas: np.ndarray, nodes: Sequence[int], start: int, stop: int) ->
 
 
 def lagrange_supports(start: int, stop: int, order: int) -> tuple[int, ...]:
-    """At most `order` nodes spread evenly over the steps [start, stop), the first and the last step included; `stop` never is one.
+    """At most `order` nodes spread evenly over the steps [start, stop), the first and the last step included; `stop`
+    never is one.
 
-    start + round(m (L - 1) / (order - 1)), m = 0 ... order - 1, rounding half to even; all steps when L = stop - start <= order.
+    start + round(m (L - 1) / (order - 1)), m = 0 ... order - 1, rounding half to even; all steps when L = stop - start
+    <= order.
     """
     if order < 1:
         raise ValueError(f"quadrature order must be at least 1, got {order}")
@@ -82,14 +91,16 @@ def lagrange_supports(start: int, stop: int, order: int) -> tuple[int, ...]:
 
 
 def rescale_factor(total: float, active: float, strength: float) -> float:
-    """rho = 1 + strength (total / active - 1): makes up for the share of the interval that the active nodes do not cover.
+    """rho = 1 + strength (total / active - 1): makes up for the share of the interval that the active nodes do not
+    cover.
 
-    total and active are sums of absolute weights. strength 0 leaves the gradient as it is, 1 restores the full length, more than 1
-    extrapolates beyond it. The factor multiplies gradients only, never a value.
+    total and active are sums of absolute weights. strength 0 leaves the gradient as it is, 1 restores the full length,
+    more than 1 extrapolates beyond it. The factor multiplies gradients only, never a value.
     """
     if not 0.0 <= strength < math.inf:  # also refuses NaN
         raise ValueError(
-            f"rescale must be a finite number of 0 or more, got {strength}: 0 leaves the gradient as it is, 1 restores the full length, "
+            f"rescale must be a finite number of 0 or more, got {strength}: 0 leaves the gradient as it is, 1 restores "
+            "the full length, "
             "more extrapolates beyond it"
         )
     return 1.0 + strength * (total / active - 1.0) if strength > 0 and active > 1e-8 else 1.0

@@ -23,22 +23,30 @@ __all__ = ["Recompute"]
 
 
 class Recompute:
-    """Decides, node by node while a rollout runs, which graphs are kept. Hold on to it from step to step: `auto` learns.
+    """Decides, node by node while a rollout runs, which graphs are kept. Hold on to it from step to step: `auto`
+    learns.
 
     mode      "always", "never" or "auto"
-    budget    bytes that kept graphs may take in mode "auto". None measures it: the first rollout weighs one graph, the first step keeps
-              none, and from the second on kept graphs get what was still free when memory use was at its peak (reward graph, replays and
-              optimizer included), less one graph's worth of slack. Ranks agree on the smallest count.
+    budget    bytes that kept graphs may take in mode "auto". None measures it: the first rollout weighs one graph, the
+    first step keeps
+              none, and from the second on kept graphs get what was still free when memory use was at its peak (reward
+              graph, replays and optimizer included), less one graph's worth of slack. Ranks agree on the smallest
+              count.
     rollouts  in a step
 
     Raises ValueError for an unknown mode, or for a budget outside of "auto".
     """
 
-    def __init__(self, mode: Literal["always", "never", "auto"] = "always", budget: int | None = None, rollouts: int = 1):
+    def __init__(
+        self, mode: Literal["always", "never", "auto"] = "always", budget: int | None = None, rollouts: int = 1
+    ):
         if mode not in ("always", "never", "auto"):
             raise ValueError(f"recompute must be 'always', 'never' or 'auto', not {mode!r}")
         if budget is not None and (mode != "auto" or budget < 0):
-            raise ValueError(f"a budget of {budget} bytes for kept graphs needs recompute='auto' (not {mode!r}) and must be 0 or more")
+            raise ValueError(
+                f"a budget of {budget} bytes for kept graphs needs recompute='auto' (not {mode!r}) and must be 0 or "
+                "more"
+            )
         self.mode, self.budget = mode, budget
         self.unmeasured = rollouts  # that are still to pass before memory is measured
         self.graph_bytes: int | None = None  # what one node's graph holds, once weighed
@@ -51,7 +59,9 @@ class Recompute:
         self.unmeasured -= 1
 
     def keeps(self, remaining: int) -> bool:
-        """Whether the graph of a node is recorded and kept; `remaining` counts the active nodes from this one to the clean end."""
+        """Whether the graph of a node is recorded and kept; `remaining` counts the active nodes from this one to the
+        clean end.
+        """
         if self.mode != "auto":
             return self.mode == "never"
         return self.capacity is not None and remaining <= self.capacity
@@ -67,14 +77,18 @@ class Recompute:
 
     def _settle(self, budget: int, device: torch.device) -> None:
         self.capacity = max(0, budget) // max(1, self.graph_bytes)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():  # every rank must run as many forward passes
+        if (
+            torch.distributed.is_available() and torch.distributed.is_initialized()
+        ):  # every rank must run as many forward passes
             smallest = torch.tensor(self.capacity, device=device)
             torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
             self.capacity = int(smallest)
 
 
 def weigh(forward: Callable[[], Graph], device: torch.device) -> tuple[Graph, int]:
-    """forward() and the bytes that its graph holds: what the GPU's allocator handed out, or on a CPU what autograd saved."""
+    """forward() and the bytes that its graph holds: what the GPU's allocator handed out, or on a CPU what autograd
+    saved.
+    """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         graph = forward()
@@ -83,7 +97,9 @@ def weigh(forward: Callable[[], Graph], device: torch.device) -> tuple[Graph, in
 
     def note(tensor: Tensor) -> Tensor:
         owner = tensor if tensor._base is None else tensor._base
-        if not isinstance(owner, nn.Parameter) and not (owner.is_leaf and owner.requires_grad):  # weights are there anyway
+        if not isinstance(owner, nn.Parameter) and not (
+            owner.is_leaf and owner.requires_grad
+        ):  # weights are there anyway
             storage = tensor.untyped_storage()
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()
@@ -101,6 +117,8 @@ def spare_bytes(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
         raise ValueError(f"free memory cannot be measured on {device} here: give recompute='auto' a budget")
-    available = next(int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    available = next(
+        int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")
+    )
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     return 1024 * (available - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) + resident

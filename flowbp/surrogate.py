@@ -20,11 +20,15 @@ from flowbp_kernels.sweep import Graph, sweep
 __all__ = ["as_graph", "backward", "residuals", "reward_input"]
 
 Plan = SurrogatePlan | PlanBatch  # one for the batch, or one a sample
-ReplayedVelocity = Callable[[Tensor, Tensor], Tensor]  # (x [n B, *S], sigma [] or [n B]) -> a tensor [n B, *S] with the velocity's VJP
+ReplayedVelocity = Callable[
+    [Tensor, Tensor], Tensor
+]  # (x [n B, *S], sigma [] or [n B]) -> a tensor [n B, *S] with the velocity's VJP
 
 
 def reward_input(plan: Plan, trajectory: Trajectory) -> Tensor:
-    """What the reward model sees, [(1 + num_renoised) B, *S]: the sample or a posterior mean, then the denoised copies. No gradient."""
+    """What the reward model sees, [(1 + num_renoised) B, *S]: the sample or a posterior mean, then the denoised copies.
+    No gradient.
+    """
     base = trajectory.sample if plan.reward_input is None else _posterior_mean(trajectory, plan.reward_input.at)
     copies = [_posterior_mean(trajectory, replay.node) for replay in plan.sweep if replay.output]
     return torch.cat([base, *copies])
@@ -62,12 +66,16 @@ def backward(
 
 
 def as_graph(plan: SurrogatePlan, trajectory: Trajectory, velocity: ReplayedVelocity) -> Tensor:
-    """The reward input as one ordinary autograd graph of one plan: the value of `reward_input`, the gradient of `backward`.
+    """The reward input as one ordinary autograd graph of one plan: the value of `reward_input`, the gradient of
+    `backward`.
 
     All active nodes' graphs live at once. The oracle of the sweep.
     """
     values = reward_input(plan, trajectory).split(len(trajectory.sample))
-    before, after = 0.0, [0.0] * len(values)  # sums of weight (v - v.detach()): zero in value, on either side of the bridge
+    before, after = (
+        0.0,
+        [0.0] * len(values),
+    )  # sums of weight (v - v.detach()): zero in value, on either side of the bridge
     bridge = plan.active_bridge
     for node, weight, gate, output in plan.sweep:
         x = trajectory.latents[node]
@@ -81,19 +89,27 @@ def as_graph(plan: SurrogatePlan, trajectory: Trajectory, velocity: ReplayedVelo
 
 
 def residuals(plan: Plan, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
-    """(d_j, d_0), each [B]: per-sample mean absolute gap between the plan's two quadratures and the cached latents x_j and x_N.
+    """(d_j, d_0), each [B]: per-sample mean absolute gap between the plan's two quadratures and the cached latents x_j
+    and x_N.
 
-    d_j: from x_start by the nodes before the bridge j;  d_0: from x_j by the nodes from j on. The plan must have a similarity.
+    d_j: from x_start by the nodes before the bridge j;  d_0: from x_j by the nodes from j on. The plan must have a
+        similarity.
     """
     if plan.similarity is None:
-        raise ValueError("residuals need a plan with similarity: without it the rollout does not cache the velocities they read")
+        raise ValueError(
+            "residuals need a plan with similarity: without it the rollout does not cache the velocities they read"
+        )
     start, joint, nodes, first, second = plan.leaps
     x, velocities = trajectory.latents, trajectory.velocities
-    return tuple(leap_residuals(x[start], x[joint], trajectory.sample, velocities.rows, velocities.slots(nodes), (first, second)))
+    return tuple(
+        leap_residuals(x[start], x[joint], trajectory.sample, velocities.rows, velocities.slots(nodes), (first, second))
+    )
 
 
 def _passes(plan: Plan, trajectory: Trajectory, nodes_per_forward: int) -> list[list[Replay]]:
-    """The forward passes of the sweep, in its order: runs of at most nodes_per_forward replays; a kept or gated node stands alone."""
+    """The forward passes of the sweep, in its order: runs of at most nodes_per_forward replays; a kept or gated node
+    stands alone.
+    """
     if nodes_per_forward < 1:
         raise ValueError(f"nodes_per_forward must be at least 1, got {nodes_per_forward}")
     passes: list[list[Replay]] = []

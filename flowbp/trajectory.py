@@ -1,4 +1,6 @@
-"""The rollout: Euler steps from noise to sample, caching only what the plan will read: latents, velocities, and graphs if they are kept."""
+"""The rollout: Euler steps from noise to sample, caching only what the plan will read: latents, velocities, and graphs
+if they are kept.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,15 @@ class NodeCache:
     def slots(self, nodes: Sequence[Node]) -> list:
         """Rows of `nodes` in `self.rows`, in the same nesting."""
         if any(isinstance(node, tuple) for node in nodes):
-            return [self.slots(node) if isinstance(node, tuple) else self.slots([node]) * self.rows.shape[1] for node in nodes]
+            return [
+                self.slots(node) if isinstance(node, tuple) else self.slots([node]) * self.rows.shape[1]
+                for node in nodes
+            ]
         missing = [node for node in nodes if node not in self._slot]
         if missing:
             raise KeyError(
-                f"the {self.what} of nodes {missing} are not cached (cached: {self.nodes}); roll out with the plan that reads them"
+                f"the {self.what} of nodes {missing} are not cached (cached: {self.nodes}); roll out with the plan "
+                "that reads them"
             )
         return [self._slot[node] for node in nodes]
 
@@ -108,19 +114,22 @@ def rollout(
 ) -> Trajectory:
     """Integrate dx/dsigma = v from `noise` [B, *S] along `sigmas` [N + 1]: x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v_i.
 
-    Without a plan nothing is cached: plain sampling. With one, the rollout stops where the plan's reward input is known. `renoise` holds
-    the standard normal noise [B, *S] of each of the plan's re-noised copies. `recompute` says which active nodes keep their graph; None
-    keeps none, as must a batch of plans.
+    Without a plan nothing is cached: plain sampling. With one, the rollout stops where the plan's reward input is
+    known. `renoise` holds the standard normal noise [B, *S] of each of the plan's re-noised copies. `recompute` says
+    which active nodes keep their graph; None keeps none, as must a batch of plans.
     """
     total, recompute = len(sigmas) - 1, recompute or Recompute()
     if plan is not None:
         plan.check(total)
     if isinstance(plan, PlanBatch):
         if len(plan.plans) != len(noise):
-            raise ValueError(f"there are {len(plan.plans)} plans for a batch of {len(noise)} samples: pass one plan, or one a sample")
+            raise ValueError(
+                f"there are {len(plan.plans)} plans for a batch of {len(noise)} samples: pass one plan, or one a sample"
+            )
         if recompute.mode != "always":
             raise ValueError(
-                f"recompute={recompute.mode!r} keeps the graph of a node as the whole batch passes it, but with one plan a sample each "
+                f"recompute={recompute.mode!r} keeps the graph of a node as the whole batch passes it, but with one "
+                "plan a sample each "
                 "sample has nodes of its own: use recompute='always', or one plan for the batch"
             )
     wanted = plan.num_renoised if plan is not None else 0
@@ -136,17 +145,25 @@ def rollout(
     if latents.row(0) is not None:
         latents.row(0).copy_(noise)
     for i in range(plan.num_steps(total) if plan else total):
-        x, _ = cfg_euler_step(x, *keeper.branches(x, i), scale, steps[i], velocity_out=velocities.row(i), out=latents.row(i + 1))
+        x, _ = cfg_euler_step(
+            x, *keeper.branches(x, i), scale, steps[i], velocity_out=velocities.row(i), out=latents.row(i + 1)
+        )
     for copy, eps in enumerate(renoise, start=total + 1):
         noised = latents.row(copy).copy_((1 - last) * x + last * eps)
         cfg_euler_step(noised, *keeper.branches(noised, copy), scale, -last, velocity_out=velocities.row(copy))
-    return Trajectory(sigmas, levels, latents, velocities, x, keeper.kept, keeper.rng, autocast_state(noise.device.type))
+    return Trajectory(
+        sigmas, levels, latents, velocities, x, keeper.kept, keeper.rng, autocast_state(noise.device.type)
+    )
 
 
 class _Keeper:
-    """Runs the network along a rollout, and keeps what the sweep needs of each active node: its graph or its random state."""
+    """Runs the network along a rollout, and keeps what the sweep needs of each active node: its graph or its random
+    state.
+    """
 
-    def __init__(self, velocity: GuidedVelocity, levels: Tensor, plan: SurrogatePlan | PlanBatch | None, recompute: Recompute):
+    def __init__(
+        self, velocity: GuidedVelocity, levels: Tensor, plan: SurrogatePlan | PlanBatch | None, recompute: Recompute
+    ):
         self.velocity, self.levels, self.recompute = velocity, levels, recompute
         self.gated: dict[int, bool] = {}  # active node -> whether its input collects a gradient
         for replay in plan.sweep if plan else ():
@@ -164,7 +181,9 @@ class _Keeper:
             return self.velocity.branches(x, sigma)
         before = RngState.capture(x.device)
         own = x.clone()  # later rows of the cache are written in place, which a graph on a view of it would refuse
-        graph, kept = self.recompute.record(self.remaining, lambda: record(self.velocity, own, sigma, self.gated[node]), x.device)
+        graph, kept = self.recompute.record(
+            self.remaining, lambda: record(self.velocity, own, sigma, self.gated[node]), x.device
+        )
         branches = self.velocity.branches(x, sigma, replayed=True) if graph is None else (graph.v.detach(), None)
         if kept:
             self.kept[node] = graph

@@ -1,7 +1,8 @@
 """The gradients of the two sums: each is the other with its arrows turned.
 
-    quadrature_update   x, v_n        ->  x + sum_n w_n v_n      gradient  g  ->  w_n g for every n: bridge_cotangents
-    bridge_cotangents   g, g_x        ->  w_n (g + a_n g_x)      gradient  c_n  ->  sum_n w_n c_n, sum_n w_n a_n c_n: quadrature_update
+quadrature_update   x, v_n        ->  x + sum_n w_n v_n      gradient  g  ->  w_n g for every n: bridge_cotangents
+bridge_cotangents   g, g_x        ->  w_n (g + a_n g_x)      gradient  c_n  ->  sum_n w_n c_n, sum_n w_n a_n c_n:
+quadrature_update
 """
 
 import torch
@@ -42,7 +43,9 @@ def _sum(ctx, gradients):
     weights, alphas = ctx.saved_tensors
     nodes, gradients = torch.arange(len(weights), device=weights.device), gradients.contiguous()
     of_g, of_g_x = (
-        quadrature_update(gradients.new_zeros(gradients.shape[1:], dtype=dtype), gradients, nodes, table) if needed else None
+        quadrature_update(gradients.new_zeros(gradients.shape[1:], dtype=dtype), gradients, nodes, table)
+        if needed
+        else None
         for needed, dtype, table in zip(ctx.needs_input_grad[:2], ctx.dtypes, (weights, weights * alphas), strict=True)
     )
     return of_g, of_g_x, None, None, None

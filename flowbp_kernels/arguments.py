@@ -29,7 +29,9 @@ def check_like(name: str, tensor: Tensor, other: Tensor, other_name: str) -> Non
     """A float tensor of other's shape, on its device."""
     check_float(name, tensor)
     if tensor.shape != other.shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)} and {other_name} {tuple(other.shape)}; they must be equal")
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and {other_name} {tuple(other.shape)}; they must be equal"
+        )
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device} and {other_name} on {other.device}; move them together")
 
@@ -39,13 +41,16 @@ def check_cache(velocities: Tensor, x: Tensor, scales: Tensor | None) -> None:
     check_float("velocities", velocities)
     if x.dim() < 1 or velocities.shape[1:] != x.shape:
         raise ValueError(
-            f"velocities must be [N, *x.shape], the cache of a rollout of x; got {tuple(velocities.shape)} for x of shape {tuple(x.shape)}"
+            f"velocities must be [N, *x.shape], the cache of a rollout of x; got {tuple(velocities.shape)} for x of "
+            f"shape {tuple(x.shape)}"
         )
     if velocities.device != x.device:
         raise ValueError(f"x is on {x.device} and velocities on {velocities.device}; move them together")
     if velocities.dtype.itemsize == 1 and velocities.requires_grad:
         raise ValueError(f"a {velocities.dtype} cache cannot hold a gradient: pass velocities.detach()")
-    if scales is not None and (scales.shape != velocities.shape[:2] or scales.dtype != torch.float32 or scales.device != x.device):
+    if scales is not None and (
+        scales.shape != velocities.shape[:2] or scales.dtype != torch.float32 or scales.device != x.device
+    ):
         raise ValueError(
             f"scales must be float32 [N, B] = {list(velocities.shape[:2])} on {x.device}, one a step and sample; "
             f"got {scales.dtype} {list(scales.shape)} on {scales.device}"
@@ -61,13 +66,17 @@ def node_table(nodes: Tensor | Sequence, x: Tensor) -> Tensor:
 
 
 def weight_table(name: str, weights: Tensor | Sequence, x: Tensor) -> Tensor:
-    """Numbers as a float64 tensor [K, 1] or [K, B] without gradient: on the CPU, or where they lie if that is x's device."""
+    """Numbers as a float64 tensor [K, 1] or [K, B] without gradient: on the CPU, or where they lie if that is x's
+    device.
+    """
     table = _placed(name, weights, x) if isinstance(weights, Tensor) else _numbers(weights, "d")
     return _columns(name, table.double(), x.shape[0])
 
 
 def scalar_table(x: Tensor, **scalars: float | Tensor) -> Tensor:
-    """Numbers and tensors [] as one float64 tensor without gradient: on the CPU, or on x's device if a tensor lies there."""
+    """Numbers and tensors [] as one float64 tensor without gradient: on the CPU, or on x's device if a tensor lies
+    there.
+    """
     tensors = [(name, value) for name, value in scalars.items() if isinstance(value, Tensor)]
     for name, value in tensors:
         if value.dim() != 0:
@@ -81,7 +90,9 @@ def scalar_table(x: Tensor, **scalars: float | Tensor) -> Tensor:
 
 def check_rows(name: str, table: Tensor, other: Tensor, other_name: str) -> None:
     if table.shape[0] != other.shape[0]:
-        raise ValueError(f"{name} has {table.shape[0]} rows and {other_name} {other.shape[0]}; each needs one row a node")
+        raise ValueError(
+            f"{name} has {table.shape[0]} rows and {other_name} {other.shape[0]}; each needs one row a node"
+        )
     check_together(name, table, other, other_name)
 
 
@@ -95,7 +106,9 @@ def check_together(name: str, tensor: Tensor, other: Tensor, other_name: str) ->
 
 
 def check_nodes(nodes: Tensor, velocities: Tensor) -> None:
-    """Every node that travels by value is a row of the cache. Reads values, so it belongs where an op runs, not where it is traced."""
+    """Every node that travels by value is a row of the cache. Reads values, so it belongs where an op runs, not where
+    it is traced.
+    """
     if not nodes.is_cpu and nodes.shape[0] and not velocities.shape[0]:
         raise ValueError(f"there are {nodes.shape[0]} nodes and no velocities")
     if nodes.is_cpu and nodes.numel():
@@ -106,22 +119,36 @@ def check_nodes(nodes: Tensor, velocities: Tensor) -> None:
             raise ValueError(f"node {bad} is not in the cache; its {velocities.shape[0]} velocities count from 0")
 
 
-def check_out(name: str, out: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype], inputs: Sequence[Tensor | None]) -> None:
-    """`out` can be written into: contiguous, of this shape, one of these dtypes, where the inputs are, and no gradient is asked for."""
+def check_out(
+    name: str, out: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype], inputs: Sequence[Tensor | None]
+) -> None:
+    """`out` can be written into: contiguous, of this shape, one of these dtypes, where the inputs are, and no gradient
+    is asked for.
+    """
     if out is None:
         return
-    if out.shape != torch.Size(shape) or out.dtype not in dtypes or out.device != inputs[0].device or not out.is_contiguous():
+    if (
+        out.shape != torch.Size(shape)
+        or out.dtype not in dtypes
+        or out.device != inputs[0].device
+        or not out.is_contiguous()
+    ):
         allowed = " or ".join(str(dtype) for dtype in dtypes)
         raise ValueError(
             f"{name} must be contiguous, of shape {list(shape)} and {allowed}, on {inputs[0].device}; "
             f"got {list(out.shape)} {out.dtype} on {out.device}, strides {list(out.stride())}"
         )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, out)):
-        raise ValueError(f"writing into {name} records no gradient: run under torch.no_grad(), detach the inputs, or leave {name} out")
+        raise ValueError(
+            f"writing into {name} records no gradient: run under torch.no_grad(), detach the inputs, or leave {name} "
+            "out"
+        )
 
 
 def _numbers(values: Sequence, typecode: str) -> Tensor:
-    """float64 ("d") or int64 ("q") of a list of numbers, at a third of torch.tensor's cost, which makes a tensor of anything else."""
+    """float64 ("d") or int64 ("q") of a list of numbers, at a third of torch.tensor's cost, which makes a tensor of
+    anything else.
+    """
     dtype = torch.float64 if typecode == "d" else None
     if is_traced() or len(values) == 0:  # a buffer can be neither traced nor empty
         return torch.tensor(values, dtype=dtype)
@@ -135,7 +162,8 @@ def _placed(name: str, values: Tensor, x: Tensor) -> Tensor:
     """A tensor of the CPU or of x's device, without its gradient."""
     if not values.is_cpu and values.device != x.device:
         raise ValueError(
-            f"{name} is on {values.device} and the tensors on {x.device}: move it there, or pass {name}.cpu(), which travels by value"
+            f"{name} is on {values.device} and the tensors on {x.device}: move it there, or pass {name}.cpu(), which "
+            "travels by value"
         )
     return values.detach() if values.requires_grad else values
 

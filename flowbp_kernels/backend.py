@@ -3,9 +3,9 @@
 FLOWBP_KERNELS=auto (default) | cuda | cpu (compiled, from csrc/) | triton | reference (plain PyTorch, runs everything).
 A backend named there runs or raises with the cause; only `auto` falls back. The extension is loaded at the first call.
 FLOWBP_ISA=avx512 | avx2 | baseline names the instruction set of the compiled CPU ops; unset, the best there is.
-FLOWBP_ROWS=few | all says how many rows of a cache the compiled CPU ops read side by side, which changes their speed and no bit of a
-result; unset, what is fastest here: measured at the first large call of a process, which then takes about 50 ms longer.
-The choice is made whenever an op runs, also inside a graph of torch.compile.
+FLOWBP_ROWS=few | all says how many rows of a cache the compiled CPU ops read side by side, which changes their speed
+and no bit of a result; unset, what is fastest here: measured at the first large call of a process, which then takes
+about 50 ms longer. The choice is made whenever an op runs, also inside a graph of torch.compile.
 """
 
 import functools
@@ -28,7 +28,8 @@ MAX_NODES = 256  # rows of a rule that a compiled kernel takes: kMaxTerms in csr
 
 
 def needs_operator(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through its registered operator: a gradient is recorded, or it is traced, compiled or faked.
+    """Whether a call must go through its registered operator: a gradient is recorded, or it is traced, compiled or
+    faked.
 
     Any other call runs its kernel at once: on a small latent the operator (20 us) would cost more than all the rest.
     """
@@ -42,11 +43,11 @@ def needs_operator(*tensors: Tensor | None) -> bool:
 
 
 def written(name: str, out: Tensor, others: dict[str, Tensor | None], in_place_of: str = "") -> None:
-    """`out`, which a kernel is about to write while it reads the others: apart from them in memory, except that `out` may be the one
-    that it replaces in place. Autograd learns that the old value is gone.
+    """`out`, which a kernel is about to write while it reads the others: apart from them in memory, except that `out`
+    may be the one that it replaces in place. Autograd learns that the old value is gone.
 
-    Reads addresses, so it belongs where an op runs. Only contiguous tensors count: a strided one was copied, or runs on the
-    reference, which reads everything before it writes.
+    Reads addresses, so it belongs where an op runs. Only contiguous tensors count: a strided one was copied, or runs on
+    the reference, which reads everything before it writes.
     """
     start = out.data_ptr()
     end = start + out.nbytes if start else 0  # a meta tensor lies nowhere
@@ -76,7 +77,9 @@ def select(op: str, num_nodes: int = 0, **tensors: Tensor | None) -> str:
         if not cause:
             return name
         if wanted == name:
-            raise RuntimeError(f"FLOWBP_KERNELS={name} cannot run {op}: {cause}. FLOWBP_KERNELS=auto picks a backend that can.")
+            raise RuntimeError(
+                f"FLOWBP_KERNELS={name} cannot run {op}: {cause}. FLOWBP_KERNELS=auto picks a backend that can."
+            )
     raise AssertionError("the reference runs everything")
 
 
@@ -105,18 +108,25 @@ def triton_op(op: str) -> Callable:
 
 
 def triton_tables(x: Tensor, nodes: Tensor | None, *weights: Tensor) -> Sequence[Tensor | None]:
-    """The tables of a rule where x lies, as a Triton launcher takes them: those of the CPU are carried there by value."""
+    """The tables of a rule where x lies, as a Triton launcher takes them: those of the CPU are carried there by
+    value.
+    """
     if not weights[0].is_cpu:
         return nodes, *weights
     return importlib.import_module("flowbp_kernels._triton").carry(x.device, nodes, *weights)
 
 
 def report() -> list[tuple[str, bool, str]]:
-    """(backend, whether it runs here, why not or what it is) for every backend, in the order in which `auto` tries them."""
+    """(backend, whether it runs here, why not or what it is) for every backend, in the order in which `auto` tries
+    them.
+    """
     good = {
         "cuda": lambda: f"compiled for {', '.join(f'sm_{arch}' for arch in cuda_archs())} and PTX",
         "triton": lambda: f"triton {importlib.import_module('triton').__version__}",
-        "cpu": lambda: f"{isa()} (of {', '.join(isas())} on this processor), {rows()} rows of a cache side by side, {extension_path()}",
+        "cpu": lambda: (
+            f"{isa()} (of {', '.join(isas())} on this processor), {rows()} rows of a cache side by side, "
+            f"{extension_path()}"
+        ),
         "reference": lambda: "plain PyTorch, any device and dtype",
     }
     return [(name, not unavailable(name), unavailable(name) or good[name]()) for name in BACKENDS]
@@ -133,12 +143,16 @@ def isas() -> list[str]:
 
 
 def rows() -> str:
-    """How many rows of a large cache the compiled CPU ops read side by side, `few` or `all`: FLOWBP_ROWS, or what is fastest here."""
+    """How many rows of a large cache the compiled CPU ops read side by side, `few` or `all`: FLOWBP_ROWS, or what is
+    fastest here.
+    """
     return _compiled("rows")
 
 
 def cuda_archs() -> list[str]:
-    """The compute capabilities that the compiled CUDA ops were built for; none without CUDA or without the extension."""
+    """The compute capabilities that the compiled CUDA ops were built for; none without CUDA or without the
+    extension.
+    """
     return _compiled("cuda_archs").split()
 
 

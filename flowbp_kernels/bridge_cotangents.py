@@ -19,7 +19,8 @@ def bridge_cotangents(
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Cotangents of all replayed nodes: c_k = weights[k] (g + alphas[k] g_x), in float32 (float64 if a tensor is float64).
+    """Cotangents of all replayed nodes: c_k = weights[k] (g + alphas[k] g_x), in float32 (float64 if a tensor is
+    float64).
 
     g: [B, *S], the reward's gradient at the endpoint.  g_x: [B, *S], what comes back through the bridge node's input.
     weights, alphas: [K] or [K, B], both by value (numbers, CPU tensors) or both on g's device, as in quadrature_update;

@@ -22,14 +22,19 @@ def cfg_euler_step(
 ) -> tuple[Tensor, Tensor]:
     """v = v_uncond + guidance (v_cond - v_uncond),  x_next = x + h v, in float32 (float64 if a tensor is float64).
 
-    x, v_cond, v_uncond: [B, *S], any float dtype; v_cond and v_uncond share one. v_uncond None: no guidance, v = v_cond.
-    guidance, h = sigma_next - sigma (negative): numbers or 0-dimensional tensors. Numbers and CPU tensors travel by value; a
-    tensor on x's device is read by the kernel whenever it runs (a number beside it joins it there), so that one captured
+    x, v_cond, v_uncond: [B, *S], any float dtype; v_cond and v_uncond share one. v_uncond None: no guidance, v =
+        v_cond.
+    guidance, h = sigma_next - sigma (negative): numbers or 0-dimensional tensors. Numbers and CPU tensors travel by
+        value; a
+    tensor on x's device is read by the kernel whenever it runs (a number beside it joins it there), so that one
+        captured
     CUDA graph serves every step. Compiled, 0-dimensional tensors share one graph and floats at most two.
     velocity_out: [B, *S] contiguous, any dtype of v_cond, x, float32, bfloat16, float16: a slot of the velocity
     cache.  out: [B, *S] contiguous, x.dtype: a slot of the latent cache. Written and returned, without gradient.
-    In place: velocity_out may be v_cond itself, out may be x itself. They overlap no other argument in memory, nor each other.
-    Returns (x_next in x.dtype, v in velocity_out's dtype, else v_cond's). x_next uses v as rounded to that dtype, so that
+    In place: velocity_out may be v_cond itself, out may be x itself. They overlap no other argument in memory, nor each
+        other.
+    Returns (x_next in x.dtype, v in velocity_out's dtype, else v_cond's). x_next uses v as rounded to that dtype, so
+        that
     a replay which reads v from the cache meets the same x_next. Without guidance and velocity_out, v is v_cond itself.
     Gradient: 1 to x, guidance and 1 - guidance (times h, for x_next) to v_cond and v_uncond; none to guidance and h.
     Strided inputs are made contiguous. Raises ValueError for shapes, dtypes, devices or memory outside this contract.
@@ -40,7 +45,9 @@ def cfg_euler_step(
     if v_uncond is not None:
         check_like("v_uncond", v_uncond, x, "x")
         if v_cond.dtype != v_uncond.dtype:
-            raise ValueError(f"v_cond is {v_cond.dtype} and v_uncond {v_uncond.dtype}; they must share one dtype: cast one")
+            raise ValueError(
+                f"v_cond is {v_cond.dtype} and v_uncond {v_uncond.dtype}; they must share one dtype: cast one"
+            )
     inputs = (x, v_cond, v_uncond)
     check_out("out", out, x.shape, (x.dtype,), inputs)
     check_out("velocity_out", velocity_out, x.shape, (v_cond.dtype, x.dtype, *COMPILED_DTYPES), inputs)
@@ -93,7 +100,9 @@ def _run(x, v_cond, v_uncond, coefficients, velocity=None, out=None) -> tuple[Te
     return out, velocity
 
 
-def _into(x: Tensor, v_cond: Tensor, v_uncond: Tensor | None, coefficients: Tensor, velocity_out: Tensor | None, out: Tensor) -> None:
+def _into(
+    x: Tensor, v_cond: Tensor, v_uncond: Tensor | None, coefficients: Tensor, velocity_out: Tensor | None, out: Tensor
+) -> None:
     _run(x, v_cond, v_uncond, coefficients, velocity_out, out)
 
 

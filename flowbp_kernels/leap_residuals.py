@@ -39,7 +39,8 @@ def leap_residuals(
 
     with v_i = scales[nodes[i]] velocities[nodes[i]], summed in float32 (float64 if a tensor is float64).
     x_k, x_j, x_end: [B, *S], one float dtype, S not empty.  velocities, nodes, scales: as in quadrature_update.
-    weights: two rows [K] or [K, B] in sigma units, by value or on the device as the nodes are. A weight of zero skips: each
+    weights: two rows [K] or [K, B] in sigma units, by value or on the device as the nodes are. A weight of zero skips:
+        each
     leap reads its own nodes, and a node outside both is not read.
     predictions_out: [2, B, *S] contiguous, float32, bfloat16 or float16 (float64 with float64): gets both landings. It
     overlaps no other argument in memory.
@@ -47,14 +48,17 @@ def leap_residuals(
     Gradient: none. A residual weights a loss and is not part of one; backward raises RuntimeError.
     Strided latents are made contiguous; a strided cache runs on the reference.
     Raises ValueError for shapes, dtypes, devices, nodes or memory outside this contract.
-    Equivalent to  (quadrature_update(x_k, velocities, nodes, weights[0]).float() - x_j.float()).abs().flatten(1).mean(1), and
+    Equivalent to  (quadrature_update(x_k, velocities, nodes, weights[0]).float() -
+        x_j.float()).abs().flatten(1).mean(1), and
     the same from x_j to x_end
     """
     check_float("x_k", x_k)
     check_like("x_j", x_j, x_k, "x_k")
     check_like("x_end", x_end, x_k, "x_k")
     if not x_k.dtype == x_j.dtype == x_end.dtype:
-        raise ValueError(f"x_k, x_j and x_end are {x_k.dtype}, {x_j.dtype} and {x_end.dtype}; they must share one dtype: cast them")
+        raise ValueError(
+            f"x_k, x_j and x_end are {x_k.dtype}, {x_j.dtype} and {x_end.dtype}; they must share one dtype: cast them"
+        )
     check_cache(velocities, x_k, scales)
     if x_k.shape[1:].numel() == 0:
         raise ValueError(f"a sample of shape {tuple(x_k.shape[1:])} has no elements to take a mean over")
@@ -65,7 +69,11 @@ def leap_residuals(
     check_rows("nodes", nodes, first, "weights[0]")
     check_rows("nodes", nodes, second, "weights[1]")
     inputs = (x_k, x_j, x_end, velocities)
-    dtypes = (torch.float64,) if accumulation_dtype(*inputs) == torch.float64 else (torch.float32, torch.bfloat16, torch.float16)
+    dtypes = (
+        (torch.float64,)
+        if accumulation_dtype(*inputs) == torch.float64
+        else (torch.float32, torch.bfloat16, torch.float16)
+    )
     check_out("predictions_out", predictions_out, (2, *x_k.shape), dtypes, inputs)
     arguments = (x_k.contiguous(), x_j.contiguous(), x_end.contiguous(), velocities, nodes, first, second, scales)
     if not backend.needs_operator(*inputs, predictions_out):
@@ -81,7 +89,9 @@ def _run(x_k, x_j, x_end, velocities, nodes, first, second, scales, predictions=
     if predictions is not None:
         rule = {"scales": scales, "nodes": nodes, "weights[0]": first, "weights[1]": second}
         backend.written("predictions_out", predictions, latents | {"velocities": velocities} | rule)
-    runs = backend.select("leap_residuals", nodes.shape[0], **latents, velocities=velocities, predictions_out=predictions)
+    runs = backend.select(
+        "leap_residuals", nodes.shape[0], **latents, velocities=velocities, predictions_out=predictions
+    )
     if runs == "reference":
         residuals, landings = reference.leap_residuals(*latents.values(), velocities, nodes, (first, second), scales)
         if predictions is not None:
@@ -94,7 +104,9 @@ def _run(x_k, x_j, x_end, velocities, nodes, first, second, scales, predictions=
     residuals = _empty(*latents.values(), velocities)
     chunks = -(-x_k.shape[1:].numel() // CHUNK)
     partials = residuals.new_empty(2, len(x_k), chunks)
-    torch.ops.flowbp_compiled.leap_residuals(*latents.values(), velocities, nodes, first, second, scales, predictions, partials, residuals)
+    torch.ops.flowbp_compiled.leap_residuals(
+        *latents.values(), velocities, nodes, first, second, scales, predictions, partials, residuals
+    )
     return residuals
 
 
@@ -117,7 +129,14 @@ def _into(
 
 
 def _new(
-    x_k: Tensor, x_j: Tensor, x_end: Tensor, velocities: Tensor, nodes: Tensor, first: Tensor, second: Tensor, scales: Tensor | None
+    x_k: Tensor,
+    x_j: Tensor,
+    x_end: Tensor,
+    velocities: Tensor,
+    nodes: Tensor,
+    first: Tensor,
+    second: Tensor,
+    scales: Tensor | None,
 ) -> Tensor:
     return _run(x_k, x_j, x_end, velocities, nodes, first, second, scales)
 

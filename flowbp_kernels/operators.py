@@ -1,7 +1,8 @@
 """How an op is registered with torch: once for a rule that travels by value, once for a rule that lies on the device.
 
-The two compute the same. A CUDA graph that captured the first would replay the first plan's numbers for every later plan, so it carries
-the tag that keeps torch.compile(mode="reduce-overhead") from capturing it; the second reads its rule anew at each replay.
+The two compute the same. A CUDA graph that captured the first would replay the first plan's numbers for every later
+plan, so it carries the tag that keeps torch.compile(mode="reduce-overhead") from capturing it; the second reads its
+rule anew at each replay.
 """
 
 from collections.abc import Callable
@@ -32,9 +33,13 @@ def register(
     mutates: tuple[str, ...] = (),
     fake: Callable | None = None,
 ) -> Operators:
-    """flowbp_kernels::NAME and flowbp_kernels::NAME_on_device, which run `function`; its annotations are their schema."""
+    """flowbp_kernels::NAME and flowbp_kernels::NAME_on_device, which run `function`; its annotations are their
+    schema.
+    """
     operators = Operators(
-        library.custom_op(f"flowbp_kernels::{name}", function, mutates_args=mutates, tags=(torch.Tag.cudagraph_unsafe,)),
+        library.custom_op(
+            f"flowbp_kernels::{name}", function, mutates_args=mutates, tags=(torch.Tag.cudagraph_unsafe,)
+        ),
         library.custom_op(f"flowbp_kernels::{name}_on_device", function, mutates_args=mutates),
     )
     for operator in operators:

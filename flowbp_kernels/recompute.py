@@ -135,7 +135,9 @@ def _gradients(call: _Call, latents: tuple[Tensor, ...], g: Tensor) -> list[Tens
     def add_to(k: int, gradient: Tensor) -> Tensor:
         """Adds a node's gradient to its sum. What autograd keeps in its place takes no memory, so none pile up."""
         if totals[k] is None:
-            totals[k] = gradient.to(accumulation_dtype(gradient), copy=True)  # autograd may give one tensor to two parameters
+            totals[k] = gradient.to(
+                accumulation_dtype(gradient), copy=True
+            )  # autograd may give one tensor to two parameters
         else:
             totals[k] += gradient
         return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
@@ -206,8 +208,8 @@ def _world_size() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-# The wrappers that a thread's sweep has entered. One hook serves all sweeps under one name: what torch.compile traces while a hook
-# is there, it traces again when the name is another.
+# The wrappers that a thread's sweep has entered. One hook serves all sweeps under one name: what torch.compile traces
+# while a hook is there, it traces again when the name is another.
 _ENTERED: dict[int, list[DistributedDataParallel]] = {}
 _HOOKS = torch.nn.modules.module._global_forward_pre_hooks
 
@@ -221,14 +223,17 @@ def _look_at(module: torch.nn.Module, _) -> None:
     for part in module.modules() if isinstance(module, OptimizedModule) else (module,):
         if isinstance(part, _NormBase) and part.training and part.track_running_stats:
             raise RuntimeError(
-                f"{type(part).__name__} in training mode would count each replay in its running statistics, which the rollout "
+                f"{type(part).__name__} in training mode would count each replay in its running statistics, which the "
+                "rollout "
                 "has counted already: put it in eval() for both, or build it with track_running_stats=False."
             )
 
 
 @contextlib.contextmanager
 def _watch_modules(needs_ddp: bool):
-    """Refuses what a replay must not enter, and, where gradients need it, a sweep that entered no wrapper which reduces them."""
+    """Refuses what a replay must not enter, and, where gradients need it, a sweep that entered no wrapper which reduces
+    them.
+    """
     entered = _ENTERED[threading.get_ident()] = []
     _HOOKS["flowbp_kernels.selective_recompute"] = _look_at
     try:
@@ -245,6 +250,8 @@ def _watch_modules(needs_ddp: bool):
         )
     if needs_ddp and any(wrapper.static_graph for wrapper in entered):
         raise RuntimeError(
-            "DistributedDataParallel(static_graph=True) waits for the gradients of its first graph, and a replay's graphs are gone "
-            "before any gradient reaches a parameter: nothing would be reduced and the ranks would drift apart. Leave static_graph out."
+            "DistributedDataParallel(static_graph=True) waits for the gradients of its first graph, and a replay's "
+            "graphs are gone "
+            "before any gradient reaches a parameter: nothing would be reduced and the ranks would drift apart. Leave "
+            "static_graph out."
         )

@@ -2,7 +2,8 @@
 
 Sums run in float32, or in float64 when a tensor is float64, one node after the other; the result is rounded once.
 Shapes: B samples [B, *S]; N cached velocities [N, B, *S], of which a rule reads K. nodes and weights: [K, 1] or [K, B].
-A coefficient of zero cuts: what it would multiply takes no part, so that 0 * NaN is 0. Any other makes NaN of a node that is not cached.
+A coefficient of zero cuts: what it would multiply takes no part, so that 0 * NaN is 0. Any other makes NaN of a node
+    that is not cached.
 The contracts, and the gradients, are in the file of each op, which checks what arrives here.
 """
 
@@ -14,22 +15,39 @@ from torch import Tensor
 from flowbp_kernels.arguments import accumulation_dtype
 
 
-def quadrature_update(x: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, scales: Tensor | None = None) -> Tensor:
+def quadrature_update(
+    x: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, scales: Tensor | None = None
+) -> Tensor:
     """x + sum_k weights[k] scales[n_k] velocities[n_k]   [B, *S] in x.dtype"""
     return _integrate(x, velocities, nodes, weights, scales).to(x.dtype)
 
 
 def leap_residuals(
-    x_k: Tensor, x_j: Tensor, x_end: Tensor, velocities: Tensor, nodes: Tensor, weights: Sequence[Tensor], scales: Tensor | None = None
+    x_k: Tensor,
+    x_j: Tensor,
+    x_end: Tensor,
+    velocities: Tensor,
+    nodes: Tensor,
+    weights: Sequence[Tensor],
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """mean |x_k + sum_k weights[0][k] v_k - x_j| and mean |x_j + sum_k weights[1][k] v_k - x_end|   [2, B]; their sums [2, B, *S]"""
-    predictions = torch.stack([_integrate(x, velocities, nodes, w, scales) for x, w in zip((x_k, x_j), weights, strict=True)])
+    """mean |x_k + sum_k weights[0][k] v_k - x_j| and mean |x_j + sum_k weights[1][k] v_k - x_end|   [2, B]; their sums
+    [2, B, *S]
+    """
+    predictions = torch.stack(
+        [_integrate(x, velocities, nodes, w, scales) for x, w in zip((x_k, x_j), weights, strict=True)]
+    )
     gaps = (predictions - torch.stack([x_j, x_end])).abs()
     return gaps.reshape(2, len(x_k), x_k.shape[1:].numel()).mean(2), predictions
 
 
 def cfg_euler_step(
-    x: Tensor, v_cond: Tensor, v_uncond: Tensor | None, guidance: float | Tensor, h: float | Tensor, velocity_dtype: torch.dtype
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None,
+    guidance: float | Tensor,
+    h: float | Tensor,
+    velocity_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """v = v_uncond + guidance (v_cond - v_uncond), rounded to velocity_dtype; x + h v in x.dtype, and v"""
     dtype = accumulation_dtype(x, v_cond)
@@ -58,7 +76,9 @@ def _integrate(x: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, sc
     for node, weight in zip(nodes, weights, strict=True):  # each [1] or [B]
         node = node.expand_as(samples)
         velocity = velocities[node, samples].to(dtype)
-        total = total + _scale(velocity, weight if scales is None else torch.where(weight == 0, 0, weight * scales[node, samples]))
+        total = total + _scale(
+            velocity, weight if scales is None else torch.where(weight == 0, 0, weight * scales[node, samples])
+        )
     return total
 
 

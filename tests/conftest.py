@@ -21,7 +21,10 @@ def threads_of_the_tests():
         yield
 
 
-@pytest.fixture(scope="session", params=["shapes", "StableDiffusion3Pipeline", "FluxPipeline", "Flux2KleinPipeline", "ZImagePipeline"])
+@pytest.fixture(
+    scope="session",
+    params=["shapes", "StableDiffusion3Pipeline", "FluxPipeline", "Flux2KleinPipeline", "ZImagePipeline"],
+)
 def backbone_overrides(request, tmp_path_factory):
     """The config of the embedded model, then of a tiny random pipeline of every class."""
     if request.param == "shapes":

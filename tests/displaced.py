@@ -37,7 +37,9 @@ class Displaced(TorchDispatchMode):
         kwargs = kwargs or {}
         if function.namespace != "c10d":  # whose operators fill what they are given, and do not say so
             stay = {argument.name: argument.alias_info is not None for argument in function._schema.arguments}
-            args = [value if here else tree_map(self.move, value) for here, value in zip(stay.values(), args, strict=False)]
+            args = [
+                value if here else tree_map(self.move, value) for here, value in zip(stay.values(), args, strict=False)
+            ]
             kwargs = {name: value if stay[name] else tree_map(self.move, value) for name, value in kwargs.items()}
         return function(*args, **kwargs)
 
@@ -59,7 +61,9 @@ class Displaced(TorchDispatchMode):
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Within the block no weight requires a gradient: matmul rounds by whether one does, for it folds a batch by that."""
+    """Within the block no weight requires a gradient: matmul rounds by whether one does, for it folds a batch by
+    that.
+    """
     trainable = [p for p in network.parameters() if p.requires_grad]
     network.requires_grad_(False)
     try:

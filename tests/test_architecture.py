@@ -31,7 +31,9 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {name_of(path): path for package in ("flowbp", "flowbp_kernels") for path in sorted((ROOT / package).rglob("*.py"))}
+MODULES = {
+    name_of(path): path for package in ("flowbp", "flowbp_kernels") for path in sorted((ROOT / package).rglob("*.py"))
+}
 
 
 def room_of(module: str) -> str:
@@ -44,7 +46,9 @@ def room_of(module: str) -> str:
 def imported_by(module: str) -> Iterator[str]:
     """The modules of both packages that `module` imports, anywhere in it but under TYPE_CHECKING."""
     tree = ast.parse(MODULES[module].read_text())
-    typing = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.If) for inner in ast.walk(node) if named(node.test)}
+    typing = {
+        id(inner) for node in ast.walk(tree) if isinstance(node, ast.If) for inner in ast.walk(node) if named(node.test)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and id(node) not in typing:
             for alias in node.names:
@@ -63,7 +67,9 @@ ENTRANCES = {"flowbp", "flowbp.__main__"}  # the public names, and the command
 
 @pytest.mark.parametrize("module", sorted(MODULES.keys() - ENTRANCES))
 def test_a_module_imports_its_own_floor_and_those_below(module):
-    above = [other for other in imported_by(module) if other != "flowbp" and FLOOR[room_of(other)] > FLOOR[room_of(module)]]
+    above = [
+        other for other in imported_by(module) if other != "flowbp" and FLOOR[room_of(other)] > FLOOR[room_of(module)]
+    ]
     assert not above
 
 

@@ -44,7 +44,9 @@ def test_ctrl_c_before_the_first_checkpoint_says_so(tmp_path, monkeypatch):
 
 
 def test_the_folder_of_a_run_is_its_config(tmp_path):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"output": "here"} | load("demo", ["seed=7"]).model_dump(mode="json")))
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"output": "here"} | load("demo", ["seed=7"]).model_dump(mode="json"))
+    )
     assert load(tmp_path) == load("demo", ["seed=7"])
 
 
@@ -55,10 +57,16 @@ def test_the_folder_of_a_run_is_its_config(tmp_path):
         (["train", "demo", "--overwite"], "--overwrite"),
         (["train"], "Missing argument 'config'"),
         (["train", "dmo"], "unknown preset 'dmo'; did you mean 'demo'? flowbp presets lists them"),
-        (["train", "demo", "tuning={mode: full, targets: [to_q]}"], "targets=['to_q'] is a setting of LoRA"),  # no tag of rich's
+        (
+            ["train", "demo", "tuning={mode: full, targets: [to_q]}"],
+            "targets=['to_q'] is a setting of LoRA",
+        ),  # no tag of rich's
         (["plan", "lepalign"], "did you mean 'leapalign'"),
         (["rewards", "hpsv"], "did you mean 'hpsv"),
-        (["export", "nowhere", "out.safetensors"], "nowhere holds no pytorch_lora_weights.safetensors: pass the folder of a finished run"),
+        (
+            ["export", "nowhere", "out.safetensors"],
+            "nowhere holds no pytorch_lora_weights.safetensors: pass the folder of a finished run",
+        ),
     ],
 )
 def test_what_is_mistyped_is_answered_in_words(arguments, says, capsys, monkeypatch):

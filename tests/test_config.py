@@ -21,9 +21,9 @@ def test_every_method_is_built_by_its_name(name):
 
 
 def test_configuration_is_the_constructor():
-    assert build_method({"name": "leapalign", "alpha": 0.5, "pairs": {"name": "uniform", "max_j_rev": 10}}) == LeapAlign(
-        alpha=0.5, pairs=UniformPair(max_j_rev=10)
-    )
+    assert build_method(
+        {"name": "leapalign", "alpha": 0.5, "pairs": {"name": "uniform", "max_j_rev": 10}}
+    ) == LeapAlign(alpha=0.5, pairs=UniformPair(max_j_rev=10))
     assert build_method({"name": "flowbp-lagrange", "pairs": "dirichlet"}) == FlowBPLagrange(pairs=DirichletPair())
 
 
@@ -50,7 +50,10 @@ def test_another_method_does_not_inherit_the_fields_of_the_preset_one():
         (["stepz=3"], "unknown key 'stepz'; did you mean 'steps'"),
         (["optimizer.learning_rate=3"], "optimizer: unknown key 'learning_rate'"),
         (["method.name=flowbp-sprse"], "method: unknown method 'flowbp-sprse'; did you mean 'flowbp-sparse'"),
-        (["method={name: flowbp-sparse, num_activ: 3}"], "unknown FlowBPSparse key 'num_activ'; did you mean 'num_active'"),
+        (
+            ["method={name: flowbp-sparse, num_activ: 3}"],
+            "unknown FlowBPSparse key 'num_activ'; did you mean 'num_active'",
+        ),
         (["method.name=flowbp-sparse", "method.num_active=many"], "num_active = 'many'"),
         (["method={name: leapalign, pairs: unifrm}"], "unknown pair sampler 'unifrm'; did you mean 'uniform'"),
         (["method=nowhere:Method"], "cannot import method 'nowhere:Method'"),
@@ -76,8 +79,10 @@ def test_bad_configuration_names_the_key_and_the_nearest_known_one(overrides, sa
 
 NUMBERS = {  # kind: its keys, and values that are not of it
     "whole, at least 1": (
-        "steps checkpoint_every rollout.num_steps data.batch_size data.accumulate memory.nodes_per_forward memory.reward_batch tuning.rank "
-        "backbone.max_sequence_length evaluation.samples evaluation.batch_size evaluation.num_steps evaluation.grid evaluation.every",
+        "steps checkpoint_every rollout.num_steps data.batch_size data.accumulate memory.nodes_per_forward "
+        "memory.reward_batch tuning.rank "
+        "backbone.max_sequence_length evaluation.samples evaluation.batch_size evaluation.num_steps evaluation.grid "
+        "evaluation.every",
         ["0", "-1", "1.5", "yes", "many"],
     ),
     "whole, at least 0": ("seed evaluation.seed optimizer.warmup", ["-1", "0.5", "no", "1e30"]),
@@ -94,7 +99,9 @@ NUMBERS = {  # kind: its keys, and values that are not of it
 }
 
 
-@pytest.mark.parametrize("override", [f"{key}={value}" for keys, values in NUMBERS.values() for key in keys.split() for value in values])
+@pytest.mark.parametrize(
+    "override", [f"{key}={value}" for keys, values in NUMBERS.values() for key in keys.split() for value in values]
+)
 def test_a_number_that_cannot_be_meant_is_refused_where_the_config_is_read(override):
     with pytest.raises(ConfigError) as refusal:
         load("demo", [override])
@@ -111,15 +118,27 @@ def test_a_number_that_cannot_be_meant_is_refused_where_the_config_is_read(overr
         (["evaluation.validation_prompts=dev.txt"], "validation_prompts=dev.txt needs every"),
         (["evaluation.best=monitor"], "best=monitor needs every"),
         (["evaluation.every=1", "evaluation.patience=2"], "patience=2 needs best"),
-        (["backbone.name=flux.1-dev", "rollout.height=520"], "draws images whose sides are multiples of 16 pixels, not 520 x 32"),
-        (["reward={name: 'module:function', model: here}"], "module:function is code of your own: model, .* are not for it"),
+        (
+            ["backbone.name=flux.1-dev", "rollout.height=520"],
+            "draws images whose sides are multiples of 16 pixels, not 520 x 32",
+        ),
+        (
+            ["reward={name: 'module:function', model: here}"],
+            "module:function is code of your own: model, .* are not for it",
+        ),
         (["reward.sha256=abc"], "reward.sha256: .*got 'abc'"),
         (["reward={diversity: {model: shapes}}"], "^'diversity' names two metrics"),
         (["reward={monitor: {model: shapes}}"], "^'monitor' names two metrics"),
         (["reward={a/b: {model: shapes}}"], "reward.a/b"),
         (["reward={}"], "reward: .*at least 1 item"),
-        (["method={name: flowbp-sparse, num_active: 13}"], r"with rollout.num_steps=12: num_active must lie in \[1, 12\]"),
-        (["method={name: refl}", "rollout.num_steps=8"], r"^method refl with rollout.num_steps=8: last_n must lie in \[1, 8\].* got 11"),
+        (
+            ["method={name: flowbp-sparse, num_active: 13}"],
+            r"with rollout.num_steps=12: num_active must lie in \[1, 12\]",
+        ),
+        (
+            ["method={name: refl}", "rollout.num_steps=8"],
+            r"^method refl with rollout.num_steps=8: last_n must lie in \[1, 8\].* got 11",
+        ),
         (["method={name: flowbp-bridge, num_active: 1}"], r"a bridge needs num_active in \[2, 12\]"),
         (["method.alpha=2"], r"bridge alpha must lie in \[0, 1\], got 2.0"),
         (["method.rescale=-1"], "rescale must be a finite number of 0 or more, got -1.0"),

@@ -96,7 +96,9 @@ def test_writers_of_the_same_prompts_do_not_disturb_one_another(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert caches[0](texts)["text"].flatten().tolist() == [float(t) for t in texts] and len(list(tmp_path.iterdir())) == 40
+    assert (
+        caches[0](texts)["text"].flatten().tolist() == [float(t) for t in texts] and len(list(tmp_path.iterdir())) == 40
+    )
 
 
 def test_a_prompt_that_was_not_embedded_says_the_way_out(tmp_path):

@@ -35,7 +35,14 @@ def backbones(tmp_path_factory):
 
 
 def tiny(tmp_path, *overrides, side=128):
-    sizes = [f"rollout.height={side}", f"rollout.width={side}", "data.batch_size=4", "rollout.num_steps=12", "steps=2", "evaluation=null"]
+    sizes = [
+        f"rollout.height={side}",
+        f"rollout.width={side}",
+        "data.batch_size=4",
+        "rollout.num_steps=12",
+        "steps=2",
+        "evaluation=null",
+    ]
     return load("demo", [f"output={tmp_path / 'run'}", *sizes, *overrides])
 
 
@@ -86,7 +93,10 @@ def measured_peaks(trainer):
         ("FluxPipeline", ["memory.reward_batch=1"]),
         ("FluxPipeline", ["memory.reward_batch=1", "memory.recompute=never"]),
         ("FluxPipeline", ["memory.reward_batch=1", "tuning.mode=full", "memory.checkpointing=true"]),
-        ("Flux2KleinPipeline", ["memory.reward_batch=1", "method={name: flowbp-sparse, num_active: 4}", "memory.nodes_per_forward=2"]),
+        (
+            "Flux2KleinPipeline",
+            ["memory.reward_batch=1", "method={name: flowbp-sparse, num_active: 4}", "memory.nodes_per_forward=2"],
+        ),
         ("ZImagePipeline", ["memory.reward_batch=1"]),
         ("FluxPipeline", ["memory.reward_batch=1", "tuning.mode=full", "backbone.dtype=bfloat16"]),
         ("Flux2KleinPipeline", ["memory.reward_batch=1", "tuning.mode=full", "memory.recompute=never", "ema=null"]),
@@ -116,7 +126,9 @@ def test_the_text_encoders_have_the_device_to_themselves(name, backbones, tmp_pa
     devices = {part: [] for part in parts if isinstance(part, torch.nn.Module)}
     for part, moves in devices.items():
         part.to = lambda device, moves=moves: moves.append(str(device))
-    with LiveBytes(t for encoder in text_encoders(backbone).values() for t in (*encoder.parameters(), *encoder.buffers())) as live:
+    with LiveBytes(
+        t for encoder in text_encoders(backbone).values() for t in (*encoder.parameters(), *encoder.buffers())
+    ) as live:
         embed_once(backbone, [f"{i} red circles" for i in range(40)], tmp_path, "cpu")
     with capsys.disabled():
         print(f"\n{name}: embedding {predicted / live.peak:.3f} of {live.peak / 1e6:.2f} MB")
@@ -132,7 +144,9 @@ def test_copied_gradients_are_whole_and_sharded_ones_where_backward_passes_accum
     one, four, copied = estimate(sharded), estimate(sharded, 4), estimate(tiny(tmp_path, *full), 4)
     for name in ("trained weights", "optimizer", "moving average"):
         assert four.resident[name] == one.resident[name] // 4 and copied.resident[name] == one.resident[name]
-    assert four.working["gradients"] == one.working["gradients"] == copied.working["gradients"]  # K replays, reduced in the last
+    assert (
+        four.working["gradients"] == one.working["gradients"] == copied.working["gradients"]
+    )  # K replays, reduced in the last
     assert four.working["one node's graph"] == one.working["one node's graph"]
     last_only = estimate(tiny(tmp_path, *full, "memory.shard=true", "method={name: refl, last_n: 4}"), 4)
     split = estimate(tiny(tmp_path, *full, "memory={shard: true, shard_gradients: true}"), 4)
@@ -140,7 +154,9 @@ def test_copied_gradients_are_whole_and_sharded_ones_where_backward_passes_accum
         assert each.working["gradients"] == one.working["gradients"] // 4
         assert 0 < each.working["gradients of two blocks"] <= one.working["gradients"]
     assert four.peaks["sweep"] < one.peaks["sweep"] == copied.peaks["sweep"]
-    whole, split = (estimate(load("flux.1-dev/flowbp-bridge", [f"memory.shard_gradients={word}"]), 8) for word in ("false", "true"))
+    whole, split = (
+        estimate(load("flux.1-dev/flowbp-bridge", [f"memory.shard_gradients={word}"]), 8) for word in ("false", "true")
+    )
     assert whole.working["gradients"] == 4 * whole.trained  # float32, where FSDP2 adds them up and reduces them
     assert split.peaks["sweep"] < 0.7 * whole.peaks["sweep"]  # 57 blocks
 
@@ -163,11 +179,16 @@ def test_network_calls_are_those_of_the_plan(guidance, memory, calls, tmp_path):
 
 def test_the_cached_rollout_is_what_the_plan_reads(tmp_path):
     found = estimate(tiny(tmp_path, "method={name: flowbp-sparse, num_active: 3}", side=32))
-    assert found.working["cached rollout"] == (3 + 3) * 4 * (4 * 8 * 8 * 8)  # 3 nodes; noise, sample and reward input; batch of 4, float32
+    assert found.working["cached rollout"] == (3 + 3) * 4 * (
+        4 * 8 * 8 * 8
+    )  # 3 nodes; noise, sample and reward input; batch of 4, float32
 
 
 def test_moments_in_8_bits_are_a_quarter_of_float32(tmp_path):
-    plain, small = (estimate(tiny(tmp_path, f"optimizer.name={name}", side=32)).resident["optimizer"] for name in ("adamw", "adamw8bit"))
+    plain, small = (
+        estimate(tiny(tmp_path, f"optimizer.name={name}", side=32)).resident["optimizer"]
+        for name in ("adamw", "adamw8bit")
+    )
     assert plain == 4 * small > 0
 
 
@@ -184,10 +205,17 @@ def test_a_suggestion_fits_and_keeps_the_samples_of_a_step(share, tmp_path):
 
 def test_where_nothing_fits_the_smallest_found_is_told(tmp_path):
     added, processes, smallest = suggest("demo", [f"output={tmp_path}"], 1.0)
-    assert not smallest.fits(1.0) and smallest.peak < estimate(load("demo")).peak and "memory.shard=true" in added and processes > 1
+    assert (
+        not smallest.fits(1.0)
+        and smallest.peak < estimate(load("demo")).peak
+        and "memory.shard=true" in added
+        and processes > 1
+    )
 
 
-@pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("24 GiB", 24 * 2**30), ("80e9", 80e9), ("1.5tb", 1.5e12), ("512M", 512e6)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GB", 24e9), ("24 GiB", 24 * 2**30), ("80e9", 80e9), ("1.5tb", 1.5e12), ("512M", 512e6)]
+)
 def test_sizes_are_read(text, size):
     assert parse_size(text) == size
 
@@ -212,10 +240,16 @@ def test_what_is_not_counted_is_said(tmp_path):
 
 @pytest.mark.parametrize(
     ("preset", "parameters"),
-    [("demo", 2_309_408), ("sd3.5-medium/flowbp-lagrange", 2_243_171_520), ("flux.1-dev/flowbp-bridge", 11_901_408_320)],
+    [
+        ("demo", 2_309_408),
+        ("sd3.5-medium/flowbp-lagrange", 2_243_171_520),
+        ("flux.1-dev/flowbp-bridge", 11_901_408_320),
+    ],
 )
 def test_the_command_line_tells_peak_and_fit(preset, parameters, tmp_path):
-    shown = CliRunner().invoke(app, ["estimate", preset, "--json", str(tmp_path / "estimate.json"), "--gpu-memory", "1TB"])
+    shown = CliRunner().invoke(
+        app, ["estimate", preset, "--json", str(tmp_path / "estimate.json"), "--gpu-memory", "1TB"]
+    )
     assert shown.exit_code == 0, shown.output
     found = json.loads((tmp_path / "estimate.json").read_text())
     assert found["parameters"] == parameters and found["peak"] == max(found["peaks"].values()) > 4 * found["trained"]
@@ -229,10 +263,17 @@ def test_where_it_does_not_fit_the_price_of_doing_without_master_weights_is_told
     saved = 4 * whole.trained + 2 * 2 * whole.trained  # the masters; moments in 2 bytes instead of 4
     assert sum(whole.resident.values()) - sum(narrow.resident.values()) == saved
     said = " ".join(shown.output.split())
-    assert f"(tuning.master_weights=false) it takes {narrow.peak / 1e9:.1f} GB" in said and "optimizer.lr=1e-05 round to nothing" in said
+    assert (
+        f"(tuning.master_weights=false) it takes {narrow.peak / 1e9:.1f} GB" in said
+        and "optimizer.lr=1e-05 round to nothing" in said
+    )
     assert without_masters(load("demo")) is None  # LoRA is in float32 as it is
 
 
 def test_the_command_line_suggests_what_fits(tmp_path):
     shown = CliRunner().invoke(app, ["estimate", "demo", "--gpu-memory", "60MB"])
-    assert shown.exit_code == 0 and "does not fit" in shown.output and "memory.vae_checkpointing=true memory.reward_batch=1" in shown.output
+    assert (
+        shown.exit_code == 0
+        and "does not fit" in shown.output
+        and "memory.vae_checkpointing=true memory.reward_batch=1" in shown.output
+    )

@@ -65,7 +65,9 @@ def test_two_writers_of_a_cache_do_not_meet(tmp_path):
 def test_bytes_reach_the_disk_before_their_name_does(tmp_path, monkeypatch):
     seen = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: seen.append(os.readlink(f"/proc/self/fd/{handle}")) or fsync(handle))
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: seen.append(os.readlink(f"/proc/self/fd/{handle}")) or fsync(handle)
+    )
     monkeypatch.setattr(os, "replace", lambda old, new: seen.append("moved") or replace(old, new))
     write_file(tmp_path / "a", "content")
     assert seen == [str(tmp_path / ".a.partial"), "moved", str(tmp_path)]

@@ -48,7 +48,9 @@ class Case:
             self.sigmas = torch.from_numpy(arrays["sigmas"])
             self.arrays = {key: torch.from_numpy(arrays[key]).to(device, dtype) for key in arrays.files}
         self.theta = {key: self.arrays[key].clone().requires_grad_() for key in PARAMETERS}
-        self.guidance = Guidance(self.meta["cfg_guidance"], self.meta["cfg_detach_neg"], self.meta["cfg_grad_norm_compensate"])
+        self.guidance = Guidance(
+            self.meta["cfg_guidance"], self.meta["cfg_detach_neg"], self.meta["cfg_grad_norm_compensate"]
+        )
         self.plan = rebuild_plan(self.meta, self.sigmas.numpy())
 
     def network(self, z, sigma, conditioning):
@@ -64,7 +66,14 @@ class Case:
         return GuidedVelocity(self.network, positive, negative, guidance or self.guidance)
 
     def rollout(self, plan=None, recompute=None):
-        return rollout(self.velocity(), self.arrays["x_init"], self.sigmas, plan or self.plan, self.arrays.get("eps", ()), recompute)
+        return rollout(
+            self.velocity(),
+            self.arrays["x_init"],
+            self.sigmas,
+            plan or self.plan,
+            self.arrays.get("eps", ()),
+            recompute,
+        )
 
     def weights(self, trajectory):
         if self.plan.similarity is None:
@@ -96,7 +105,9 @@ def rebuild_plan(meta, sigmas):
         return DRaFTLV(hyper["draft_lv_num_noised_samples"]).at(sigmas)
     if method == "drtune":
         stop = {name: hyper.get(f"drtune_{name}") for name in ("early_stop_ratio", "early_stop_steps")}
-        ours = DRTune(hyper["drtune_num_train_steps"], **{name: value for name, value in stop.items() if value is not None})
+        ours = DRTune(
+            hyper["drtune_num_train_steps"], **{name: value for name, value in stop.items() if value is not None}
+        )
         return ours.at(sigmas, meta["early_stop_idx"], meta["active_indices"])
     if method == "leapalign":
         ours = LeapAlign(hyper["alpha"], hyper["tau"], tail_ratio=tail)
@@ -168,7 +179,9 @@ def test_every_way_to_recompute_matches_the_released_code(case, recompute, nodes
     if recompute == "never":
         assert trajectory.kept.keys() == {replay.node for replay in case.plan.sweep}
     z = reward_input(case.plan, trajectory)
-    _, loss, g = reward_gradient(case.objective, lambda part, _: case.reward(part), z, case.factors(trajectory), nodes_per_forward)
+    _, loss, g = reward_gradient(
+        case.objective, lambda part, _: case.reward(part), z, case.factors(trajectory), nodes_per_forward
+    )
     assert loss.item() * case.guidance.divisor == pytest.approx(case.meta["loss"], rel=TOLERANCE)
     backward(case.plan, trajectory, case.velocity().replay, g, nodes_per_forward=nodes_per_forward)
     case.check_gradients()
@@ -238,12 +251,15 @@ def test_the_plan_has_the_stored_indices_and_factors(case):
         assert all(w == pytest.approx(meta["grad_rescale_factor"] * h[i], rel=1e-12) for i, w in plan.active)
 
 
-# -- index sampling ------------------------------------------------------------------------------------------------------------------
-#
-# Tables hold exactly. Draws come from another generator than the released code's, so they are compared in distribution: every
-# frequency within 6 standard errors of a two-sample difference (fixed seed; a false alarm has probability below 1e-5 over the file).
+# -- index sampling
+# ------------------------------------------------------------------------------------------------------------------
+# Tables hold exactly. Draws come from another generator than the released code's, so they are compared in distribution:
+# every frequency within 6 standard errors of a two-sample difference (fixed seed; a false alarm has probability below
+# 1e-5 over the file).
 
-RULES = json.loads((FOLDER if (FOLDER / "sampling_rules.json").is_file() else BUNDLED).joinpath("sampling_rules.json").read_text())
+RULES = json.loads(
+    (FOLDER if (FOLDER / "sampling_rules.json").is_file() else BUNDLED).joinpath("sampling_rules.json").read_text()
+)
 DRAWS = 4000
 
 
@@ -267,11 +283,18 @@ def pair_sampler(args):
     if mode == "dirichlet":
         alpha = tuple(args.get(f"jk_dirichlet_alpha_{part}", args["jk_dirichlet_alpha"]) for part in "abc")
         return DirichletPair(alpha, **bounds, **cap)
-    return {"uniform": UniformPair(**bounds, **cap), "midpoint": MidpointPair(**bounds), "midpoint_j": MidpointJPair(**bounds)}[mode]
+    return {
+        "uniform": UniformPair(**bounds, **cap),
+        "midpoint": MidpointPair(**bounds),
+        "midpoint_j": MidpointJPair(**bounds),
+    }[mode]
 
 
 def label(rule):
-    return "-".join(str(value) for key, value in rule["args"].items() if key not in ("min_idx", "max_idx")) + f"-N{rule['N']}"
+    return (
+        "-".join(str(value) for key, value in rule["args"].items() if key not in ("min_idx", "max_idx"))
+        + f"-N{rule['N']}"
+    )
 
 
 @pytest.mark.parametrize("rule", RULES["jk"], ids=label)
@@ -285,7 +308,9 @@ def test_pairs_are_drawn_with_the_released_frequencies(rule):
 
 
 @pytest.mark.parametrize(
-    "rule", RULES["late_biased"], ids=lambda r: f"K{r['K']}-bias{r['late_bias']}-window{r['window'][0]}-{r['window'][1]}"
+    "rule",
+    RULES["late_biased"],
+    ids=lambda r: f"K{r['K']}-bias{r['late_bias']}-window{r['window'][0]}-{r['window'][1]}",
 )
 def test_sparse_nodes_are_drawn_with_the_released_inclusion_frequencies(rule):
     (start, stop), rng = rule["window"], np.random.default_rng(0)
@@ -293,7 +318,9 @@ def test_sparse_nodes_are_drawn_with_the_released_inclusion_frequencies(rule):
     sigmas = 1.0 - np.arange(stop + 1) / stop
     draws = [[i for i, _ in method.plan(sigmas, rng).active] for _ in range(DRAWS)]
     assert all(len(set(draw)) == rule["K"] for draw in draws)
-    if None in rule["exact_inclusion_probability"]:  # too many subsets to enumerate: frequencies of at least 5000 draws instead
+    if (
+        None in rule["exact_inclusion_probability"]
+    ):  # too many subsets to enumerate: frequencies of at least 5000 draws instead
         expected, count = rule["freq_included"], 5000
     else:
         expected, count = rule["exact_inclusion_probability"], 1e12
@@ -305,16 +332,22 @@ def test_bridge_draws_keep_the_released_allocation(rule):
     num_steps, rng = rule["N"], np.random.default_rng(0)
     start, _ = train_window(num_steps, rule["train_step_tail_ratio"], min_length=3)
     for draw in rule["draws"]:  # the stored draws obey our allocation
-        assert (len(draw["pre"]), len(draw["post"])) == bridge_allocation(rule["K"], draw["j"] - start, num_steps - draw["j"])
+        assert (len(draw["pre"]), len(draw["post"])) == bridge_allocation(
+            rule["K"], draw["j"] - start, num_steps - draw["j"]
+        )
     method = FlowBPBridge(rule["K"], rule["late_bias"], tail_ratio=rule["train_step_tail_ratio"])
     for _ in range(300):  # and so do ours
         plan = method.plan(1.0 - np.arange(num_steps + 1) / num_steps, rng)
         active, j = [i for i, _ in plan.active], plan.bridge.node
         assert j in active and start <= min(active)
-        assert (sum(i < j for i in active), sum(i >= j for i in active)) == bridge_allocation(rule["K"], j - start, num_steps - j)
+        assert (sum(i < j for i in active), sum(i >= j for i in active)) == bridge_allocation(
+            rule["K"], j - start, num_steps - j
+        )
 
 
-@pytest.mark.parametrize("rule", RULES["drtune_draws"], ids=lambda r: f"N{r['N']}-K{r['K']}-stop{r['early_stop_ratio']}")
+@pytest.mark.parametrize(
+    "rule", RULES["drtune_draws"], ids=lambda r: f"N{r['N']}-K{r['K']}-stop{r['early_stop_ratio']}"
+)
 def test_drtune_draws_the_released_stops_and_strides(rule):
     num_steps, rng = rule["N"], np.random.default_rng(0)
     table = {(length, K): row for length, K, *row in RULES["drtune_train_index_sets_prefixlen_K_to_stride_maxstart"]}
@@ -343,7 +376,11 @@ def assert_is_drtune_set(active, length, K, table):
 
 def test_bridge_allocation_table():
     for K, pre_length, post_length, pre, post in RULES["bridge_allocation_K_prelen_postlen_to_counts"]:
-        assert bridge_allocation(min(K, pre_length + post_length), pre_length, post_length) == (pre, post), (K, pre_length, post_length)
+        assert bridge_allocation(min(K, pre_length + post_length), pre_length, post_length) == (pre, post), (
+            K,
+            pre_length,
+            post_length,
+        )
 
 
 def test_lagrange_support_table():

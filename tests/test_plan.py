@@ -61,7 +61,8 @@ def test_each_stratified_draw_is_distributed_as_one_draw_alone():
 
 
 @pytest.mark.parametrize("draw", [
-    lambda: FlowBPSparse().at(SIGMAS, [3, 25]), lambda: FlowBPBridge().at(SIGMAS, 4, [-1, 4]), lambda: DRTune().at(SIGMAS, 20, [3, 21]),
+    lambda: FlowBPSparse().at(SIGMAS, [3, 25]), lambda: FlowBPBridge().at(SIGMAS, 4, [-1, 4]),
+    lambda: DRTune().at(SIGMAS, 20, [3, 21]),
 ])  # fmt: skip
 def test_an_active_node_outside_the_rollout_is_refused(draw):
     with pytest.raises(ValueError, match=r"active nodes must lie in \[0, 2[04]\], got \[(25|-1|21)\]"):
@@ -128,13 +129,19 @@ def plan_with(**changes):
         (lambda: plan_with(num_renoised=-1), "0 or more"),
         (lambda: plan_with().check(3), "outside a rollout of 3 steps"),
         (lambda: plan_with(num_renoised=1).check(9), "last node 8"),
-        (lambda: FlowBPSparse(num_active=26).plan(SIGMAS, np.random.default_rng(0)), r"num_active must lie in \[1, 25\].*got 26"),
+        (
+            lambda: FlowBPSparse(num_active=26).plan(SIGMAS, np.random.default_rng(0)),
+            r"num_active must lie in \[1, 25\].*got 26",
+        ),
         (lambda: FlowBPSparse(num_active=9, tail_ratio=0.3).plan(SIGMAS, np.random.default_rng(0)), r"\[1, 8\]"),
         (lambda: FlowBPBridge(num_active=1).plan(SIGMAS, np.random.default_rng(0)), "one node on each side"),
         (lambda: FlowBPBridge(num_active=30).plan(SIGMAS, np.random.default_rng(0)), r"\[1, 25\]"),
         (lambda: DRTune(num_active=26).plan(SIGMAS, np.random.default_rng(0)), r"\[1, 25\]"),
         (lambda: DRTune(early_stop_ratio=1.2).plan(SIGMAS, np.random.default_rng(0)), "early_stop_ratio"),
-        (lambda: DRTune(early_stop_steps=26).plan(SIGMAS, np.random.default_rng(0)), r"early_stop_steps must lie in \[0, 25\].*got 26"),
+        (
+            lambda: DRTune(early_stop_steps=26).plan(SIGMAS, np.random.default_rng(0)),
+            r"early_stop_steps must lie in \[0, 25\].*got 26",
+        ),
         (lambda: ReFL(last_n=40).plan(SIGMAS, np.random.default_rng(0)), r"last_n must lie in \[1, 25\]"),
         (lambda: LeapAlign(tail_ratio=0.0).plan(SIGMAS, np.random.default_rng(0)), r"tail_ratio must lie in \(0, 1\]"),
         (lambda: LeapAlign().plan(np.array([1.0, 0.5, 0.0]), np.random.default_rng(0)), "at least 3 steps, got 2"),

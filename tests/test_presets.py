@@ -1,4 +1,6 @@
-"""The published runs: each preset, resolved, against every value of the released configuration and code (`released.yaml`)."""
+"""The published runs: each preset, resolved, against every value of the released configuration and code
+(`released.yaml`).
+"""
 
 import inspect
 from pathlib import Path
@@ -33,7 +35,9 @@ EQUAL = {  # released key -> the value of the preset
     "optimizer.weight_decay": lambda run: run.optimizer.weight_decay,
     "optimizer.lr_warmup_steps": lambda run: run.optimizer.warmup,
     "optimizer.max_grad_norm": lambda run: run.optimizer.max_grad_norm,
-    "distributed.fsdp_sharding_startegy": lambda run: "full" if run.memory.shard and run.memory.shard_gradients else "none",
+    "distributed.fsdp_sharding_startegy": lambda run: (
+        "full" if run.memory.shard and run.memory.shard_gradients else "none"
+    ),
     "sampling.h": lambda run: run.rollout.height,
     "sampling.w": lambda run: run.rollout.width,
     "sampling.rollout_steps": lambda run: run.rollout.num_steps,
@@ -82,21 +86,31 @@ EQUAL = {  # released key -> the value of the preset
     "eval.num_steps": lambda run: run.evaluation_rollout.num_steps,
     "eval.guidance_scale": lambda run: run.guidance.embedded or run.guidance.scale,
     "eval.reward_fn.hpsv2": lambda run: [reward.name for reward in run.reward.values()].count("hpsv2"),
-    "eval.reward_fn.clipscore": lambda run: [monitor.name for monitor in run.evaluation.monitors.values()].count("clip"),
-    "eval.reward_fn.pickscore": lambda run: [monitor.name for monitor in run.evaluation.monitors.values()].count("pickscore"),
-    "eval.reward_fn.imagereward": lambda run: [monitor.name for monitor in run.evaluation.monitors.values()].count("imagereward"),
+    "eval.reward_fn.clipscore": lambda run: [monitor.name for monitor in run.evaluation.monitors.values()].count(
+        "clip"
+    ),
+    "eval.reward_fn.pickscore": lambda run: [monitor.name for monitor in run.evaluation.monitors.values()].count(
+        "pickscore"
+    ),
+    "eval.reward_fn.imagereward": lambda run: [monitor.name for monitor in run.evaluation.monitors.values()].count(
+        "imagereward"
+    ),
     "noise levels": lambda run: {"published": "linspace(1, 1/N, N)"}[run.rollout.sigmas],
     "dtype of weights, moments and average": lambda run: "float32" if run.tuning.master_weights else run.backbone.dtype,
     "dtype that the network computes in": lambda run: run.backbone.dtype,
-    "dtype of latents between network calls": lambda run: run.backbone.dtype if run.backbone.precision == "pipeline" else "float32",
-    "dtype of 1000 sigma": lambda run: run.rollout.timesteps if run.backbone.name == "sd3.5-medium" else "bfloat16",  # by the pipelines
+    "dtype of latents between network calls": lambda run: (
+        run.backbone.dtype if run.backbone.precision == "pipeline" else "float32"
+    ),
+    "dtype of 1000 sigma": lambda run: (
+        run.rollout.timesteps if run.backbone.name == "sd3.5-medium" else "bfloat16"
+    ),  # by the pipelines
     "betas": lambda run: list(run.optimizer.betas),
     "eps": lambda run: run.optimizer.eps,
     "text tokens": lambda run: run.backbone.max_sequence_length,
     "generator of the index draws": lambda run: {"shared": "one seed on every rank"}[run.plans],
 }
 SHOWN = {  # released key -> the test that shows it
-    "dtype that gradients are reduced in": "distributed/test_ranks.py: sharded gradients of a bfloat16 network add up in float32",
+    "dtype that gradients are reduced in": "float32 when sharded too: distributed/test_ranks.py",
     "decay of the average": "test_trainer.py: the moving average is a lerp of constant decay from the first step on",
     "loss": "test_golden.py: value, residuals and gradients match the released code",
 }
@@ -113,18 +127,23 @@ DIFFERENT = {  # released key -> why the preset has another value, or none
     "flowbp_lagrange.detach_history": "has no effect (golden/FORMAT.md)",
     "flowbp_lagrange.debug_connector": "prints",
     "flux2.caption_key": "names a column of the released preprocessing",
-    "eval.evaluation_interval": "evaluated before and after training; evaluation.every=50 evaluates in between, on fewer prompts",
-    "eval.reward_fn.hpsv3": "7 billion parameters and a text to fetch (docs/rewards.md): evaluation.monitors.hpsv3={name: hpsv3} adds it",
+    "eval.evaluation_interval": "before and after training; evaluation.every=50 evaluates in between, on fewer prompts",
+    "eval.reward_fn.hpsv3": "7 billion parameters (docs/rewards.md): evaluation.monitors.hpsv3={name: hpsv3} adds it",
     "dtype of the reward tower": "float32: finer",
-    "noise of training": "drawn on the CPU, one generator a sample: the same on every device and for any number of processes",
-    "noise of evaluation": "drawn on the CPU, one generator a sample: the same on every device and for any number of processes",
+    "noise of training": "on the CPU, one generator a sample: the same on every device and for any number of processes",
+    "noise of evaluation": "on the CPU, one generator a sample: the same for any device and number of processes",
     "prompts": "the file is the user's; the header of published.yaml says how it was made",
 }
 
 
 def released(name):
     """key -> value of everything that the released files, parsers and trainers say of a run."""
-    values = {f"{section}.{key}": value for section, keys in RUNS[name].items() if section != "file" for key, (value, _) in keys.items()}
+    values = {
+        f"{section}.{key}": value
+        for section, keys in RUNS[name].items()
+        if section != "file"
+        for key, (value, _) in keys.items()
+    }
     sections = {key.split(".")[0] for key in values}
     defaults = {key: value for key, (value, _) in RELEASED["defaults"].items() if key.split(".")[0] in sections}
     code = {key: value for key, (value, _) in RELEASED["code"].items()}
@@ -137,7 +156,8 @@ def reads(name, key):
     pairs = method in ("leapalign", "flowbp-bridge", "flowbp-lagrange")
     window = method.startswith("flowbp") or method == "leapalign"
     return {
-        "flowbp.min_idx": pairs, "flowbp.max_idx": pairs, "flowbp.jk_sampling_mode": pairs, "flowbp.train_step_tail_ratio": window,
+        "flowbp.min_idx": pairs, "flowbp.max_idx": pairs, "flowbp.jk_sampling_mode": pairs,
+        "flowbp.train_step_tail_ratio": window,
     }.get(key, True)  # fmt: skip
 
 
@@ -168,17 +188,28 @@ def test_a_preset_draws_plans(name):
     load(name).method.plan(sigmas, np.random.default_rng(0)).check(25)
 
 
-@pytest.mark.parametrize(("reward", "alpha", "hinge"), [("hpsv2", 0.3, 0.55), ("pickscore", 0.1, 40.0), ("hpsv3", 0.1, 13.5)])
+@pytest.mark.parametrize(
+    ("reward", "alpha", "hinge"), [("hpsv2", 0.3, 0.55), ("pickscore", 0.1, 40.0), ("hpsv3", 0.1, 13.5)]
+)
 def test_leapaligns_own_recipe_is_its_papers(reward, alpha, hinge):
     run = load("flux.1-dev/leapalign-original" + ("" if reward == "hpsv2" else f"-{reward}"))
-    assert run.method == LeapAlign(alpha, 0.1) and (run.reward["reward"].name, run.reward["reward"].hinge) == (reward, hinge)
+    assert run.method == LeapAlign(alpha, 0.1) and (run.reward["reward"].name, run.reward["reward"].hinge) == (
+        reward,
+        hinge,
+    )
     assert (run.rollout.height, run.rollout.width, run.guidance) == (720, 720, Guidance(embedded=3.5))
     assert 16 * run.data.batch_size * run.data.accumulate == 64 and run.steps == 300
-    assert reward not in {monitor.name for monitor in run.evaluation.monitors.values()}  # what is trained on is no monitor
+    assert reward not in {
+        monitor.name for monitor in run.evaluation.monitors.values()
+    }  # what is trained on is no monitor
 
 
 def test_the_default_pair_range_is_the_published_one():
-    assert reverse_bounds(UniformPair(), 25, 0, 2) == reverse_bounds(UniformPair(min_rev=1, max_rev=26), 25, 0, 2) == (1, 26)
+    assert (
+        reverse_bounds(UniformPair(), 25, 0, 2)
+        == reverse_bounds(UniformPair(min_rev=1, max_rev=26), 25, 0, 2)
+        == (1, 26)
+    )
 
 
 def test_overrides_lie_over_a_preset():
@@ -188,7 +219,10 @@ def test_overrides_lie_over_a_preset():
 
 
 def test_null_takes_a_monitor_away():
-    assert load("sd3.5-medium/refl", ["evaluation.monitors.clip=null"]).evaluation.monitors.keys() == {"pickscore", "imagereward"}
+    assert load("sd3.5-medium/refl", ["evaluation.monitors.clip=null"]).evaluation.monitors.keys() == {
+        "pickscore",
+        "imagereward",
+    }
     assert load("sd3.5-medium/refl", ["evaluation.monitors=null"]).evaluation.monitors == {}
 
 
@@ -197,4 +231,8 @@ def test_presets_are_listed_and_printed():
     assert listed.exit_code == 0 and all(name in listed.output for name in names())
     printed = CliRunner().invoke(app, ["presets", "flux.1-dev/leapalign"])
     values = yaml.safe_load(printed.output)
-    assert values["method"]["name"] == "leapalign" and values["output"] == "runs/flux.1-dev/leapalign" and values["ema"] == 0.995
+    assert (
+        values["method"]["name"] == "leapalign"
+        and values["output"] == "runs/flux.1-dev/leapalign"
+        and values["ema"] == 0.995
+    )

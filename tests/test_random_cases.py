@@ -1,7 +1,9 @@
-"""Every method on random problems against a second implementation: NumPy alone, from the published update rules, one method at a time.
+"""Every method on random problems against a second implementation: NumPy alone, from the published update rules, one
+method at a time.
 
-The engine runs one table of numbers for all methods. Here each gradient is written as its paper writes it, by explicit VJPs of the network
-v(z, s) = W2 tanh(W1 z + b1 + c1 s + U c) + b2, for any noise levels, batch, guidance, hinge and hyperparameters.
+The engine runs one table of numbers for all methods. Here each gradient is written as its paper writes it, by explicit
+VJPs of the network v(z, s) = W2 tanh(W1 z + b1 + c1 s + U c) + b2, for any noise levels, batch, guidance, hinge and
+hyperparameters.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,9 @@ SIZE, HIDDEN, TEXT = 5, 7, 3
 
 @dataclass
 class Problem:
-    """theta: W1 b1 c1 U W2 b2; conditioning p, n [B, TEXT]; reward a z + q z^2 / 2; noise x [B, SIZE]; sigmas [N + 1]."""
+    """theta: W1 b1 c1 U W2 b2; conditioning p, n [B, TEXT]; reward a z + q z^2 / 2; noise x [B, SIZE]; sigmas [N +
+    1].
+    """
 
     theta: list
     p: np.ndarray
@@ -163,18 +167,28 @@ def by_hand(problem, kind, method, draw):
     def segment(a, b):
         """Supports, weights, and coefficients of the active supports."""
         L, o = b - a, method.order
-        nodes = list(range(a, b)) if L <= o else [a] if o == 1 else sorted({a + round(i * (L - 1) / (o - 1)) for i in range(o)})
+        nodes = (
+            list(range(a, b))
+            if L <= o
+            else [a]
+            if o == 1
+            else sorted({a + round(i * (L - 1) / (o - 1)) for i in range(o)})
+        )
         if method.weights == "uniform":
             w = [(s[b] - s[a]) / len(nodes)] * len(nodes)
         else:
             w = []
             for m in nodes:
                 others = [s[i] for i in nodes if i != m]
-                primitive = (np.poly1d(others, r=True) / np.prod([s[m] - o for o in others]) if others else np.poly1d([1.0])).integ()
+                primitive = (
+                    np.poly1d(others, r=True) / np.prod([s[m] - o for o in others]) if others else np.poly1d([1.0])
+                ).integ()
                 w.append(primitive(s[b]) - primitive(s[a]))
         active = {"none": [], "start": nodes[:1], "midpoint": nodes[:2], "all": nodes}[method.active]
         active = active[: method.max_active] if method.max_active else active
-        factor = rho(sum(map(abs, w)), sum(abs(x) for i, x in zip(nodes, w, strict=True) if i in active), method.rescale)
+        factor = rho(
+            sum(map(abs, w)), sum(abs(x) for i, x in zip(nodes, w, strict=True) if i in active), method.rescale
+        )
         scale = {i: 1.0 if i == a else method.support_scale for i in nodes}
         return nodes, w, {i: scale[i] * factor * x for i, x in zip(nodes, w, strict=True) if i in active}
 
@@ -298,6 +312,8 @@ def test_a_method_is_its_published_rule(kind):
         scale, tolerance = np.abs(expected.reward_input).max(), 1e-9
         assert np.abs(mine.reward_input - expected.reward_input).max() <= tolerance * scale
         assert mine.loss == pytest.approx(expected.loss, rel=tolerance, abs=tolerance * scale)
-        assert np.linalg.norm(mine.gradient - expected.gradient) <= tolerance * max(np.linalg.norm(expected.gradient), 1e-6)
+        assert np.linalg.norm(mine.gradient - expected.gradient) <= tolerance * max(
+            np.linalg.norm(expected.gradient), 1e-6
+        )
 
     check()

@@ -38,7 +38,9 @@ def state(trainer):
 
 
 def second_step(run):
-    """What a run that is resumed after its first step logs of the second, and its weights and their average after it."""
+    """What a run that is resumed after its first step logs of the second, and its weights and their average after
+    it.
+    """
     trainer, folder = run
     assert load_checkpoint(latest_checkpoint(folder), *state(trainer)) == 1
     row = trainer.step(1)
@@ -102,7 +104,9 @@ def python(*arguments, **environment):
 @needs_mkl
 @pytest.mark.parametrize(("before", "said"), [("", "True"), ("import torch", "True"), (MULTIPLY, "False")])
 def test_mkl_takes_the_mode_until_it_multiplies(before, said):
-    ask = "from flowbp.runtime.reproducible import *; asked = request_equal_bytes(); print(asked, mkl_is_reproducible())"
+    ask = (
+        "from flowbp.runtime.reproducible import *; asked = request_equal_bytes(); print(asked, mkl_is_reproducible())"
+    )
     assert python("-c", f"{before}\n{ask}").stdout.split() == [said, said]
 
 

@@ -1,4 +1,6 @@
-"""The sweep: equal to its autograd graph for any plan, bounded in memory, sparing with network calls, and loud when nothing is learned."""
+"""The sweep: equal to its autograd graph for any plan, bounded in memory, sparing with network calls, and loud when
+nothing is learned.
+"""
 
 import gc
 import weakref
@@ -69,7 +71,9 @@ def test_the_hook_before_the_last_backward_sees_the_noise_end_with_all_other_gra
     g = torch.ones(3, 6, dtype=torch.float64)
     backward(plan, trajectory, toy_velocity(field).replay, g, before_last=lambda v: seen.append((v, field.gradient())))
     ((v, before),) = seen
-    torch.testing.assert_close(v, toy_velocity(field)(trajectory.latents[1], trajectory.levels[1]), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        v, toy_velocity(field)(trajectory.latents[1], trajectory.levels[1]), rtol=1e-12, atol=1e-14
+    )
     assert before.any() and not torch.equal(before, field.gradient())
 
 
@@ -78,7 +82,12 @@ def test_the_hook_before_the_last_backward_sees_the_noise_end_with_all_other_gra
 def test_every_way_to_recompute_gives_the_same_gradient(name, guidance):
     plan = METHODS[name]().plan(toy_sigmas(12).numpy(), np.random.default_rng(5))
     replayed = sweep_gradient(plan, guidance=guidance)
-    for recompute, nodes_per_forward in ((Recompute("never"), 1), (Recompute("auto", 5000), 1), (None, 3), (Recompute("auto", 5000), 2)):
+    for recompute, nodes_per_forward in (
+        (Recompute("never"), 1),
+        (Recompute("auto", 5000), 1),
+        (None, 3),
+        (Recompute("auto", 5000), 2),
+    ):
         other = sweep_gradient(plan, guidance=guidance, recompute=recompute, nodes_per_forward=nodes_per_forward)
         torch.testing.assert_close(other, replayed, rtol=1e-12, atol=1e-14)
 
@@ -154,11 +163,19 @@ def test_a_detached_negative_branch_is_not_re_forwarded():
         assert field.rows - 12 * 2 * 3 == field.rows_with_graph == rows
 
 
-@pytest.mark.parametrize(("guidance", "calls"), [("none", (12, 4)), ("detached", (12 + 4, 4)), ("both branches", (12, 4))])
+@pytest.mark.parametrize(
+    ("guidance", "calls"), [("none", (12, 4)), ("detached", (12 + 4, 4)), ("both branches", (12, 4))]
+)
 def test_a_replay_costs_one_call_and_a_kept_graph_none(guidance, calls):
-    """N rollout steps cost N calls, batched over both branches (two at an active node whose negative branch is a constant)."""
+    """N rollout steps cost N calls, batched over both branches (two at an active node whose negative branch is a
+    constant).
+    """
     plan = FlowBPSparse(4, rescale=0.0).at(toy_sigmas(12).numpy(), [1, 5, 8, 11])
-    for recompute, nodes_per_forward, expected in (("always", 1, calls), ("always", 3, (calls[0], 2)), ("never", 1, (calls[0], 0))):
+    for recompute, nodes_per_forward, expected in (
+        ("always", 1, calls),
+        ("always", 3, (calls[0], 2)),
+        ("never", 1, (calls[0], 0)),
+    ):
         field = ToyField()
         trajectory = toy_rollout(field, plan, 12, guidance=GUIDANCES[guidance], recompute=Recompute(recompute))
         rolled_out = field.calls
@@ -189,7 +206,8 @@ def test_residuals_vanish_when_every_step_is_a_support():
         assert d.shape == (3,) and d.max() < 1e-14
 
 
-# -- one plan a sample -------------------------------------------------------------------------------------------------------------
+# -- one plan a sample
+# -------------------------------------------------------------------------------------------------------------
 
 
 def batch_gradient(plan, guidance=Guidance(), field=None, only=None, nodes_per_forward=1):
@@ -199,7 +217,9 @@ def batch_gradient(plan, guidance=Guidance(), field=None, only=None, nodes_per_f
     conditioning = ({"text": side["text"][rows]} for side in (whole.positive, whole.negative))
     velocity = GuidedVelocity(field, *conditioning, guidance)
     generator = torch.Generator().manual_seed(2)
-    noise, *renoise = (torch.randn(3, 6, generator=generator, dtype=torch.float64)[rows] for _ in range(1 + plan.num_renoised))
+    noise, *renoise = (
+        torch.randn(3, 6, generator=generator, dtype=torch.float64)[rows] for _ in range(1 + plan.num_renoised)
+    )
     trajectory = rollout(velocity, noise, toy_sigmas(12), plan, renoise)
     d = residuals(plan, trajectory) if plan.similarity else ()
     weights = sample_weights(plan.similarity, *d)[0] if d else torch.ones_like(noise[:, 0])
@@ -227,7 +247,9 @@ def test_a_batch_of_plans_sums_the_gradients_of_its_samples(name, guidance):
 def test_a_batch_of_equal_plans_is_a_shared_plan():
     plan = METHODS["flowbp-bridge"]().plan(toy_sigmas(12).numpy(), np.random.default_rng(5))
     assert PlanBatch([plan] * 3).sweep == plan.sweep
-    torch.testing.assert_close(batch_gradient(PlanBatch([plan] * 3))[0], batch_gradient(plan)[0], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        batch_gradient(PlanBatch([plan] * 3))[0], batch_gradient(plan)[0], rtol=1e-12, atol=1e-14
+    )
 
 
 def test_samples_with_fewer_active_nodes_sit_out_the_last_replays():
@@ -237,14 +259,20 @@ def test_samples_with_fewer_active_nodes_sit_out_the_last_replays():
     assert [replay.weight[0] for replay in batch.sweep] == [0.0, 0.0, plans[0].sweep[0].weight]
     field = ToyField()
     together, _ = batch_gradient(batch, field=field)
-    torch.testing.assert_close(together, sum(batch_gradient(plan, only=b)[0] for b, plan in enumerate(plans)), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        together, sum(batch_gradient(plan, only=b)[0] for b, plan in enumerate(plans)), rtol=1e-12, atol=1e-14
+    )
     assert field.rows_with_graph == 3 * 3
     assert len(batch.rows(slice(0, 1)).sweep) == 3  # a rank's part makes as many replays as the whole
 
 
 def test_plans_that_one_batch_cannot_mix_are_refused_by_name():
     sigmas = toy_sigmas(12).numpy()
-    sparse, leap, refl = FlowBPSparse(2).at(sigmas, [1, 4]), LeapAlign().at(sigmas, 2, 7), METHODS["refl"](5).at(sigmas, 8)
+    sparse, leap, refl = (
+        FlowBPSparse(2).at(sigmas, [1, 4]),
+        LeapAlign().at(sigmas, 2, 7),
+        METHODS["refl"](5).at(sigmas, 8),
+    )
     with pytest.raises(ValueError, match="must agree in reward_input"):
         PlanBatch([sparse, refl, sparse])
     with pytest.raises(ValueError, match="must agree in similarity"):
@@ -286,7 +314,8 @@ def test_plans_drawn_for_each_sample_leave_the_expected_gradient_as_it_is():
     assert variance["stratified"] < variance["per_sample"] < variance["shared"]
 
 
-# -- memory ------------------------------------------------------------------------------------------------------------------------
+# -- memory
+# --------------------------------------------------------------------------------------------------------------------
 
 
 class DeepField(torch.nn.Module):
@@ -322,7 +351,9 @@ def tiny_transformer(overrides, checkpointing):
 
 def peak_bytes(run, num_active, velocity, noise, recompute="always"):
     sigmas = torch.linspace(1, 0, 13)
-    plan = FlowBPSparse(num_active, rescale=0.0).at(sigmas.double().numpy(), np.linspace(0, 11, num_active).round().astype(int))
+    plan = FlowBPSparse(num_active, rescale=0.0).at(
+        sigmas.double().numpy(), np.linspace(0, 11, num_active).round().astype(int)
+    )
     network = velocity.network if isinstance(velocity.network, torch.nn.Module) else velocity.network.__self__.denoiser
     parameters = list(network.parameters())
     for p in parameters:
@@ -343,7 +374,9 @@ def run_graph(plan, trajectory, velocity):
 
 
 def check_peak_memory(capsys, velocity, noise, graphs_grow=2.0):
-    sweep, graph = ([peak_bytes(run, num_active, velocity, noise) for num_active in (1, 8)] for run in (run_sweep, run_graph))
+    sweep, graph = (
+        [peak_bytes(run, num_active, velocity, noise) for num_active in (1, 8)] for run in (run_sweep, run_graph)
+    )
     with capsys.disabled():
         print(f"\npeak live bytes, K = 8 over K = 1: sweep {sweep[1] / sweep[0]:.3f}, graph {graph[1] / graph[0]:.3f}")
     assert sweep[1] <= 1.05 * sweep[0]
@@ -362,7 +395,11 @@ def test_auto_keeps_as_many_graphs_as_the_budget_holds_from_the_clean_end(monkey
 
     monkeypatch.setattr("flowbp.replay.spare_bytes", lambda device: 3 * weight.graph_bytes)
     measured = Recompute("auto")
-    assert [toy_rollout(ToyField(), plan, 12, recompute=measured).kept.keys() for _ in range(3)] == [set(), {11, 8}, {11, 8}]
+    assert [toy_rollout(ToyField(), plan, 12, recompute=measured).kept.keys() for _ in range(3)] == [
+        set(),
+        {11, 8},
+        {11, 8},
+    ]
     accumulated = Recompute("auto", rollouts=2)  # the optimizer, which makes its moments after two, comes first
     assert [len(toy_rollout(ToyField(), plan, 12, recompute=accumulated).kept) for _ in range(4)] == [0, 0, 2, 2]
 
@@ -380,7 +417,9 @@ def test_a_graph_weighs_what_it_adds_to_live_memory():
 
 def test_a_tensor_that_a_graph_saves_twice_weighs_once():
     scale, x = torch.nn.Parameter(torch.ones(5)), torch.ones(3, 5)
-    _, graph_bytes = weigh(lambda: record(lambda x, sigma: (scale * x).square() * (scale * x).exp(), x, torch.tensor(0.5), False), x.device)
+    _, graph_bytes = weigh(
+        lambda: record(lambda x, sigma: (scale * x).square() * (scale * x).exp(), x, torch.tensor(0.5), False), x.device
+    )
     assert graph_bytes == 4 * x.nbytes  # x, the first product, its square, and the exponential
 
 
@@ -388,7 +427,8 @@ def test_free_memory_is_measured():
     assert 0 < spare_bytes(torch.device("cpu")) < 1 << 50
 
 
-# -- dropout and autocast ----------------------------------------------------------------------------------------------------------
+# -- dropout and autocast
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -405,7 +445,9 @@ def test_a_replay_draws_the_dropout_masks_of_the_rollout(guidance, checkpointing
         toy_rollout(ToyField(dropout=0.3), plan, 12, guidance=guidance)
         assert torch.equal(torch.get_rng_state(), after)  # replays leave the random stream where the rollout left it
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
-    assert (gradients[0] - sweep_gradient(plan, guidance=guidance)).norm() > 1e-3 * gradients[0].norm()  # dropout does something
+    assert (gradients[0] - sweep_gradient(plan, guidance=guidance)).norm() > 1e-3 * gradients[
+        0
+    ].norm()  # dropout does something
 
 
 def test_masks_that_cannot_be_drawn_again_are_refused():
@@ -438,10 +480,13 @@ def test_peak_memory_of_the_sweep_does_not_grow_with_the_active_set(capsys):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_peak_memory_of_the_sweep_does_not_grow_on_any_backbone(capsys, backbone_overrides, checkpointing):
-    check_peak_memory(capsys, *tiny_transformer(backbone_overrides, checkpointing), graphs_grow=1.05 if checkpointing else 2.0)
+    check_peak_memory(
+        capsys, *tiny_transformer(backbone_overrides, checkpointing), graphs_grow=1.05 if checkpointing else 2.0
+    )
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------------------
+# -- refusals
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_replay_without_gradient_raises():
@@ -491,7 +536,8 @@ def test_guidance_without_a_negative_prompt_is_refused():
         GuidedVelocity(ToyField(), {"text": torch.zeros(3, 6)}, None, Guidance(2.0))
 
 
-# -- objective ---------------------------------------------------------------------------------------------------------------------
+# -- objective
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_hinge_has_no_gradient_from_the_target_on():
@@ -505,7 +551,9 @@ def test_dropped_samples_leave_the_mean_and_its_divisor():
     keep = torch.tensor([True, False, True])
     assert Objective().loss(rewards, loss_factors(torch.ones(3), keep)).item() == pytest.approx(-2.5)
     assert Objective().loss(rewards, loss_factors(torch.ones(3), torch.zeros(3, dtype=torch.bool))).item() == 0.0
-    assert Objective().loss(rewards, loss_factors(torch.ones(3), torch.ones(3, dtype=torch.bool))).item() == pytest.approx(-7 / 3)
+    assert Objective().loss(
+        rewards, loss_factors(torch.ones(3), torch.ones(3, dtype=torch.bool))
+    ).item() == pytest.approx(-7 / 3)
     copies = torch.cat([rewards, 2 * rewards])
     assert Objective().loss(copies, loss_factors(torch.ones(3), keep, copies=2)).item() == pytest.approx(-3.75)
 
@@ -513,7 +561,9 @@ def test_dropped_samples_leave_the_mean_and_its_divisor():
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 100, None])
 def test_the_reward_gradient_is_the_same_in_parts_of_any_size(rows):
     z, targets = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    factors = loss_factors(torch.linspace(0.5, 2, 5, dtype=torch.float64), torch.tensor([True, True, False, True, True]))
+    factors = loss_factors(
+        torch.linspace(0.5, 2, 5, dtype=torch.float64), torch.tensor([True, True, False, True, True])
+    )
     objective, alive = Objective(hinge=-1.0), []
 
     def score(part, which):

@@ -1,4 +1,6 @@
-"""The benchmark of whole steps: it runs on a CPU in small, and its full-size models have the published numbers of parameters."""
+"""The benchmark of whole steps: it runs on a CPU in small, and its full-size models have the published numbers of
+parameters.
+"""
 
 import json
 import sys
@@ -13,7 +15,17 @@ import train_step  # noqa: E402
 
 
 def test_every_phase_of_every_case_is_measured(tmp_path, capsys):
-    cases = ["--backbone", "sd3.5-medium", "flux.2-klein-base-4b", "--method", "flowbp-sparse", "leapalign", "--active", "1", "2"]
+    cases = [
+        "--backbone",
+        "sd3.5-medium",
+        "flux.2-klein-base-4b",
+        "--method",
+        "flowbp-sparse",
+        "leapalign",
+        "--active",
+        "1",
+        "2",
+    ]
     sizes = ["--size", "tiny", "--tuning", "full", "--checkpointing", "on", "--steps", "4", "--repeats", "1"]
     train_step.main([*cases, *sizes, "--json", str(tmp_path / "steps.json")])
     report = json.loads((tmp_path / "steps.json").read_text())
@@ -30,7 +42,18 @@ def test_running_out_of_memory_is_a_row_not_an_end(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("no more")
 
     monkeypatch.setattr("flowbp.training.trainer.backward", full)
-    cases = ["--size", "tiny", "--active", "1", "--checkpointing", "off", "--steps", "2", "--json", str(tmp_path / "steps.json")]
+    cases = [
+        "--size",
+        "tiny",
+        "--active",
+        "1",
+        "--checkpointing",
+        "off",
+        "--steps",
+        "2",
+        "--json",
+        str(tmp_path / "steps.json"),
+    ]
     train_step.main(cases)
     assert [row["out_of_memory"] for row in json.loads((tmp_path / "steps.json").read_text())["rows"]] == ["sweep"] * 2
 
@@ -51,6 +74,8 @@ def test_a_full_size_backbone_has_its_published_size_and_runs(name, parameters):
     assert sum(p.numel() for p in backbone.denoiser.parameters()) == parameters
     rows, columns = backbone.token_grid(512, 512)
     x = torch.empty(1, *backbone.latent_shape(rows, columns), device="meta")
-    conditioning = backbone.encode(["a"]) | ({"guidance": torch.ones(1, device="meta")} if backbone.embeds_guidance else {})
+    conditioning = backbone.encode(["a"]) | (
+        {"guidance": torch.ones(1, device="meta")} if backbone.embeds_guidance else {}
+    )
     assert backbone.velocity(x, torch.tensor(0.5, device="meta"), conditioning).shape == x.shape
     assert train_step.random_reward("meta", torch.bfloat16, tiny=False)(backbone.decode(x), ["a"]).shape == (1,)

@@ -1,4 +1,6 @@
-"""The trainer, on the embedded model: every method trains it, runs resume exactly, and nothing is lost or half-written."""
+"""The trainer, on the embedded model: every method trains it, runs resume exactly, and nothing is lost or
+half-written.
+"""
 
 import json
 import re
@@ -49,7 +51,9 @@ def test_every_method_trains_the_embedded_model(name, tmp_path):
     assert np.isfinite(row["grad_norm"]) and row["grad_norm"] > 0 and not row["skipped"]
     trained, base = trainer.model.parameters, trainer.model.base
     still = [key for key in trained if "lora_B" in key and torch.equal(trained[key], base[key])]
-    assert all("transformer_blocks.3.attn.add_q_proj" in key for key in still)  # the last block drops what the text queries attend to
+    assert all(
+        "transformer_blocks.3.attn.add_q_proj" in key for key in still
+    )  # the last block drops what the text queries attend to
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0], ids=["unguided", "guided"])
@@ -96,7 +100,9 @@ def test_a_resumed_run_equals_an_unbroken_one(backbone_overrides, tmp_path):
     stopped_at = 2
     RunFolder(broken.output).open(broken)
     rows = [{"step": s + 1} | stopped.step(s) for s in range(stopped_at)]
-    lines = [json.dumps(row) for row in rows] + ['{"step": 3, "lost": true}']  # logged after the checkpoint, before the kill
+    lines = [json.dumps(row) for row in rows] + [
+        '{"step": 3, "lost": true}'
+    ]  # logged after the checkpoint, before the kill
     (broken.output / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     save_checkpoint(broken.output, stopped_at, stopped.model, stopped.optimizer, stopped.rewards)
     train(broken, resume=True)
@@ -220,7 +226,9 @@ def test_accumulated_micro_batches_are_averaged(tmp_path):
 def test_a_trained_parameter_without_gradient_is_named(tmp_path):
     trainer = Trainer(tiny(tmp_path))
     trainer.model.parameters["unused"] = torch.nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError, match=f"1 of {len(trainer.model.parameters)} trained parameters take no part .* such as unused"):
+    with pytest.raises(
+        ValueError, match=f"1 of {len(trainer.model.parameters)} trained parameters take no part .* such as unused"
+    ):
         trainer.step(0)
 
 
@@ -241,7 +249,12 @@ def test_memory_settings_leave_the_gradient_as_it_is(name, tmp_path):
     overrides = [f"method.name={name}", "data.batch_size=3", "optimizer.max_grad_norm=1e9", "steps=1"]
     trainer = Trainer(tiny(tmp_path, *overrides))
     gradients = []
-    for memory in ({}, {"reward_batch": 1}, {"reward_batch": 2, "recompute": "never"}, {"reward_batch": 4, "nodes_per_forward": 2}):
+    for memory in (
+        {},
+        {"reward_batch": 1},
+        {"reward_batch": 2, "recompute": "never"},
+        {"reward_batch": 4, "nodes_per_forward": 2},
+    ):
         trainer.config = trainer.config.model_copy(update={"memory": MemoryConfig(**memory)})
         trainer.recompute = Recompute(trainer.config.memory.recompute)
         trainer.accumulate_gradient(0, 0)
@@ -255,7 +268,12 @@ def test_memory_settings_leave_the_gradient_as_it_is(name, tmp_path):
 def test_lora_dropout_is_the_same_in_rollout_and_replay(checkpointing, tmp_path):
     gradients = []
     for recompute in ("never", "always"):
-        overrides = ["tuning.dropout=0.3", f"memory.checkpointing={checkpointing}", f"memory.recompute={recompute}", "guidance.scale=2.0"]
+        overrides = [
+            "tuning.dropout=0.3",
+            f"memory.checkpointing={checkpointing}",
+            f"memory.recompute={recompute}",
+            "guidance.scale=2.0",
+        ]
         trainer = Trainer(tiny(tmp_path, *overrides))
         trainer.accumulate_gradient(0, 0)
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters.values() if p.grad is not None]))
@@ -265,7 +283,9 @@ def test_lora_dropout_is_the_same_in_rollout_and_replay(checkpointing, tmp_path)
 
 @pytest.mark.parametrize(("plans", "agree"), [("shared", True), ("per_batch", False)])
 def test_the_micro_batches_of_a_step_share_its_plan_unless_told_otherwise(plans, agree, tmp_path):
-    trainer = Trainer(tiny(tmp_path, f"plans={plans}", "data.accumulate=3", "method={name: flowbp-sparse, num_active: 3}"))
+    trainer = Trainer(
+        tiny(tmp_path, f"plans={plans}", "data.accumulate=3", "method={name: flowbp-sparse, num_active: 3}")
+    )
     nodes = [[trainer.accumulate_gradient(step, micro)["nodes"] for micro in range(3)] for step in range(2)]
     assert all((own[0] == own[1] == own[2]) == agree for own in nodes) and nodes[0][0] != nodes[1][0]
 
@@ -302,7 +322,8 @@ def test_clipping_bounds_each_sample_and_leaves_small_ones():
     assert clip_samples(g, None) is g
 
 
-# -- folders -----------------------------------------------------------------------------------------------------------------------
+# -- folders
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def run_folder(config):
@@ -447,7 +468,8 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
         load_backbone(str(tmp_path))
 
 
-# -- evaluation and report ---------------------------------------------------------------------------------------------------------
+# -- evaluation and report
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_paired_interval_excludes_zero_only_for_a_real_change():
@@ -455,11 +477,17 @@ def test_a_paired_interval_excludes_zero_only_for_a_real_change():
     prompts, seeds = [Prompt(str(i), "ab"[i % 2]) for i in range(500)], list(range(500))
     luck = rng.normal(size=500)
     before = Scores(prompts, seeds, {"reward": luck, "checker": luck})
-    after = Scores(prompts, seeds, {"reward": luck + 0.1 + 0.1 * rng.normal(size=500), "checker": luck + 0.1 * rng.normal(size=500)})
+    after = Scores(
+        prompts,
+        seeds,
+        {"reward": luck + 0.1 + 0.1 * rng.normal(size=500), "checker": luck + 0.1 * rng.normal(size=500)},
+    )
     real, none = (row for row in compare(before, after) if row.category == "all")
     assert 0 < real.low < real.change < real.high and real.p_value < 0.001
     assert none.low < 0 < none.high and none.p_value > 0.05
-    assert real.high - real.low == pytest.approx(2 * 1.96 * 0.1 / 500**0.5, rel=0.1)  # the luck of a seed cancels in pairs
+    assert real.high - real.low == pytest.approx(
+        2 * 1.96 * 0.1 / 500**0.5, rel=0.1
+    )  # the luck of a seed cancels in pairs
     with pytest.raises(ValueError, match="same prompts and seeds"):
         compare(before, Scores(prompts, seeds[::-1], after.values))
 
@@ -475,7 +503,9 @@ def test_the_same_seed_gives_the_same_image_in_any_batch():
 
 def test_smoothing_keeps_a_constant_reward_and_reaches_the_pixels():
     images = torch.rand(2, 3, 32, 32, requires_grad=True)
-    smoothed = Smoothed(lambda x, _: x.mean(dim=(1, 2, 3)), Smoothing(4, 1, 0.0), [torch.Generator().manual_seed(s) for s in (0, 1)])
+    smoothed = Smoothed(
+        lambda x, _: x.mean(dim=(1, 2, 3)), Smoothing(4, 1, 0.0), [torch.Generator().manual_seed(s) for s in (0, 1)]
+    )
     flat = torch.full((2, 3, 32, 32), 0.25)
     torch.testing.assert_close(smoothed(flat, []), torch.tensor([0.25, 0.25]))
     smoothed(images, []).sum().backward()
@@ -517,11 +547,15 @@ def test_the_command_line_trains_reports_and_samples(tmp_path):
     page = (run / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page must stand alone"
     metrics = {row["metric"] for row in json.loads((run / "evaluation.json").read_text())}
-    assert metrics == {"reward", "monitor", "checker", "saturation", "high_frequency"}, "one image a prompt has no diversity"
+    assert metrics == {"reward", "monitor", "checker", "saturation", "high_frequency"}, (
+        "one image a prompt has no diversity"
+    )
     assert yaml.safe_load((run / "config.yaml").read_text())["steps"] == 2
 
     picture = tmp_path / "drawn.png"
-    result = cli.invoke(app, ["sample", str(run / "config.yaml"), "a red circle", "--weights", str(run), "--out", str(picture)])
+    result = cli.invoke(
+        app, ["sample", str(run / "config.yaml"), "a red circle", "--weights", str(run), "--out", str(picture)]
+    )
     assert result.exit_code == 0 and picture.stat().st_size > 0, result.output
 
 

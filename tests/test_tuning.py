@@ -13,7 +13,15 @@ STEPS = 30
 
 
 def trainer(folder, *overrides):
-    small = ["steps=2", "data.batch_size=2", "rollout.num_steps=12", "evaluation=null", "tuning.mode=full", "optimizer.lr=1e-5", "ema=0.9"]
+    small = [
+        "steps=2",
+        "data.batch_size=2",
+        "rollout.num_steps=12",
+        "evaluation=null",
+        "tuning.mode=full",
+        "optimizer.lr=1e-5",
+        "ema=0.9",
+    ]
     return Trainer(load("demo", [f"output={folder}", *small, *overrides]))
 
 
@@ -25,8 +33,15 @@ def moved(folder, *overrides):
         for p in run.model.parameters.values():
             p.grad = (1 + torch.randn(p.shape, generator=noise)).bfloat16().to(p.dtype)
         run.update(step)
-    weights = {"network": run.model.parameters.values(), "optimizer": run.model.masters.values(), "average": run.model.ema.shadow_params}
-    return {name: torch.cat([(p.detach() - s).flatten() for p, s in zip(ps, start, strict=True)]) for name, ps in weights.items()}
+    weights = {
+        "network": run.model.parameters.values(),
+        "optimizer": run.model.masters.values(),
+        "average": run.model.ema.shadow_params,
+    }
+    return {
+        name: torch.cat([(p.detach() - s).flatten() for p, s in zip(ps, start, strict=True)])
+        for name, ps in weights.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +68,9 @@ def test_the_network_computes_with_its_own_rounding_of_the_master_weights(tmp_pa
         assert torch.equal(p, run.model.masters[name].bfloat16())
     assert any(not torch.equal(p.float(), run.model.masters[name]) for name, p in run.model.parameters.items())
     save_weights(run.model.backbone, tmp_path)
-    assert {p.dtype for p in load_file(tmp_path / "transformer/diffusion_pytorch_model.safetensors").values()} == {torch.bfloat16}
+    assert {p.dtype for p in load_file(tmp_path / "transformer/diffusion_pytorch_model.safetensors").values()} == {
+        torch.bfloat16
+    }
 
 
 @pytest.mark.parametrize("masters", ["true", "false"])

@@ -127,14 +127,18 @@ def aesthetic_folder(folder):
 
 
 class BLIP:
-    """ImageReward by its published names and formulas (ViT-L and BERT with cross-attention, smaller), independent of transformers."""
+    """ImageReward by its published names and formulas (ViT-L and BERT with cross-attention, smaller), independent of
+    transformers.
+    """
 
     def __init__(self, vocabulary, vision=32, text=24, layers=2, patch=14, size=28):
         rng = torch.Generator().manual_seed(0)
         self.layers, self.patch, self.state = layers, patch, {}
 
         def add(prefix, name, *shape):
-            scale = 0.3 if len(shape) == 1 or "token" in name or "embed" in name else torch.Size(shape[1:]).numel() ** -0.5
+            scale = (
+                0.3 if len(shape) == 1 or "token" in name or "embed" in name else torch.Size(shape[1:]).numel() ** -0.5
+            )
             self.state[f"{prefix}.{name}"] = torch.randn(shape, generator=rng) * scale
 
         def linear(prefix, name, inputs, outputs):
@@ -191,22 +195,32 @@ class BLIP:
 
     def score(self, pixels, ids, mask):
         v, t, s = "blip.visual_encoder", "blip.text_encoder", self.state
-        x = F.conv2d(pixels, s[f"{v}.patch_embed.proj.weight"], s[f"{v}.patch_embed.proj.bias"], self.patch).flatten(2).transpose(1, 2)
+        x = (
+            F.conv2d(pixels, s[f"{v}.patch_embed.proj.weight"], s[f"{v}.patch_embed.proj.bias"], self.patch)
+            .flatten(2)
+            .transpose(1, 2)
+        )
         x = torch.cat([s[f"{v}.cls_token"].expand(len(x), 1, -1), x], 1) + s[f"{v}.pos_embed"]
         for i in range(self.layers):
             block = f"{v}.blocks.{i}"
             q, k, value = self.linear(f"{block}.attn.qkv", self.norm(f"{block}.norm1", x, 1e-6)).chunk(3, -1)
             x = x + self.linear(f"{block}.attn.proj", self.attend(q, k, value, 16))
-            x = x + self.linear(f"{block}.mlp.fc2", F.gelu(self.linear(f"{block}.mlp.fc1", self.norm(f"{block}.norm2", x, 1e-6))))
+            x = x + self.linear(
+                f"{block}.mlp.fc2", F.gelu(self.linear(f"{block}.mlp.fc1", self.norm(f"{block}.norm2", x, 1e-6)))
+            )
         image = self.norm(f"{v}.norm", x, 1e-6)
-        y = s[f"{t}.embeddings.word_embeddings.weight"][ids] + s[f"{t}.embeddings.position_embeddings.weight"][: ids.shape[1]]
+        y = (
+            s[f"{t}.embeddings.word_embeddings.weight"][ids]
+            + s[f"{t}.embeddings.position_embeddings.weight"][: ids.shape[1]]
+        )
         y = self.norm(f"{t}.embeddings.LayerNorm", y, 1e-12)
         for i in range(self.layers):
             layer = f"{t}.encoder.layer.{i}"
             for kind, seen in (("attention", mask), ("crossattention", None)):
                 source = y if kind == "attention" else image
                 q, k, value = (
-                    self.linear(f"{layer}.{kind}.self.{part}", z) for part, z in (("query", y), ("key", source), ("value", source))
+                    self.linear(f"{layer}.{kind}.self.{part}", z)
+                    for part, z in (("query", y), ("key", source), ("value", source))
                 )
                 read = self.linear(f"{layer}.{kind}.output.dense", self.attend(q, k, value, 12, seen))
                 y = self.norm(f"{layer}.{kind}.output.LayerNorm", y + read, 1e-12)
@@ -220,7 +234,9 @@ def bert_tokenizer():
     from transformers import BertTokenizer
 
     words = "a red blue green circle stars star square two and".split()
-    return BertTokenizer(vocab={token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])})
+    return BertTokenizer(
+        vocab={token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
+    )
 
 
 def imagereward_folder(folder):
@@ -264,12 +280,17 @@ def qwen_tokenizer(folder):
 
 def qwen_model(config_class, model_class, tokenizer, extra_tokens=0, **vision):
     text = dict(
-        vocab_size=len(tokenizer) + extra_tokens, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer) + extra_tokens, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]),
     )  # fmt: skip
-    named = dict(image="<|image_pad|>", video="<|video_pad|>", vision_start="<|vision_start|>", vision_end="<|vision_end|>")
+    named = dict(
+        image="<|image_pad|>", video="<|video_pad|>", vision_start="<|vision_start|>", vision_end="<|vision_end|>"
+    )
     ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(mark) for name, mark in named.items()}
-    config = config_class(text_config=text, vision_config=dict(depth=2, num_heads=2, **vision), tie_word_embeddings=False, **ids)
+    config = config_class(
+        text_config=text, vision_config=dict(depth=2, num_heads=2, **vision), tie_word_embeddings=False, **ids
+    )
     return randomise(model_class(config))
 
 
@@ -280,7 +301,10 @@ def hpsv3_folder(folder):
     vision = dict(embed_dim=32, hidden_size=32, mlp_ratio=2)
     tokenizer = qwen_tokenizer(folder)
     model = qwen_model(Qwen2VLConfig, Qwen2VLForConditionalGeneration, tokenizer, extra_tokens=1, **vision)
-    state = {key.replace("model.visual.", "visual.").replace("model.language_model.", "model."): v for key, v in model.state_dict().items()}
+    state = {
+        key.replace("model.visual.", "visual.").replace("model.language_model.", "model."): v
+        for key, v in model.state_dict().items()
+    }
     rng = torch.Generator().manual_seed(1)
     for place, inputs, outputs in ((0, 32, 1024), (3, 1024, 16), (5, 16, 2)):
         state[f"rm_head.{place}.weight"] = torch.randn(outputs, inputs, generator=rng) * inputs**-0.5
@@ -296,7 +320,9 @@ def unifiedreward_folder(folder):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     vision = dict(hidden_size=32, out_hidden_size=32, intermediate_size=48, fullatt_block_indexes=[1])
-    qwen_model(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, qwen_tokenizer(folder), **vision).save_pretrained(folder)
+    qwen_model(Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, qwen_tokenizer(folder), **vision).save_pretrained(
+        folder
+    )
     (folder / "instruction.txt").write_text("Rate {prompt}")
     return folder
 

@@ -11,7 +11,9 @@ from flowbp_kernels import selective_recompute
 
 
 class ToyField(nn.Module):
-    """v(x, sigma, c): [B, D] -> [B, D], two layers of tanh with dropout; counts its calls, rows, and the rows that recorded a graph."""
+    """v(x, sigma, c): [B, D] -> [B, D], two layers of tanh with dropout; counts its calls, rows, and the rows that
+    recorded a graph.
+    """
 
     def __init__(self, size=6, hidden=9, dropout=0.0, checkpointing=False):
         super().__init__()
@@ -21,7 +23,12 @@ class ToyField(nn.Module):
         def matrix(*shape):
             return nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5)
 
-        self.inner, self.level, self.text, self.outer = matrix(hidden, size), matrix(hidden), matrix(hidden, size), matrix(size, hidden)
+        self.inner, self.level, self.text, self.outer = (
+            matrix(hidden, size),
+            matrix(hidden),
+            matrix(hidden, size),
+            matrix(size, hidden),
+        )
         self.calls, self.rows, self.rows_with_graph = 0, 0, 0
 
     def forward(self, x, sigma, conditioning):

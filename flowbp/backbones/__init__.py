@@ -1,6 +1,7 @@
 """Backbones: diffusers pipelines behind one protocol. They talk diffusers and never see a method.
 
-A backbone is chosen by the pipeline class that a checkpoint names in its model_index.json; adding one is one file and one line here.
+A backbone is chosen by the pipeline class that a checkpoint names in its model_index.json; adding one is one file and
+one line here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from flowbp.backbones.flux2 import Flux2Backbone
 from flowbp.backbones.sd3 import SD3Backbone
 from flowbp.backbones.zimage import ZImageBackbone
 
-__all__ = ["BACKBONES", "KNOWN_MODELS", "Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "check_guidance", "load_backbone"]
+__all__ = [
+    "BACKBONES",
+    "KNOWN_MODELS",
+    "Backbone",
+    "DiffusersBackbone",
+    "Precision",
+    "bind_velocity",
+    "check_guidance",
+    "load_backbone",
+]
 
 BACKBONES: dict[str, type[DiffusersBackbone]] = {
     "StableDiffusion3Pipeline": SD3Backbone,
@@ -35,12 +45,17 @@ KNOWN_MODELS = {
 
 
 def load_backbone(
-    name: str, dtype: str = "float32", device: str = "cpu", precision: Precision = "float32", max_sequence_length: int | None = None
+    name: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    precision: Precision = "float32",
+    max_sequence_length: int | None = None,
 ) -> Backbone:
     """The backbone of `name`: "shapes" (the embedded model), a known model, a local pipeline folder, or a Hub id.
 
     dtype: of the weights, "float32", "bfloat16" or "float16". precision, max_sequence_length: see `DiffusersBackbone`.
-    Raises ValueError for an unknown name, a folder that is no pipeline or a class without a backbone; OSError for a model out of reach.
+    Raises ValueError for an unknown name, a folder that is no pipeline or a class without a backbone; OSError for a
+        model out of reach.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -53,14 +68,19 @@ def load_backbone(
         cause = str(error).splitlines()[0].rstrip(".")
         raise OSError(
             f"{location} is neither on this disk nor within reach ({cause}). If its page on huggingface.co asks to "
-            f"accept a licence, do so and run `hf auth login`. To work offline, run `hf download {location} --local-dir FOLDER` where "
+            f"accept a licence, do so and run `hf auth login`. To work offline, run `hf download {location} "
+            "--local-dir FOLDER` where "
             "there is a network, and set backbone.name=FOLDER"
         ) from error
     class_name = index["_class_name"]
     if class_name not in BACKBONES:
         raise ValueError(f"no backbone for {class_name} ({location}); there is one for {', '.join(BACKBONES)}")
-    left_out = {part: None for part, value in index.items() if value in ([None, None], (None, None))}  # an SD3 without T5 says so
-    pipe = DiffusionPipeline.from_pretrained(location, dtype=getattr(torch, dtype), local_files_only=offline, **left_out)
+    left_out = {
+        part: None for part, value in index.items() if value in ([None, None], (None, None))
+    }  # an SD3 without T5 says so
+    pipe = DiffusionPipeline.from_pretrained(
+        location, dtype=getattr(torch, dtype), local_files_only=offline, **left_out
+    )
     return BACKBONES[class_name](pipe.to(device), precision, max_sequence_length)
 
 
@@ -74,7 +94,10 @@ def locate(name: str) -> str:
     if not os.path.isdir(location) and "/" not in location:
         near = difflib.get_close_matches(location, KNOWN_MODELS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown backbone {name!r}; {hint}known: shapes, {', '.join(KNOWN_MODELS)}, a local folder, a Hub id owner/name")
+        raise ValueError(
+            f"unknown backbone {name!r}; {hint}known: shapes, {', '.join(KNOWN_MODELS)}, a local folder, a Hub id "
+            "owner/name"
+        )
     if os.path.isdir(location) and not Path(location, "model_index.json").is_file():
         raise ValueError(f"{location} holds no model_index.json: pass the folder of a diffusers pipeline")
     return location

@@ -1,7 +1,8 @@
 """What the engine asks of a backbone, and what the pipelines of diffusers share.
 
-The state of a trajectory is always spatial, [B, C, h, w]; that a network reads it as a sequence of patches is known to `velocity` alone.
-Packing permutes entries and an Euler step acts on each by itself, so a rollout of spatial states is the pipeline's own, bit for bit.
+The state of a trajectory is always spatial, [B, C, h, w]; that a network reads it as a sequence of patches is known to
+`velocity` alone. Packing permutes entries and an Euler step acts on each by itself, so a rollout of spatial states is
+the pipeline's own, bit for bit.
 """
 
 from __future__ import annotations
@@ -19,13 +20,25 @@ from torch import Tensor, nn
 
 from flowbp.guidance import Conditioning, Guidance, GuidedVelocity, NetworkVelocity
 
-__all__ = ["Backbone", "DiffusersBackbone", "JOINT_ATTENTION", "NoiseLevels", "Precision", "bind_velocity", "check_guidance", "grid_ids"]
+__all__ = [
+    "Backbone",
+    "DiffusersBackbone",
+    "JOINT_ATTENTION",
+    "NoiseLevels",
+    "Precision",
+    "bind_velocity",
+    "check_guidance",
+    "grid_ids",
+]
 
 Precision = Literal["pipeline", "float32"]
 NoiseLevels = Literal["published", "pipeline"]
 
 # the attention of a block that joins image and text, as SD3 and FLUX name its layers
-JOINT_ATTENTION = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
+JOINT_ATTENTION = [
+    f"attn.{name}"
+    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+]
 
 
 class Backbone(Protocol):
@@ -35,17 +48,22 @@ class Backbone(Protocol):
     denoiser: nn.Module  # the network that gives the velocity: the trainable part
     lora_targets: list[str]  # modules of the denoiser that LoRA adapts by default
     text_options: dict[str, Any]  # what its prompt embeddings depend on besides the text encoders
-    guidance_branches: Literal["batched", "separate", "none"]  # how classifier-free guidance calls the network; none: distilled away
+    guidance_branches: Literal[
+        "batched", "separate", "none"
+    ]  # how classifier-free guidance calls the network; none: distilled away
     embeds_guidance: bool  # the network reads conditioning["guidance"] [B] float32, a guidance scale
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Text conditioning of `prompts`, without gradient. `embed_once` puts files in the place of the text encoders."""
+        """Text conditioning of `prompts`, without gradient. `embed_once` puts files in the place of the text
+        encoders.
+        """
         ...
 
     def sigmas(self, num_steps: int, height: int, width: int, levels: NoiseLevels = "published") -> Tensor:
         """[num_steps + 1] float32 noise levels on the CPU, decreasing to 0, for images of height x width pixels.
 
-        levels: "published", linspace(1, 1 / N, N) under the pipeline's shift: what the paper's released trainers roll out on. "pipeline",
+        levels: "published", linspace(1, 1 / N, N) under the pipeline's shift: what the paper's released trainers roll
+            out on. "pipeline",
         the sampler's own: on these a user of the model draws. They differ for SD3 alone, whose sampler ends next to 0.
         """
         ...
@@ -66,7 +84,8 @@ class Backbone(Protocol):
 class DiffusersBackbone(ABC):
     """A text-to-image pipeline of diffusers whose scheduler takes plain Euler steps of flow matching.
 
-    precision            of the latents between network calls. "pipeline": in the network's dtype, rounded after every step, as the pipeline
+    precision            of the latents between network calls. "pipeline": in the network's dtype, rounded after every
+    step, as the pipeline
                          keeps them. "float32": not rounded; only the network's input is.
     max_sequence_length  tokens of the prompt embedding; None means the pipeline's default
     """
@@ -76,12 +95,16 @@ class DiffusersBackbone(ABC):
     patch = 2  # latents that one image token spans, along each side
     default_text_tokens = 512
 
-    def __init__(self, pipe: DiffusionPipeline, precision: Precision = "float32", max_sequence_length: int | None = None):
+    def __init__(
+        self, pipe: DiffusionPipeline, precision: Precision = "float32", max_sequence_length: int | None = None
+    ):
         scheduler = pipe.scheduler
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.stochastic_sampling:
             raise ValueError(
-                f"{type(pipe).__name__} samples by {type(scheduler).__name__}; a rollout takes the deterministic steps of "
-                "FlowMatchEulerDiscreteScheduler: give the pipeline one made from its config, with stochastic_sampling off"
+                f"{type(pipe).__name__} samples by {type(scheduler).__name__}; a rollout takes the deterministic steps "
+                "of "
+                "FlowMatchEulerDiscreteScheduler: give the pipeline one made from its config, with stochastic_sampling "
+                "off"
             )
         if precision not in ("pipeline", "float32"):
             raise ValueError(f"precision must be 'pipeline' or 'float32', not {precision!r}")
@@ -121,28 +144,40 @@ class DiffusersBackbone(ABC):
     @property
     @abstractmethod
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of one prompt's conditioning by name, at its full length; told by the configs, without text encoders."""
+        """The shape of one prompt's conditioning by name, at its full length; told by the configs, without text
+        encoders.
+        """
 
     @abstractmethod
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
 
     def pipeline_levels(self, num_steps: int) -> dict[str, Any]:
-        """What the pipeline tells `set_timesteps` of the noise levels before their shift. Most pipelines sample on the published ones."""
+        """What the pipeline tells `set_timesteps` of the noise levels before their shift. Most pipelines sample on the
+        published ones.
+        """
         return {"sigmas": published_levels(num_steps)}
 
     def shift(self, num_steps: int, num_tokens: int) -> float:
-        """mu of the scheduler's dynamic shift, linear in the number of image tokens: larger images stay noisy for longer."""
+        """mu of the scheduler's dynamic shift, linear in the number of image tokens: larger images stay noisy for
+        longer.
+        """
         config = self.pipe.scheduler.config
-        return calculate_shift(num_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        return calculate_shift(
+            num_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+        )
 
     def sigmas(self, num_steps: int, height: int, width: int, levels: NoiseLevels = "published") -> Tensor:
         rows, columns = self.token_grid(height, width)
         scheduler = self.pipe.scheduler
-        arguments = {"sigmas": published_levels(num_steps)} if levels == "published" else self.pipeline_levels(num_steps)
+        arguments = (
+            {"sigmas": published_levels(num_steps)} if levels == "published" else self.pipeline_levels(num_steps)
+        )
         if scheduler.config.use_dynamic_shifting:
             arguments["mu"] = self.shift(num_steps, rows * columns)
         scheduler.set_timesteps(**arguments)
-        return scheduler.sigmas.cpu().clone()  # the scheduler counts the steps it takes: its levels are read, and it is never stepped
+        return (
+            scheduler.sigmas.cpu().clone()
+        )  # the scheduler counts the steps it takes: its levels are read, and it is never stepped
 
     def noise(self, height: int, width: int, generators: list[torch.Generator]) -> Tensor:
         rows, columns = self.token_grid(height, width)
@@ -168,7 +203,10 @@ class DiffusersBackbone(ABC):
         """Image tokens along each side. Raises ValueError for a size that they do not tile."""
         side = self.pipe.vae_scale_factor * self.patch
         if height % side or width % side:
-            raise ValueError(f"{type(self.pipe).__name__} draws images whose sides are multiples of {side} pixels, not {height} x {width}")
+            raise ValueError(
+                f"{type(self.pipe).__name__} draws images whose sides are multiples of {side} pixels, not {height} x "
+                f"{width}"
+            )
         return height // side, width // side
 
 
@@ -186,11 +224,17 @@ def check_guidance(backbone: Backbone, guidance: Guidance) -> None:
     """Raise ValueError when the network cannot be guided as `guidance` says."""
     name = type(backbone.pipe).__name__
     if guidance.active and backbone.guidance_branches == "none":
-        raise ValueError(f"this {name} is distilled to run without a negative prompt: set guidance.scale to 1, not {guidance.scale}")
+        raise ValueError(
+            f"this {name} is distilled to run without a negative prompt: set guidance.scale to 1, not {guidance.scale}"
+        )
     if backbone.embeds_guidance and guidance.embedded is None:
-        raise ValueError(f"this {name} was distilled with a guidance scale as input: set guidance.embedded (FLUX.1-dev: 3.5)")
+        raise ValueError(
+            f"this {name} was distilled with a guidance scale as input: set guidance.embedded (FLUX.1-dev: 3.5)"
+        )
     if guidance.embedded is not None and not backbone.embeds_guidance:
-        raise ValueError(f"this {name} takes no guidance scale as input: set guidance.embedded to null, not {guidance.embedded}")
+        raise ValueError(
+            f"this {name} takes no guidance scale as input: set guidance.embedded to null, not {guidance.embedded}"
+        )
 
 
 def bind_velocity(
@@ -207,9 +251,13 @@ def bind_velocity(
         embedded["guidance"] = torch.full((len(prompts),), guidance.embedded, device=backbone.denoiser.device)
     negative = None
     if guidance.active:
-        negative = {name: value.expand(len(prompts), *value.shape[1:]) for name, value in backbone.encode([""]).items()} | embedded
+        negative = {
+            name: value.expand(len(prompts), *value.shape[1:]) for name, value in backbone.encode([""]).items()
+        } | embedded
     network = backbone.velocity if timesteps == "float32" else told_in_bfloat16(backbone.velocity)
-    return GuidedVelocity(network, backbone.encode(prompts) | embedded, negative, guidance, backbone.guidance_branches == "batched")
+    return GuidedVelocity(
+        network, backbone.encode(prompts) | embedded, negative, guidance, backbone.guidance_branches == "batched"
+    )
 
 
 def told_in_bfloat16(network: NetworkVelocity) -> NetworkVelocity:

@@ -1,4 +1,5 @@
-"""FLUX.1: latents [B, 16, H/8, W/8], which the network reads as 2 x 2 patches; a guidance scale may be an input of the network.
+"""FLUX.1: latents [B, 16, H/8, W/8], which the network reads as 2 x 2 patches; a guidance scale may be an input of the
+network.
 
 FLUX.1-dev was distilled from a guided model and takes the scale as `guidance.embedded`; FLUX.1-schnell takes none.
 """
@@ -26,13 +27,18 @@ class FluxBackbone(DiffusersBackbone):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        embeds, pooled, _ = self.pipe.encode_prompt(prompts, prompt_2=None, device=self.text_device, **self.text_options)
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            prompts, prompt_2=None, device=self.text_device, **self.text_options
+        )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     @property
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         config, tokens = self.denoiser.config, self.text_tokens
-        return {"encoder_hidden_states": (tokens, config.joint_attention_dim), "pooled_projections": (config.pooled_projection_dim,)}
+        return {
+            "encoder_hidden_states": (tokens, config.joint_attention_dim),
+            "pooled_projections": (config.pooled_projection_dim,),
+        }
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype, text = self.denoiser.dtype, conditioning["encoder_hidden_states"]

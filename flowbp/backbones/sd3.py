@@ -1,4 +1,6 @@
-"""Stable Diffusion 3 and 3.5: latents [B, 16, H/8, W/8], a static timestep shift, classifier-free guidance in one batched call."""
+"""Stable Diffusion 3 and 3.5: latents [B, 16, H/8, W/8], a static timestep shift, classifier-free guidance in one
+batched call.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +33,20 @@ class SD3Backbone(DiffusersBackbone):
     @property
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         config, tokens = self.denoiser.config, self.pipe.tokenizer_max_length + self.text_tokens
-        return {"encoder_hidden_states": (tokens, config.joint_attention_dim), "pooled_projections": (config.pooled_projection_dim,)}
+        return {
+            "encoder_hidden_states": (tokens, config.joint_attention_dim),
+            "pooled_projections": (config.pooled_projection_dim,),
+        }
 
     def pipeline_levels(self, num_steps: int) -> dict:
-        """The scheduler's default. It shifts an already shifted range: its last level of 25 is .0089, the published one .111 (shift 3)."""
+        """The scheduler's default. It shifts an already shifted range: its last level of 25 is .0089, the published one
+        .111 (shift 3).
+        """
         return {"num_inference_steps": num_steps}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         timestep = (sigma * 1000).expand(len(x))
-        v = self.denoiser(hidden_states=x.to(self.denoiser.dtype), timestep=timestep, return_dict=False, **conditioning)[0]
+        v = self.denoiser(
+            hidden_states=x.to(self.denoiser.dtype), timestep=timestep, return_dict=False, **conditioning
+        )[0]
         return v.to(x.dtype)

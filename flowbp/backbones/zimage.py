@@ -1,6 +1,8 @@
-"""Z-Image: latents [B, 16, H/8, W/8] in float32, prompts of their own lengths, classifier-free guidance in one batched call.
+"""Z-Image: latents [B, 16, H/8, W/8] in float32, prompts of their own lengths, classifier-free guidance in one batched
+call.
 
-The network tells time from noise (0) to image (1) and predicts minus the velocity. The pipeline's own guidance_scale w multiplies
+The network tells time from noise (0) to image (1) and predicts minus the velocity. The pipeline's own guidance_scale w
+multiplies
 v_pos - v_neg in  v_pos + w (v_pos - v_neg),  so it is `guidance.scale` less 1.
 """
 
@@ -17,7 +19,9 @@ __all__ = ["ZImageBackbone"]
 
 
 class ZImageBackbone(DiffusersBackbone):
-    """`ZImagePipeline`: `ZImageTransformer2DModel`, `AutoencoderKL` and Qwen3, whose last hidden state but one is read."""
+    """`ZImagePipeline`: `ZImageTransformer2DModel`, `AutoencoderKL` and Qwen3, whose last hidden state but one is
+    read.
+    """
 
     guidance_branches = "batched"
     lora_targets = [f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
@@ -29,8 +33,14 @@ class ZImageBackbone(DiffusersBackbone):
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         """Embeddings [B, max_sequence_length, D], zeros from each prompt's own length [B] on."""
-        options = {"device": self.text_device, "do_classifier_free_guidance": False, "max_sequence_length": self.text_tokens}
-        embeds, _ = self.pipe.encode_prompt(list(prompts), **options)  # a copy: the pipeline writes its chat template into the list
+        options = {
+            "device": self.text_device,
+            "do_classifier_free_guidance": False,
+            "max_sequence_length": self.text_tokens,
+        }
+        embeds, _ = self.pipe.encode_prompt(
+            list(prompts), **options
+        )  # a copy: the pipeline writes its chat template into the list
         lengths = [len(embed) for embed in embeds]
         padded = [F.pad(embed, (0, 0, 0, self.text_tokens - len(embed))) for embed in embeds]
         return {"embeds": torch.stack(padded), "lengths": torch.tensor(lengths, device=embeds[0].device)}
@@ -46,7 +56,10 @@ class ZImageBackbone(DiffusersBackbone):
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         images = x.to(self.denoiser.dtype).unsqueeze(2).unbind()  # [C, 1, h, w] each: one frame
         time = ((1000 - sigma * 1000) / 1000).expand(len(x))
-        texts = [embed[:length] for embed, length in zip(conditioning["embeds"], conditioning["lengths"].tolist(), strict=True)]
+        texts = [
+            embed[:length]
+            for embed, length in zip(conditioning["embeds"], conditioning["lengths"].tolist(), strict=True)
+        ]
         v = self.denoiser(list(images), time, texts, return_dict=False)[0]
         return -torch.stack(v).squeeze(2).to(x.dtype)
 

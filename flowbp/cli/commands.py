@@ -75,7 +75,10 @@ def train(
             console.print(f"[bold yellow]warning:[/] {line}", highlight=False)
         metric, best = validation["metric"], validation["best"]
         if validation["stopped"]:
-            console.print(f"stopped early: evaluation.patience passed without a {metric} above that of step {best}", highlight=False)
+            console.print(
+                f"stopped early: evaluation.patience passed without a {metric} above that of step {best}",
+                highlight=False,
+            )
         if best is not None:
             console.print(f"best by {metric}: step {best}, kept in {output / 'best'}", highlight=False, soft_wrap=True)
     console.print(f"report: {(output / 'report.html').resolve()}", soft_wrap=True)
@@ -85,7 +88,9 @@ def train(
 def estimate(
     config: Annotated[str, typer.Argument(help="a YAML file, the folder of a run, or a preset such as demo")],
     overrides: Overrides = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="say whether it fits, and if not what does: 24GB, 24GiB or 80e9")] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="say whether it fits, and if not what does: 24GB, 24GiB or 80e9")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="GPUs of the run, one process each")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="write all numbers here, in bytes")] = None,
 ) -> None:
@@ -99,8 +104,10 @@ def estimate(
     found = estimates.estimate(run, processes)
     console.print(estimate_table(found, f"{config}, {processes} process{'es' if processes > 1 else ''}"))
     console.print(
-        f"a step costs {found.relative_cost:.1f} x sampling its images: {sum(found.calls.values()):.0f} forward passes of "
-        f"{found.forward_flops / 1e12:.3g} TFLOP ({', '.join(f'{name} {count:.1f}' for name, count in found.calls.items())})",
+        f"a step costs {found.relative_cost:.1f} x sampling its images: {sum(found.calls.values()):.0f} forward passes "
+        "of "
+        f"{found.forward_flops / 1e12:.3g} TFLOP "
+        f"({', '.join(f'{name} {count:.1f}' for name, count in found.calls.items())})",
         highlight=False,
     )
     for note in found.notes:
@@ -116,13 +123,17 @@ def estimate(
     console.print(f"[red]does not fit:[/] {share}", highlight=False)
     if (narrow := estimates.without_masters(run, processes)) is not None:
         console.print(
-            f"without master weights (tuning.master_weights=false) it takes {gigabytes(narrow.peak)} GB, and most steps of "
+            f"without master weights (tuning.master_weights=false) it takes {gigabytes(narrow.peak)} GB, and most "
+            "steps of "
             f"optimizer.lr={run.optimizer.lr:g} round to nothing in bfloat16: docs/training.md",
             highlight=False,
         )
     added, count, smaller = estimates.suggest(config, overrides or [], memory, processes)
     outcome = "fits" if smaller.fits(memory) else f"the smallest found still does not fit, for the {smaller.peak_phase}"
-    console.print(f"{outcome}: {gigabytes(smaller.peak)} GB a process, {smaller.relative_cost:.1f} x sampling, with", highlight=False)
+    console.print(
+        f"{outcome}: {gigabytes(smaller.peak)} GB a process, {smaller.relative_cost:.1f} x sampling, with",
+        highlight=False,
+    )
     console.print(f"  {' '.join(added) or 'nothing changed'}", highlight=False, soft_wrap=True)
     if count > processes:
         console.print(f"on {count} processes", highlight=False)
@@ -132,7 +143,9 @@ def estimate(
 def sample(
     config: Annotated[str, typer.Argument(help="the folder of a run, a YAML file, or a preset")],
     prompts: Annotated[list[str], typer.Argument(help="prompts to draw")],
-    weights: Annotated[Path | None, typer.Option(help="folder of a finished run; without it the base model is drawn")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="folder of a finished run; without it the base model is drawn")
+    ] = None,
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("samples.png"),
     seed: Annotated[int, typer.Option(help="seed of the initial noise")] = 0,
 ) -> None:
@@ -147,7 +160,9 @@ def sample(
     run = load(config)
     hide_loading_bars()
     backbone = frozen_backbone(run, weights, str(process_state().device))
-    images = evaluation.generate(backbone, prompts, sample_seeds(seed, count=len(prompts)), run.evaluation_rollout, run.guidance)
+    images = evaluation.generate(
+        backbone, prompts, sample_seeds(seed, count=len(prompts)), run.evaluation_rollout, run.guidance
+    )
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     figures.sample_grid(pixels, prompts, [None] * len(prompts), columns=min(4, len(prompts))).savefig(out, dpi=110)
     console.print(f"wrote {out}")
@@ -158,7 +173,9 @@ def export(
     run: Annotated[Path, typer.Argument(help="folder of a finished LoRA run")],
     out: Annotated[Path, typer.Argument(help="file to write, such as my-lora.safetensors")],
 ) -> None:
-    """Write a run's LoRA as one file for ComfyUI, with alpha / rank in the weights. (A run's own file is for diffusers.)"""
+    """Write a run's LoRA as one file for ComfyUI, with alpha / rank in the weights. (A run's own file is for
+    diffusers.)
+    """
     from flowbp.runtime.weights import export_comfyui
 
     export_comfyui(run, out)
@@ -167,14 +184,22 @@ def export(
 
 @app.command("eval")
 def evaluate(
-    config: Annotated[str, typer.Argument(help="the folder of a run, which is then scored too, a config.yaml, or a preset")],
+    config: Annotated[
+        str, typer.Argument(help="the folder of a run, which is then scored too, a config.yaml, or a preset")
+    ],
     overrides: Overrides = None,
-    weights: Annotated[list[str] | None, typer.Option(help="PATH or NAME=PATH of a run, checkpoint, or LoRA; may be repeated")] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help="PATH or NAME=PATH of a run, checkpoint, or LoRA; may be repeated")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the results; default: <run>-eval")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="throw away scores of other settings that the folder holds")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="throw away scores of other settings that the folder holds")
+    ] = False,
     processes: Processes = 1,
 ) -> None:
-    """Score the base and tuned models on the same prompts and seeds: means, intervals, paired tests, and a page. A killed run goes on."""
+    """Score the base and tuned models on the same prompts and seeds: means, intervals, paired tests, and a page. A
+    killed run goes on.
+    """
     from flowbp.cli.tables import evaluation_tables
     from flowbp.config import load
     from flowbp.evaluation.models import name_models, run_evaluation
@@ -188,14 +213,18 @@ def evaluate(
     with launched(processes):
         results = run_evaluation(run, models, folder, overwrite)
     if is_main():
-        for table in evaluation_tables(results, f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"):
+        for table in evaluation_tables(
+            results, f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"
+        ):
             console.print(table)
         console.print(f"report: {(folder / 'report.html').resolve()}", soft_wrap=True, highlight=False)
 
 
 @app.command("compare")
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="folders of runs; the first is the one that others are compared with")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="folders of runs; the first is the one that others are compared with")
+    ],
     out: Annotated[Path, typer.Option(help="folder of comparison.html and comparison.json")] = Path("comparison"),
 ) -> None:
     """Put several runs into one table and one page, and name the differences that make their comparison unfair."""
@@ -205,7 +234,9 @@ def compare(
     results = compare_runs(runs, out)
     first, *others = names = [run["name"] for run in results["runs"]]
     if results["unfair"]:
-        title = "[bold yellow]not a fair comparison[/]: " + ("more than the method differs" if results["point"] else "of equal methods")
+        title = "[bold yellow]not a fair comparison[/]: " + (
+            "more than the method differs" if results["point"] else "of equal methods"
+        )
         table = Table(Column("key", overflow="fold"), "value: runs", "so it is", title=title)
         for key, found in results["unfair"].items():
             table.add_row(key, listed(grouped(found["values"], names)), found["why"])
@@ -255,7 +286,9 @@ def plan(
 
 
 @app.command()
-def rewards(name: Annotated[str | None, typer.Argument(help="tell more of one reward, and how to fetch it")] = None) -> None:
+def rewards(
+    name: Annotated[str | None, typer.Argument(help="tell more of one reward, and how to fetch it")] = None,
+) -> None:
     """List the rewards: their checkpoints, licences, scores and usual hinges."""
     from flowbp.rewards.registry import REWARDS, find_source, how_to_fetch
 
@@ -270,9 +303,17 @@ def rewards(name: Annotated[str | None, typer.Argument(help="tell more of one re
         table.add_row(names, f"{size}\n{source.licence}\n{source.scores}", hinge)
     console.print(table)
     if name is None:
-        console.print("flowbp rewards NAME says how to fetch one; a function of your own is reward.name=module:function", highlight=False)
+        console.print(
+            "flowbp rewards NAME says how to fetch one; a function of your own is reward.name=module:function",
+            highlight=False,
+        )
     else:
-        console.print(how_to_fetch(name, find_source(name).files, f"rewards/{name}"), highlight=False, soft_wrap=True, markup=False)
+        console.print(
+            how_to_fetch(name, find_source(name).files, f"rewards/{name}"),
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 @app.command()
@@ -292,7 +333,9 @@ def presets(name: Annotated[str | None, typer.Argument(help="print this one as a
     for preset in names():
         run = load(preset)
         guidance, method = non_defaults(run.guidance), non_defaults(run.method)
-        table.add_row(preset, str(run.data.batch_size), guidance, method, end_section=preset.endswith("/flowbp-lagrange"))
+        table.add_row(
+            preset, str(run.data.batch_size), guidance, method, end_section=preset.endswith("/flowbp-lagrange")
+        )
     console.print(table)
 
 

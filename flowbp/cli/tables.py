@@ -9,11 +9,23 @@ from rich import box
 from rich.markup import escape
 from rich.table import Column, Table
 
-from flowbp.evaluation.numbers import between, direction, notes, number, p_text, scale_of, scale_of_change, shown, signed
+from flowbp.evaluation.numbers import (
+    between,
+    direction,
+    notes,
+    number,
+    p_text,
+    scale_of,
+    scale_of_change,
+    shown,
+    signed,
+)
 
 
 def estimate_table(found, title: str) -> Table:
-    """Gigabytes of what is always there, of what comes and goes, and of all that each part of a run holds at its peak."""
+    """Gigabytes of what is always there, of what comes and goes, and of all that each part of a run holds at its
+    peak.
+    """
     caption = f"{found.trained:,} parameters trained,\non a network of {found.parameters:,}"
     table = Table("memory", "GB", title=title, caption=caption, min_width=44)
     table.columns[1].justify = "right"
@@ -22,7 +34,11 @@ def estimate_table(found, title: str) -> Table:
         table.add_row(heading, "", style="dim")
         for name, size in terms.items():
             if size:
-                table.add_row(f"  {name}", gigabytes(size), style="bold" if heading == "peak in" and name == found.peak_phase else None)
+                table.add_row(
+                    f"  {name}",
+                    gigabytes(size),
+                    style="bold" if heading == "peak in" and name == found.peak_phase else None,
+                )
         table.add_section()
     return table
 
@@ -41,19 +57,32 @@ def plan_table(drawn, sigmas, title: str) -> Table:
             roles.append("bridge")
         gradient = f"{grad_weight:+.4f}" if grad_weight else ""
         table.add_row(
-            str(node), f"{sigmas[node]:.4f}", f"{weight:+.4f}", gradient, ", ".join(roles), style="bold" if grad_weight else "dim"
+            str(node),
+            f"{sigmas[node]:.4f}",
+            f"{weight:+.4f}",
+            gradient,
+            ", ".join(roles),
+            style="bold" if grad_weight else "dim",
         )
     return table
 
 
 def comparison_table(rows: list[dict], title: str, before: str = "before", after: str = "after") -> Table:
-    """Paired changes; image statistics over all images only. Bold marks a change that its interval and its test confirm."""
+    """Paired changes; image statistics over all images only. Bold marks a change that its interval and its test
+    confirm.
+    """
     table = metric_table(title, "n", before, after, "change, 95 %", "p")
     table.caption = "\n".join(notes(rows)) or None
     for row in shown(rows):
         scale, finer = scale_of(row), scale_of_change(row)
         change = f"{signed(row['change'], finer)} {between((row['low'], row['high']), finer)}"
-        cells = (str(row["count"]), number(row["before"], scale), number(row["after"], scale), change, p_text(row["p_value"]))
+        cells = (
+            str(row["count"]),
+            number(row["before"], scale),
+            number(row["after"], scale),
+            change,
+            p_text(row["p_value"]),
+        )
         table.add_row(metric_label(row), *cells, style="bold" if direction(row) else None)
     return table
 
@@ -101,7 +130,12 @@ def evaluation_tables(results: dict, title: str) -> Iterator[Table]:
         table.caption = "\n".join(notes(results["means"])) or None
         for row in results["means"]:
             scale = scale_of(row)
-            table.add_row(metric_label(row), str(row["count"]), number(row["mean"], scale), between((row["low"], row["high"]), scale))
+            table.add_row(
+                metric_label(row),
+                str(row["count"]),
+                number(row["mean"], scale),
+                between((row["low"], row["high"]), scale),
+            )
         yield table
 
 

@@ -13,7 +13,17 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from flowbp.active_sets import PAIR_SAMPLERS, PairSampler
 from flowbp.methods import METHODS
 
-__all__ = ["FINITE", "ConfigError", "build", "build_method", "build_named", "describe", "from_mapping", "nearest", "unknown"]
+__all__ = [
+    "FINITE",
+    "ConfigError",
+    "build",
+    "build_method",
+    "build_named",
+    "describe",
+    "from_mapping",
+    "nearest",
+    "unknown",
+]
 
 FINITE = ConfigDict(allow_inf_nan=False)
 
@@ -44,7 +54,9 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
         if hints[key] is PairSampler:
             default = next(field.default for field in dataclasses.fields(cls) if field.name == key)
             named = describe(default, PAIR_SAMPLERS)["name"] if dataclasses.is_dataclass(default) else None
-            arguments[key] = build_named("pair sampler", PAIR_SAMPLERS, {"name": named} | value if isinstance(value, Mapping) else value)
+            arguments[key] = build_named(
+                "pair sampler", PAIR_SAMPLERS, {"name": named} | value if isinstance(value, Mapping) else value
+            )
         elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
             arguments[key] = build(hints[key], value)
         else:
@@ -60,7 +72,9 @@ def build_named(kind: str, registry: Mapping[str, type], spec: Any) -> Any:
     if dataclasses.is_dataclass(spec):
         return spec  # already built
     if not isinstance(spec, (str, Mapping)):
-        raise ConfigError(f"{spec!r} is no {kind}: give a name, or a mapping of name and fields; known: {', '.join(sorted(registry))}")
+        raise ConfigError(
+            f"{spec!r} is no {kind}: give a name, or a mapping of name and fields; known: {', '.join(sorted(registry))}"
+        )
     fields = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = fields.pop("name", None)
     if isinstance(name, str) and ":" in name:
@@ -82,7 +96,9 @@ def describe(built: Any, registry: Mapping[str, type]) -> dict[str, Any]:
     names = {cls: name for name, cls in registry.items()}
     name = names.get(type(built), f"{type(built).__module__}:{type(built).__qualname__}")
     fields = {field.name: getattr(built, field.name) for field in dataclasses.fields(built)}
-    return {"name": name} | {k: describe(v, PAIR_SAMPLERS) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
+    return {"name": name} | {
+        k: describe(v, PAIR_SAMPLERS) if dataclasses.is_dataclass(v) else v for k, v in fields.items()
+    }
 
 
 def build_method(spec: Any) -> Any:

@@ -4,13 +4,14 @@
     resident  =  weights of network, VAE and rewards, master weights, optimizer state, moving average
     rollout   =  cached rollout + kept graphs + one forward pass without gradient
     reward    =  cached rollout + kept graphs + decoder and reward graph of `memory.reward_batch` samples
-    sweep     =  cached rollout + gradients + other kept graphs + one replay with its backward pass (of `memory.nodes_per_forward` nodes)
+    sweep     =  cached rollout + gradients + other kept graphs + one replay with its backward pass (of
+    `memory.nodes_per_forward` nodes)
     update    =  gradients + one more copy of the trained parameters, which AdamW makes on a GPU
     checkpoint = the largest trained tensor, put together from its shards
     embedding =  text encoders and one batch of prompts, before the rest is on the device
 
-The passes are run on the meta device (`passes`). What an allocator adds to their live bytes (fragmentation, workspaces, the CUDA
-context) is not counted. No estimate was compared with a GPU.
+The passes are run on the meta device (`passes`). What an allocator adds to their live bytes (fragmentation, workspaces,
+the CUDA context) is not counted. No estimate was compared with a GPU.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**2
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on one process, parameters, and network calls of one micro-batch in units of one forward pass over the batch.
+    """Bytes on one process, parameters, and network calls of one micro-batch in units of one forward pass over the
+    batch.
 
-    resident, working: terms by name. peaks: all that each part of a run takes. parameters, trained: of the network. calls: forward passes
-    of the rollout, of the replays, and the equivalent of their backward passes. sampling: forward passes of plain sampling. forward_flops:
-    of one forward pass. notes: what could not be counted.
+    resident, working: terms by name. peaks: all that each part of a run takes. parameters, trained: of the network.
+    calls: forward passes of the rollout, of the replays, and the equivalent of their backward passes. sampling: forward
+    passes of plain sampling. forward_flops: of one forward pass. notes: what could not be counted.
     """
 
     resident: dict[str, int]
@@ -77,7 +79,9 @@ class Estimate:
 
 
 def estimate(config: RunConfig, processes: int = 1) -> Estimate:
-    """The estimate of one process of `processes`. Raises ValueError or OSError where the backbone's architecture is not known."""
+    """The estimate of one process of `processes`. Raises ValueError or OSError where the backbone's architecture is not
+    known.
+    """
     network, reward = network_pass(config), reward_pass(config)
     plans = [draw_plan(config, draw, network.sigmas) for draw in range(DRAWS)]
     run = Run(config, processes, network, reward, text_pass(config), plans)
@@ -89,13 +93,23 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
         notes += (f"a checkpoint passes through the CPU memory of the main process: {saved / 1e9:.1f} GB",)
     sampling = config.rollout.num_steps * run.branches
     return Estimate(
-        run.resident, run.working, run.peaks, network.parameters, network.trained, run.calls, sampling, network.forward_flops, notes
+        run.resident,
+        run.working,
+        run.peaks,
+        network.parameters,
+        network.trained,
+        run.calls,
+        sampling,
+        network.forward_flops,
+        notes,
     )
 
 
 @dataclass(frozen=True)
 class Run:
-    """What an estimate is made of: the passes over one micro-batch, the plans, and how many processes share the work."""
+    """What an estimate is made of: the passes over one micro-batch, the plans, and how many processes share the
+    work.
+    """
 
     config: RunConfig
     processes: int
@@ -132,7 +146,8 @@ class Run:
         only_one = max(self.replays) == 1 and self.config.data.accumulate == 1
         return self.shards > 1 and (only_one or self.config.memory.shard_gradients)
 
-    # -- memory --------------------------------------------------------------------------------------------------------------------
+    # -- memory
+    # ----------------------------------------------------------------------------------------------------------------
 
     @property
     def wide_bytes(self) -> int:
@@ -165,11 +180,17 @@ class Run:
     def working(self) -> dict[str, int]:
         """Bytes that come and go in a step."""
         network = self.network
-        whole = self.wide_bytes if self.shards > 1 else network.trained_bytes  # FSDP2 adds gradients up and reduces them in float32
-        cached = max(len(plan.cached_latents) + len(plan.cached_velocities) for plan in self.plans) + 3  # noise, sample, reward input
+        whole = (
+            self.wide_bytes if self.shards > 1 else network.trained_bytes
+        )  # FSDP2 adds gradients up and reduces them in float32
+        cached = (
+            max(len(plan.cached_latents) + len(plan.cached_velocities) for plan in self.plans) + 3
+        )  # noise, sample, reward input
         return {
             "gradients": network.trained_bytes // self.shards if self.splits_gradients else whole,
-            "gradients of two blocks": network.trained_block_bytes * whole // network.trained_bytes if self.splits_gradients else 0,
+            "gradients of two blocks": network.trained_block_bytes * whole // network.trained_bytes
+            if self.splits_gradients
+            else 0,
             "cached rollout": cached * network.latent_bytes,
             "one node's graph": network.graph_bytes,
             "kept graphs": self.kept_graphs * network.graph_bytes,
@@ -198,11 +219,14 @@ class Run:
         embeds_first = self.config.data.embeddings == "cached" and self.text.weight_bytes
         return peaks | ({"embedding": self.text.weight_bytes + self.text.peak_bytes} if embeds_first else {})
 
-    # -- time ----------------------------------------------------------------------------------------------------------------------
+    # -- time
+    # ----------------------------------------------------------------------------------------------------------------
 
     @property
     def calls(self) -> dict[str, float]:
-        """Forward passes of one micro-batch, averaged over the plans; a backward pass counts as two, and one more where it recomputes."""
+        """Forward passes of one micro-batch, averaged over the plans; a backward pass counts as two, and one more where
+        it recomputes.
+        """
         config, replays = self.config, float(np.mean(self.replays))
         with_gradient = 1 if config.guidance.detach_negative else self.branches
         steps = float(np.mean([plan.num_steps(config.rollout.num_steps) + plan.num_renoised for plan in self.plans]))
@@ -213,7 +237,8 @@ class Run:
         }
 
 
-# -- what fits -----------------------------------------------------------------------------------------------------------------------
+# -- what fits
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def parse_size(text: str) -> float:
@@ -229,10 +254,11 @@ def parse_size(text: str) -> float:
 
 
 def suggest(name: str, overrides: Iterable[str], memory: float, processes: int = 1) -> tuple[list[str], int, Estimate]:
-    """(overrides to add, processes, the estimate) of a run that fits into `memory` bytes, or of the smallest that was found.
+    """(overrides to add, processes, the estimate) of a run that fits into `memory` bytes, or of the smallest that was
+    found.
 
-    Each round takes the first change that acts where the peak is and lowers it: changes that leave the step as it is come first. Then the
-    weights are sharded over twice as many processes, and again, as long as that helps.
+    Each round takes the first change that acts where the peak is and lowers it: changes that leave the step as it is
+    come first. Then the weights are sharded over twice as many processes, and again, as long as that helps.
     """
     overrides, added = list(overrides), []
     config = load(name, overrides)
@@ -263,7 +289,9 @@ def without_masters(config: RunConfig, processes: int = 1) -> Estimate | None:
     """
     if not estimate(config, processes).resident["master weights"]:
         return None
-    return estimate(config.model_copy(update={"tuning": config.tuning.model_copy(update={"master_weights": False})}), processes)
+    return estimate(
+        config.model_copy(update={"tuning": config.tuning.model_copy(update={"master_weights": False})}), processes
+    )
 
 
 def over(added: list[str], change: list[str]) -> list[str]:
@@ -279,7 +307,11 @@ def changes(config: RunConfig) -> list[tuple[tuple[str, ...], list[str]]]:
     return [
         (("reward",), ["memory.vae_checkpointing=true", "memory.reward_batch=1"]),
         (("rollout", "sweep"), ["memory.checkpointing=true"]),
-        *((passes, [f"data.batch_size={b}", f"data.accumulate={accumulate * samples // b}"]) for b in batches if samples % b == 0),
+        *(
+            (passes, [f"data.batch_size={b}", f"data.accumulate={accumulate * samples // b}"])
+            for b in batches
+            if samples % b == 0
+        ),
         (passes, ["memory.recompute=always", "memory.budget_gb=null"]),
         (("sweep",), ["memory.nodes_per_forward=1"]),
         ((*passes, "update"), ["tuning.mode=lora"]),

@@ -1,7 +1,7 @@
 """The passes of a run over its micro-batch, on PyTorch's meta device: what `flowbp estimate` adds up.
 
-Each is run by the code that a training run runs, at the run's own resolution, batch and prompt length, without weights and without a GPU.
-Every tensor that it makes and frees is counted in bytes, its operations in FLOPs.
+Each is run by the code that a training run runs, at the run's own resolution, batch and prompt length, without weights
+and without a GPU. Every tensor that it makes and frees is counted in bytes, its operations in FLOPs.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ __all__ = ["NetworkPass", "RewardPass", "TextPass", "draw_plan", "network_pass",
 class NetworkPass:
     """The network, and its passes over one micro-batch.
 
-    parameters, trained             how many. trained_bytes, frozen_bytes: as many bytes. largest: elements of the largest trained tensor
-    block_bytes                     what FSDP2 holds whole at a time of all weights; of the trained ones alone: trained_block_bytes
+    parameters, trained             how many. trained_bytes, frozen_bytes: as many bytes. largest: elements of the
+    largest trained tensor
+    block_bytes                     what FSDP2 holds whole at a time of all weights; of the trained ones alone:
+    trained_block_bytes
     vae_bytes                       weights of the VAE
     latent_bytes                    one latent of the micro-batch
     forward_bytes, forward_flops    forward pass without gradient, both branches of guidance; FLOPs: of one branch
@@ -70,7 +72,9 @@ class NetworkPass:
 
 @dataclass(frozen=True)
 class RewardPass:
-    """Weights of rewards and monitors; the most that decoder and rewards add, forward and backward; what could not be counted."""
+    """Weights of rewards and monitors; the most that decoder and rewards add, forward and backward; what could not be
+    counted.
+    """
 
     weight_bytes: int
     peak_bytes: int
@@ -86,7 +90,9 @@ class TextPass:
 
 
 def network_pass(config: RunConfig) -> NetworkPass:
-    """Forward pass and replay of the run. Raises ValueError or OSError where the backbone's architecture is not known."""
+    """Forward pass and replay of the run. Raises ValueError or OSError where the backbone's architecture is not
+    known.
+    """
     decoder_alone = {"reward_batch", "vae_checkpointing", "vae_slicing", "vae_tiling"}
     return _network_pass(_relevant(config, decoder_alone, {"evaluation"}))
 
@@ -103,11 +109,15 @@ def text_pass(config: RunConfig) -> TextPass:
 
 def draw_plan(config: RunConfig, draw: int, sigmas: np.ndarray) -> SurrogatePlan | PlanBatch:
     """A plan of the run's batch."""
-    return draw_plans(config.method, sigmas, np.random.default_rng((config.seed, draw)), config.data.batch_size, config.plans)
+    return draw_plans(
+        config.method, sigmas, np.random.default_rng((config.seed, draw)), config.data.batch_size, config.plans
+    )
 
 
 def _relevant(config: RunConfig, ignored: set[str], sections: set[str]) -> str:
-    """The config as JSON, less what does not change a pass: these keys of `memory`, these sections, and what changes none."""
+    """The config as JSON, less what does not change a pass: these keys of `memory`, these sections, and what changes
+    none.
+    """
     values = config.model_dump(mode="json", exclude=sections | {"optimizer", "ema", "steps", "checkpoint_every"})
     for key in ignored | {"recompute", "budget_gb", "shard", "shard_gradients"}:
         del values["memory"][key]
@@ -116,7 +126,8 @@ def _relevant(config: RunConfig, ignored: set[str], sections: set[str]) -> str:
     return json.dumps(values)
 
 
-# -- network -------------------------------------------------------------------------------------------------------------------------
+# -- network
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -166,8 +177,12 @@ def _latents(backbone: Backbone, config: RunConfig, rows: int) -> Tensor:
     return torch.empty(rows, *shape, device="meta").to(backbone.latents_dtype)
 
 
-def _replay(velocity: GuidedVelocity, latents: Tensor, plan: SurrogatePlan | PlanBatch, nodes_per_forward: int, live: LiveBytes) -> int:
-    """Replay, forward and backward, as many of the plan's nodes as one forward pass takes; returns the bytes of their graph."""
+def _replay(
+    velocity: GuidedVelocity, latents: Tensor, plan: SurrogatePlan | PlanBatch, nodes_per_forward: int, live: LiveBytes
+) -> int:
+    """Replay, forward and backward, as many of the plan's nodes as one forward pass takes; returns the bytes of their
+    graph.
+    """
     nodes = min(nodes_per_forward, len(plan.sweep))
     x, sigma = latents, torch.empty((), device="meta")
     if nodes > 1:
@@ -187,13 +202,16 @@ def _forward_flops(backbone: Backbone, velocity: GuidedVelocity, latents: Tensor
 
 
 def block_bytes(denoiser: nn.Module, counts: Callable[[nn.Parameter], bool]) -> int:
-    """What FSDP2 holds whole at a time of the parameters that count: two blocks, for one is fetched ahead, and what belongs to none."""
+    """What FSDP2 holds whole at a time of the parameters that count: two blocks, for one is fetched ahead, and what
+    belongs to none.
+    """
     blocks = [module for module in denoiser.modules() if type(module).__name__ in denoiser._no_split_modules]
     sizes = sorted(bytes_of(filter(counts, block.parameters())) for block in blocks)
     return bytes_of(filter(counts, denoiser.parameters())) - sum(sizes[:-2])
 
 
-# -- decoder and rewards -------------------------------------------------------------------------------------------------------------
+# -- decoder and rewards
+# -------------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -204,7 +222,9 @@ def _reward_pass(relevant: str) -> RewardPass:
     watching = config.evaluation is not None and config.evaluation.watch
     monitors = [_reward(spec) for spec in (config.evaluation.monitors if watching else {}).values()]
     weighted = WeightedRewards({name: spec.term(reward=rewards[name].reward) for name, spec in config.reward.items()})
-    samples = config.data.batch_size * (1 + draw_plan(config, 0, np.linspace(1, 0, config.rollout.num_steps + 1)).num_renoised)
+    samples = config.data.batch_size * (
+        1 + draw_plan(config, 0, np.linspace(1, 0, config.rollout.num_steps + 1)).num_renoised
+    )
     z = _latents(backbone, config, min(samples, config.memory.reward_batch or samples))
 
     def score(part: Tensor, which: slice) -> Tensor:
@@ -216,7 +236,9 @@ def _reward_pass(relevant: str) -> RewardPass:
         reward_gradient(weighted, score, z, torch.ones(len(z), device="meta"))
         peak_bytes = live.peak - before
     loaded = [*rewards.values(), *monitors]
-    return RewardPass(sum(each.weight_bytes for each in loaded), peak_bytes, tuple(each.note for each in loaded if each.note))
+    return RewardPass(
+        sum(each.weight_bytes for each in loaded), peak_bytes, tuple(each.note for each in loaded if each.note)
+    )
 
 
 class MetaReward(NamedTuple):
@@ -229,7 +251,9 @@ class MetaReward(NamedTuple):
 
 def _reward(spec: ScorerConfig) -> MetaReward:
     if ":" in spec.name:
-        return MetaReward(_no_graph, 0, f"the reward {spec.name} is code of your own: its weights and its graph are not counted")
+        return MetaReward(
+            _no_graph, 0, f"the reward {spec.name} is code of your own: its weights and its graph are not counted"
+        )
     source = find_source(spec.name)
     parameters, tower = source.parameters, IMAGE_TOWERS.get(spec.name)
     dtype = getattr(torch, spec.dtype or ("float32" if tower is not None else "bfloat16"))
@@ -238,7 +262,11 @@ def _reward(spec: ScorerConfig) -> MetaReward:
         if (folder / "config.json").is_file():
             parameters, tower = _read_clip(folder)
     if tower is None:
-        return MetaReward(_no_graph, parameters * dtype.itemsize, f"the graph of the reward {spec.name} is not counted, its weights are")
+        return MetaReward(
+            _no_graph,
+            parameters * dtype.itemsize,
+            f"the graph of the reward {spec.name} is not counted, its weights are",
+        )
     return MetaReward(ImageTower(tower, "meta", dtype), parameters * dtype.itemsize)
 
 
@@ -255,7 +283,8 @@ def _no_graph(images: Tensor, prompts: list[str]) -> Tensor:
     return images.flatten(1).mean(dim=1)
 
 
-# -- text encoders -------------------------------------------------------------------------------------------------------------------
+# -- text encoders
+# -------------------------------------------------------------------------------------------------------------------
 
 ENCODE = {  # how the pipelines of diffusers call a class of text encoders
     "CLIPTextModelWithProjection": {"output_hidden_states": True},
@@ -267,7 +296,9 @@ ENCODE = {  # how the pipelines of diffusers call a class of text encoders
 @cache
 def _text_pass(relevant: str) -> TextPass:
     options = BackboneConfig.model_validate_json(relevant)
-    backbone, encoders = read_backbone(options.name, getattr(torch, options.dtype), options.precision, options.max_sequence_length)
+    backbone, encoders = read_backbone(
+        options.name, getattr(torch, options.dtype), options.precision, options.max_sequence_length
+    )
     with torch.no_grad(), fused_attention(), LiveBytes(t for encoder in encoders for t in tensors(encoder)) as live:
         weight_bytes = live.alive
         for encoder in encoders:
@@ -285,13 +316,16 @@ def _encode(encoder: PreTrainedModel, tokens: int) -> None:
     encoder(input_ids=torch.zeros(BATCH, tokens, dtype=torch.int64, device="meta"), **calls, **masks)
 
 
-# -- counting ------------------------------------------------------------------------------------------------------------------------
+# -- counting
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def _backbone(config: RunConfig) -> Backbone:
     """The run's backbone on the meta device with the run's memory switches."""
     options = config.backbone
-    backbone, _ = read_backbone(options.name, getattr(torch, options.dtype), options.precision, options.max_sequence_length)
+    backbone, _ = read_backbone(
+        options.name, getattr(torch, options.dtype), options.precision, options.max_sequence_length
+    )
     save_memory(backbone, config.memory)
     return backbone
 
@@ -301,7 +335,9 @@ FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Let attention on the meta device save what fused kernels save, not the matrices [B, heads, tokens, tokens] of the plain formula."""
+    """Let attention on the meta device save what fused kernels save, not the matrices [B, heads, tokens, tokens] of the
+    plain formula.
+    """
     plain = F.scaled_dot_product_attention
 
     def fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):

@@ -18,14 +18,17 @@ __all__ = ["Evaluator"]
 class Evaluator:
     """Scores any weights of a model on the samples of `config.evaluation`, or on others.
 
-    With `evaluation.watch` monitors and checker stay in memory from the first evaluation on. Without it they leave after each one.
+    With `evaluation.watch` monitors and checker stay in memory from the first evaluation on. Without it they leave
+    after each one.
     """
 
     def __init__(self, config: RunConfig, rewards: Mapping[str, Reward], device: str):
         """rewards: those that are trained on."""
         self.config, self.rewards, self.device = config, rewards, device
         self.samples = draw_samples(load_prompts(config.evaluation.prompts), config.evaluation)
-        self.monitors = config.evaluation.load_monitors(device if config.evaluation.watch else "cpu")  # a missing one is found now
+        self.monitors = config.evaluation.load_monitors(
+            device if config.evaluation.watch else "cpu"
+        )  # a missing one is found now
         if not config.evaluation.watch:
             self.monitors = {}
         self._scorers: dict[str, Scorer] | None = None

@@ -1,7 +1,8 @@
 """Pictures: a plan, training curves, and grids of samples. Each function returns a matplotlib figure.
 
-One palette serves them all. Its colours are at least 23 apart (CIE76) for normal sight and for each of the three colour blindnesses
-(Machado et al. 2009, severity 1), and at least 3:1 against white; what they tell apart is told by a shape, a dash or a mark as well.
+One palette serves them all. Its colours are at least 23 apart (CIE76) for normal sight and for each of the three colour
+blindnesses (Machado et al. 2009, severity 1), and at least 3:1 against white; what they tell apart is told by a shape,
+a dash or a mark as well.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ INK, QUIET, ACTIVE, BRIDGE, REWARD, EXTRA = "#1f2933", "#b8c1cc", "#2563eb", "#d
 
 
 def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> Figure:
-    """Above: the rollout from noise to sample, with what is re-forwarded. Below: the weights of the quadrature and of the gradient."""
+    """Above: the rollout from noise to sample, with what is re-forwarded. Below: the weights of the quadrature and of
+    the gradient.
+    """
     sigmas = np.asarray(sigmas)
     total = len(sigmas) - 1
     active = dict(plan.active)
@@ -32,19 +35,32 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
     reached = total + 1 if plan.reward_input is None else visited
     path.plot(range(reached), sigmas[:reached], color=QUIET, lw=1.2, zorder=1)
     path.scatter(range(visited), sigmas[:visited], s=14, color=QUIET, zorder=2, label="rolled out, no gradient")
-    path.scatter(list(active), sigmas[list(active)], s=64, color=ACTIVE, zorder=3, label="active: replayed, with gradient")
+    path.scatter(
+        list(active), sigmas[list(active)], s=64, color=ACTIVE, zorder=3, label="active: replayed, with gradient"
+    )
     if plan.reward_input is None:
         path.scatter([total], [sigmas[-1]], s=150, marker="*", color=REWARD, zorder=4, label="reward sees the sample")
     else:
         e = plan.reward_input.at
-        path.annotate("", (total, 0), (e, sigmas[e]), arrowprops={"arrowstyle": "->", "color": REWARD, "ls": "--", "shrinkB": 7})
-        path.scatter([total], [0], s=150, marker="*", color=REWARD, zorder=4, label=f"reward sees the posterior mean of node {e}")
+        path.annotate(
+            "", (total, 0), (e, sigmas[e]), arrowprops={"arrowstyle": "->", "color": REWARD, "ls": "--", "shrinkB": 7}
+        )
+        path.scatter(
+            [total], [0], s=150, marker="*", color=REWARD, zorder=4, label=f"reward sees the posterior mean of node {e}"
+        )
     if plan.bridge is not None:
         j = plan.bridge.node
         at_j = (j, sigmas[j])
         ring = {"s": 150, "facecolors": "none", "edgecolors": BRIDGE, "lw": 2, "zorder": 4}
         path.scatter(*at_j, label=f"bridge at node {j}, alpha = {plan.bridge.alpha:g}", **ring)
-        arrow = {"connectionstyle": "arc3,rad=0.25", "arrowstyle": "-|>", "mutation_scale": 11, "color": BRIDGE, "shrinkA": 7, "shrinkB": 6}
+        arrow = {
+            "connectionstyle": "arc3,rad=0.25",
+            "arrowstyle": "-|>",
+            "mutation_scale": 11,
+            "color": BRIDGE,
+            "shrinkA": 7,
+            "shrinkB": 6,
+        }
         for i in (i for i in active if i < j and plan.active_bridge):
             path.add_patch(FancyArrowPatch(at_j, (i, sigmas[i]), lw=1.2, **arrow))
     path.set_ylabel("noise level $\\sigma$")
@@ -70,8 +86,11 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
     return {name: {"color": colours[i % 5], "linestyle": dashes[i // 5 % 3]} for i, name in enumerate(names)}
 
 
-def curves(runs: Mapping[str, Sequence[Mapping]], metric: str, title: str, unit: str = "", smooth: bool = True) -> Figure:
-    """A metric of the rows of metrics.jsonl over steps, one line a run: its running mean over a tenth of the run, each step faint behind.
+def curves(
+    runs: Mapping[str, Sequence[Mapping]], metric: str, title: str, unit: str = "", smooth: bool = True
+) -> Figure:
+    """A metric of the rows of metrics.jsonl over steps, one line a run: its running mean over a tenth of the run, each
+    step faint behind.
 
     smooth = False marks every value instead: for metrics that few steps have.
     """
@@ -85,7 +104,15 @@ def curves(runs: Mapping[str, Sequence[Mapping]], metric: str, title: str, unit:
         window = max(1, len(values) // 10) if smooth else 1
         if window > 1:
             axes.plot(steps, values, color=style["color"], lw=0.7, alpha=0.25)
-        axes.plot(steps[window - 1 :], running_mean(values, window), lw=1.8, marker="" if smooth else "o", ms=4, label=name, **style)
+        axes.plot(
+            steps[window - 1 :],
+            running_mean(values, window),
+            lw=1.8,
+            marker="" if smooth else "o",
+            ms=4,
+            label=name,
+            **style,
+        )
     axes.set_title(title, fontsize=10, color=INK, loc="left")
     axes.set_xlabel("optimizer step", fontsize=9)
     axes.set_ylabel(unit, fontsize=9)
@@ -104,7 +131,9 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def sample_grid(images: np.ndarray, captions: Sequence[str], passed: Sequence[bool | None], columns: int = 4) -> Figure:
-    """images [n, H, W, 3] in [0, 1] with their captions. Where a checker judged, a tick and a solid frame, or a cross and a dashed one."""
+    """images [n, H, W, 3] in [0, 1] with their captions. Where a checker judged, a tick and a solid frame, or a cross
+    and a dashed one.
+    """
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.75 * columns, 2.1 * rows), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:

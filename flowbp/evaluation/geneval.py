@@ -1,13 +1,16 @@
-"""Does an image show what its prompt says? GenEval's judgement by an object detector (Ghosh et al. 2023, arXiv 2310.11513).
+"""Does an image show what its prompt says? GenEval's judgement by an object detector (Ghosh et al. 2023, arXiv
+2310.11513).
 
 A prompt comes with what its image must hold, a line of evaluation_metadata.jsonl:
 
     {"tag": "position", "prompt": "a photo of a dog right of a bench",
-     "include": [{"class": "bench", "count": 1}, {"class": "dog", "count": 1, "position": ["right of", 0]}], "exclude": []}
+     "include": [{"class": "bench", "count": 1}, {"class": "dog", "count": 1, "position": ["right of", 0]}], "exclude":
+     []}
 
-All `include` clauses must hold and no `exclude` clause may. A clause with count n is held by the n most confident detections of its class;
-"color" asks all n for that colour, "position" [relation, i] asks all n to stand so to every object of the i-th include clause. An exclude
-clause is broken by `count` or more detections. Detections count above a score of .3, or .9 for the tag "counting", at most 16 a class.
+All `include` clauses must hold and no `exclude` clause may. A clause with count n is held by the n most confident
+detections of its class; "color" asks all n for that colour, "position" [relation, i] asks all n to stand so to every
+object of the i-th include clause. An exclude clause is broken by `count` or more detections. Detections count above a
+score of .3, or .9 for the tag "counting", at most 16 a class.
 """
 
 from __future__ import annotations
@@ -30,7 +33,17 @@ if TYPE_CHECKING:
     from flowbp.config import GenEvalConfig
     from flowbp.rewards.clip import CLIPReward
 
-__all__ = ["Clause", "ClipColours", "Detection", "GenEval", "Requirement", "TransformersDetector", "faults", "load_geneval", "relations"]
+__all__ = [
+    "Clause",
+    "ClipColours",
+    "Detection",
+    "GenEval",
+    "Requirement",
+    "TransformersDetector",
+    "faults",
+    "load_geneval",
+    "relations",
+]
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -51,7 +64,9 @@ class Detection:
 
 Detections = Mapping[str, Sequence[Detection]]  # by class, most confident first
 Detector = Callable[[Tensor, Sequence[str]], Detections]  # (image [3, H, W] in [0, 1], classes)
-NameColours = Callable[[Tensor, Sequence[Detection], str], list[str]]  # (image, detections, class) -> one of COLOURS each
+NameColours = Callable[
+    [Tensor, Sequence[Detection], str], list[str]
+]  # (image, detections, class) -> one of COLOURS each
 
 
 @dataclass(frozen=True)
@@ -74,10 +89,17 @@ class Requirement:
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> Requirement:
-        """From an object of evaluation_metadata.jsonl. Raises ValueError for a colour, relation or reference that GenEval does not have."""
+        """From an object of evaluation_metadata.jsonl. Raises ValueError for a colour, relation or reference that
+        GenEval does not have.
+        """
         include, exclude = (
             tuple(
-                Clause(c["class"], int(c["count"]), c.get("color"), (c["position"][0], int(c["position"][1])) if "position" in c else None)
+                Clause(
+                    c["class"],
+                    int(c["count"]),
+                    c.get("color"),
+                    (c["position"][0], int(c["position"][1])) if "position" in c else None,
+                )
                 for c in entry.get(key, ())
             )
             for key in ("include", "exclude")
@@ -87,7 +109,8 @@ class Requirement:
                 raise ValueError(f"colour {clause.colour!r} in {entry!r} must be one of {', '.join(COLOURS)}")
             if clause.position is not None and (clause.position[0] not in RELATIONS or not 0 <= clause.position[1] < i):
                 raise ValueError(
-                    f"position {clause.position!r} in {entry!r} must be [{' or '.join(RELATIONS)}, index of an earlier clause]"
+                    f"position {clause.position!r} in {entry!r} must be [{' or '.join(RELATIONS)}, index of an earlier "
+                    "clause]"
                 )
         return cls(entry["tag"], include, exclude)
 
@@ -97,7 +120,9 @@ class Requirement:
 
 
 def load_requirements(path: str) -> dict[str, Requirement]:
-    """By prompt, of an evaluation_metadata.jsonl. Raises ValueError for a line that is none, or that contradicts another."""
+    """By prompt, of an evaluation_metadata.jsonl. Raises ValueError for a line that is none, or that contradicts
+    another.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"a detector judges prompts by GenEval's metadata, and {path!r} is not a file: name its .jsonl as prompts"
@@ -110,17 +135,24 @@ def load_requirements(path: str) -> dict[str, Requirement]:
                 prompt, requirement = entry["prompt"].strip(), Requirement.parse(entry)
             except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
                 raise ValueError(
-                    f"{path}, line {number}: {error!r}; GenEval's metadata has tag, prompt, include and exclude in every line"
+                    f"{path}, line {number}: {error!r}; GenEval's metadata has tag, prompt, include and exclude in "
+                    "every line"
                 ) from error
             if found.setdefault(prompt, requirement) != requirement:
-                raise ValueError(f"{path}, line {number}: {prompt!r} stands there twice with different requirements; word one otherwise")
+                raise ValueError(
+                    f"{path}, line {number}: {prompt!r} stands there twice with different requirements; word one "
+                    "otherwise"
+                )
     return found
 
 
-# -- the judgement -----------------------------------------------------------------------------------------------------------------
+# -- the judgement
+# -----------------------------------------------------------------------------------------------------------------
 
 
-def faults(requirement: Requirement, found: Detections, colours: Callable[[Sequence[Detection], str], list[str]]) -> list[str]:
+def faults(
+    requirement: Requirement, found: Detections, colours: Callable[[Sequence[Detection], str], list[str]]
+) -> list[str]:
     """What is wrong with an image in which `found` was detected; nothing means that it is right."""
     wrong: list[str] = []
     matched: list[Sequence[Detection] | None] = []
@@ -158,7 +190,9 @@ def include_fault(
 
 
 def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
-    """How box a stands to box b: the offset d of their centres, each axis shortened by .1 of both sizes along it, over |d|, beyond .5."""
+    """How box a stands to box b: the offset d of their centres, each axis shortened by .1 of both sizes along it, over
+    |d|, beyond .5.
+    """
     (a0, a1), (b0, b1) = (np.asarray(box, dtype=float)[:4].reshape(2, 2) for box in (a, b))
     offset = (a0 + a1 - b0 - b1) / 2
     rest = np.maximum(abs(offset) - SLACK * (abs(a1 - a0) + abs(b1 - b0)), 0) * np.sign(offset)
@@ -170,7 +204,9 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
 
 
 class GenEval:
-    """The scorer (images [B, 3, H, W] in [0, 1], prompts) -> [B]: 1 where every requirement of the prompt is met, else 0."""
+    """The scorer (images [B, 3, H, W] in [0, 1], prompts) -> [B]: 1 where every requirement of the prompt is met, else
+    0.
+    """
 
     def __init__(
         self,
@@ -184,12 +220,17 @@ class GenEval:
         self.threshold, self.counting_threshold = threshold, counting_threshold
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return torch.tensor([not self.faults(image, prompt) for image, prompt in zip(images, prompts, strict=True)], dtype=torch.float32)
+        return torch.tensor(
+            [not self.faults(image, prompt) for image, prompt in zip(images, prompts, strict=True)], dtype=torch.float32
+        )
 
     def faults(self, image: Tensor, prompt: str) -> list[str]:
         """What is wrong with the image [3, H, W] of a prompt. Raises ValueError for a prompt without a requirement."""
         if prompt not in self.requirements:
-            raise ValueError(f"no GenEval metadata for the prompt {prompt!r}: evaluation.prompts must be the evaluation_metadata.jsonl")
+            raise ValueError(
+                f"no GenEval metadata for the prompt {prompt!r}: evaluation.prompts must be the "
+                "evaluation_metadata.jsonl"
+            )
         requirement = self.requirements[prompt]
         least = self.counting_threshold if requirement.tag == "counting" else self.threshold
         found = {
@@ -199,7 +240,8 @@ class GenEval:
         return faults(requirement, found, lambda objects, name: self.name_colours(image, objects, name))
 
 
-# -- networks ----------------------------------------------------------------------------------------------------------------------
+# -- networks
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def load_geneval(config: GenEvalConfig, metadata: Sequence[str], device: str = "cpu") -> GenEval:
@@ -213,9 +255,11 @@ def load_geneval(config: GenEvalConfig, metadata: Sequence[str], device: str = "
 
 
 class TransformersDetector:
-    """A detector of transformers: zero-shot (OWLv2, Grounding DINO), segmenting (Mask2Former) or of fixed classes (DETR), by its config.
+    """A detector of transformers: zero-shot (OWLv2, Grounding DINO), segmenting (Mask2Former) or of fixed classes
+    (DETR), by its config.
 
-    model: a local folder or Hub id. A detector of fixed classes must know every class that it is asked for (COCO's, for GenEval).
+    model: a local folder or Hub id. A detector of fixed classes must know every class that it is asked for (COCO's, for
+        GenEval).
     """
 
     def __init__(self, model: str, device: str = "cpu"):
@@ -229,7 +273,13 @@ class TransformersDetector:
         self.zero_shot = config.model_type in MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
         self.segments = config.model_type in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
         self.known = {name.lower() for name in config.id2label.values()}
-        task = "zero-shot-object-detection" if self.zero_shot else "image-segmentation" if self.segments else "object-detection"
+        task = (
+            "zero-shot-object-detection"
+            if self.zero_shot
+            else "image-segmentation"
+            if self.segments
+            else "object-detection"
+        )
         self.find = pipeline(task, model=model, device=device)
 
     @torch.no_grad()
@@ -241,7 +291,9 @@ class TransformersDetector:
         else:
             unknown = [name for name in classes if name.lower() not in self.known]
             if unknown:
-                raise ValueError(f"the detector does not know {', '.join(unknown)}: use one that knows COCO's classes, or OWLv2")
+                raise ValueError(
+                    f"the detector does not know {', '.join(unknown)}: use one that knows COCO's classes, or OWLv2"
+                )
             rows = self.find(picture, threshold=0.0, **({"subtask": "instance"} if self.segments else {}))
         found: dict[str, list[Detection]] = {name: [] for name in classes}
         names = {name.lower(): name for name in classes}
@@ -269,7 +321,8 @@ def as_picture(image: Tensor):
 
 
 class ClipColours:
-    """Names the colour of detections: the nearest of `COLOURS` to the crop in CLIP's space, each the mean of three templates' texts.
+    """Names the colour of detections: the nearest of `COLOURS` to the crop in CLIP's space, each the mean of three
+    templates' texts.
 
     Where the detector segments, all but the object is painted grey first.
     """
@@ -288,7 +341,9 @@ class ClipColours:
         """One unit vector a colour, for objects of the class `name`."""
         if name not in self._texts:
             lines = [template.format(colour=colour, name=name) for colour in COLOURS for template in TEMPLATES]
-            tokens = self.clip.tokenizer(lines, padding=True, truncation=True, return_tensors="pt").to(self.clip.model.device)
+            tokens = self.clip.tokenizer(lines, padding=True, truncation=True, return_tensors="pt").to(
+                self.clip.model.device
+            )
             embedded = F.normalize(self.clip.model.get_text_features(**tokens).pooler_output, dim=-1)
             self._texts[name] = F.normalize(embedded.view(len(COLOURS), len(TEMPLATES), -1).mean(dim=1), dim=-1)
         return self._texts[name]

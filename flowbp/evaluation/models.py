@@ -6,8 +6,9 @@
     FOLDER/samples.csv, samples.json      one row an image: prompt, category, seed, and every score of every model
     FOLDER/samples_<model>.png, report.html
 
-The processes of a distributed run (torchrun, accelerate launch) take chunks in turn, and a killed run leaves whole chunks behind: what is
-written at the end is the same to the byte however the chunks came about. On a CPU every process computes on one thread for that.
+The processes of a distributed run (torchrun, accelerate launch) take chunks in turn, and a killed run leaves whole
+chunks behind: what is written at the end is the same to the byte however the chunks came about. On a CPU every process
+computes on one thread for that.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ BASE = Model("base")
 
 
 def name_models(specs: Iterable[str]) -> list[Model]:
-    """The base model, then each of `specs`: "PATH" (named after its last part) or "NAME=PATH". Raises ValueError for equal names."""
+    """The base model, then each of `specs`: "PATH" (named after its last part) or "NAME=PATH". Raises ValueError for
+    equal names.
+    """
     models = [BASE]
     for spec in specs:
         name, equals, path = spec.rpartition("=")
@@ -69,7 +72,9 @@ def name_models(specs: Iterable[str]) -> list[Model]:
         if names.count(name) > 1:
             raise ValueError(f"two models are called {name!r}: give them names of their own, --weights NAME=PATH")
         if not name.replace("-", "").replace("_", "").replace(".", "").replace(" ", "").isalnum():
-            raise ValueError(f"{name!r} cannot be a folder's name: use letters, digits, '.', '-', '_' in --weights NAME=PATH")
+            raise ValueError(
+                f"{name!r} cannot be a folder's name: use letters, digits, '.', '-', '_' in --weights NAME=PATH"
+            )
     return models
 
 
@@ -77,8 +82,8 @@ def name_models(specs: Iterable[str]) -> list[Model]:
 def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, overwrite: bool = False) -> dict[str, Any]:
     """Score every model that is not scored yet and write the results into `folder`; returns what results.json holds.
 
-    Raises ValueError where `folder` holds scores of other settings or weights, unless `overwrite` says to throw those away, and
-    ConnectionError where another process has ended.
+    Raises ValueError where `folder` holds scores of other settings or weights, unless `overwrite` says to throw those
+    away, and ConnectionError where another process has ended.
     """
     if config.evaluation is None:
         raise ConfigError("this config has no evaluation: add evaluation.prompts=... to say what to score")
@@ -134,7 +139,8 @@ def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> 
         scores = list(folder.glob(CHUNKS))
         if not overwrite and scores:
             raise ValueError(
-                f"{folder} holds scores of another evaluation: {'; '.join(found)}. Choose another --out, or pass --overwrite to lose them"
+                f"{folder} holds scores of another evaluation: {'; '.join(found)}. Choose another --out, or pass "
+                "--overwrite to lose them"
             )
         for file in scores:
             file.unlink()
@@ -164,7 +170,10 @@ def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path,
     with one_thread(), progress_bar(model.name, "image", sum(size(samples.chunks[i]) for i in share)) as bar:
         for i in share:
             chunk = samples.chunks[i]
-            write_chunk(chunk_file(folder, i), score_chunk(backbone, samples, chunk, config.evaluation_rollout, config.guidance, named))
+            write_chunk(
+                chunk_file(folder, i),
+                score_chunk(backbone, samples, chunk, config.evaluation_rollout, config.guidance, named),
+            )
             bar.update(size(chunk))
 
 
@@ -187,16 +196,23 @@ def read_scores(folder: Path, samples: Samples, metrics: Sequence[str]) -> Score
     return replace(scores, values={name: scores.values[name] for name in metrics if name in scores.values})
 
 
-# -- results -----------------------------------------------------------------------------------------------------------------------
+# -- results
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def summarise_models(manifests: Sequence[dict[str, Any]], scores: Mapping[str, Scores]) -> dict[str, Any]:
-    """{"models": manifests, "means": a row a model, metric and category, "changes": the same, paired with the first model}."""
+    """{"models": manifests, "means": a row a model, metric and category, "changes": the same, paired with the first
+    model}.
+    """
     first, *others = scores
     return {
         "models": list(manifests),
         "means": [{"model": name} | asdict(row) for name, found in scores.items() for row in summarise(found)],
-        "changes": [{"model": name, "against": first} | asdict(row) for name in others for row in compare(scores[first], scores[name])],
+        "changes": [
+            {"model": name, "against": first} | asdict(row)
+            for name in others
+            for row in compare(scores[first], scores[name])
+        ],
     }
 
 
@@ -208,7 +224,14 @@ def write_results(config: RunConfig, folder: Path, results: dict[str, Any], scor
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["prompt", "category", "seed", *metrics])
     for row in rows:
-        writer.writerow([row["prompt"], row["category"], row["seed"], *(v for found in row["scores"].values() for v in found.values())])
+        writer.writerow(
+            [
+                row["prompt"],
+                row["category"],
+                row["seed"],
+                *(v for found in row["scores"].values() for v in found.values()),
+            ]
+        )
     write_file(folder / "samples.csv", table.getvalue())
     write_json(folder / "samples.json", rows)
     write_json(folder / "results.json", results)

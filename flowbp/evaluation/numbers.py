@@ -1,4 +1,6 @@
-"""Numbers as people read them, in tables of the terminal and of pages: decimals, intervals, p values, and notes on gaps."""
+"""Numbers as people read them, in tables of the terminal and of pages: decimals, intervals, p values, and notes on
+gaps.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,18 @@ from typing import Any
 
 from flowbp.image_statistics import IMAGE_STATISTICS
 
-__all__ = ["between", "direction", "duration", "notes", "number", "p_text", "scale_of", "scale_of_change", "shown", "signed"]
+__all__ = [
+    "between",
+    "direction",
+    "duration",
+    "notes",
+    "number",
+    "p_text",
+    "scale_of",
+    "scale_of_change",
+    "shown",
+    "signed",
+]
 
 
 def number(value: float | None, scale: float = 1.0, sign: str = "") -> str:
@@ -50,7 +63,9 @@ def p_text(p: float | None) -> str:
 
 
 def direction(row: Mapping[str, Any]) -> int:
-    """1 or -1 where the interval of a change excludes zero and p < .05, else 0: with a few prompts the interval alone is too narrow."""
+    """1 or -1 where the interval of a change excludes zero and p < .05, else 0: with a few prompts the interval alone
+    is too narrow.
+    """
     if undefined(row["low"]) or row["p_value"] >= 0.05:
         return 0
     return int(row["low"] > 0) - int(row["high"] < 0)
@@ -58,7 +73,13 @@ def direction(row: Mapping[str, Any]) -> int:
 
 def duration(seconds: float) -> str:
     """Two figures of it: 45 s, 12.5 min, 3.2 h."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.1f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -72,15 +93,22 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for metric, row in overall.items():
         everyone = row["missing"] + row["count"]
         if row["missing"] and metric == "diversity":
-            found.append(f"diversity: {row['missing']} of {everyone} images are the only one of their prompt, and are left out.")
+            found.append(
+                f"diversity: {row['missing']} of {everyone} images are the only one of their prompt, and are left out."
+            )
         elif row["missing"]:
             found.append(f"{metric}: {row['missing']} of {everyone} images have no finite score, and are left out.")
     if "diversity" not in overall:
-        found.append("diversity compares images of one prompt, and here each has one: let evaluation.samples exceed the number of prompts.")
+        found.append(
+            "diversity compares images of one prompt, and here each has one: let evaluation.samples exceed the number "
+            "of prompts."
+        )
     if any(undefined(row["low"]) for row in shown(rows)):
         found.append("–: fewer than six prompts bear no 95 % interval.")
     if any(row["low"] == row["high"] for row in shown(rows) if not undefined(row["low"])):
-        found.append("all equal: no prompt differs from another, which is not certainty: 0 of n successes leave up to 3 / n.")
+        found.append(
+            "all equal: no prompt differs from another, which is not certainty: 0 of n successes leave up to 3 / n."
+        )
     return found
 
 

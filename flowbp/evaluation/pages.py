@@ -66,11 +66,15 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str], smooth: bool = True) -> dict[str, str]:
+def panels(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str], smooth: bool = True
+) -> dict[str, str]:
     """Title -> picture of each of `metrics` that the rows of any run hold."""
     logged = {metric for rows in runs.values() for row in rows for metric in row}
     axes = {metric: AXES.get(metric, (metric, "mean score")) for metric in metrics if metric in logged}
-    return {title: as_data_uri(figures.curves(runs, metric, title, unit, smooth)) for metric, (title, unit) in axes.items()}
+    return {
+        title: as_data_uri(figures.curves(runs, metric, title, unit, smooth)) for metric, (title, unit) in axes.items()
+    }
 
 
 def draw_samples(scores: Scores) -> Figure:
@@ -98,12 +102,15 @@ def as_data_uri(figure: Figure) -> str:
 def training_facts(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What was trained, how, and what it took: {label: text}. rows: of metrics.jsonl."""
     tuned = f"LoRA of rank {config.tuning.rank}" if config.tuning.mode == "lora" else "all weights"
+    network, images = f"{config.backbone.name}, {config.backbone.dtype}", images_a_step(config, rows)
     size, seconds = config.rollout, sum(row["seconds"] for row in rows)
     return {
         "method": config.method_name,
-        "model": f"{config.backbone.name}, {config.backbone.dtype}; trained: {tuned}, learning rate {config.optimizer.lr:g}",
-        "reward": "; ".join(("" if name == "reward" else f"{name}: ") + describe_reward(spec) for name, spec in config.reward.items()),
-        "training": f"{len(rows)} of {config.steps} steps, {images_a_step(config, rows)} images each, prompts {config.data.prompts}",
+        "model": f"{network}; trained: {tuned}, learning rate {config.optimizer.lr:g}",
+        "reward": "; ".join(
+            ("" if name == "reward" else f"{name}: ") + describe_reward(spec) for name, spec in config.reward.items()
+        ),
+        "training": f"{len(rows)} of {config.steps} steps, {images} images each, prompts {config.data.prompts}",
         "rollout": describe_rollout(size, config.guidance),
         "seed": str(config.seed),
         "took": f"{duration(seconds)} of training, at most {max(row['peak_mb'] for row in rows):,.0f} MB of memory",
@@ -127,11 +134,15 @@ def describe_rollout(size: RolloutConfig, guidance: Guidance) -> str:
     levels = {"published": "published noise levels", "pipeline": "noise levels of the pipeline"}[size.sigmas]
     scales = [f"{guidance.scale:g}"] if guidance.active or guidance.embedded is None else []
     scales += [f"{guidance.embedded:g} (embedded)"] if guidance.embedded is not None else []
-    return f"{size.num_steps} steps on the {levels}, {size.height} x {size.width} pixels, guidance {' and '.join(scales)}"
+    return (
+        f"{size.num_steps} steps on the {levels}, {size.height} x {size.width} pixels, guidance {' and '.join(scales)}"
+    )
 
 
 def images_a_step(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> int:
-    """Images of an optimizer step over all processes, as the run logged them; those of one process where an older run did not."""
+    """Images of an optimizer step over all processes, as the run logged them; those of one process where an older run
+    did not.
+    """
     return rows[-1].get("images", config.data.batch_size * config.data.accumulate)
 
 
@@ -142,7 +153,9 @@ def describe_reward(spec: RewardConfig) -> str:
 
 def with_fields(name: str, fields: Mapping[str, Any]) -> str:
     """`name (field value, ...)`, without fields that are None."""
-    said = ", ".join(key if value == {} else f"{key} {value}" for key, value in flatten(fields).items() if value is not None)
+    said = ", ".join(
+        key if value == {} else f"{key} {value}" for key, value in flatten(fields).items() if value is not None
+    )
     return f"{name} ({said})" if said else name
 
 

@@ -1,7 +1,9 @@
-"""`flowbp compare`: several finished runs in one table and one page, and what in their configs makes the comparison unfair.
+"""`flowbp compare`: several finished runs in one table and one page, and what in their configs makes the comparison
+unfair.
 
-What the runs are compared for is the method: its fields are listed as the point. Any other difference that reaches the weights or the
-scores is named: a method that trained on more images, under other guidance, or was scored on other prompts has not been compared.
+What the runs are compared for is the method: its fields are listed as the point. Any other difference that reaches the
+weights or the scores is named: a method that trained on more images, under other guidance, or was scored on other
+prompts has not been compared.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ BOOKKEEPING = (  # keys that reach neither weights nor scores, up to rounding; o
     "evaluation.watch",
 )
 SEEN = "memory.vae_tiling"  # by the reward: the seams of tiles
-STOPPING = tuple(f"evaluation.{key}" for key in ("best", "patience", "every", "validation_prompts", "validation_samples"))
+STOPPING = tuple(
+    f"evaluation.{key}" for key in ("best", "patience", "every", "validation_prompts", "validation_samples")
+)
 EVALUATED = "final evaluation"
 IMAGES_A_STEP = "images a step"  # processes x data.batch_size x data.accumulate
 REASONS = {
@@ -63,7 +67,9 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds. rows: of metrics.jsonl. before, after: its final evaluation, if it made one. environment: what made it."""
+    """What a run's folder holds. rows: of metrics.jsonl. before, after: its final evaluation, if it made one.
+    environment: what made it.
+    """
 
     name: str
     folder: Path
@@ -75,17 +81,23 @@ class Run:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Raises FileNotFoundError for a folder that holds no run, or one that has not started, ConfigError for one of another version."""
+    """Raises FileNotFoundError for a folder that holds no run, or one that has not started, ConfigError for one of
+    another version.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: pass the folders of runs")
     for file in ("config.yaml", "metrics.jsonl"):
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder} holds no {file}, so it is no run: pass the folders that flowbp train wrote (its output)")
+            raise FileNotFoundError(
+                f"{folder} holds no {file}, so it is no run: pass the folders that flowbp train wrote (its output)"
+            )
     try:
         config = load(folder / "config.yaml")
     except ConfigError as error:
         raise ConfigError(f"{folder / 'config.yaml'} is not of this version of flowbp: {error}") from None
-    *lines, _unfinished = (folder / "metrics.jsonl").read_text().split("\n")  # a run that still writes may be in the middle of a line
+    *lines, _unfinished = (
+        (folder / "metrics.jsonl").read_text().split("\n")
+    )  # a run that still writes may be in the middle of a line
     if not lines:
         raise FileNotFoundError(f"{folder}/metrics.jsonl is empty: the run has not taken a step")
     tables = (folder / f"scores_{side}.csv" for side in ("before", "after"))
@@ -103,7 +115,8 @@ def read_scores(path: Path) -> Scores:
         raise ValueError(f"{path} is no whole table of scores ({error}): move it away to compare without it") from None
 
 
-# -- configs -----------------------------------------------------------------------------------------------------------------------
+# -- configs
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -121,13 +134,19 @@ def contrast(configs: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> Con
     images: those of an optimizer step, of each run.
     """
     configs = [dict(config) for config in configs]
-    if len({tuple(by_name(config["reward"])) for config in configs}) > 1:  # one against several, or others: field by field says nothing
+    if (
+        len({tuple(by_name(config["reward"])) for config in configs}) > 1
+    ):  # one against several, or others: field by field says nothing
         for config in configs:
             config["reward"] = objective(config["reward"])
     if len({config["method"]["name"] for config in configs}) > 1:  # other methods have other fields
         for config in configs:
-            config["method"] = with_fields(config["method"]["name"], {k: v for k, v in config["method"].items() if k != "name"})
-    flat = [flatten(scored) | {IMAGES_A_STEP: count} for scored, count in zip(with_evaluation(configs), images, strict=True)]
+            config["method"] = with_fields(
+                config["method"]["name"], {k: v for k, v in config["method"].items() if k != "name"}
+            )
+    flat = [
+        flatten(scored) | {IMAGES_A_STEP: count} for scored, count in zip(with_evaluation(configs), images, strict=True)
+    ]
     early_stops = any(values.get("evaluation.patience") is not None for values in flat)
     found = Contrast({}, {}, {})
     for key in dict.fromkeys(key for values in flat for key in values):
@@ -139,16 +158,22 @@ def contrast(configs: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> Con
         elif (within(key, BOOKKEEPING) and key != SEEN) or (key in STOPPING and not early_stops):
             found.bookkeeping[key] = values
         else:
-            found.unfair[key] = values, next(why for prefix, why in REASONS.items() if within(key, (prefix,)) or not prefix)
+            found.unfair[key] = (
+                values,
+                next(why for prefix, why in REASONS.items() if within(key, (prefix,)) or not prefix),
+            )
     return found
 
 
 def with_evaluation(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Configs that say in one key whether they have an evaluation; those without get the settings of the first that has one, unstopped."""
+    """Configs that say in one key whether they have an evaluation; those without get the settings of the first that has
+    one, unstopped.
+    """
     settings = next((config["evaluation"] for config in configs if config["evaluation"] is not None), None)
     without = settings and settings | {"patience": None}
     return [
-        dict(config) | ({EVALUATED: "none", "evaluation": without} if config["evaluation"] is None else {EVALUATED: "made"})
+        dict(config)
+        | ({EVALUATED: "none", "evaluation": without} if config["evaluation"] is None else {EVALUATED: "made"})
         for config in configs
     ]
 
@@ -160,20 +185,27 @@ def objective(rewards: Mapping[str, Any]) -> str:
 
 
 def grouped(values: Sequence[Any], names: Sequence[str]) -> list[tuple[str, str]]:
-    """(value, the runs that have it) for each value: readable however many runs there are. A dash stands for a key that a run lacks."""
+    """(value, the runs that have it) for each value: readable however many runs there are. A dash stands for a key that
+    a run lacks.
+    """
     texts = ["–" if value is None else str(value) for value in values]
-    return [(text, ", ".join(name for name, own in zip(names, texts, strict=True) if own == text)) for text in dict.fromkeys(texts)]
+    return [
+        (text, ", ".join(name for name, own in zip(names, texts, strict=True) if own == text))
+        for text in dict.fromkeys(texts)
+    ]
 
 
 def within(key: str, prefixes: Sequence[str]) -> bool:
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-# -- the comparison ----------------------------------------------------------------------------------------------------------------
+# -- the comparison
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
-    """Compare at least two runs, write comparison.json and comparison.html into `out`, and return what the former holds.
+    """Compare at least two runs, write comparison.json and comparison.html into `out`, and return what the former
+    holds.
 
     {"runs": what each is and what it took, "point", "unfair", "bookkeeping", "warnings", "means",
     "changes": paired with the first run, where samples agree}
@@ -194,7 +226,11 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         "bookkeeping": found.bookkeeping,
         "warnings": run_warnings(runs, paired),
         "means": [{"run": name} | asdict(row) for name, scores in (base | scored).items() for row in summarise(scores)],
-        "changes": [{"run": r.name, "against": first.name} | asdict(row) for r in paired for row in compare(first.after, r.after)],
+        "changes": [
+            {"run": r.name, "against": first.name} | asdict(row)
+            for r in paired
+            for row in compare(first.after, r.after)
+        ],
     }
     results = without_nan(results)
     write_file(out / "comparison.json", json.dumps(results, indent=1) + "\n")
@@ -203,7 +239,9 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of the folders' paths, as many of them as it takes to tell them apart. Raises ValueError for equal folders."""
+    """The last parts of the folders' paths, as many of them as it takes to tell them apart. Raises ValueError for equal
+    folders.
+    """
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
@@ -221,18 +259,30 @@ def same_samples(run: Run, first: Run) -> bool:
 def about(run: Run) -> dict[str, Any]:
     """What a run is and what it took: median seconds a step, and the highest peak memory in MB."""
     seconds, peak = float(np.median([row["seconds"] for row in run.rows])), max(row["peak_mb"] for row in run.rows)
-    settings = {"method": run.config.method_name, "steps": len(run.rows), "seed": run.config.seed, "environment": run.environment}
+    settings = {
+        "method": run.config.method_name,
+        "steps": len(run.rows),
+        "seed": run.config.seed,
+        "environment": run.environment,
+    }
     return {"name": run.name, "folder": str(run.folder)} | settings | {"seconds_a_step": seconds, "peak_mb": peak}
 
 
 def run_warnings(runs: Sequence[Run], paired: Sequence[Run]) -> list[str]:
     """What a reader of the table must know before its numbers."""
     first = runs[0]
-    found = [f"{run.name} has taken {len(run.rows)} of {run.config.steps} steps" for run in runs if len(run.rows) != run.config.steps]
+    found = [
+        f"{run.name} has taken {len(run.rows)} of {run.config.steps} steps"
+        for run in runs
+        if len(run.rows) != run.config.steps
+    ]
     unscored = [run.name for run in runs if run.after is None]
     if unscored:
         command = f"flowbp eval {first.folder} " + " ".join(f"--weights {run.name}={run.folder}" for run in runs)
-        found.append(f"no final evaluation (scores_after.csv): {', '.join(unscored)}. To score runs on the same samples: {command}")
+        found.append(
+            f"no final evaluation (scores_after.csv): {', '.join(unscored)}. To score runs on the same samples: "
+            f"{command}"
+        )
     found += [
         f"{run.name} was scored on other prompts or seeds than {first.name}: no paired test"
         for run in runs[1:]
@@ -241,14 +291,19 @@ def run_warnings(runs: Sequence[Run], paired: Sequence[Run]) -> list[str]:
     made_with = [describe_environment(run.environment) or "not recorded" for run in runs]
     if len(set(made_with)) > 1:
         parts = grouped(made_with, [run.name for run in runs])
-        found.append("made with different versions or devices: " + "; ".join(f"{names}: {text}" for text, names in parts))
+        found.append(
+            "made with different versions or devices: " + "; ".join(f"{names}: {text}" for text, names in parts)
+        )
     return found
 
 
 def page(runs: Sequence[Run], results: Mapping[str, Any]) -> str:
     names = [run.name for run in runs]
     found = dict.fromkeys(row["metric"] for row in results["means"])
-    overall = {metric: {r["run"]: r for r in results["means"] if (r["metric"], r["category"]) == (metric, "all")} for metric in found}
+    overall = {
+        metric: {r["run"]: r for r in results["means"] if (r["metric"], r["category"]) == (metric, "all")}
+        for metric in found
+    }
     metrics = dict.fromkeys([*(name for run in runs for name in run.config.reward), *found, "grad_norm"])
     grids = {run.name: run.folder / "samples_after.png" for run in runs}
     return render(
@@ -261,7 +316,13 @@ def page(runs: Sequence[Run], results: Mapping[str, Any]) -> str:
         differences=lambda values: grouped(values, names),
         overall=overall,
         by_run={run.name: [row for row in results["changes"] if row["run"] == run.name] for run in runs[1:]},
-        curves=panels({run.name: run.rows for run in runs}, [metric for metric in metrics if metric not in IMAGE_STATISTICS]),
-        grids={name: "data:image/png;base64," + base64.b64encode(p.read_bytes()).decode() for name, p in grids.items() if p.is_file()},
+        curves=panels(
+            {run.name: run.rows for run in runs}, [metric for metric in metrics if metric not in IMAGE_STATISTICS]
+        ),
+        grids={
+            name: "data:image/png;base64," + base64.b64encode(p.read_bytes()).decode()
+            for name, p in grids.items()
+            if p.is_file()
+        },
         checker=any(run.config.evaluation and run.config.evaluation.checker for run in runs),
     )

@@ -1,7 +1,8 @@
 """Generate images for prompts and seeds, score them, and compare two sets of weights pair by pair.
 
-The unit of work is a chunk: the same samples are always generated and scored together, because the last bits of a network's output depend
-on the batch it runs in. So scores do not depend on how many processes share the chunks, nor on where an evaluation was interrupted.
+The unit of work is a chunk: the same samples are always generated and scored together, because the last bits of a
+network's output depend on the batch it runs in. So scores do not depend on how many processes share the chunks, nor on
+where an evaluation was interrupted.
 """
 
 from __future__ import annotations
@@ -27,17 +28,36 @@ from flowbp.runtime.data import Prompt, load_prompts, sample_seeds
 from flowbp.runtime.distributed import process_state
 from flowbp.trajectory import rollout
 
-__all__ = ["Difference", "Samples", "Scores", "Summary", "compare", "draw_samples", "evaluate", "generate", "scorers", "summarise"]
+__all__ = [
+    "Difference",
+    "Samples",
+    "Scores",
+    "Summary",
+    "compare",
+    "draw_samples",
+    "evaluate",
+    "generate",
+    "scorers",
+    "summarise",
+]
 
-Scorer = Callable[[Tensor, list[str]], Tensor]  # (images [B, 3, H, W] in [0, 1], prompts) -> [B], of an embedding [B, d]
-Part = dict[str, Tensor]  # the scores of a chunk by metric, [b] float64 each, its "embedding" [b, d], and "images" [m, 3, H, W] uint8
+Scorer = Callable[
+    [Tensor, list[str]], Tensor
+]  # (images [B, 3, H, W] in [0, 1], prompts) -> [B], of an embedding [B, d]
+Part = dict[
+    str, Tensor
+]  # the scores of a chunk by metric, [b] float64 each, its "embedding" [b, d], and "images" [m, 3, H, W] uint8
 EMBEDDING = "embedding"
 BALANCED = "category mean"
 
 
 @torch.no_grad()
-def generate(backbone: Backbone, texts: list[str], seeds: Sequence[int], size: RolloutConfig, guidance: Guidance) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] of `texts`, one seed each: the same seed gives the same image in any batch, up to rounding."""
+def generate(
+    backbone: Backbone, texts: list[str], seeds: Sequence[int], size: RolloutConfig, guidance: Guidance
+) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] of `texts`, one seed each: the same seed gives the same image in any batch, up to
+    rounding.
+    """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = backbone.noise(size.height, size.width, generators)
     sigmas = backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas)
@@ -47,24 +67,28 @@ def generate(backbone: Backbone, texts: list[str], seeds: Sequence[int], size: R
 def scorers(
     config: EvaluationConfig, rewards: Mapping[str, Reward], monitors: Mapping[str, Reward], device: str = "cpu"
 ) -> dict[str, Scorer]:
-    """The rewards, the monitors, the checker and the image statistics of a run, by name, in the order in which they are reported.
+    """The rewards, the monitors, the checker and the image statistics of a run, by name, in the order in which they are
+    reported.
 
-    "embedding" is not a score but what `diversity` is made of, by the first monitor that is an `ImageEncoder`, else the first such reward
-    (which training may have learnt to deceive), else in thumbnails.
+    "embedding" is not a score but what `diversity` is made of, by the first monitor that is an `ImageEncoder`, else the
+    first such reward (which training may have learnt to deceive), else in thumbnails.
     """
     named: dict[str, Scorer] = {**rewards, **monitors}
     if config.checker is not None:
         named["checker"] = load_checker(config, device)
     reserved = {"checker", EMBEDDING, *IMAGE_STATISTICS} & {*rewards, *monitors} | (rewards.keys() & monitors.keys())
     if reserved:
-        raise ValueError(f"a reward or monitor cannot be called {', '.join(sorted(reserved))}: that names another metric; rename it")
+        raise ValueError(
+            f"a reward or monitor cannot be called {', '.join(sorted(reserved))}: that names another metric; rename it"
+        )
     encoders = [scorer.embed for scorer in (*monitors.values(), *rewards.values()) if isinstance(scorer, ImageEncoder)]
     embed = (lambda images, texts: encoders[0](images)) if encoders else thumbnails
     return named | OF_ONE_IMAGE | {EMBEDDING: embed}
 
 
 def load_checker(config: EvaluationConfig, device: str) -> Scorer:
-    """1 for an image that shows what its prompt says, else 0: exactly on `shapes`, by an object detector as GenEval does otherwise.
+    """1 for an image that shows what its prompt says, else 0: exactly on `shapes`, by an object detector as GenEval
+    does otherwise.
 
     Raises ValueError for prompts that the checker cannot judge.
     """
@@ -78,19 +102,24 @@ def load_checker(config: EvaluationConfig, device: str) -> Scorer:
             try:
                 parse(prompt.text)
             except ValueError as error:
-                raise ValueError(f"evaluation.checker=shapes judges captions of its world alone, others take null: {error}") from error
+                raise ValueError(
+                    f"evaluation.checker=shapes judges captions of its world alone, others take null: {error}"
+                ) from error
         return lambda images, texts: torch.from_numpy(np.asarray(check_batch(images.cpu(), texts), dtype=np.float32))
     from flowbp.evaluation.geneval import load_geneval
 
     return load_geneval(config.checker, sources, device)
 
 
-# -- samples and scores ------------------------------------------------------------------------------------------------------------
+# -- samples and scores
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What an evaluation draws: prompt i with seed i, in chunks that are generated and scored together. The first images are kept."""
+    """What an evaluation draws: prompt i with seed i, in chunks that are generated and scored together. The first
+    images are kept.
+    """
 
     prompts: list[Prompt]
     seeds: list[int]
@@ -99,7 +128,9 @@ class Samples:
 
 
 def draw_samples(prompts: list[Prompt], config: EvaluationConfig, of_each: int = 1) -> Samples:
-    """config.samples images, `of_each` prompt in order, and again from the first when they run out; seeds depend on config.seed alone."""
+    """config.samples images, `of_each` prompt in order, and again from the first when they run out; seeds depend on
+    config.seed alone.
+    """
     count = config.samples
     chosen, seeds = [prompts[i // of_each % len(prompts)] for i in range(count)], sample_seeds(config.seed, count=count)
     return Samples(chosen, seeds, split(count, config.batch_size), config.grid)
@@ -141,7 +172,12 @@ class Scores:
 
 @torch.no_grad()
 def score_chunk(
-    backbone: Backbone, samples: Samples, chunk: slice, size: RolloutConfig, guidance: Guidance, named: Mapping[str, Scorer]
+    backbone: Backbone,
+    samples: Samples,
+    chunk: slice,
+    size: RolloutConfig,
+    guidance: Guidance,
+    named: Mapping[str, Scorer],
 ) -> Part:
     """Generate and score the samples of one chunk."""
     texts = [prompt.text for prompt in samples.prompts[chunk]]
@@ -153,7 +189,9 @@ def score_chunk(
 
 
 def join(samples: Samples, parts: Sequence[Part]) -> Scores:
-    """The scores of all chunks, in their order, and the diversity of prompts with two images or more, where there are any."""
+    """The scores of all chunks, in their order, and the diversity of prompts with two images or more, where there are
+    any.
+    """
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     images, embeddings = whole.pop("images"), whole.pop(EMBEDDING)
     texts = [prompt.text for prompt in samples.prompts]
@@ -170,23 +208,29 @@ def evaluate(
     named: Mapping[str, Scorer],
     progress: Callable[[int], object] = lambda done: None,
 ) -> Scores:
-    """Score all samples. The processes of a run take chunks in turn, and each gets all scores: they are those of one process.
+    """Score all samples. The processes of a run take chunks in turn, and each gets all scores: they are those of one
+    process.
 
     progress is called with the number of images just scored.
     """
     state, chunks, parts = process_state(), samples.chunks, []
     for first in range(0, len(chunks), state.num_processes):
-        own = chunks[min(first + state.process_index, len(chunks) - 1)]  # one without a chunk of its own keeps step: weights may be sharded
+        own = chunks[
+            min(first + state.process_index, len(chunks) - 1)
+        ]  # one without a chunk of its own keeps step: weights may be sharded
         parts += gather_object([score_chunk(backbone, samples, own, size, guidance, named)])
         progress(sum(chunk.stop - chunk.start for chunk in chunks[first : first + state.num_processes]))
     return join(samples, parts[: len(chunks)])
 
 
-# -- summaries ---------------------------------------------------------------------------------------------------------------------
+# -- summaries
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def groups(prompts: list[Prompt]) -> dict[str, list[np.ndarray]]:
-    """Name -> the sets of samples [n] bool whose means are averaged: all in one, each category; where those differ in size, all of them."""
+    """Name -> the sets of samples [n] bool whose means are averaged: all in one, each category; where those differ in
+    size, all of them.
+    """
     labels = np.array([prompt.category for prompt in prompts])
     names = [name for name in sorted(set(labels)) if name]
     categories = {name: labels == name for name in names if len(names) > 1}
@@ -198,8 +242,8 @@ def groups(prompts: list[Prompt]) -> dict[str, list[np.ndarray]]:
 
 @dataclass(frozen=True)
 class Summary:
-    """A metric over the images of a category that have a finite score, `missing` others: their number, that of their different prompts, the
-    mean and its 95 % interval."""
+    """A metric over the images of a category that have a finite score, `missing` others: their number, that of their
+    different prompts, the mean and its 95 % interval."""
 
     metric: str
     category: str
@@ -213,8 +257,8 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric before and after on the same prompts and seeds: the mean change, its 95 % interval, and p of no change. An image whose score
-    is not finite on either side is missing on both."""
+    """A metric before and after on the same prompts and seeds: the mean change, its 95 % interval, and p of no change.
+    An image whose score is not finite on either side is missing on both."""
 
     metric: str
     category: str
@@ -239,21 +283,29 @@ def summarise(scores: Scores) -> list[Summary]:
 
 
 def compare(before: Scores, after: Scores) -> list[Difference]:
-    """Every metric that both sides have, over all samples, then over each category. Raises ValueError unless prompts and seeds agree."""
+    """Every metric that both sides have, over all samples, then over each category. Raises ValueError unless prompts
+    and seeds agree.
+    """
     if (before.prompts, before.seeds) != (after.prompts, after.seeds):
         raise ValueError("a paired comparison needs the same prompts and seeds on both sides")
     differences = []
     for metric in (name for name in before.values if name in after.values):
         for sizes, weights, texts, (old, new) in scored(before.prompts, before.values[metric], after.values[metric]):
             means = weighted_mean(old, weights), weighted_mean(new, weights)
-            estimate = (weighted_mean(new - old, weights), *interval(new - old, weights, texts), paired_p_value(old, new, weights, texts))
+            estimate = (
+                weighted_mean(new - old, weights),
+                *interval(new - old, weights, texts),
+                paired_p_value(old, new, weights, texts),
+            )
             differences.append(Difference(metric, *sizes, *means, *estimate))
     return differences
 
 
-def scored(prompts: list[Prompt], *columns: np.ndarray) -> Iterator[tuple[tuple[str, int, int, int], np.ndarray, list[str], np.ndarray]]:
-    """((category, count, missing, prompts), weights [m], texts, scores [K, m]) of each group, of its m samples that are finite in all K
-    `columns` [n]. weights: 1 / (size of the sample's set)."""
+def scored(
+    prompts: list[Prompt], *columns: np.ndarray
+) -> Iterator[tuple[tuple[str, int, int, int], np.ndarray, list[str], np.ndarray]]:
+    """((category, count, missing, prompts), weights [m], texts, scores [K, m]) of each group, of its m samples that are
+    finite in all K `columns` [n]. weights: 1 / (size of the sample's set)."""
     table = np.stack(columns)
     finite = np.isfinite(table).all(axis=0)
     for category, sets in groups(prompts).items():

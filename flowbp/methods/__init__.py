@@ -1,4 +1,5 @@
-"""The methods: each a small frozen dataclass whose fields are its hyperparameters and whose `plan` draws a SurrogatePlan.
+"""The methods: each a small frozen dataclass whose fields are its hyperparameters and whose `plan` draws a
+SurrogatePlan.
 
 | name            | reward-model input       | active set                    | weights            | bridge      |
 |-----------------|--------------------------|-------------------------------|--------------------|-------------|
@@ -10,8 +11,8 @@
 | flowbp-bridge   | sampled image            | K late-biased on both sides   | Euler, rescaled    | j, alpha    |
 | flowbp-lagrange | sampled image            | first supports of each leap   | Lagrange, rescaled | j, alpha    |
 
-Besides `plan(sigmas, rng)`, which draws the indices, every method has `at(sigmas, ...)`, which takes them: any published case can be
-rebuilt exactly.
+Besides `plan(sigmas, rng)`, which draws the indices, every method has `at(sigmas, ...)`, which takes them: any
+published case can be rebuilt exactly.
 """
 
 from __future__ import annotations
@@ -30,14 +31,29 @@ from flowbp.methods.leapalign import LeapAlign
 from flowbp.methods.refl import ReFL
 from flowbp.plan import PlanBatch, SurrogatePlan
 
-__all__ = ["METHODS", "DRTune", "DRaFTLV", "FlowBPBridge", "FlowBPLagrange", "FlowBPSparse", "LeapAlign", "Method", "ReFL", "draw_plans"]
+__all__ = [
+    "METHODS",
+    "DRTune",
+    "DRaFTLV",
+    "FlowBPBridge",
+    "FlowBPLagrange",
+    "FlowBPSparse",
+    "LeapAlign",
+    "Method",
+    "ReFL",
+    "draw_plans",
+]
 
 
 class Method(Protocol):
-    """Anything that draws a plan. Write your own as a frozen dataclass and add it to METHODS to use it from a config."""
+    """Anything that draws a plan. Write your own as a frozen dataclass and add it to METHODS to use it from a
+    config.
+    """
 
     def plan(self, sigmas: np.ndarray, rng: np.random.Generator) -> SurrogatePlan:
-        """A plan for the noise levels `sigmas` [N + 1], strictly decreasing to 0. Raises ValueError when N is too small for the method."""
+        """A plan for the noise levels `sigmas` [N + 1], strictly decreasing to 0. Raises ValueError when N is too small
+        for the method.
+        """
         ...
 
 
@@ -59,11 +75,12 @@ def draw_plans(
     batch: int,
     plans: Literal["shared", "per_batch", "per_sample", "stratified"],
 ) -> SurrogatePlan | PlanBatch:
-    """The plan of a batch: one for all its samples, one drawn for each, or one for each that together cover the trajectory.
+    """The plan of a batch: one for all its samples, one drawn for each, or one for each that together cover the
+    trajectory.
 
-    "shared" and "per_batch" both give one: a trainer draws the first with the same generator for every micro-batch of a step. The expected
-    gradient is the same whichever is chosen; its variance is not. Stratified plans are spread by the mean position of their active nodes,
-    weighted by their share of the gradient.
+    "shared" and "per_batch" both give one: a trainer draws the first with the same generator for every micro-batch of a
+    step. The expected gradient is the same whichever is chosen; its variance is not. Stratified plans are spread by the
+    mean position of their active nodes, weighted by their share of the gradient.
     """
     if plans in ("shared", "per_batch"):
         return method.plan(sigmas, rng)

@@ -15,8 +15,9 @@ from flowbp.quadrature import check_sigmas, euler, leap
 class DRTune:
     """Deep reward tuning (Wu et al. 2024, arXiv 2405.00760): K equally spaced nodes up to an early stop e.
 
-    The stop is drawn among the last m nodes, and its posterior mean is rewarded. m is `early_stop_steps`, or where that is None
-    round(N early_stop_ratio); m = 0 always stops at the last node. The sum of Euler steps carries gradient, the network's inputs do not.
+    The stop is drawn among the last m nodes, and its posterior mean is rewarded. m is `early_stop_steps`, or where that
+    is None round(N early_stop_ratio); m = 0 always stops at the last node. The sum of Euler steps carries gradient, the
+    network's inputs do not.
     """
 
     num_active: int = 3
@@ -30,7 +31,9 @@ class DRTune:
             raise ValueError(f"early_stop_ratio must lie in [0, 1], got {self.early_stop_ratio}: 0 never stops early")
         latest = round(num_steps * self.early_stop_ratio) if self.early_stop_steps is None else self.early_stop_steps
         if not 0 <= latest <= num_steps:
-            raise ValueError(f"early_stop_steps must lie in [0, {num_steps}], the rollout's steps, got {latest}: 0 never stops early")
+            raise ValueError(
+                f"early_stop_steps must lie in [0, {num_steps}], the rollout's steps, got {latest}: 0 never stops early"
+            )
         stop = num_steps - (int(rng.integers(1, latest + 1)) if latest else 1)
         return self.at(sigmas, stop, equally_spaced(stop + 1, self.num_active, rng))
 

@@ -11,8 +11,8 @@ from flowbp.plan import Bridge, SurrogatePlan
 
 @dataclass(frozen=True)
 class FlowBPBridge:
-    """FlowBP-Sparse with one Jacobian factor (Wang et al. 2026, arXiv 2606.11075): the gradient at node j also flows into its input,
-    through the gate alpha, and on to the active nodes before j.
+    """FlowBP-Sparse with one Jacobian factor (Wang et al. 2026, arXiv 2606.11075): the gradient at node j also flows
+    into its input, through the gate alpha, and on to the active nodes before j.
 
     j comes from `pairs`; the other num_active - 1 nodes are shared out in proportion to the lengths of the two sides.
     """

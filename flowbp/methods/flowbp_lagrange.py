@@ -15,10 +15,12 @@ from flowbp.quadrature import check_sigmas, lagrange_supports, leap, rescale_fac
 
 @dataclass(frozen=True)
 class FlowBPLagrange:
-    """Interpolatory quadrature over [k, j) and [j, N), of which the first supports carry gradient (Wang et al. 2026, arXiv 2606.11075).
+    """Interpolatory quadrature over [k, j) and [j, N), of which the first supports carry gradient (Wang et al. 2026,
+    arXiv 2606.11075).
 
     order          supports of each leap; 1 is LeapAlign
-    active         which supports carry gradient: none, start, midpoint (the first two), all; at most `max_active` of them (0: no cap)
+    active         which supports carry gradient: none, start, midpoint (the first two), all; at most `max_active` of
+    them (0: no cap)
     support_scale  factor on the gradient of active supports other than the leap's start
     weights        lagrange (exact to its order; single weights may change sign) or uniform (never changes sign)
     anchor         share lambda of the quadrature in the first leap; the rest, 1 - lambda, is a plain leap from x_k
@@ -48,7 +50,9 @@ class FlowBPLagrange:
     def at(self, sigmas, k: int, j: int) -> SurrogatePlan:
         sigmas = check_sigmas(sigmas)
         if not 0.0 <= self.anchor <= 1.0:
-            raise ValueError(f"anchor must lie in [0, 1], got {self.anchor}: 1 is the quadrature alone, 0 the plain leap from x_k")
+            raise ValueError(
+                f"anchor must lie in [0, 1], got {self.anchor}: 1 is the quadrature alone, 0 the plain leap from x_k"
+            )
         first_nodes, first, first_grad = self._segment(sigmas, k, j)
         second_nodes, second, second_grad = self._segment(sigmas, j, len(sigmas) - 1)
         plain_leap = np.where(np.array(first_nodes) == k, leap(sigmas, k, j), 0.0)

@@ -21,7 +21,12 @@ def names() -> list[str]:
     """Every preset, the whole configs first."""
     whole = sorted(path.stem for path in FOLDER.glob("*.yaml") if path != PUBLISHED)
     methods = published()["methods"]
-    return whole + [f"{backbone}/{method}" for backbone in published()["backbones"] for method in methods if backbone in methods[method]]
+    return whole + [
+        f"{backbone}/{method}"
+        for backbone in published()["backbones"]
+        for method in methods
+        if backbone in methods[method]
+    ]
 
 
 def layers(name: str) -> list[dict[str, Any]]:

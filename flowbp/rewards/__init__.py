@@ -1,6 +1,7 @@
 """Rewards: image-text scorers behind one protocol, [B] scores differentiable in the pixels, higher is better.
 
-A reward model is one file here, on transformers alone, and one entry of `registry.REWARDS`, which says where its checkpoint is.
+A reward model is one file here, on transformers alone, and one entry of `registry.REWARDS`, which says where its
+checkpoint is.
 """
 
 from flowbp.rewards.base import ImageEncoder, Reward, Smoothed, Smoothing

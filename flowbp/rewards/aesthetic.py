@@ -1,6 +1,8 @@
-"""The LAION aesthetic predictor v2: a linear regression of human ratings on CLIP ViT-L/14 image embeddings. Ignores the prompt.
+"""The LAION aesthetic predictor v2: a linear regression of human ratings on CLIP ViT-L/14 image embeddings. Ignores the
+prompt.
 
-Source: github.com/christophschuhmann/improved-aesthetic-predictor. Head shape and key names are from the published source; the real
+Source: github.com/christophschuhmann/improved-aesthetic-predictor. Head shape and key names are from the published
+    source; the real
 checkpoint was not loaded here.
 """
 
@@ -22,16 +24,23 @@ __all__ = ["AestheticReward", "rating_head"]
 class AestheticReward:
     """Predicted mean rating on a scale of 1 to 10, mostly 4 to 7.
 
-    model: a folder with sac+logos+ava1-l14-linearMSE.pth (or .safetensors); clip: a folder with OpenAI's CLIP ViT-L/14 for transformers.
+    model: a folder with sac+logos+ava1-l14-linearMSE.pth (or .safetensors); clip: a folder with OpenAI's CLIP ViT-L/14
+        for transformers.
     """
 
     def __init__(self, model: str | Path, clip: str | Path, device: str = "cpu", dtype: str = "float32"):
         from transformers import CLIPModel
 
-        self.clip = CLIPModel.from_pretrained(clip, local_files_only=True, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+        self.clip = (
+            CLIPModel.from_pretrained(clip, local_files_only=True, dtype=getattr(torch, dtype))
+            .eval()
+            .requires_grad_(False)
+        )
         self.clip.to(device)
         state = read_state_dict(model, "sac+logos+ava1-l14-linearMSE")
-        self.head = rating_head({key.removeprefix("layers."): value for key, value in state.items()}, self.clip.dtype).to(device)
+        self.head = rating_head(
+            {key.removeprefix("layers."): value for key, value in state.items()}, self.clip.dtype
+        ).to(device)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         return self.head(self.embed(images)).squeeze(-1)
@@ -42,7 +51,8 @@ class AestheticReward:
 
 
 def rating_head(state: dict[str, Tensor], dtype: torch.dtype) -> nn.Sequential:
-    """The frozen head that the aesthetic predictor and ImageReward share: d -> 1024 -> 128 -> 64 -> 16 -> 1, with no nonlinearity.
+    """The frozen head that the aesthetic predictor and ImageReward share: d -> 1024 -> 128 -> 64 -> 16 -> 1, with no
+    nonlinearity.
 
     state: "0.weight" and so on; dropout held the places 1, 3 and 5. Runs in float32 at least.
     """

@@ -30,10 +30,12 @@ class ImageEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Smoothing:
-    """Averages a score over `copies` of each image, shifted by up to `shift` pixels (edges replicated) and with Gaussian noise added.
+    """Averages a score over `copies` of each image, shifted by up to `shift` pixels (edges replicated) and with
+    Gaussian noise added.
 
-    Such changes do not alter what an image shows: the mean gradient points where the whole neighbourhood improves, and adversarial pixel
-    patterns, which they destroy, earn little. noise: standard deviation, in units of the [0, 1] range.
+    Such changes do not alter what an image shows: the mean gradient points where the whole neighbourhood improves, and
+    adversarial pixel patterns, which they destroy, earn little. noise: standard deviation, in units of the [0, 1]
+    range.
     """
 
     copies: int = 2
@@ -55,7 +57,9 @@ class Smoothed:
         self.reward, self.smoothing, self.generators = reward, smoothing, generators
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return torch.stack([self.reward(self._perturb(images), prompts) for _ in range(self.smoothing.copies)]).mean(dim=0)
+        return torch.stack([self.reward(self._perturb(images), prompts) for _ in range(self.smoothing.copies)]).mean(
+            dim=0
+        )
 
     def _perturb(self, images: Tensor) -> Tensor:
         shift, (height, width) = self.smoothing.shift, images.shape[-2:]

@@ -14,7 +14,8 @@ __all__ = ["CallableReward"]
 class CallableReward:
     """Calls `module:attribute` and checks what it returns: [B] scores, differentiable wherever the images are.
 
-    attribute: a function (images [B, 3, H, W] in [0, 1], prompts) -> [B], or a class that is called with `device` and gives one.
+    attribute: a function (images [B, 3, H, W] in [0, 1], prompts) -> [B], or a class that is called with `device` and
+        gives one.
     """
 
     def __init__(self, name: str, device: str = "cpu"):
@@ -29,7 +30,12 @@ class CallableReward:
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         scores = self.function(images, prompts)
         if scores.shape != (len(images),):
-            raise ValueError(f"the reward {self.name} must return one score an image, [{len(images)}], got {list(scores.shape)}")
+            raise ValueError(
+                f"the reward {self.name} must return one score an image, [{len(images)}], got {list(scores.shape)}"
+            )
         if images.requires_grad and not scores.requires_grad:
-            raise ValueError(f"the reward {self.name} is not differentiable in the images: use torch operations, and no detach or no_grad")
+            raise ValueError(
+                f"the reward {self.name} is not differentiable in the images: use torch operations, and no detach or "
+                "no_grad"
+            )
         return scores

@@ -1,4 +1,6 @@
-"""Rewards of the CLIP class: the similarity of an image and its prompt in a joint embedding space (CLIPScore, PickScore)."""
+"""Rewards of the CLIP class: the similarity of an image and its prompt in a joint embedding space (CLIPScore,
+PickScore).
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,19 @@ class CLIPReward:
     This is CLIPScore (Hessel et al. 2021, arXiv 2104.08718) without its factor of 2.5 and its cut at 0.
 
     model: a folder with model, tokenizer and image processor. dtype: of the weights; the score is float32.
-    Images are resized so that the short side fits the model, centre-cropped and normalised, as the model's processor does on 8-bit images.
+    Images are resized so that the short side fits the model, centre-cropped and normalised, as the model's processor
+        does on 8-bit images.
     """
 
     def __init__(self, model: str | Path, device: str = "cpu", dtype: str = "float32"):
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-        self.model = CLIPModel.from_pretrained(model, local_files_only=True, dtype=torch.float32).eval().requires_grad_(False)
-        self.temperature = self.model.logit_scale.exp().item()  # bfloat16 would round ln 100 to 4.59375, and 100 to 98.9
+        self.model = (
+            CLIPModel.from_pretrained(model, local_files_only=True, dtype=torch.float32).eval().requires_grad_(False)
+        )
+        self.temperature = (
+            self.model.logit_scale.exp().item()
+        )  # bfloat16 would round ln 100 to 4.59375, and 100 to 98.9
         self.model.to(device, getattr(torch, dtype))
         self.tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         self.size = self.model.config.vision_config.image_size
@@ -45,7 +52,8 @@ class CLIPReward:
 
 
 class PickScore(CLIPReward):
-    """PickScore v1 (Kirstain et al. 2023, arXiv 2305.01569): exp(logit_scale) times the cosine, about 17 to 25 for a logit scale of ln 100.
+    """PickScore v1 (Kirstain et al. 2023, arXiv 2305.01569): exp(logit_scale) times the cosine, about 17 to 25 for a
+    logit scale of ln 100.
 
     A ViT-H/14 `CLIPModel` fine-tuned on human choices. The real checkpoint was not loaded here.
     """
@@ -55,7 +63,9 @@ class PickScore(CLIPReward):
 
 
 def cosine_similarity(model, tokenizer, pixels: Tensor, prompts: list[str]) -> Tensor:
-    """[B] in [-1, 1], float32 or the model's float64, of normalised pixels [B, 3, size, size] and their prompts under a `CLIPModel`."""
+    """[B] in [-1, 1], float32 or the model's float64, of normalised pixels [B, 3, size, size] and their prompts under a
+    `CLIPModel`.
+    """
     length = model.config.text_config.max_position_embeddings
     tokens = tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(model.device)
     image, text = image_features(model, pixels), model.get_text_features(**tokens).pooler_output
@@ -63,6 +73,8 @@ def cosine_similarity(model, tokenizer, pixels: Tensor, prompts: list[str]) -> T
 
 
 def image_features(model, pixels: Tensor) -> Tensor:
-    """[B, d] of normalised pixels [B, 3, size, size] under a `CLIPModel`, float32 or the model's float64; not of unit length."""
+    """[B, d] of normalised pixels [B, 3, size, size] under a `CLIPModel`, float32 or the model's float64; not of unit
+    length.
+    """
     features = model.get_image_features(pixel_values=pixels.to(model.dtype)).pooler_output
     return features.to(torch.promote_types(features.dtype, torch.float32))

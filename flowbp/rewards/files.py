@@ -1,4 +1,6 @@
-"""Where a reward's files are: a local folder first, else the Hub at a pinned revision; read without running any code of theirs."""
+"""Where a reward's files are: a local folder first, else the Hub at a pinned revision; read without running any code of
+theirs.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,18 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 @dataclass(frozen=True)
 class HubFiles:
-    """Files of one Hub repository: names or glob patterns, each of which must be there. revision: a commit, None for the newest."""
+    """Files of one Hub repository: names or glob patterns, each of which must be there. revision: a commit, None for
+    the newest.
+    """
 
     repository: str
     names: tuple[str, ...]
     revision: str | None = None
 
     def missing(self, folder: Path) -> list[str]:
-        """The names of which `folder` holds nothing. A checkpoint may stand in another format: x.safetensors for x.pt."""
+        """The names of which `folder` holds nothing. A checkpoint may stand in another format: x.safetensors for
+        x.pt.
+        """
         return [name for name in self.names if not any(any(folder.glob(other)) for other in _formats(name))]
 
     def download_command(self, folder: str | Path) -> str:
@@ -34,7 +40,9 @@ class HubFiles:
 
 
 def locate(files: HubFiles) -> Path:
-    """The folder of the Hub cache that holds `files`, downloaded if need be. Raises OSError when they are neither here nor reachable."""
+    """The folder of the Hub cache that holds `files`, downloaded if need be. Raises OSError when they are neither here
+    nor reachable.
+    """
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(files.repository, revision=files.revision, allow_patterns=list(files.names)))
@@ -64,7 +72,9 @@ def read_state_dict(folder: str | Path, stem: str) -> dict[str, Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors, and unpickling that could run code: convert it to .safetensors") from error
+        raise ValueError(
+            f"{path} holds more than tensors, and unpickling that could run code: convert it to .safetensors"
+        ) from error
 
 
 def frozen_model(cls, config, state: dict[str, Tensor], dtype, checkpoint: str, **options):
@@ -73,7 +83,9 @@ def frozen_model(cls, config, state: dict[str, Tensor], dtype, checkpoint: str, 
     Raises ValueError, naming `checkpoint`, when a weight is missing, left over or of another shape.
     """
     try:
-        model, report = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **options)
+        model, report = cls.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **options
+        )
     except RuntimeError as error:  # another shape
         raise ValueError(f"these are not the weights of {checkpoint}: {error}") from error
     if report["missing_keys"] or report["unexpected_keys"]:
@@ -83,10 +95,16 @@ def frozen_model(cls, config, state: dict[str, Tensor], dtype, checkpoint: str, 
 
 
 def pin(folder: Path, name: str) -> str:
-    """What a config says to have these files and no others: the commit of a folder of the Hub's cache, else the digest of the one file."""
+    """What a config says to have these files and no others: the commit of a folder of the Hub's cache, else the digest
+    of the one file.
+    """
     if folder.parent.name == "snapshots":
         return f"revision: {folder.name}"
-    return f"sha256: {sha256_of(find_file(folder, Path(name).stem))}" if "*" not in name else f"a revision of the Hub, in place of {folder}"
+    return (
+        f"sha256: {sha256_of(find_file(folder, Path(name).stem))}"
+        if "*" not in name
+        else f"a revision of the Hub, in place of {folder}"
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -97,7 +115,10 @@ def sha256_of(path: Path) -> str:
 def check_sha256(path: Path, expected: str) -> None:
     """Raise ValueError unless the file has this digest."""
     if (found := sha256_of(path)) != expected.lower():
-        raise ValueError(f"{path} has the sha256 {found}, not {expected}: download it again, or pass the digest of the file you trust")
+        raise ValueError(
+            f"{path} has the sha256 {found}, not {expected}: download it again, or pass the digest of the file you "
+            "trust"
+        )
 
 
 def _formats(name: str) -> list[str]:

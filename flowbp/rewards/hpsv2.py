@@ -1,7 +1,7 @@
 """HPSv2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine of a ViT-H/14 CLIP fine-tuned on human preferences.
 
-The checkpoint is open_clip's; it is renamed into transformers' `CLIPModel` on load, so that neither open_clip nor hpsv2 is needed.
-Key names and transform are from the published source; the real checkpoint was not loaded here.
+The checkpoint is open_clip's; it is renamed into transformers' `CLIPModel` on load, so that neither open_clip nor hpsv2
+is needed. Key names and transform are from the published source; the real checkpoint was not loaded here.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ class HPSv2:
     """Cosine similarity of image and prompt, about .2 to .4; images of current models lie near .29.
 
     model: a folder with HPS_v2.1_compressed.pt (or .safetensors); tokenizer: a folder with CLIP's tokenizer.
-    The transform is HPSv2's own: the LONG side is resized to the model's size and the rest padded with black before normalising, so that
-    nothing of a wide image is cropped away. (Its mask-aware normalisation leaves a fourth channel alone; for RGB it is the ordinary one.)
+    The transform is HPSv2's own: the LONG side is resized to the model's size and the rest padded with black before
+        normalising, so that
+    nothing of a wide image is cropped away. (Its mask-aware normalisation leaves a fourth channel alone; for RGB it is
+        the ordinary one.)
     """
 
     HEADS = 16  # of ViT-H/14, image and text alike; the one size that the weights' shapes do not tell
@@ -71,7 +73,8 @@ RENAMED = (  # open_clip -> transformers, applied in order
 
 
 def clip_from_open_clip(state: dict[str, Tensor], heads: int, dtype: torch.dtype = torch.float32):
-    """A frozen `CLIPModel` with the weights of an open_clip ViT. Sizes are read off the weights; activations are exact GELUs.
+    """A frozen `CLIPModel` with the weights of an open_clip ViT. Sizes are read off the weights; activations are exact
+    GELUs.
 
     heads: attention heads of both towers. Raises ValueError when a weight is missing or left over.
     """
@@ -91,7 +94,9 @@ def clip_from_open_clip(state: dict[str, Tensor], heads: int, dtype: torch.dtype
 
     vision, text = (_sizes(renamed, tower, heads) for tower in ("vision_model", "text_model"))
     try:
-        vocabulary, context = (len(renamed[f"text_model.embeddings.{name}_embedding.weight"]) for name in ("token", "position"))
+        vocabulary, context = (
+            len(renamed[f"text_model.embeddings.{name}_embedding.weight"]) for name in ("token", "position")
+        )
         patch = renamed["vision_model.embeddings.patch_embedding.weight"].shape[-1]
         patches = len(renamed["vision_model.embeddings.position_embedding.weight"]) - 1
         embedding = len(renamed["visual_projection.weight"])
@@ -112,5 +117,9 @@ def _sizes(state: dict[str, Tensor], tower: str, heads: int) -> dict:
         raise ValueError(f"these are not the weights of an open_clip ViT: there is no {tower}")
     intermediate, width = state[layers[0]].shape
     return dict(
-        hidden_size=width, intermediate_size=intermediate, num_hidden_layers=len(layers), num_attention_heads=heads, hidden_act="gelu"
+        hidden_size=width,
+        intermediate_size=intermediate,
+        num_hidden_layers=len(layers),
+        num_attention_heads=heads,
+        hidden_act="gelu",
     )

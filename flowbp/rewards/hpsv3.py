@@ -1,4 +1,5 @@
-"""HPSv3 (Ma et al. 2025, arXiv 2508.03789): Qwen2-VL-7B reads instruction, prompt and image; a head rates them at a special token.
+"""HPSv3 (Ma et al. 2025, arXiv 2508.03789): Qwen2-VL-7B reads instruction, prompt and image; a head rates them at a
+special token.
 
 Key names and head shape are from the published source; the real checkpoint was not loaded here.
 """
@@ -20,9 +21,12 @@ __all__ = ["HPSv3"]
 class HPSv3:
     """The mean mu of the head's (mu, sigma), about 0 to 15.
 
-    model: a folder with HPSv3.safetensors and instruction.txt (see `qwen.instruction`); base: a folder with config and tokenizer of
-    Qwen2-VL-7B-Instruct. The picture is resized to about 448 x 448 pixels (256 tokens). Positions count up through text and
-    image alike, since the published code, which trained the model, hands none to the language model; Qwen2-VL's own would be
+    model: a folder with HPSv3.safetensors and instruction.txt (see `qwen.instruction`); base: a folder with config and
+        tokenizer of
+    Qwen2-VL-7B-Instruct. The picture is resized to about 448 x 448 pixels (256 tokens). Positions count up through text
+        and
+    image alike, since the published code, which trained the model, hands none to the language model; Qwen2-VL's own
+        would be
     two-dimensional inside the image.
     """
 
@@ -57,7 +61,9 @@ class HPSv3:
         states = self.model(**arguments, position_ids=positions, use_cache=False).last_hidden_state
         at_token = states[ids == self.reward_id].to(self.head[0].weight.dtype)
         if len(at_token) != len(images):
-            raise ValueError(f"a prompt holds {self.REWARD_TOKEN}, which marks where HPSv3 reads its score: take it out")
+            raise ValueError(
+                f"a prompt holds {self.REWARD_TOKEN}, which marks where HPSv3 reads its score: take it out"
+            )
         return self.head(at_token)[:, 0]
 
 
@@ -73,6 +79,8 @@ def reward_head(state: dict[str, Tensor], dtype: torch.dtype) -> nn.Sequential:
     if not weights:
         raise ValueError("these are not the weights of HPSv3: nothing is named rm_head.*")
     width = weights["0.weight"].shape[1]
-    head = nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2))
+    head = nn.Sequential(
+        nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
+    )
     head.load_state_dict(weights)
     return head.to(torch.promote_types(dtype, torch.float32)).eval().requires_grad_(False)

@@ -1,7 +1,7 @@
 """ImageReward (Xu et al. 2023, arXiv 2304.05977): BLIP reads prompt and image together, a linear head rates them.
 
-ImageReward.pt is renamed into transformers' `BlipVisionModel` and `BlipTextModel` on load. Key names and constants are from the published
-source; the real checkpoint was not loaded here.
+ImageReward.pt is renamed into transformers' `BlipVisionModel` and `BlipTextModel` on load. Key names and constants are
+from the published source; the real checkpoint was not loaded here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ __all__ = ["ImageReward"]
 class ImageReward:
     """Standardised human preference, about -2 to 2; mean 0 and deviation 1 over the training data.
 
-    model: a folder with ImageReward.pt (or .safetensors); tokenizer: a folder with that of bert-base-uncased. Prompts are cut at 35 tokens.
+    model: a folder with ImageReward.pt (or .safetensors); tokenizer: a folder with that of bert-base-uncased. Prompts
+        are cut at 35 tokens.
     """
 
     MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score
@@ -41,9 +42,13 @@ class ImageReward:
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         pixels = normalise(fit_short_side(images, self.vision.config.image_size))
         image = self.vision(pixel_values=pixels.to(self.vision.dtype)).last_hidden_state
-        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=self.MAX_TOKENS, return_tensors="pt")
+        tokens = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=self.MAX_TOKENS, return_tensors="pt"
+        )
         tokens = tokens.to(self.text.device)
-        read = self.text(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=image).last_hidden_state
+        read = self.text(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=image
+        ).last_hidden_state
         score = self.head(read[:, 0].to(self.head[0].weight.dtype)).squeeze(-1)
         return (score - self.MEAN) / self.STD
 

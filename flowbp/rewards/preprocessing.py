@@ -1,8 +1,10 @@
-"""Differentiable image preprocessing: what reward models do to 8-bit pictures, on tensors, with a gradient to every pixel.
+"""Differentiable image preprocessing: what reward models do to 8-bit pictures, on tensors, with a gradient to every
+pixel.
 
-Images are [B, 3, H, W] in [0, 1]. Resizing is bicubic, antialiased, in float32 (float64 stays): a bfloat16 resize is too coarse, and not
-implemented on every device. Beside Pillow, which rounds to 8 bits and clips after each of its two passes, a reduced picture differs by at
-most .02 in normalised units where it is smooth and .08 where it is pixel noise; enlarged pixel noise, by up to .25.
+Images are [B, 3, H, W] in [0, 1]. Resizing is bicubic, antialiased, in float32 (float64 stays): a bfloat16 resize is
+too coarse, and not implemented on every device. Beside Pillow, which rounds to 8 bits and clips after each of its two
+passes, a reduced picture differs by at most .02 in normalised units where it is smooth and .08 where it is pixel noise;
+enlarged pixel noise, by up to .25.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """[B, 3, H, W] -> [B, 3, height, width], float32 or float64. Not clamped: bicubic overshoots [0, 1] a little at edges."""
+    """[B, 3, H, W] -> [B, 3, height, width], float32 or float64. Not clamped: bicubic overshoots [0, 1] a little at
+    edges.
+    """
     images = images if images.dtype == torch.float64 else images.float()
     if images.shape[-2:] == (height, width):
         return images
@@ -26,7 +30,9 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def fit_short_side(images: Tensor, size: int) -> Tensor:
-    """[B, 3, size, size] in [0, 1]: the short side resized to `size`, the long side cropped around the centre (CLIP, BLIP)."""
+    """[B, 3, size, size] in [0, 1]: the short side resized to `size`, the long side cropped around the centre (CLIP,
+    BLIP).
+    """
     height, width = images.shape[-2:]
     short = min(height, width)
     height, width = height * size // short, width * size // short
@@ -35,7 +41,9 @@ def fit_short_side(images: Tensor, size: int) -> Tensor:
 
 
 def fit_long_side(images: Tensor, size: int) -> Tensor:
-    """[B, 3, size, size]: the long side resized to `size`, the short side padded with black on both ends (HPSv2). Not clamped."""
+    """[B, 3, size, size]: the long side resized to `size`, the short side padded with black on both ends (HPSv2). Not
+    clamped.
+    """
     height, width = images.shape[-2:]
     scale = size / max(height, width)
     height, width = round(height * scale), round(width * scale)

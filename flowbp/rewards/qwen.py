@@ -1,7 +1,8 @@
-"""What a Qwen2-VL or Qwen2.5-VL reads, from image tensors: patches with a gradient to every pixel, and the conversation around them.
+"""What a Qwen2-VL or Qwen2.5-VL reads, from image tensors: patches with a gradient to every pixel, and the conversation
+around them.
 
-The processor of transformers takes pictures, not tensors, and cuts the gradient. Sizes: patches of 14 x 14 pixels, merged 2 x 2 into one
-token of the language model; a still image stands for two equal frames.
+The processor of transformers takes pictures, not tensors, and cuts the gradient. Sizes: patches of 14 x 14 pixels,
+merged 2 x 2 into one token of the language model; a still image stands for two equal frames.
 """
 
 from __future__ import annotations
@@ -34,14 +35,18 @@ def smart_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tup
 
 
 def patchify(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [B, 3, H, W], normalised, H and W multiples of 28 -> patches [B * H/14 * W/14, 3 * 2 * 14 * 14] and their grid [B, 3].
+    """Images [B, 3, H, W], normalised, H and W multiples of 28 -> patches [B * H/14 * W/14, 3 * 2 * 14 * 14] and their
+    grid [B, 3].
 
-    The four patches of a token follow one another, token by token in reading order. grid: frames, rows and columns of patches.
+    The four patches of a token follow one another, token by token in reading order. grid: frames, rows and columns of
+    patches.
     """
     batch, channels, height, width = images.shape
     rows, columns = height // PATCH, width // PATCH
     x = images.reshape(batch, channels, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
-    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # batch, token row, token column, row and column in it, channel, pixel row, pixel column
+    x = x.permute(
+        0, 2, 5, 3, 6, 1, 4, 7
+    )  # batch, token row, token column, row and column in it, channel, pixel row, pixel column
     x = x.unsqueeze(6).expand(*x.shape[:6], FRAMES, *x.shape[6:])
     patches = x.reshape(batch * rows * columns, channels * FRAMES * PATCH * PATCH)
     return patches, torch.tensor([[1, rows, columns]] * batch, device=images.device)
@@ -57,16 +62,20 @@ def conversation(text: str, image_tokens: int, answer: str = "") -> str:
 
 
 def instruction(folder: str | Path, published: str, *needed: str) -> str:
-    """The text of instruction.txt in `folder`: what the model was trained to be asked, {prompt} in place of the caption.
+    """The text of instruction.txt in `folder`: what the model was trained to be asked, {prompt} in place of the
+    caption.
 
-    Wording and blanks are part of the model as its weights are, and belong to its authors: the file is the user's to fetch from where it is
-    published. Raises FileNotFoundError when it is absent, ValueError when {prompt} or one of `needed` does not stand in it once.
+    Wording and blanks are part of the model as its weights are, and belong to its authors: the file is the user's to
+    fetch from where it is published. Raises FileNotFoundError when it is absent, ValueError when {prompt} or one of
+    `needed` does not stand in it once.
     """
     path = Path(folder, "instruction.txt")
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing: the text that the model was trained to be asked, with {{prompt}} where the caption goes. It is published "
-            f"in {published}; save it there, blanks and line ends included (not in the Hub's cache: name a folder of your own as model=)"
+            f"{path} is missing: the text that the model was trained to be asked, with {{prompt}} where the caption "
+            "goes. It is published "
+            f"in {published}; save it there, blanks and line ends included (not in the Hub's cache: name a folder of "
+            "your own as model=)"
         )
     text = path.read_text(encoding="utf-8")
     for mark in ("{prompt}", *needed):
@@ -82,7 +91,9 @@ def inputs(
     height, width = smart_size(*images.shape[-2:], min_pixels, max_pixels)
     patches, grid = patchify(normalise(resize(images, height, width).clamp(0, 1)))
     tokens = (height // CELL) * (width // CELL)
-    encoded = tokenizer([conversation(text, tokens, answer) for text in texts], padding=True, padding_side="right", return_tensors="pt")
+    encoded = tokenizer(
+        [conversation(text, tokens, answer) for text in texts], padding=True, padding_side="right", return_tensors="pt"
+    )
     encoded = encoded.to(images.device)
     return {
         "input_ids": encoded.input_ids,

@@ -1,6 +1,7 @@
 """The published rewards: where each is, what its score means, and how to load it.
 
-A reward is a class in a file of its own, imported when chosen; what is known about its checkpoint stands here. `flowbp rewards` prints it.
+A reward is a class in a file of its own, imported when chosen; what is known about its checkpoint stands here. `flowbp
+rewards` prints it.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ EMBEDDED = {"shapes": "REWARD", "shapes-monitor": "MONITOR"}
 class RewardSource:
     """A published reward.
 
-    target: "module:Class" of `flowbp.rewards`; the class is called with one folder for each key of `files`, `device` and `dtype`.
-    files: constructor argument -> files on the Hub; "model" comes first, and its first name is the checkpoint that sha256 is of.
+    target: "module:Class" of `flowbp.rewards`; the class is called with one folder for each key of `files`, `device`
+        and `dtype`.
+    files: constructor argument -> files on the Hub; "model" comes first, and its first name is the checkpoint that
+        sha256 is of.
     parameters: of the model. scores: where scores usually lie. hinge: a published target, None where there is none.
-    revision and sha256 are None where no value could be confirmed: then the files are not pinned, and the loader says so.
+    revision and sha256 are None where no value could be confirmed: then the files are not pinned, and the loader says
+        so.
     instruction: where the text is published that a language model was trained to be asked (see `qwen.instruction`).
     """
 
@@ -135,9 +139,12 @@ def load_reward(
 ) -> Reward:
     """The reward `name` of `REWARDS`, frozen, or your own callable "module:function".
 
-    model: a local folder that holds all its files; a Hub id; "shapes" or "shapes-monitor" (embedded); None is the published checkpoint.
-    dtype: of the weights, "float32" or "bfloat16"; None is the reward's own. revision: commit of a Hub checkpoint. sha256: digest of the
-    checkpoint file, checked before it is read. Raises ValueError for an unknown name or a wrong digest, FileNotFoundError with the commands
+    model: a local folder that holds all its files; a Hub id; "shapes" or "shapes-monitor" (embedded); None is the
+        published checkpoint.
+    dtype: of the weights, "float32" or "bfloat16"; None is the reward's own. revision: commit of a Hub checkpoint.
+        sha256: digest of the
+    checkpoint file, checked before it is read. Raises ValueError for an unknown name or a wrong digest,
+        FileNotFoundError with the commands
     that fetch the files.
     """
     check_options(name, model, dtype, revision, sha256)
@@ -152,7 +159,9 @@ def load_reward(
         check_sha256(Path(folders["model"], checkpoint), source.sha256)
     elif model not in EMBEDDED and revision is None and source.files["model"].revision is None:
         found = pin(folders["model"], checkpoint)
-        log.warning("reward %s: nothing pins %s; to read the same again, put into its config  %s", name, checkpoint, found)
+        log.warning(
+            "reward %s: nothing pins %s; to read the same again, put into its config  %s", name, checkpoint, found
+        )
     options = {} if dtype is None else {"dtype": dtype}
     module, _, attribute = source.target.partition(":")
     return getattr(importlib.import_module(f"flowbp.rewards.{module}"), attribute)(**folders, device=device, **options)
@@ -164,7 +173,9 @@ def check_options(name: str, model: str | None, dtype: str | None, revision: str
         if any(value is not None for value in (model, dtype, revision, sha256)):
             raise ValueError(f"{name} is code of your own: model, dtype, revision and sha256 are not for it")
     elif sha256 is not None and "*" in find_source(name).files["model"].names[0]:
-        raise ValueError(f"the reward {name!r} comes in several files, which one sha256 cannot cover: pin it with revision=")
+        raise ValueError(
+            f"the reward {name!r} comes in several files, which one sha256 cannot cover: pin it with revision="
+        )
     else:
         find_source(name)
 
@@ -174,7 +185,9 @@ def find_source(name: str) -> RewardSource:
     if name not in REWARDS:
         near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown reward {name!r}; {hint}known: {', '.join(REWARDS)}, or a callable of your own as module:function")
+        raise ValueError(
+            f"unknown reward {name!r}; {hint}known: {', '.join(REWARDS)}, or a callable of your own as module:function"
+        )
     return REWARDS[name]
 
 
@@ -187,7 +200,9 @@ def find_folders(name: str, source: RewardSource, model: str | None, revision: s
     files = dict(source.files)
     if model is not None and Path(model).is_dir():
         if missing := [file for part in files.values() for file in part.missing(Path(model))]:
-            raise FileNotFoundError(f"{model} lacks {', '.join(missing)} of the reward {name!r}. {how_to_fetch(name, files, model)}")
+            raise FileNotFoundError(
+                f"{model} lacks {', '.join(missing)} of the reward {name!r}. {how_to_fetch(name, files, model)}"
+            )
         return dict.fromkeys(files, Path(model))
     if model is not None:
         files["model"] = replace(files["model"], repository=model, revision=None)
@@ -198,8 +213,8 @@ def find_folders(name: str, source: RewardSource, model: str | None, revision: s
     except (OSError, ValueError) as error:  # ValueError: a name that is no Hub id
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
-            f"the reward {name!r} is neither a local folder nor in the Hub's cache, and the Hub did not give it ({reason}). "
-            + how_to_fetch(name, files, f"rewards/{name}")
+            f"the reward {name!r} is neither a local folder nor in the Hub's cache, and the Hub did not give it "
+            f"({reason}). " + how_to_fetch(name, files, f"rewards/{name}")
         ) from error
 
 
@@ -207,8 +222,7 @@ def how_to_fetch(name: str, files: Mapping[str, HubFiles], folder: str | Path) -
     """What to type to have the reward in a local folder, and the config key that names it."""
     commands = "\n".join(f"  {part.download_command(folder)}" for part in files.values())
     if (published := REWARDS[name].instruction) is not None:
-        commands += (
-            f"\nwrite what it was trained to be asked to {folder}/instruction.txt, {{prompt}} for the caption (in the code at {published})"
-        )
+        question = f"{{prompt}} for the caption (in the code at {published})"
+        commands += f"\nwrite what it was trained to be asked to {folder}/instruction.txt, {question}"
     config = f"reward: {{name: {name}, model: {folder}}}"
     return f"Fetch it where there is a network:\n{commands}\nand name the folder in the config:\n  {config}"

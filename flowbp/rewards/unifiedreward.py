@@ -18,11 +18,12 @@ __all__ = ["UnifiedReward"]
 class UnifiedReward:
     """The expected alignment rating, 1 to 5.
 
-    The model answers "Alignment Score (1-5): 2.69...", which has no gradient. This reward writes the answer up to the number and returns
-    sum_d d p(d) over the first digits d = 1 ... 5, renormalised: differentiable, and less fine than the written number. Alignment comes
-    first in the answer, so nothing has to be made up before it.
+    The model answers "Alignment Score (1-5): 2.69...", which has no gradient. This reward writes the answer up to the
+    number and returns sum_d d p(d) over the first digits d = 1 ... 5, renormalised: differentiable, and less fine than
+    the written number. Alignment comes first in the answer, so nothing has to be made up before it.
 
-    model: a folder with a Qwen2-VL or Qwen2.5-VL checkpoint, its tokenizer, and instruction.txt (see `qwen.instruction`).
+    model: a folder with a Qwen2-VL or Qwen2.5-VL checkpoint, its tokenizer, and instruction.txt (see
+        `qwen.instruction`).
     """
 
     MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 16384 * 28 * 28
@@ -35,16 +36,23 @@ class UnifiedReward:
         kind = AutoConfig.from_pretrained(model, local_files_only=True).model_type
         if kind not in ("qwen2_vl", "qwen2_5_vl"):
             raise ValueError(f"{model} is a {kind}; this reward reads a qwen2_vl or qwen2_5_vl")
-        self.model = AutoModelForImageTextToText.from_pretrained(model, local_files_only=True, dtype=getattr(torch, dtype))
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            model, local_files_only=True, dtype=getattr(torch, dtype)
+        )
         self.model.to(device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         self.digits = self.tokenizer.convert_tokens_to_ids(list("12345"))
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         texts = [self.instruction.replace("{prompt}", prompt) for prompt in prompts]
-        arguments = inputs(self.tokenizer, self.model.dtype, images, texts, self.MIN_PIXELS, self.MAX_PIXELS, self.ANSWER)
+        arguments = inputs(
+            self.tokenizer, self.model.dtype, images, texts, self.MIN_PIXELS, self.MAX_PIXELS, self.ANSWER
+        )
         states = self.model.model(**arguments, use_cache=False).last_hidden_state
         last = arguments["attention_mask"].sum(dim=1) - 1
         precision = torch.promote_types(states.dtype, torch.float32)
-        logits = states[torch.arange(len(states)), last].to(precision) @ self.model.lm_head.weight[self.digits].to(precision).T
+        logits = (
+            states[torch.arange(len(states)), last].to(precision)
+            @ self.model.lm_head.weight[self.digits].to(precision).T
+        )
         return logits.softmax(dim=-1) @ torch.arange(1, 6, device=logits.device, dtype=precision)

@@ -1,6 +1,6 @@
 """Several rewards at once: one loss, and a running scale that puts rewards of different units side by side.
 
-    loss = sum_k  weight_k / scale_k * mean(max(hinge_k - r_k, 0))        scale_k = 1, or the running deviation of r_k
+loss = sum_k  weight_k / scale_k * mean(max(hinge_k - r_k, 0))        scale_k = 1, or the running deviation of r_k
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Term:
 class WeightedRewards:
     """A weighted sum of reward losses, by name. Takes the place of one reward and its `Objective` in `reward_gradient`.
 
-    A batch is scaled by what the batches before it were like, so that its gradient is the same in parts of any size; the first, before
-    anything is known, is taken as it is.
+    A batch is scaled by what the batches before it were like, so that its gradient is the same in parts of any size;
+    the first, before anything is known, is taken as it is.
     """
 
     def __init__(self, terms: dict[str, Term]):
@@ -70,7 +70,9 @@ class WeightedRewards:
         return {name: term.reward for name, term in self.terms.items()}
 
     def score(self, images: Tensor, prompts: list[str], seeds: list[int]) -> Tensor:
-        """Scores [R, K] of images [R, 3, H, W] in [0, 1] by the K rewards. seeds: of the smoothing's draws, one an image."""
+        """Scores [R, K] of images [R, 3, H, W] in [0, 1] by the K rewards. seeds: of the smoothing's draws, one an
+        image.
+        """
         columns = []
         for term in self.terms.values():
             reward = term.reward
@@ -89,7 +91,9 @@ class WeightedRewards:
         return total
 
     def update(self, scores: Tensor) -> dict[str, float]:
-        """Let the running scales see a whole batch of scores [R, K], that of all processes together; returns each reward's mean."""
+        """Let the running scales see a whole batch of scores [R, K], that of all processes together; returns each
+        reward's mean.
+        """
         for term, column in zip(self.terms.values(), scores.unbind(dim=1), strict=True):
             if term.scale is not None:
                 term.scale.update(column)
@@ -102,6 +106,9 @@ class WeightedRewards:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave."""
         if state.keys() != self.state_dict().keys():
-            raise ValueError(f"the checkpoint holds running scales of {sorted(state)}, this config normalises {sorted(self.state_dict())}")
+            raise ValueError(
+                f"the checkpoint holds running scales of {sorted(state)}, this config normalises "
+                f"{sorted(self.state_dict())}"
+            )
         for name, moments in state.items():
             self.terms[name].scale.moments = moments

@@ -30,7 +30,8 @@ STATE = "state.pt"
 
 
 def save_checkpoint(output: Path, step: int, model: TunedModel, optimizer: Optimizer, rewards: WeightedRewards) -> None:
-    """Everything that a run needs to go on after `step` optimizer steps. Older checkpoints are removed once this one is whole.
+    """Everything that a run needs to go on after `step` optimizer steps. Older checkpoints are removed once this one is
+    whole.
 
     Every process calls it, for shards are gathered from all; the main one writes.
     """
@@ -57,7 +58,9 @@ def latest_checkpoint(output: Path) -> Path | None:
 
 
 def progress(folder: Path) -> dict[str, int]:
-    """{"step": optimizer steps done, "processes": that took them} of a checkpoint. Raises OSError when it is damaged."""
+    """{"step": optimizer steps done, "processes": that took them} of a checkpoint. Raises OSError when it is
+    damaged.
+    """
     try:
         return json.loads((folder / "step.json").read_text())
     except ValueError as error:
@@ -73,7 +76,9 @@ def load_parameters(folder: Path) -> dict[str, Tensor]:
 
 
 def load_state(folder: Path) -> dict:
-    """What a checkpoint holds beside the parameters, on the CPU: the main process wrote it, from a device that this one may not have."""
+    """What a checkpoint holds beside the parameters, on the CPU: the main process wrote it, from a device that this one
+    may not have.
+    """
     try:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -81,10 +86,14 @@ def load_state(folder: Path) -> dict:
 
 
 def load_checkpoint(folder: Path, model: TunedModel, optimizer: Optimizer, rewards: WeightedRewards) -> int:
-    """Restore what `save_checkpoint` wrote, in place; returns the number of steps done. Raises OSError when it is damaged."""
+    """Restore what `save_checkpoint` wrote, in place; returns the number of steps done. Raises OSError when it is
+    damaged.
+    """
     saved, masters = load_parameters(folder), model.masters
     if saved.keys() != masters.keys():
-        raise ValueError(f"{folder} holds other parameters than this config trains: {len(saved)} saved, {len(masters)} expected")
+        raise ValueError(
+            f"{folder} holds other parameters than this config trains: {len(saved)} saved, {len(masters)} expected"
+        )
     assign(masters, saved)
     assign(model.parameters, masters)
     state, trained = load_state(folder), list(masters.values())
@@ -102,4 +111,7 @@ def load_checkpoint(folder: Path, model: TunedModel, optimizer: Optimizer, rewar
 
 
 def damaged(folder: Path, error: Exception) -> OSError:
-    return OSError(f"the checkpoint {folder} is damaged ({error}): delete it to resume from the first step, or restore it from a copy")
+    return OSError(
+        f"the checkpoint {folder} is damaged ({error}): delete it to resume from the first step, or restore it from a "
+        "copy"
+    )

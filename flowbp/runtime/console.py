@@ -12,7 +12,7 @@ from tqdm import tqdm
 __all__ = ["hide_loading_bars", "hush_libraries", "is_main", "progress_bar"]
 
 HARMLESS = {  # logger: how its messages begin or go on that ask for nothing
-    "transformers.utils.import_utils": "requires torchvision (not installed)",  # rewards have preprocessing of their own
+    "transformers.utils.import_utils": "requires torchvision (not installed)",  # rewards preprocess by themselves
     "diffusers.loaders.peft": "No LoRA keys associated to CLIPText",  # the text encoders are never tuned
     "diffusers.loaders.lora_base": "No LoRA keys associated to CLIPText",
     "diffusers.models.modeling_utils": "should be kept in float32: []",
@@ -39,7 +39,9 @@ def is_main() -> bool:
 
 
 def progress_bar(what: str, unit: str, total: int, done: int = 0) -> tqdm:
-    """A bar that redraws on a terminal; a line a minute where the output goes to a file. Of several processes the main one has it."""
+    """A bar that redraws on a terminal; a line a minute where the output goes to a file. Of several processes the main
+    one has it.
+    """
     about = {"desc": what, "unit": unit, "total": total, "initial": done, "disable": not is_main()}
     if sys.stderr.isatty():
         return tqdm(**about, mininterval=0.2, dynamic_ncols=True)

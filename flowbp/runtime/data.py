@@ -1,4 +1,6 @@
-"""Prompts: read them, and serve them in an order that depends on the seed and the step alone, so that a resumed run sees the same."""
+"""Prompts: read them, and serve them in an order that depends on the seed and the step alone, so that a resumed run
+sees the same.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ def load_prompts(source: str) -> list[Prompt]:
     .csv    a column "prompt" and optionally "category" or "tag"
     other   one prompt a line
 
-    A folder is read as the .json files in it, each a category named after its file: HPDv2's benchmark (anime.json, photo.json, ...).
-    Blank prompts are skipped. Raises FileNotFoundError or ValueError when there is nothing to read or it is not of that form.
+    A folder is read as the .json files in it, each a category named after its file: HPDv2's benchmark (anime.json,
+    photo.json, ...). Blank prompts are skipped. Raises FileNotFoundError or ValueError when there is nothing to read or
+    it is not of that form.
     """
     if source.startswith("shapes:"):
         from flowbp.shapes import prompts
@@ -36,7 +39,8 @@ def load_prompts(source: str) -> list[Prompt]:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(
-            f"prompt file {source!r} does not exist; data.prompts and evaluation.prompts name text files with one prompt a line"
+            f"prompt file {source!r} does not exist; data.prompts and evaluation.prompts name text files with one "
+            "prompt a line"
         )
     if path.is_dir():
         styles = {file.stem: _read_prompts(file) for file in sorted(path.glob("*.json"))}
@@ -52,7 +56,9 @@ def load_prompts(source: str) -> list[Prompt]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file; only line ends divide them, not the other separators of Unicode, which prompts may hold."""
+    """The lines of a UTF-8 file; only line ends divide them, not the other separators of Unicode, which prompts may
+    hold.
+    """
     try:
         return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -62,13 +68,20 @@ def read_lines(path: Path) -> list[str]:
 def _read_prompts(path: Path) -> list[Prompt]:
     lines = read_lines(path)
     if path.suffix == ".jsonl":
-        return [prompt for number, line in enumerate(lines, 1) if line.strip() for prompt in _parse(line, f"{path}, line {number}")]
+        return [
+            prompt
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+            for prompt in _parse(line, f"{path}, line {number}")
+        ]
     if path.suffix == ".json":
         return _parse("\n".join(lines), str(path))
     if path.suffix == ".csv":
         table = csv.DictReader(io.StringIO("\n".join(lines)))
         if table.fieldnames and "prompt" not in table.fieldnames:
-            raise ValueError(f"prompt file {str(path)!r} cannot be read: a column must be called prompt, not {table.fieldnames}")
+            raise ValueError(
+                f"prompt file {str(path)!r} cannot be read: a column must be called prompt, not {table.fieldnames}"
+            )
         return _entries([row for row in table if row["prompt"]])
     return [Prompt(line) for line in lines]
 
@@ -77,7 +90,9 @@ def _parse(text: str, where: str) -> list[Prompt]:
     try:
         return _entries(json.loads(text))
     except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f'prompt file {where} cannot be read: {error}; write {{"prompt": ..., "category": ...}}') from error
+        raise ValueError(
+            f'prompt file {where} cannot be read: {error}; write {{"prompt": ..., "category": ...}}'
+        ) from error
 
 
 def _entries(data: Any) -> list[Prompt]:

@@ -1,16 +1,20 @@
-"""Several processes, one gradient: which rows of the global batch a process trains, and how the gradients of all become their mean.
+"""Several processes, one gradient: which rows of the global batch a process trains, and how the gradients of all become
+their mean.
 
-A step runs many backward passes, all of which add to the process's own gradient; it is averaged over the processes once a step:
+A step runs many backward passes, all of which add to the process's own gradient; it is averaged over the processes once
+a step:
 
     with ranks.averaging():
         ...  # rollout, reward
         backward(plan, trajectory, velocity.replay, g, before_last=ranks.reduce_with)
 
-Copied weights: when the block ends, one all-reduce a parameter. Each process holds the gradient that it would hold alone, and no buckets of
-DistributedDataParallel, which reduces in the first backward pass unless told which of them is the last, and wants to know then which
-parameters took part in all. Sharded weights (FSDP2): the last backward pass, or with `memory.shard_gradients` each, reduces and splits it.
+Copied weights: when the block ends, one all-reduce a parameter. Each process holds the gradient that it would hold
+alone, and no buckets of DistributedDataParallel, which reduces in the first backward pass unless told which of them is
+the last, and wants to know then which parameters took part in all. Sharded weights (FSDP2): the last backward pass, or
+with `memory.shard_gradients` each, reduces and splits it.
 
-Every process draws the plans of the whole batch from the same generator, so that all run the same number of forward passes.
+Every process draws the plans of the whole batch from the same generator, so that all run the same number of forward
+passes.
 """
 
 from __future__ import annotations
@@ -31,7 +35,9 @@ __all__ = ["Ranks", "gathered", "on_main", "process_state", "shard_like", "unsha
 
 
 def process_state() -> PartialState:
-    """This process among those of the run. A CPU is asked for by name, or processes on CPUs would not know of one another."""
+    """This process among those of the run. A CPU is asked for by name, or processes on CPUs would not know of one
+    another.
+    """
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
@@ -44,14 +50,18 @@ def on_main(work: Callable[[], object]) -> None:
 
 
 class Ranks:
-    """The processes of a run, and its network as they share it, which this puts on the device with the rest of the pipeline.
+    """The processes of a run, and its network as they share it, which this puts on the device with the rest of the
+    pipeline.
 
-    shard            split the weights of the network's blocks over the processes (FSDP2): a block is moved to the device and split before
+    shard            split the weights of the network's blocks over the processes (FSDP2): a block is moved to the
+    device and split before
                      the next one is, so that no device ever holds the whole network
     shard_gradients  split gradients too after every backward pass, not in the last of a step alone
     """
 
-    def __init__(self, accelerator: Accelerator, backbone: Backbone, shard: bool = False, shard_gradients: bool = False):
+    def __init__(
+        self, accelerator: Accelerator, backbone: Backbone, shard: bool = False, shard_gradients: bool = False
+    ):
         self.accelerator, self.size, self.rank = accelerator, accelerator.num_processes, accelerator.process_index
         self.shard_gradients, self.sharded = shard_gradients, None
         if self.size > 1 and shard:
@@ -68,7 +78,9 @@ class Ranks:
 
     @contextmanager
     def averaging(self) -> Iterator[None]:
-        """One optimizer step's backward passes: what they leave in the parameters' .grad is averaged over the processes."""
+        """One optimizer step's backward passes: what they leave in the parameters' .grad is averaged over the
+        processes.
+        """
         if self.sharded is not None:
             self.sharded.set_requires_gradient_sync(self.shard_gradients)
         yield
@@ -94,7 +106,8 @@ class Ranks:
 def shard_weights(denoiser: nn.Module, device: torch.device) -> nn.Module:
     """FSDP2, in place, on `device`: the weights of a transformer block are gathered when it runs, and dropped after.
 
-    Gradients add up and are reduced in float32 (or wider), as the released trainers reduce them, and then rounded to the weights' dtype.
+    Gradients add up and are reduced in float32 (or wider), as the released trainers reduce them, and then rounded to
+    the weights' dtype.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -107,7 +120,8 @@ def shard_weights(denoiser: nn.Module, device: torch.device) -> nn.Module:
     return fully_shard(denoiser, **options)
 
 
-# -- sharded tensors: every process must make these calls, for all of them take part -------------------------------------------------
+# -- sharded tensors: every process must make these calls, for all of them take part
+# -------------------------------------------------
 
 
 def unshard(tensor: Tensor) -> Tensor:
@@ -116,7 +130,8 @@ def unshard(tensor: Tensor) -> Tensor:
 
 
 def gathered(state: Any) -> Any:
-    """A state dict, or any nesting of tensors, whole, in the main process's CPU memory; elsewhere None in each tensor's place.
+    """A state dict, or any nesting of tensors, whole, in the main process's CPU memory; elsewhere None in each tensor's
+    place.
 
     One tensor after the other: a device holds one whole tensor at a time.
     """

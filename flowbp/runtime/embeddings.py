@@ -2,9 +2,10 @@
 
     <cache>/embeddings/<what embeds>/<prompt>.safetensors
 
-Both names are hashes. The first covers all that determines an embedding beside the prompt: the backbone class and its text options, the
-text encoders' configs and weights, the tokenizers' files, and the versions of the libraries that run them. Every file carries the SHA-256
-of its tensors; one that does not match it is computed again. The cache is $FLOWBP_CACHE, else $XDG_CACHE_HOME/flowbp or ~/.cache/flowbp.
+Both names are hashes. The first covers all that determines an embedding beside the prompt: the backbone class and its
+text options, the text encoders' configs and weights, the tokenizers' files, and the versions of the libraries that run
+them. Every file carries the SHA-256 of its tensors; one that does not match it is computed again. The cache is
+$FLOWBP_CACHE, else $XDG_CACHE_HOME/flowbp or ~/.cache/flowbp.
 """
 
 from __future__ import annotations
@@ -41,11 +42,16 @@ Signature = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 log = logging.getLogger(__name__)
 
 
-def embed_once(backbone: Backbone, prompts: Iterable[str], cache: Path | None = None, device: torch.device | str | None = None) -> None:
-    """Embed `prompts` and the empty prompt, unless `cache` has them; then release the text encoders and let `backbone.encode` read files.
+def embed_once(
+    backbone: Backbone, prompts: Iterable[str], cache: Path | None = None, device: torch.device | str | None = None
+) -> None:
+    """Embed `prompts` and the empty prompt, unless `cache` has them; then release the text encoders and let
+    `backbone.encode` read files.
 
-    device: where to embed, and where `encode` puts what it reads; None means where the network is. A network that is not there yet leaves
-    it to the text encoders, which may be as large. The processes of a distributed run share the work. Raises OSError when the disk is too
+    device: where to embed, and where `encode` puts what it reads; None means where the network is. A network that is
+        not there yet leaves
+    it to the text encoders, which may be as large. The processes of a distributed run share the work. Raises OSError
+        when the disk is too
     small.
     """
     device = torch.device(device or backbone.denoiser.device)
@@ -74,7 +80,9 @@ def default_cache() -> Path:
 
 
 class EmbeddingCache:
-    """Called with prompts, gives their conditioning from the files of `folder`, on `device`; an `encode` without text encoders."""
+    """Called with prompts, gives their conditioning from the files of `folder`, on `device`; an `encode` without text
+    encoders.
+    """
 
     def __init__(self, folder: Path, device: torch.device):
         self.folder, self.device = folder, device
@@ -85,7 +93,8 @@ class EmbeddingCache:
             rows = [load_file(self.path(prompt)) for prompt in prompts]
         except (FileNotFoundError, SafetensorError) as error:
             raise ValueError(
-                f"the text encoders were released and a prompt of {prompts} is not in {self.folder}, or was removed since ({error}): "
+                f"the text encoders were released and a prompt of {prompts} is not in {self.folder}, or was removed "
+                f"since ({error}): "
                 "start again with --resume, or keep the encoders with data.embeddings=live"
             ) from error
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
@@ -94,9 +103,15 @@ class EmbeddingCache:
         return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
 
     def fill(
-        self, encode: Encode, prompts: list[str], like: Signature | None = None, progress: Callable[[int], object] = lambda done: None
+        self,
+        encode: Encode,
+        prompts: list[str],
+        like: Signature | None = None,
+        progress: Callable[[int], object] = lambda done: None,
     ) -> None:
-        """Embed those of `prompts` that have no undamaged file, or one of another signature than `like` (None accepts any)."""
+        """Embed those of `prompts` that have no undamaged file, or one of another signature than `like` (None accepts
+        any).
+        """
         missing = []
         for prompt in prompts:
             signature = self.signature(prompt)
@@ -106,7 +121,9 @@ class EmbeddingCache:
                 progress(1)
         damaged = sum(self.path(prompt).exists() for prompt in missing)
         if damaged:
-            log.warning("%d of %d cached embeddings in %s are damaged: computing them again", damaged, len(prompts), self.folder)
+            log.warning(
+                "%d of %d cached embeddings in %s are damaged: computing them again", damaged, len(prompts), self.folder
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_space(len(missing))
         for first in range(0, len(missing), BATCH):
@@ -137,7 +154,8 @@ class EmbeddingCache:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(
-                f"{count} embeddings need {needed / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB: name a larger disk with "
+                f"{count} embeddings need {needed / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB: name a "
+                "larger disk with "
                 "data.cache=FOLDER or FLOWBP_CACHE, or keep the text encoders in memory with data.embeddings=live"
             )
 
@@ -149,7 +167,9 @@ def text_encoders(backbone: Backbone) -> dict[str, nn.Module]:
 
 
 def encoder_hash(backbone: Backbone) -> str:
-    """Hash of all that determines an embedding beside the prompt; weights are represented by 64 evenly spaced values of each tensor."""
+    """Hash of all that determines an embedding beside the prompt; weights are represented by 64 evenly spaced values of
+    each tensor.
+    """
     digest = hashlib.sha256()
     libraries = list(versions("flowbp", "diffusers", "transformers").values())
     digest.update(repr((type(backbone).__qualname__, backbone.text_options, BATCH, libraries)).encode())

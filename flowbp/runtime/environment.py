@@ -25,7 +25,12 @@ def environment() -> dict[str, Any]:
     """What ran: flowbp's version and commit, the libraries and the device."""
     about = machine("cuda" if torch.cuda.is_available() else "cpu")
     libraries = versions("diffusers", "transformers")
-    return {"flowbp": flowbp.__version__, "commit": about["commit"]} | about["versions"] | libraries | {"device": about["device"]}
+    return (
+        {"flowbp": flowbp.__version__, "commit": about["commit"]}
+        | about["versions"]
+        | libraries
+        | {"device": about["device"]}
+    )
 
 
 def describe_environment(about: Mapping[str, Any]) -> str:

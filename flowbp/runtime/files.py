@@ -1,7 +1,7 @@
 """Files and folders that are whole or not there.
 
-Everything is written under a scratch name beside its place and moved there in one step. Its bytes reach the disk before its name
-does, so that a kill, a full disk or a power cut leaves the old one or the new one, never half of it.
+Everything is written under a scratch name beside its place and moved there in one step. Its bytes reach the disk before
+its name does, so that a kill, a full disk or a power cut leaves the old one or the new one, never half of it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ __all__ = ["digest_files", "replacing", "write_file", "write_json"]
 
 @contextmanager
 def replacing(path: Path, cache: bool = False) -> Iterator[Path]:
-    """A scratch path that takes the place of `path`, as the file or folder that the block made of it, when the block ends without error.
+    """A scratch path that takes the place of `path`, as the file or folder that the block made of it, when the block
+    ends without error.
 
-    If the block raises, `path` is as it was and the scratch is gone. A kill leaves the scratch, named `.NAME.partial`, for the
+    If the block raises, `path` is as it was and the scratch is gone. A kill leaves the scratch, named `.NAME.partial`,
+        for the
     next write to remove.
-    cache: several processes may write `path` at once, and whoever reads it checks it: each has a scratch of its own, and none waits
+    cache: several processes may write `path` at once, and whoever reads it checks it: each has a scratch of its own,
+        and none waits
     for the disk.
     Raises OSError where it cannot be written: on a full disk, safetensors and torch raise errors of their own.
     """

@@ -1,6 +1,7 @@
 """Memory against speed: diffusers' own switches on a backbone, and what a step takes.
 
-Group offload is not among them: it takes a block's weights away after each forward pass, and a backward pass reads them.
+Group offload is not among them: it takes a block's weights away after each forward pass, and a backward pass reads
+them.
 """
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ def compile_blocks(denoiser: ModelMixin, backend: str) -> None:
 
 
 class Phases:
-    """Seconds, and with `memory` peak megabytes, of the named parts of a step: `with phases("rollout"): ...`; repeated parts add up.
+    """Seconds, and with `memory` peak megabytes, of the named parts of a step: `with phases("rollout"): ...`; repeated
+    parts add up.
 
-    memory: resets the peak that the GPU's allocator (or, on Linux, the process) reports, so nobody else can read that peak meanwhile.
+    memory: resets the peak that the GPU's allocator (or, on Linux, the process) reports, so nobody else can read that
+        peak meanwhile.
     """
 
     def __init__(self, memory: bool = False):
@@ -74,12 +77,18 @@ def now() -> float:
 
 
 def peak_memory_mb() -> float:
-    """Peak memory so far: the GPU's allocated bytes where there is one, else the process's resident set. MB = 1e6 bytes."""
+    """Peak memory so far: the GPU's allocated bytes where there is one, else the process's resident set. MB = 1e6
+    bytes.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     status = Path("/proc/self/status")
     if status.is_file():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024 / 1e6
+        return (
+            next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+            * 1024
+            / 1e6
+        )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1) / 1e6
 
 

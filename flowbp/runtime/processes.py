@@ -1,6 +1,7 @@
 """The processes of one command: how they are started on a machine, and what the others do when one of them ends.
 
-torchrun and accelerate launch start processes too, on several machines if need be. `launched` does it without a launcher:
+torchrun and accelerate launch start processes too, on several machines if need be. `launched` does it without a
+launcher:
 
     flowbp train demo --processes 2 data.batch_size=16
 """
@@ -70,7 +71,9 @@ def launched(count: int) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A port on which nobody listens, below those that Linux gives to outgoing connections: none of them takes it meanwhile."""
+    """A port on which nobody listens, below those that Linux gives to outgoing connections: none of them takes it
+    meanwhile.
+    """
     while True:
         port = random.SystemRandom().randrange(20000, 32000)  # no seed of a run is touched
         with suppress(OSError), socket.create_server((LOCALHOST, port)):

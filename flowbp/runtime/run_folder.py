@@ -1,13 +1,14 @@
 """The folder of a run: what lies in it, who may write there, and how a run goes on.
 
-    config.yaml                          the resolved config
-    environment.json                     versions, commit, device
-    metrics.jsonl, tensorboard/          a row a step
-    checkpoints/step-000100/             all that resuming needs
-    validation/step-000050.safetensors   scores of the held-out samples, if `evaluation.every` asks for them
-    best/                                the weights of the best step by `evaluation.best`
-    pytorch_lora_weights.safetensors     the trained weights; with tuning.mode=full transformer/
-    report.html                          the report, with plan.png, samples_*.png, scores_*.csv, evaluation.json, validation.json
+config.yaml                          the resolved config
+environment.json                     versions, commit, device
+metrics.jsonl, tensorboard/          a row a step
+checkpoints/step-000100/             all that resuming needs
+validation/step-000050.safetensors   scores of the held-out samples, if `evaluation.every` asks for them
+best/                                the weights of the best step by `evaluation.best`
+pytorch_lora_weights.safetensors     the trained weights; with tuning.mode=full transformer/
+report.html                          the report, with plan.png, samples_*.png, scores_*.csv, evaluation.json,
+validation.json
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ class RunFolder:
             raise FileExistsError(f"{self.path} is a file: choose another output=")
         self.path.mkdir(parents=True, exist_ok=True)
         if not os.access(self.path, os.W_OK):
-            raise PermissionError(f"{self.path} cannot be written to: choose another output=, or change its permissions")
+            raise PermissionError(
+                f"{self.path} cannot be written to: choose another output=, or change its permissions"
+            )
         folder = os.open(self.path, os.O_RDONLY)
         try:
             try:
@@ -86,7 +89,9 @@ class RunFolder:
                 self.path.rmdir()
 
     def check(self, config: RunConfig, resume: bool, overwrite: bool) -> None:
-        """Raise unless the run may write here: an empty or absent folder, or a run that a switch says to resume or replace."""
+        """Raise unless the run may write here: an empty or absent folder, or a run that a switch says to resume or
+        replace.
+        """
         path = self.path
         if resume and overwrite:
             raise ValueError("--resume and --overwrite exclude each other: continue the run, or start it afresh")
@@ -94,7 +99,8 @@ class RunFolder:
             return
         if not is_run(path):
             raise FileExistsError(
-                f"{path} exists and is not a run of flowbp (which has a {CONFIG} of its own and {METRICS}): choose another output="
+                f"{path} exists and is not a run of flowbp (which has a {CONFIG} of its own and {METRICS}): choose "
+                "another output="
             )
         if resume:
             self._check_resume(yaml.safe_load((path / CONFIG).read_text()), yaml.safe_load(dump(config)))
@@ -107,26 +113,30 @@ class RunFolder:
         path = self.path
         if "sigmas" not in (old.get("rollout") or {}):
             raise ValueError(
-                f"{path} was trained by flowbp 0.1, whose noise levels were not the published ones, and cannot go on; its weights "
+                f"{path} was trained by flowbp 0.1, whose noise levels were not the published ones, and cannot go on; "
+                "its weights "
                 f"still evaluate (flowbp eval {shlex.quote(str(path))}): to train afresh, choose another output="
             )
         found = changed(old, new)
         if found.keys() - {"steps"} or new["steps"] < old.get("steps", 0):
             changes = ", ".join(f"{key} from {was} to {now}" for key, (was, now) in found.items())
             raise ValueError(
-                f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from {path}, or "
+                f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from "
+                f"{path}, or "
                 "choose another output="
             )
         last = latest_checkpoint(path)
         before, now = last and progress(last)["processes"], process_state().num_processes
         if last and before != now:
             raise ValueError(
-                f"{last} is of {before} process{'es' if before > 1 else ''}, and this run has {now}: a step's samples are processes x "
+                f"{last} is of {before} process{'es' if before > 1 else ''}, and this run has {now}: a step's samples "
+                "are processes x "
                 f"batch_size x accumulate, and a resumed run keeps them. Start {before}"
             )
 
     def open(self, config: RunConfig, overwrite: bool = False) -> None:
-        """Begin or go on: the resolved config, the environment, and metrics to append to, once `check` let the run pass.
+        """Begin or go on: the resolved config, the environment, and metrics to append to, once `check` let the run
+        pass.
 
         overwrite: what an older run wrote here is removed, and nothing else.
         """
@@ -198,7 +208,9 @@ class RunFolder:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run wrote `folder`: it holds metrics, and a config with all that a run must name. Many a folder has some config.yaml."""
+    """Whether a run wrote `folder`: it holds metrics, and a config with all that a run must name. Many a folder has
+    some config.yaml.
+    """
     if not ((folder / CONFIG).is_file() and (folder / METRICS).is_file()):
         return False
     try:
@@ -221,7 +233,8 @@ def how_to_go_on(output: Path) -> str:
 
 
 def mark_folder(folder: Path, command: str) -> None:
-    """Make `folder` the output of `command`, such as "flowbp eval": what that command wrote there before may be replaced, nothing else is.
+    """Make `folder` the output of `command`, such as "flowbp eval": what that command wrote there before may be
+    replaced, nothing else is.
 
     Raises FileExistsError for a folder that holds anything and that this command did not make.
     """
@@ -229,6 +242,8 @@ def mark_folder(folder: Path, command: str) -> None:
     if mark.is_file() and mark.read_text() == command:
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} holds what {command} did not write there: choose another --out, or an empty folder")
+        raise FileExistsError(
+            f"{folder} holds what {command} did not write there: choose another --out, or an empty folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_file(mark, command)

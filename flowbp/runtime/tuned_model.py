@@ -21,6 +21,7 @@ from flowbp.runtime.weights import base_weights, load_weights
 
 __all__ = ["TunedModel", "frozen_backbone"]
 
+
 class TunedModel:
     """The model of a run. Building it in another order would fail or waste memory, so nothing else builds one:
 
@@ -31,18 +32,23 @@ class TunedModel:
     sigmas      [N + 1] noise levels of the training rollout
     ranks       the processes that share the network
     parameters  what is trained, by name, as the network computes with it; shards, if the weights are sharded
-    masters     what the optimizer steps, by the same names: float32 copies of narrower parameters, else the parameters themselves
+    masters     what the optimizer steps, by the same names: float32 copies of narrower parameters, else the parameters
+    themselves
     ema         the moving average of the masters in float32, or None
     """
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, texts: Iterable[str], backbone: Backbone | None = None):
+    def __init__(
+        self, config: RunConfig, accelerator: Accelerator, texts: Iterable[str], backbone: Backbone | None = None
+    ):
         """texts: every prompt that the run will draw. backbone: takes the place of the one that `config` names."""
         self.config = config
         self.backbone = backbone or load_backbone(**config.backbone.model_dump())
         check_guidance(self.backbone, config.guidance)
         size = config.rollout
         self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas)
-        config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(0))  # a method that does not fit says so now
+        config.method.plan(
+            self.sigmas.double().numpy(), np.random.default_rng(0)
+        )  # a method that does not fit says so now
         if config.data.embeddings == "cached":
             embed_once(self.backbone, texts, config.data.cache, accelerator.device)
         torch.manual_seed(config.seed)  # LoRA's initial weights
@@ -60,7 +66,8 @@ class TunedModel:
         missing = [name for name, p in self.parameters.items() if p.grad is None]
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(self.parameters)} trained parameters take no part in the velocity and would never change, "
+                f"{len(missing)} of {len(self.parameters)} trained parameters take no part in the velocity and would "
+                "never change, "
                 f"such as {missing[0]}: name other modules in tuning.targets"
             )
         for name, parameter in self.parameters.items():
@@ -100,10 +107,13 @@ class TunedModel:
             assign(self.parameters, kept)
 
 
-def frozen_backbone(config: RunConfig, weights: Path | None, device: str, texts: Iterable[str] | None = None) -> Backbone:
+def frozen_backbone(
+    config: RunConfig, weights: Path | None, device: str, texts: Iterable[str] | None = None
+) -> Backbone:
     """The backbone of a config with tuned weights, or without, on `device`: to draw with, not to train.
 
-    texts: all prompts that will be drawn. They are embedded as `config.data.embeddings` says; None leaves the text encoders in place.
+    texts: all prompts that will be drawn. They are embedded as `config.data.embeddings` says; None leaves the text
+        encoders in place.
     """
     backbone = load_backbone(**config.backbone.model_dump())
     if weights is not None:

@@ -1,8 +1,8 @@
 """What is trained of a network, and what the optimizer steps.
 
-A bfloat16 weight has 8 bits: a step below about 1/500 of it is rounded away, and at the learning rates of fine-tuning most steps
-are. So the optimizer, the average and the checkpoints hold master weights in float32 (Micikevicius et al. 2018, arXiv 1710.03740),
-and the network computes with its own rounding of them.
+A bfloat16 weight has 8 bits: a step below about 1/500 of it is rounded away, and at the learning rates of fine-tuning
+most steps are. So the optimizer, the average and the checkpoints hold master weights in float32 (Micikevicius et al.
+2018, arXiv 1710.03740), and the network computes with its own rounding of them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def trainable_parameters(backbone: Backbone, tuning: TuningConfig) -> dict[str, 
         denoiser.requires_grad_(True)
         if denoiser.dtype == torch.bfloat16 and not tuning.master_weights:
             log.warning(
-                "all weights are trained in bfloat16: a step of AdamW changes a weight by about optimizer.lr, and what is less than "
+                "all weights are trained in bfloat16: a step of AdamW changes a weight by about optimizer.lr, and what "
+                "is less than "
                 "about 1/500 of the weight is rounded away; tuning.master_weights=true keeps every step"
             )
     return trained(backbone)
@@ -60,7 +61,9 @@ def master_weights(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def moving_average(masters: Mapping[str, Tensor], decay: float) -> Any:
-    """diffusers' EMAModel of constant decay from the first step on; in float32, since it moves by (1 - decay) of a step."""
+    """diffusers' EMAModel of constant decay from the first step on; in float32, since it moves by (1 - decay) of a
+    step.
+    """
     from diffusers.training_utils import EMAModel
 
     return EMAModel(master_weights(masters).values(), decay=decay, min_decay=decay, update_after_step=-1)
@@ -73,7 +76,9 @@ def build_optimizer(parameters: Iterable[Tensor], options: OptimizerConfig) -> t
         try:
             from bitsandbytes.optim import AdamW8bit as kind
         except ImportError as error:
-            raise ConfigError(f"optimizer.name=adamw8bit needs bitsandbytes ({error}): pip install bitsandbytes, or use adamw") from error
+            raise ConfigError(
+                f"optimizer.name=adamw8bit needs bitsandbytes ({error}): pip install bitsandbytes, or use adamw"
+            ) from error
     return kind(parameters, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
 
 

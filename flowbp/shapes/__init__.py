@@ -1,7 +1,7 @@
 """`shapes`: a small text-to-image flow model with its world, its checker and two rewards, for work on a laptop CPU.
 
-`PIPELINE` is a diffusers StableDiffusion3Pipeline folder of 32 x 32 images; `REWARD` and `MONITOR` are transformers CLIPModel
-folders with their tokenizer. `python -m flowbp.shapes.recipe all --out DIR` trains all three again.
+`PIPELINE` is a diffusers StableDiffusion3Pipeline folder of 32 x 32 images; `REWARD` and `MONITOR` are transformers
+CLIPModel folders with their tokenizer. `python -m flowbp.shapes.recipe all --out DIR` trains all three again.
 """
 
 from pathlib import Path

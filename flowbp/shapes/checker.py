@@ -1,7 +1,9 @@
 """Does an image show what its caption says? The programmatic judge of `shapes`, about 1 ms an image.
 
-Pixels with colour are grouped into blobs; each blob must have one hue and the outline of one of the four shapes (template overlap with
-half-pixel offsets); the shapes found must be exactly those of the caption, in the relation it states. It plays the part of GenEval's
+Pixels with colour are grouped into blobs; each blob must have one hue and the outline of one of the four shapes
+    (template overlap with
+half-pixel offsets); the shapes found must be exactly those of the caption, in the relation it states. It plays the part
+    of GenEval's
 detector: the held-out metric. No training stage and no reward may call it.
 """
 
@@ -28,7 +30,9 @@ def _templates() -> tuple[np.ndarray, list[tuple[str, float]]]:
     for shape in SHAPES:
         for radius in np.arange(3.25, 6.26, 0.25):
             mass = stamp(shape, radius, 0.0, 0.0)
-            fall = WINDOW / 2 - float((mass.sum(1) * middle).sum() / mass.sum())  # centre of mass below the centre, for triangles
+            fall = WINDOW / 2 - float(
+                (mass.sum(1) * middle).sum() / mass.sum()
+            )  # centre of mass below the centre, for triangles
             for dy in (-0.25, 0.25):
                 for dx in (-0.25, 0.25):
                     bank.append(stamp(shape, radius, dx, dy + fall).ravel())

@@ -1,4 +1,5 @@
-"""The parts of the `shapes` model: diffusers' and transformers' own classes at small sizes, and how the flow is conditioned.
+"""The parts of the `shapes` model: diffusers' and transformers' own classes at small sizes, and how the flow is
+conditioned.
 
 Sizes (parameters): VAE .18 M, transformer 2.3 M, text encoder .4 M and a tiny second one, reward .6 M, monitor .35 M.
 """
@@ -11,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from .world import SIZE, WORDS
 
@@ -44,23 +52,30 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
 def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> dict:
     return dict(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 32), projection_dim=width, max_position_embeddings=MAX_TOKENS, hidden_act="gelu",
+        num_attention_heads=max(1, width // 32), projection_dim=width, max_position_embeddings=MAX_TOKENS,
+        hidden_act="gelu",
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
 
 
 def build_vae() -> AutoencoderKL:
-    """8 latent channels at a quarter of the resolution: 3 x 32 x 32 -> 8 x 8 x 8. SD3's scaling is the identity here."""
+    """8 latent channels at a quarter of the resolution: 3 x 32 x 32 -> 8 x 8 x 8. SD3's scaling is the identity
+    here.
+    """
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(16, 16, 32),
-        layers_per_block=1, latent_channels=LATENT[0], norm_num_groups=4, sample_size=SIZE, mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 16, 32),
+        layers_per_block=1, latent_channels=LATENT[0], norm_num_groups=4, sample_size=SIZE,
+        mid_block_add_attention=False,
         scaling_factor=1.0, shift_factor=0.0, force_upcast=False,
     )  # fmt: skip
 
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, latents: torch.Tensor) -> None:
-    """Fold mean 0 and deviation 1 of each latent channel (measured on `latents` [N, 8, 8, 8]) into the 1 x 1 convolutions."""
+    """Fold mean 0 and deviation 1 of each latent channel (measured on `latents` [N, 8, 8, 8]) into the 1 x 1
+    convolutions.
+    """
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     c = len(mean)
     quant, post = vae.quant_conv, vae.post_quant_conv
@@ -72,11 +87,13 @@ def whiten(vae: AutoencoderKL, latents: torch.Tensor) -> None:
 
 
 class Flow(nn.Module):
-    """What the flow stage trains: both text encoders and the transformer, called as StableDiffusion3Pipeline calls them.
+    """What the flow stage trains: both text encoders and the transformer, called as StableDiffusion3Pipeline calls
+    them.
 
-    Without a T5 the pipeline appends `max_sequence_length` (default 256) zero tokens to the text. Those tokens stay equal to one
-    another in every layer, so training feeds one of them and adds log n to its attention logits, which is exactly n of them; n is
-    drawn from 1 to 256, and the model works with any. Pass max_sequence_length=1 where speed matters.
+    Without a T5 the pipeline appends `max_sequence_length` (default 256) zero tokens to the text. Those tokens stay
+    equal to one another in every layer, so training feeds one of them and adds log n to its attention logits, which is
+    exactly n of them; n is drawn from 1 to 256, and the model works with any. Pass max_sequence_length=1 where speed
+    matters.
     """
 
     def __init__(self, tokenizer: CLIPTokenizer, width: int = 128, layers: int = 4):
@@ -86,7 +103,8 @@ class Flow(nn.Module):
         joint = TEXT_WIDTH + TEXT_WIDTH_2
         self.transformer = SD3Transformer2DModel(
             sample_size=LATENT[1], patch_size=2, in_channels=LATENT[0], out_channels=LATENT[0], num_layers=layers,
-            attention_head_dim=32, num_attention_heads=width // 32, joint_attention_dim=joint, caption_projection_dim=width,
+            attention_head_dim=32, num_attention_heads=width // 32, joint_attention_dim=joint,
+            caption_projection_dim=width,
             pooled_projection_dim=joint, pos_embed_max_size=LATENT[1] // 2, qk_norm="rms_norm",
         )  # fmt: skip
         self.transformer.set_attn_processor(BiasedJointAttention())
@@ -96,13 +114,17 @@ class Flow(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def encode(self, ids: torch.Tensor, zeros: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids [B, 12] -> what pipe.encode_prompt(max_sequence_length=zeros) gives: tokens [B, 12 + zeros, 160], pooled [B, 160]."""
+        """ids [B, 12] -> what pipe.encode_prompt(max_sequence_length=zeros) gives: tokens [B, 12 + zeros, 160], pooled
+        [B, 160].
+        """
         outs = [encoder(ids, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
         tokens = torch.cat([out.hidden_states[-2] for out in outs], dim=-1)
         return F.pad(tokens, (0, 0, 0, zeros)), torch.cat([out.text_embeds for out in outs], dim=-1)
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, ids: torch.Tensor, zeros: float = 1.0) -> torch.Tensor:
-        """Velocity [B, 8, 8, 8] of x at noise level sigma [B] for token ids [B, 12], with `zeros` zero tokens after the text."""
+        """Velocity [B, 8, 8, 8] of x at noise level sigma [B] for token ids [B, 12], with `zeros` zero tokens after the
+        text.
+        """
         tokens, pooled = self.encode(ids)
         key_bias = x.new_zeros(LATENT[1] * LATENT[2] // 4 + tokens.shape[1])
         key_bias[-1] = math.log(zeros)
@@ -134,22 +156,28 @@ class BiasedJointAttention:
 def build_scorer(tokenizer: CLIPTokenizer, width: int, patch: int, image_layers: int, text_layers: int) -> CLIPModel:
     """A CLIP of images [B, 3, 32, 32] and captions, embeddings of `width` numbers."""
     vision = dict(
-        image_size=SIZE, patch_size=patch, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=image_layers,
+        image_size=SIZE, patch_size=patch, hidden_size=width, intermediate_size=4 * width,
+        num_hidden_layers=image_layers,
         num_attention_heads=max(1, width // 32), projection_dim=width, hidden_act="gelu",
     )  # fmt: skip
     text = _text_config(tokenizer, width, text_layers)
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width, logit_scale_init_value=3.0))
+    return CLIPModel(
+        CLIPConfig(text_config=text, vision_config=vision, projection_dim=width, logit_scale_init_value=3.0)
+    )
 
 
 def build_image_processor() -> CLIPImageProcessor:
     """What a scorer expects of its images: 32 x 32 pixels in [-1, 1]."""
     return CLIPImageProcessor(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3,
+        image_std=[0.5] * 3
     )  # fmt: skip
 
 
 def score(model: CLIPModel, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity of each image and its caption: images [B, 3, 32, 32] in [-1, 1], ids [B, 12] -> [B] in [-1, 1]."""
+    """Cosine similarity of each image and its caption: images [B, 3, 32, 32] in [-1, 1], ids [B, 12] -> [B] in [-1,
+    1].
+    """
     image = model.get_image_features(pixel_values=images).pooler_output
     text = model.get_text_features(input_ids=ids).pooler_output
     return F.cosine_similarity(image, text, dim=-1)

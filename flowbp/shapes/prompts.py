@@ -1,7 +1,9 @@
 """Captions of the `shapes` world, split into train, dev and test.
 
-Ten pools cover the six categories. A pool of 40 captions or more is cut 70 / 15 / 15 after sorting by hash, so its three parts are
-disjoint: coloured counting (72), position (48 plain, 1440 coloured) and attribute binding (360). The small pools (4 single objects,
+Ten pools cover the six categories. A pool of 40 captions or more is cut 70 / 15 / 15 after sorting by hash, so its
+    three parts are
+disjoint: coloured counting (72), position (48 plain, 1440 coloured) and attribute binding (360). The small pools (4
+    single objects,
 24 colours, 12 two objects, 12 plain counts) are the same in all splits: there the images are new, the captions are not.
 """
 
@@ -38,7 +40,9 @@ def pools(split: str) -> dict[str, list[list[Spec]]]:
     whole = {
         "single object": [[Spec(((None, s),)) for s in SHAPES]],
         "colours": [[Spec((o,)) for o in coloured]],
-        "counting": [[Spec((o,) * n) for n in NUMBERS.values() for o in kind] for kind in ([(None, s) for s in SHAPES], coloured)],
+        "counting": [
+            [Spec((o,) * n) for n in NUMBERS.values() for o in kind] for kind in ([(None, s) for s in SHAPES], coloured)
+        ],
         "two objects": [[Spec(p) for p in plain_pairs]],
         "position": [[Spec(p, r) for p in pairs for r in RELATIONS] for pairs in (plain_pairs, coloured_pairs)],
         "attribute binding": [[Spec(p) for p in coloured_pairs]],
@@ -55,7 +59,8 @@ def pools(split: str) -> dict[str, list[list[Spec]]]:
 
 
 def prompts(split: str) -> list[Prompt]:
-    """The prompts of a split, the same at every call, categories in turn: any multiple of six from the front is balanced.
+    """The prompts of a split, the same at every call, categories in turn: any multiple of six from the front is
+    balanced.
 
     1440 prompts of "train", 288 each of "dev" and "test". Small pools repeat; plain and coloured captions alternate.
     """
@@ -81,10 +86,13 @@ def texts(split: str) -> frozenset[str]:
     return frozenset(spec.text for lists in pools(split).values() for pool in lists for spec in pool)
 
 
-def sample_negative(spec: Spec, rng: np.random.Generator, true: frozenset[str] = frozenset(), known: bool = True) -> Spec:
+def sample_negative(
+    spec: Spec, rng: np.random.Generator, true: frozenset[str] = frozenset(), known: bool = True
+) -> Spec:
     """A `corrupt` of `spec` whose text is not in `true`.
 
-    `known` admits train captions only, as pre-training must: else a held-out caption would be met, and always as a wrong one.
+    `known` admits train captions only, as pre-training must: else a held-out caption would be met, and always as a
+    wrong one.
     """
     while True:
         wrong = corrupt(spec, rng)

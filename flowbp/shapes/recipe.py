@@ -78,11 +78,15 @@ def data(out: Path, recipe: Recipe) -> None:
     specs = [sample_spec(rng) for _ in range(recipe.images)]
     scenes = [sample_scene(spec, rng) for spec in specs]
     np.save(out / "images.npy", np.stack([render(scene, rng) for scene in scenes]))
-    (out / "scenes.json").write_text(json.dumps([[spec.text, scene] for spec, scene in zip(specs, scenes, strict=True)]))
+    (out / "scenes.json").write_text(
+        json.dumps([[spec.text, scene] for spec, scene in zip(specs, scenes, strict=True)])
+    )
 
 
 def vae(out: Path, recipe: Recipe) -> None:
-    """DIR/vae (whitened) and DIR/latents.npy float16 [N, 8, 8, 8]: squared error plus a light pull to the normal prior."""
+    """DIR/vae (whitened) and DIR/latents.npy float16 [N, 8, 8, 8]: squared error plus a light pull to the normal
+    prior.
+    """
     images = np.load(out / "images.npy", mmap_mode="r")
     torch.manual_seed(0)
     rng = np.random.default_rng(1)
@@ -106,7 +110,10 @@ def vae(out: Path, recipe: Recipe) -> None:
     encode = torch.inference_mode()(lambda x: model.encode(to_float(x)).latent_dist.mode())
     models.whiten(model, torch.cat([encode(images[i : i + 500]) for i in range(0, min(len(images), 10_000), 500)]))
     model.save_pretrained(out / "vae")
-    np.save(out / "latents.npy", np.concatenate([encode(images[i : i + 500]).half().numpy() for i in range(0, len(images), 500)]))
+    np.save(
+        out / "latents.npy",
+        np.concatenate([encode(images[i : i + 500]).half().numpy() for i in range(0, len(images), 500)]),
+    )
     captions = [caption for caption, _ in json.loads((out / "scenes.json").read_text())[:1000]]
     with torch.inference_mode():
         x = to_float(images[:1000])
@@ -129,7 +136,9 @@ class Captions:
         return torch.stack([self.ids(text) for text in texts])
 
     def noisy(self, index: np.ndarray, noise: float, rng: np.random.Generator) -> list[str]:
-        """Captions of images, a share `noise` of them false: half by one wrong attribute, half those of other images."""
+        """Captions of images, a share `noise` of them false: half by one wrong attribute, half those of other
+        images.
+        """
         out = []
         for i, u in zip(index, rng.random(len(index)), strict=True):
             spec = self.specs[i if u > noise / 2 else rng.integers(len(self.specs))]
@@ -160,7 +169,9 @@ def _flow_worker(rank: int, out: Path, recipe: Recipe) -> None:
     torch.manual_seed(0)
     model = models.Flow(tokenizer)
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.flow_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.flow_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     first, batch = 0, recipe.flow_batch // recipe.processes
     if (out / "flow.pt").exists():
         state = torch.load(out / "flow.pt", map_location="cpu")
@@ -178,7 +189,9 @@ def _flow_worker(rank: int, out: Path, recipe: Recipe) -> None:
         torch.manual_seed(step * recipe.processes + rank)
         index = rng.integers(len(latents), size=batch)
         texts = captions.noisy(index, recipe.caption_noise if decay else 0.0, rng)
-        texts = ["" if u < 0.1 else text for u, text in zip(rng.random(batch), texts, strict=True)]  # for classifier-free guidance
+        texts = [
+            "" if u < 0.1 else text for u, text in zip(rng.random(batch), texts, strict=True)
+        ]  # for classifier-free guidance
         z = latents[index].float()
         noise, sigma = torch.randn_like(z), torch.sigmoid(torch.randn(batch))
         x = torch.lerp(z, noise, sigma[:, None, None, None])
@@ -195,7 +208,12 @@ def _flow_worker(rank: int, out: Path, recipe: Recipe) -> None:
         done = step + 1
         if done % 500 == 0 or done in (recipe.flow_clean_steps, recipe.flow_steps):
             print(f"flow {done} loss {running:.4f} {time.time() - started:.0f} s", flush=True)
-            state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+            state = {
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": done,
+            }
             torch.save(state, out / "flow.tmp")
             (out / "flow.tmp").replace(out / "flow.pt")
             if done == recipe.flow_clean_steps:
@@ -205,7 +223,9 @@ def _flow_worker(rank: int, out: Path, recipe: Recipe) -> None:
 
 
 def augment(images: np.ndarray, autoencoder, rng: np.random.Generator) -> torch.Tensor:
-    """Renderings as a scorer sees them in training, float32 [B, 3, 32, 32]: shifted, blurred, noised; an eighth through the VAE."""
+    """Renderings as a scorer sees them in training, float32 [B, 3, 32, 32]: shifted, blurred, noised; an eighth through
+    the VAE.
+    """
     b = len(images)
     line = np.arange(images.shape[1])
     rows, cols = (np.clip(line + rng.integers(-2, 3, (b, 1)), 0, line[-1]) for _ in range(2))
@@ -219,7 +239,9 @@ def augment(images: np.ndarray, autoencoder, rng: np.random.Generator) -> torch.
 
 
 def scorers(out: Path, recipe: Recipe) -> None:
-    """DIR/reward.pt and DIR/monitor.pt: different seeds, widths and patches, so that neither is fooled just as the other is."""
+    """DIR/reward.pt and DIR/monitor.pt: different seeds, widths and patches, so that neither is fooled just as the
+    other is.
+    """
     for seed, (name, sizes) in enumerate(SCORERS.items(), start=1):
         scorer(out, recipe, name, seed, **sizes)
 
@@ -227,8 +249,8 @@ def scorers(out: Path, recipe: Recipe) -> None:
 def scorer(out: Path, recipe: Recipe, name: str, seed: int, **sizes: int) -> None:
     """Contrastive training on renderings: each image against the batch's captions and a hard negative of each.
 
-    Any true caption of the training split may stand for an image; captions of others that may be true of it are left out of its
-    softmax. No generated image and no verdict of the checker is seen.
+    Any true caption of the training split may stand for an image; captions of others that may be true of it are left
+    out of its softmax. No generated image and no verdict of the checker is seen.
     """
     tokenizer = models.build_tokenizer()
     captions = Captions(out, tokenizer)
@@ -237,7 +259,9 @@ def scorer(out: Path, recipe: Recipe, name: str, seed: int, **sizes: int) -> Non
     torch.manual_seed(seed)
     model = models.build_scorer(tokenizer, **sizes)
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.scorer_lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.scorer_lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True
+    )
     started, running = time.time(), 0.0
     steps = recipe.scorer_steps
     for step in range(steps):
@@ -261,7 +285,9 @@ def scorer(out: Path, recipe: Recipe, name: str, seed: int, **sizes: int) -> Non
         maybe = torch.tensor([[t in truth for t in texts] for truth in true])
         own_column = F.one_hot(target, len(texts)).bool()
         by_image = F.cross_entropy(logits.masked_fill(maybe & ~own_column, -torch.inf), target)
-        columns = logits[:, target].T.masked_fill(maybe[:, target].T & ~torch.eye(len(index), dtype=torch.bool), -torch.inf)
+        columns = logits[:, target].T.masked_fill(
+            maybe[:, target].T & ~torch.eye(len(index), dtype=torch.bool), -torch.inf
+        )
         loss = (by_image + F.cross_entropy(columns, torch.arange(len(index)))) / 2
         optimizer.zero_grad()
         loss.backward()
@@ -271,13 +297,19 @@ def scorer(out: Path, recipe: Recipe, name: str, seed: int, **sizes: int) -> Non
         running += 0.01 * (by_image.item() - running) if running else by_image.item()
         if (step + 1) % 500 == 0 or step + 1 == steps:
             torch.save(average.state_dict(), out / f"{name}.pt")
-            line = f"{name} {step + 1} loss {running:.4f} scale {model.logit_scale.exp().item():.1f} {time.time() - started:.0f} s"
-            print(line, scorer_accuracy(average, tokenizer, 600), flush=True)
+            scale, seconds = model.logit_scale.exp().item(), time.time() - started
+            print(
+                f"{name} {step + 1} loss {running:.4f} scale {scale:.1f} {seconds:.0f} s",
+                scorer_accuracy(average, tokenizer, 600),
+                flush=True,
+            )
 
 
 @torch.inference_mode()
 def scorer_accuracy(model, tokenizer, n: int, split: str = "dev") -> dict[str, float]:
-    """On n new renderings of held-out captions: share scored above a hard negative, by category, and AUC over all pairs."""
+    """On n new renderings of held-out captions: share scored above a hard negative, by category, and AUC over all
+    pairs.
+    """
     rng = np.random.default_rng(4)
     specs = [sample_spec(rng, split) for _ in range(n)]
     scenes = [sample_scene(spec, rng) for spec in specs]
@@ -309,7 +341,9 @@ def pipeline(out: Path, recipe: Recipe) -> StableDiffusion3Pipeline:
 
 
 def export(out: Path, recipe: Recipe) -> None:
-    """DIR/weights/{pipeline,reward,monitor} in half precision, then DIR/figures.json: checker pass rates on dev prompts."""
+    """DIR/weights/{pipeline,reward,monitor} in half precision, then DIR/figures.json: checker pass rates on dev
+    prompts.
+    """
     pipe = pipeline(out, recipe)
     weights = out / "weights"
     shutil.rmtree(weights, ignore_errors=True)
@@ -320,7 +354,9 @@ def export(out: Path, recipe: Recipe) -> None:
         model.half().save_pretrained(weights / name)
         pipe.tokenizer.save_pretrained(weights / name)
         models.build_image_processor().save_pretrained(weights / name)
-    for config in weights.glob("**/config.json"):  # stored in half, to be loaded in full precision unless told otherwise
+    for config in weights.glob(
+        "**/config.json"
+    ):  # stored in half, to be loaded in full precision unless told otherwise
         fields = json.loads(config.read_text().replace('"float16"', '"float32"'))
         fields.pop("_name_or_path", None)
         config.write_text(json.dumps(fields, indent=2) + "\n")
@@ -337,7 +373,9 @@ def load(folder: Path) -> StableDiffusion3Pipeline:
     return StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32, **no_t5)
 
 
-def sample(pipe: StableDiffusion3Pipeline, texts: list[str], guidance: float = 1.0, steps: int = 12, seed: int = 0) -> np.ndarray:
+def sample(
+    pipe: StableDiffusion3Pipeline, texts: list[str], guidance: float = 1.0, steps: int = 12, seed: int = 0
+) -> np.ndarray:
     """One image a text, float32 [B, 32, 32, 3] in [0, 1]."""
     pipe.set_progress_bar_config(disable=True)
     images = []
@@ -348,14 +386,21 @@ def sample(pipe: StableDiffusion3Pipeline, texts: list[str], guidance: float = 1
     return np.concatenate(images)
 
 
-def evaluate(pipe: StableDiffusion3Pipeline, repeats: int = 4, guidance: float = 1.0, split: str = "dev", **call) -> dict[str, float]:
-    """Share of samples that pass the checker, in all and by category; `repeats` samples of each of the split's 288 prompts."""
+def evaluate(
+    pipe: StableDiffusion3Pipeline, repeats: int = 4, guidance: float = 1.0, split: str = "dev", **call
+) -> dict[str, float]:
+    """Share of samples that pass the checker, in all and by category; `repeats` samples of each of the split's 288
+    prompts.
+    """
     asked = prompts(split) * repeats
     images = sample(pipe, [prompt.text for prompt in asked], guidance, **call)
     passed = check_batch(images.transpose(0, 3, 1, 2), [prompt.text for prompt in asked])
     by_category = {c: passed[[p.category == c for p in asked]].mean() for c in CATEGORIES}
     clean = np.mean([find_objects(image) not in (None, []) for image in images.transpose(0, 3, 1, 2)])
-    return {k: round(float(v), 3) for k, v in {"samples": len(asked), "all": passed.mean(), **by_category, "clean": clean}.items()}
+    return {
+        k: round(float(v), 3)
+        for k, v in {"samples": len(asked), "all": passed.mean(), **by_category, "clean": clean}.items()
+    }
 
 
 STAGES = {"data": data, "vae": vae, "flow": flow, "scorers": scorers, "export": export}

@@ -1,7 +1,8 @@
 """The world of `shapes`: captions, scenes that satisfy them, and renderings of 32 x 32 pixels.
 
-One to four flat shapes (4 shapes x 6 colours) stand on light grey, apart from one another and inside the frame. A caption says what
-is there and nothing else is there; the six kinds of caption are those of GenEval (Ghosh et al. 2023, arXiv 2310.11513):
+One to four flat shapes (4 shapes x 6 colours) stand on light grey, apart from one another and inside the frame. A
+caption says what is there and nothing else is there; the six kinds of caption are those of GenEval (Ghosh et al. 2023,
+arXiv 2310.11513):
     single object      a circle
     colours            a red circle
     counting           three circles, three red circles
@@ -23,15 +24,35 @@ import numpy as np
 SIZE = 32
 SHAPES = ("circle", "square", "triangle", "cross")
 HUES = {"red": 0, "yellow": 54, "green": 120, "cyan": 180, "blue": 235, "purple": 290}  # degrees
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # direction from second object to first
+RELATIONS = {
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}  # direction from second object to first
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 CATEGORIES = ("single object", "colours", "counting", "two objects", "position", "attribute binding")
-WORDS = ("a", "and", "left", "right", "of", "above", "below", *NUMBERS, *HUES, *SHAPES, *(s + "s" for s in SHAPES[:3]), "crosses")
+WORDS = (
+    "a",
+    "and",
+    "left",
+    "right",
+    "of",
+    "above",
+    "below",
+    *NUMBERS,
+    *HUES,
+    *SHAPES,
+    *(s + "s" for s in SHAPES[:3]),
+    "crosses",
+)
 WINDOW = 15  # side of a stamp
 
 
 class Spec(NamedTuple):
-    """What a caption asks for: exactly these objects, (colour or None, shape) each, the first in `relation` to the second."""
+    """What a caption asks for: exactly these objects, (colour or None, shape) each, the first in `relation` to the
+    second.
+    """
 
     objects: tuple[tuple[str | None, str], ...]
     relation: str | None = None
@@ -71,12 +92,16 @@ def parse(text: str) -> Spec:
     def noun(words: str) -> tuple[str | None, str]:
         *colour, shape = words.split()
         if shape not in SHAPES or len(colour) > 1 or any(c not in HUES for c in colour):
-            raise ValueError(f"{words!r} in caption {text!r} is not '[colour] shape'; shapes {SHAPES}, colours {tuple(HUES)}")
+            raise ValueError(
+                f"{words!r} in caption {text!r} is not '[colour] shape'; shapes {SHAPES}, colours {tuple(HUES)}"
+            )
         return (colour[0] if colour else None), shape
 
     number, _, rest = text.partition(" ")
     if number in NUMBERS:
-        return Spec((noun(rest.removesuffix("es") if rest.endswith("crosses") else rest.removesuffix("s")),) * NUMBERS[number])
+        return Spec(
+            (noun(rest.removesuffix("es") if rest.endswith("crosses") else rest.removesuffix("s")),) * NUMBERS[number]
+        )
     for word in ("and", *RELATIONS):
         first, found, second = text.partition(f" {word} a ")
         if found:
@@ -85,11 +110,16 @@ def parse(text: str) -> Spec:
 
 
 def satisfies(objects: list[Object], spec: Spec, margin: float = 0.0) -> bool:
-    """Whether the objects are exactly those of `spec`; a relation must dominate the other axis by more than `margin` pixels."""
+    """Whether the objects are exactly those of `spec`; a relation must dominate the other axis by more than `margin`
+    pixels.
+    """
     if len(objects) != len(spec.objects):
         return False
     for order in permutations(objects):
-        if all(o.shape == shape and colour in (None, o.colour) for o, (colour, shape) in zip(order, spec.objects, strict=True)):
+        if all(
+            o.shape == shape and colour in (None, o.colour)
+            for o, (colour, shape) in zip(order, spec.objects, strict=True)
+        ):
             if spec.relation is None:
                 return True
             ux, uy = RELATIONS[spec.relation]
@@ -139,7 +169,9 @@ def corrupt(spec: Spec, rng: np.random.Generator) -> Spec:
 
 
 def sample_scene(spec: Spec, rng: np.random.Generator) -> list[Object]:
-    """Objects at random places that satisfy `spec` clearly (relations by a margin of 2 pixels); free colours are drawn."""
+    """Objects at random places that satisfy `spec` clearly (relations by a margin of 2 pixels); free colours are
+    drawn.
+    """
     n = len(spec.objects)
     while True:
         radius = rng.integers(16, 23, n) / 4 if n <= 2 else rng.integers(15, 19, n) / 4

@@ -58,7 +58,8 @@ class Report:
             differences=self.differences,
             validation=self.validation,
             evaluation=self.config.evaluation,
-            held_out=self.validation and panels({"held-out prompts": self.validation["means"]}, self.held_out, smooth=False),
+            held_out=self.validation
+            and panels({"held-out prompts": self.validation["means"]}, self.held_out, smooth=False),
             plan=as_data_uri(self.plan_figure),
             curves=panels({name: rows}, [*self.config.reward, *self.monitors, "grad_norm", "d_j", "d_0"]),
             window=max(1, len(rows) // 10),

@@ -1,8 +1,9 @@
-"""The over-optimisation sentinel: held-out metrics at regular steps of training, the best step by one of them, and when to stop.
+"""The over-optimisation sentinel: held-out metrics at regular steps of training, the best step by one of them, and when
+to stop.
 
-Whatever reward is maximised, its true aim first improves with it and then falls (Gao et al. 2023, arXiv 2210.10760). So the same
-held-out prompts and seeds are scored every `evaluation.every` steps. All decisions are functions of these scores: a run that goes
-on from a checkpoint decides as an unbroken one.
+Whatever reward is maximised, its true aim first improves with it and then falls (Gao et al. 2023, arXiv 2210.10760). So
+the same held-out prompts and seeds are scored every `evaluation.every` steps. All decisions are functions of these
+scores: a run that goes on from a checkpoint decides as an unbroken one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ __all__ = ["Decision", "Sentinel", "best_step", "exhausted", "warnings"]
 
 History = Mapping[int, Scores]  # by optimizer steps taken, increasing; all of the same samples
 
-LIMITS = {  # relative changes of image statistics since the first evaluation that are worth a warning: a judgement, not a law
+# Relative changes of image statistics since the first evaluation that are worth a warning: a judgement, not a law.
+LIMITS = {
     "diversity": (-0.5, "images of a prompt grow alike: the model may be collapsing"),
     "saturation": (0.5, "colours grow stronger than the base model's"),
     "high_frequency": (0.5, "fine patterns grow: look for grids and fringes"),
@@ -29,7 +31,9 @@ LIMITS = {  # relative changes of image statistics since the first evaluation th
 
 
 class Decision(NamedTuple):
-    """What an evaluation during training decides: whether its weights are the best so far, and whether training stops."""
+    """What an evaluation during training decides: whether its weights are the best so far, and whether training
+    stops.
+    """
 
     is_best: bool
     stops: bool
@@ -38,12 +42,19 @@ class Decision(NamedTuple):
 class Sentinel:
     """The history of a run's periodic evaluations, and what follows from it. It reads and writes nothing."""
 
-    def __init__(self, config: EvaluationConfig, trained: Iterable[str], past: Mapping[int, Mapping[str, np.ndarray]] | None = None):
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        trained: Iterable[str],
+        past: Mapping[int, Mapping[str, np.ndarray]] | None = None,
+    ):
         """trained: names of the rewards that training maximises. past: scores by step, of a run that goes on."""
         self.config, self.trained = config, tuple(trained)
         self.samples = validation_samples(config)
         past = past or {}
-        self.history = {step: Scores(self.samples.prompts, self.samples.seeds, dict(past[step])) for step in sorted(past)}
+        self.history = {
+            step: Scores(self.samples.prompts, self.samples.seeds, dict(past[step])) for step in sorted(past)
+        }
 
     def due(self, step: int) -> bool:
         """Whether the weights after `step` optimizer steps are to be scored, and were not."""
@@ -68,20 +79,25 @@ class Sentinel:
         """{"means": a row a step, "metric": the one that chooses, "best": step, "stopped": bool, "warnings": lines}."""
         held_out = [*self.config.monitors, *(["checker"] if self.config.checker is not None else [])]
         means = [
-            {"step": step} | {name: float(v.mean()) for name, v in scores.values.items()} for step, scores in self.history.items()
+            {"step": step} | {name: float(v.mean()) for name, v in scores.values.items()}
+            for step, scores in self.history.items()
         ]
         found = warnings(self.history, self.trained, held_out)
         return {"means": means, "metric": self.config.best, "best": self.best, "stopped": self.stops, "warnings": found}
 
 
 def validation_samples(config: EvaluationConfig) -> Samples:
-    """The samples of the periodic evaluations: two images of each of validation_samples // 2 prompts, for their diversity; none is kept."""
+    """The samples of the periodic evaluations: two images of each of validation_samples // 2 prompts, for their
+    diversity; none is kept.
+    """
     prompts, pairs = load_prompts(config.validation_prompts or config.prompts), config.validation_samples // 2
     return draw_samples(prompts, config.model_copy(update={"samples": 2 * pairs, "grid": 0}), of_each=2)
 
 
 def best_step(history: History, metric: str) -> int:
-    """The step with the highest mean of `metric`; of equal ones the first. A mean that is not a number is the lowest."""
+    """The step with the highest mean of `metric`; of equal ones the first. A mean that is not a number is the
+    lowest.
+    """
     return max(history, key=lambda step: (np.nan_to_num(history[step].values[metric].mean(), nan=-np.inf), -step))
 
 
@@ -93,15 +109,16 @@ def exhausted(history: History, metric: str, patience: int) -> bool:
 def warnings(history: History, trained: Sequence[str], held_out: Sequence[str]) -> list[str]:
     """What the last evaluation says against the run, each in one line.
 
-    A held-out metric fell from its best step on while a trained reward rose: both paired 95 % intervals exclude zero. An image statistic
-    changed by more than `LIMITS` since the first evaluation, and its interval excludes zero. If there are too few prompts for an
-    interval, the line says so instead of judging the metric.
+    A held-out metric fell from its best step on while a trained reward rose: both paired 95 % intervals exclude zero.
+    An image statistic changed by more than `LIMITS` since the first evaluation, and its interval excludes zero. If
+    there are too few prompts for an interval, the line says so instead of judging the metric.
     """
     steps = list(history)
     if len(steps) < 2:
         return []
     found = [
-        f"nothing can be said of {row.metric}: {row.count} scored images of {row.prompts} prompts bear no interval; with finite scores of "
+        f"nothing can be said of {row.metric}: {row.count} scored images of {row.prompts} prompts bear no interval; "
+        "with finite scores of "
         f"six prompts, evaluation.validation_samples=12, they do"
         for metric, row in overall(history[steps[0]], history[steps[-1]]).items()
         if metric in held_out and np.isnan(row.low)
@@ -114,7 +131,8 @@ def warnings(history: History, trained: Sequence[str], held_out: Sequence[str]) 
         for reward in trained:
             if changes[reward].low > 0 and changes[metric].high < 0:
                 found.append(
-                    f"over-optimised: from step {peak} to {steps[-1]} the trained {reward} rose by {change(changes[reward])} while the "
+                    f"over-optimised: from step {peak} to {steps[-1]} the trained {reward} rose by "
+                    f"{change(changes[reward])} while the "
                     f"held-out {metric} fell by {change(changes[metric])}; step {peak} may be the better model"
                 )
     changes = overall(history[steps[0]], history[steps[-1]])

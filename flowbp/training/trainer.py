@@ -1,11 +1,12 @@
 """One optimizer step, for every method, backbone and reward.
 
-    plan -> rollout without gradient -> reward input -> decode -> rewards -> loss -> g = dloss/d(reward input) -> sweep -> AdamW
+    plan -> rollout without gradient -> reward input -> decode -> rewards -> loss -> g = dloss/d(reward input) -> sweep
+    -> AdamW
 
-The VAE and the reward are differentiated first, with nothing else in memory; then the sweep replays the plan's active nodes one at
-a time. Every random draw of a step comes from (seed, step, micro-batch): a resumed run repeats what an unbroken one would have done.
-N processes with batch b take the step of one process with batch N b: each draws the whole batch's plans and seeds, and trains its
-own rows.
+The VAE and the reward are differentiated first, with nothing else in memory; then the sweep replays the plan's active
+nodes one at a time. Every random draw of a step comes from (seed, step, micro-batch): a resumed run repeats what an
+unbroken one would have done. N processes with batch b take the step of one process with batch N b: each draws the whole
+batch's plans and seeds, and trains its own rows.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Trainer:
         self.evaluator = Evaluator(config, self.rewards.rewards, device) if config.evaluation is not None else None
         self.optimizer = build_optimizer(self.model.masters.values(), config.optimizer)
         budget = config.memory.budget_gb
-        self.recompute = Recompute(config.memory.recompute, None if budget is None else int(budget * 1e9), config.data.accumulate)
+        self.recompute = Recompute(
+            config.memory.recompute, None if budget is None else int(budget * 1e9), config.data.accumulate
+        )
         self.phases = Phases()
 
     def texts(self, processes: int) -> list[str]:
@@ -131,24 +134,36 @@ class Trainer:
     def reward_cotangent(
         self, plan: SurrogatePlan | PlanBatch, trajectory: Trajectory, texts: list[str], key: tuple[int, ...]
     ) -> tuple[Tensor, dict[str, float]]:
-        """(dloss/d(reward input), what is logged): the VAE and the reward are differentiated with no network graph in memory."""
+        """(dloss/d(reward input), what is logged): the VAE and the reward are differentiated with no network graph in
+        memory.
+        """
         config, copies, logged = self.config, 1 + plan.num_renoised, {}
         z = reward_input(plan, trajectory)
-        weights, keep = torch.ones(len(texts), device=z.device), torch.ones(len(texts), dtype=torch.bool, device=z.device)
+        weights, keep = (
+            torch.ones(len(texts), device=z.device),
+            torch.ones(len(texts), dtype=torch.bool, device=z.device),
+        )
         if plan.similarity is not None:
             d_j, d_0 = residuals(plan, trajectory)
             weights, keep = sample_weights(plan.similarity, d_j, d_0)
             logged = {"d_j": d_j.mean().item(), "d_0": d_0.mean().item(), "kept": keep.float().mean().item()}
         rows, everyone = self.model.ranks.rows(len(texts)), self.model.ranks.size * len(texts)
-        watched, seeds = [], [seed for copy in range(copies) for seed in sample_seeds(*key, 1 + copy, count=everyone)[rows]]
+        watched, seeds = (
+            [],
+            [seed for copy in range(copies) for seed in sample_seeds(*key, 1 + copy, count=everyone)[rows]],
+        )
 
         def score(part_of_z: Tensor, part: slice) -> Tensor:
             images, prompts = self.model.backbone.decode(part_of_z), (texts * copies)[part]
-            own = max(0, min(part.stop, len(texts)) - part.start)  # images of the samples themselves; re-noised copies are not watched
+            own = max(
+                0, min(part.stop, len(texts)) - part.start
+            )  # images of the samples themselves; re-noised copies are not watched
             watched.append(self.watch(images.detach()[:own], prompts[:own]))
             return self.rewards.score(images, prompts, seeds[part])
 
-        kept = self.model.ranks.mean({"kept": keep.sum().item()})["kept"]  # gradients are averaged over processes: so is what divides them
+        kept = self.model.ranks.mean({"kept": keep.sum().item()})[
+            "kept"
+        ]  # gradients are averaged over processes: so is what divides them
         factors = loss_factors(weights, keep, copies, kept)
         rewards, loss, g = reward_gradient(self.rewards, score, z, factors, config.memory.reward_batch)
         g = g / config.guidance.divisor
@@ -161,4 +176,6 @@ class Trainer:
     @torch.no_grad()
     def watch(self, images: Tensor, texts: list[str]) -> dict[str, Tensor]:
         """Scores [B] by each monitor of the training images: what is never trained on, watched at every step."""
-        return {name: monitor(images, texts) if texts else images.new_empty(0) for name, monitor in self.monitors.items()}
+        return {
+            name: monitor(images, texts) if texts else images.new_empty(0) for name, monitor in self.monitors.items()
+        }

@@ -1,11 +1,13 @@
 """The ops as Triton kernels, one file an op: a kernel that reads as its formula, and a launcher of the op's name.
 
-A launcher takes and returns tensors of one device; flowbp_kernels checks them first, and imports this package at its first launch.
+A launcher takes and returns tensors of one device; flowbp_kernels checks them first, and imports this package at its
+first launch.
 
-A kernel reads the tables of its rule, nodes [K, C] int64 and weights [K, C] float64 with a column for all samples or one a sample, from the
-device's memory, in groups of 8 rows: as many loads in flight as registers hold, and one binary for any number of nodes. A table that lies
-on the CPU travels by value: `carry` writes its numbers to the device from the arguments of a launch, so that no launch waits for the host
-or reads memory that the host may have changed since, and a CUDA graph captures the numbers with the launch.
+A kernel reads the tables of its rule, nodes [K, C] int64 and weights [K, C] float64 with a column for all samples or
+one a sample, from the device's memory, in groups of 8 rows: as many loads in flight as registers hold, and one binary
+for any number of nodes. A table that lies on the CPU travels by value: `carry` writes its numbers to the device from
+the arguments of a launch, so that no launch waits for the host or reads memory that the host may have changed since,
+and a CUDA graph captures the numbers with the launch.
 """
 
 import torch
@@ -22,8 +24,8 @@ CARRIED = 64  # numbers that one launch carries
 def carry(device: torch.device, nodes: Tensor | None, *weights: Tensor) -> list[Tensor | None]:
     """Tables of the CPU, int64 and float64, on the device: weights are rounded to float32, nodes must be below 2**24.
 
-    A node travels as a float: Triton compiles anew for an integer argument that is 1 or a multiple of 16, inside a tuple even against
-    do_not_specialize (3.9), and never for the value of a float.
+    A node travels as a float: Triton compiles anew for an integer argument that is 1 or a multiple of 16, inside a
+    tuple even against do_not_specialize (3.9), and never for the value of a float.
     """
     tables = weights if nodes is None else (nodes, *weights)
     integers = 0 if nodes is None else nodes.numel()
@@ -49,7 +51,8 @@ def write(words, numbers, count, integers):
 
 
 def runs(x: Tensor, *tables: Tensor, apart: bool = False) -> tuple[int, int]:
-    """x [B, *S] as (count, size): B runs of one sample's elements, or, where nothing differs between samples, one run of the whole batch.
+    """x [B, *S] as (count, size): B runs of one sample's elements, or, where nothing differs between samples, one run
+    of the whole batch.
 
     One run keeps more of its loads aligned. apart: samples differ in more than the tables.
     """
@@ -62,7 +65,9 @@ def grid(count: int, size: int, block: int) -> tuple[int]:
 
 
 def loadable(cache: Tensor) -> Tensor:
-    """The cache as the kernels load it: float8 e4m3 as the bytes that they decode, for Triton has no such type on sm_80."""
+    """The cache as the kernels load it: float8 e4m3 as the bytes that they decode, for Triton has no such type on
+    sm_80.
+    """
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 

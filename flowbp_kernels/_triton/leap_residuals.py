@@ -13,20 +13,34 @@ from flowbp_kernels._triton.rows import add_rows, place
 
 @triton.jit(do_not_specialize=["node_columns", "columns_j", "columns_end", "num_nodes", "num_cached", "count"])
 def kernel(
-    x_k, x_j, x_end, velocities, scales, at_j, at_end, parts_j, parts_end, nodes, node_columns, weights_j, columns_j, weights_end,
+    x_k, x_j, x_end, velocities, scales, at_j, at_end, parts_j, parts_end, nodes, node_columns, weights_j, columns_j,
+    weights_end,
     columns_end, num_nodes, num_cached, count, size, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Where both leaps of sample b land, and this block's part of the mean absolute gap to the latents that they aim at:
+    """Where both leaps of sample b land, and this block's part of the mean absolute gap to the latents that they aim
+    at:
 
-    at_j[b, i] = x_k[b, i] + sum_n weights_j[n, b] v[nodes[n, b], b, i]        parts_j[b, block] = sum_i |at_j - x_j| / size
-    at_end[b, i] = x_j[b, i] + sum_n weights_end[n, b] v[nodes[n, b], b, i]    parts_end[b, block] = sum_i |at_end - x_end| / size
+    at_j[b, i] = x_k[b, i] + sum_n weights_j[n, b] v[nodes[n, b], b, i]        parts_j[b, block] = sum_i |at_j - x_j| /
+    size
+    at_end[b, i] = x_j[b, i] + sum_n weights_end[n, b] v[nodes[n, b], b, i]    parts_end[b, block] = sum_i |at_end -
+    x_end| / size
     """
     b, i, inside = place(tl.program_id(0), size, BLOCK)
     here = b * size + i
     cache = velocities, scales, nodes, node_columns
     joint = tl.load(x_j + here, inside, 0).to(tl.float32)
     landed = add_rows(
-        tl.load(x_k + here, inside, 0).to(tl.float32), *cache, weights_j, columns_j, num_nodes, num_cached, count, size, b, i, inside
+        tl.load(x_k + here, inside, 0).to(tl.float32),
+        *cache,
+        weights_j,
+        columns_j,
+        num_nodes,
+        num_cached,
+        count,
+        size,
+        b,
+        i,
+        inside,
     )
     if at_j is not None:
         tl.store(at_j + here, landed.to(at_j.dtype.element_ty), inside)
@@ -48,12 +62,14 @@ def leap_residuals(
     scales: Tensor | None = None,
     predictions_out: Tensor | None = None,
 ) -> Tensor:
-    """Mean absolute gaps of both leaps of a plan to the cached latents that they aim at, in one pass over the rows that each reads.
+    """Mean absolute gaps of both leaps of a plan to the cached latents that they aim at, in one pass over the rows that
+    each reads.
 
     x_k, x_j, x_end: [B, *S] float32, bfloat16 or float16.  velocities, nodes, scales: as in quadrature_update.
     weights: two tensors [K, 1] or [K, B] float64: of the leap from x_k to x_j, and of the leap from x_j to x_end.
     predictions_out: [2, B, *S], gets both landings, rounded once to its dtype; None: they are not written.
-    Returns [2, B] float32, the gaps of the unrounded landings. A program stores its part of each mean and one sum adds up the parts:
+    Returns [2, B] float32, the gaps of the unrounded landings. A program stores its part of each mean and one sum adds
+        up the parts:
     no atomics, so equal inputs give equal bits.
     """
     inputs = x_k, x_j, x_end, velocities, nodes, *weights

@@ -11,25 +11,34 @@ from flowbp_kernels._triton.rows import add_rows, place
 
 @triton.jit(do_not_specialize=["node_columns", "weight_columns", "num_nodes", "num_cached", "count"])
 def kernel(
-    x, velocities, scales, out, nodes, node_columns, weights, weight_columns, num_nodes, num_cached, count, size, BLOCK: tl.constexpr
+    x, velocities, scales, out, nodes, node_columns, weights, weight_columns, num_nodes, num_cached, count, size,
+    BLOCK: tl.constexpr
 ):  # fmt: skip
     """out[b, i] = x[b, i] + sum_k weights[k, b] scales[nodes[k, b], b] velocities[nodes[k, b], b, i]"""
     b, i, inside = place(tl.program_id(0), size, BLOCK)
     start = tl.load(x + b * size + i, inside).to(tl.float32)
     end = add_rows(
-        start, velocities, scales, nodes, node_columns, weights, weight_columns, num_nodes, num_cached, count, size, b, i, inside
+        start, velocities, scales, nodes, node_columns, weights, weight_columns, num_nodes, num_cached, count, size,
+        b, i, inside
     )  # fmt: skip
     tl.store(out + b * size + i, end.to(out.dtype.element_ty), inside)
 
 
 def quadrature_update(
-    x: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, scales: Tensor | None = None, out: Tensor | None = None
+    x: Tensor,
+    velocities: Tensor,
+    nodes: Tensor,
+    weights: Tensor,
+    scales: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """x + sum_k weights[k] scales[nodes[k]] velocities[nodes[k]], accumulated in float32, one FMA a node in the order given.
+    """x + sum_k weights[k] scales[nodes[k]] velocities[nodes[k]], accumulated in float32, one FMA a node in the order
+    given.
 
     x: [B, *S] float32, bfloat16 or float16.  velocities: [N, B, *S], one of those or float8_e4m3fn.
     nodes: [K, 1] or [K, B] int64.  weights: [K, 1] or [K, B] float64.  scales: [N, B] float32, or None for ones.
-    Returns out (default: a new tensor like x), [B, *S] in any of x's dtypes; it may be x. All are contiguous, on one device.
+    Returns out (default: a new tensor like x), [B, *S] in any of x's dtypes; it may be x. All are contiguous, on one
+        device.
     """
     out = torch.empty_like(x) if out is None else out
     assert all(t.is_contiguous() for t in (x, velocities, nodes, weights, scales, out) if t is not None)

@@ -8,7 +8,9 @@ GROUP: tl.constexpr = tl.constexpr(8)  # rows whose loads are in flight together
 
 @triton.jit
 def place(program, size, BLOCK: tl.constexpr):
-    """(b, i, inside) of a program on a grid of samples x blocks: its sample, its elements of that sample, which of them exist. 64-bit."""
+    """(b, i, inside) of a program on a grid of samples x blocks: its sample, its elements of that sample, which of them
+    exist. 64-bit.
+    """
     blocks = tl.cast((size - 1) // BLOCK + 1, tl.int32)  # size + BLOCK - 1 may exceed 32 bits where size does not
     b = (program // blocks).to(tl.int64)
     i = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -23,9 +25,11 @@ def entry(table, columns, k, b, exists):
 
 @triton.jit
 def add_rows(
-    total, velocities, scales, nodes, node_columns, weights, weight_columns, num_nodes, num_cached, count, size, b, i, inside
+    total, velocities, scales, nodes, node_columns, weights, weight_columns, num_nodes, num_cached, count, size, b, i,
+    inside
 ):  # fmt: skip
-    """total + sum_k weights[k] scales[nodes[k], b] velocities[nodes[k], b, i] in float32: one FMA a node, in the order given.
+    """total + sum_k weights[k] scales[nodes[k], b] velocities[nodes[k], b, i] in float32: one FMA a node, in the order
+    given.
 
     A row of weight zero is not read. A node that is not in the cache makes the sum NaN, and nothing is read for it.
     """
@@ -54,7 +58,8 @@ def add_rows(
 
 @triton.jit
 def to_float32(v):
-    """The float32 of a float; of a byte, that of the float8 e4m3 which it encodes (sign, 4 bits of exponent, 3 of mantissa; no infinity).
+    """The float32 of a float; of a byte, that of the float8 e4m3 which it encodes (sign, 4 bits of exponent, 3 of
+    mantissa; no infinity).
 
     Shifted by 7 its exponent and mantissa are those of a float16 that is 2**8 times smaller, subnormals included.
     """

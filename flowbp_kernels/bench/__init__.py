@@ -1,15 +1,19 @@
-"""Times every op beside eager PyTorch and torch.compile:  flowbp bench [options], or python benchmarks/run.py [options].
+"""Times every op beside eager PyTorch and torch.compile:  flowbp bench [options], or python benchmarks/run.py
+[options].
 
 provider        what runs
-cuda, triton, cpu, reference    this package, with FLOWBP_KERNELS set to it; forward writes into tensors made before, as a trainer would
+cuda, triton, cpu, reference    this package, with FLOWBP_KERNELS set to it; forward writes into tensors made before, as
+a trainer would
 eager           the chain of PyTorch calls in the tensors' dtype
 einsum, baddbmm where one such call does it
-compile         torch.compile, default mode, of the formula with float32 sums, shape and numbers baked in; compile_seconds: its first call
+compile         torch.compile, default mode, of the formula with float32 sums, shape and numbers baked in;
+compile_seconds: its first call
 copy            dst.copy_(src) of the same number of bytes: what `percent_of_copy` is a share of, in the same rounds
 launch          an in-place op on one element (GPU): what it takes to launch anything
 
-GB/s are of the minimum traffic: each input read once, each output written once. A copy on a CPU also fetches the lines that it
-overwrites, so an op that mostly reads can pass 100 %. Nothing is dropped in silence: what cannot run is listed with its reason.
+GB/s are of the minimum traffic: each input read once, each output written once. A copy on a CPU also fetches the lines
+that it overwrites, so an op that mostly reads can pass 100 %. Nothing is dropped in silence: what cannot run is listed
+with its reason.
 """
 
 import argparse
@@ -52,7 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
         for row in rows:
             print(_line(row), flush=True)
         for missing in left_out:
-            print(f"{_name(missing)}{missing['mode']:<9}{missing['provider']:<10}left out: {missing['why']}", file=sys.stderr)
+            print(
+                f"{_name(missing)}{missing['mode']:<9}{missing['provider']:<10}left out: {missing['why']}",
+                file=sys.stderr,
+            )
         report["rows"] += rows
         report["left_out"] += left_out
         if options.json:
@@ -60,7 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(case: Case, device: str, modes=MODES, providers=None, seconds: float = 0.2) -> tuple[list[dict], list[dict]]:
-    """(rows, what was left out and why) of one case: a row a mode and provider. providers: names to keep, which must run; None for all."""
+    """(rows, what was left out and why) of one case: a row a mode and provider. providers: names to keep, which must
+    run; None for all.
+    """
     torch.manual_seed(0)
     task = problem(case, device)
     rows, left_out = [], []
@@ -88,7 +97,10 @@ def run(case: Case, device: str, modes=MODES, providers=None, seconds: float = 0
         for name, (call, choice) in calls.items():
             with measure.kernels(choice):
                 row = _row(case, mode, name, timings, task.traffic[mode], device)
-                row |= {"peak_bytes": measure.peak_memory(call, device), "launches": measure.launches(call) if device == "cuda" else None}
+                row |= {
+                    "peak_bytes": measure.peak_memory(call, device),
+                    "launches": measure.launches(call) if device == "cuda" else None,
+                }
             rows.append(row | {"compile_seconds": compile_seconds.get(name)})
     return rows, left_out
 
@@ -106,7 +118,8 @@ def machine(device: str) -> dict:
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "versions": versions | {"cuda": torch.version.cuda},
-        "backends": {name: why for name, runs, why in backend.report() if runs and name != "cpu"} | {"cpu": _compiled_for()},
+        "backends": {name: why for name, runs, why in backend.report() if runs and name != "cpu"}
+        | {"cpu": _compiled_for()},
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "load_average": round(os.getloadavg()[0], 1),
@@ -114,7 +127,9 @@ def machine(device: str) -> dict:
 
 
 def _providers(task: Problem, mode: str, device: str, wanted=None) -> dict[str, tuple]:
-    """By name: the function of the task's inputs (None: it is a call as it stands), and the FLOWBP_KERNELS that it runs under."""
+    """By name: the function of the task's inputs (None: it is a call as it stands), and the FLOWBP_KERNELS that it runs
+    under.
+    """
     ours = task.ours_into if mode == "forward" else task.ours
     found = {
         name: (ours, name)
@@ -185,18 +200,29 @@ def _name(row: dict) -> str:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     about = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
-        "flowbp bench", description=about[0], epilog="\n\n".join(about[1:]), formatter_class=argparse.RawDescriptionHelpFormatter
+        "flowbp bench",
+        description=about[0],
+        epilog="\n\n".join(about[1:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     several = {"nargs": "+", "metavar": ""}
     parser.add_argument("--op", **several, choices=OPS, default=list(OPS), help=f"ops (all): {', '.join(OPS)}")
     parser.add_argument(
-        "--latent", **several, choices=LATENTS, default=[n for n in LATENTS if n != "tiny"], help=f"latents: {', '.join(LATENTS)}"
+        "--latent",
+        **several,
+        choices=LATENTS,
+        default=[n for n in LATENTS if n != "tiny"],
+        help=f"latents: {', '.join(LATENTS)}",
     )
     parser.add_argument("--batch", **several, type=int, default=[1, 8], help="samples (1 8)")
     parser.add_argument("--steps", **several, type=int, default=[25, 50], help="rows of the cache (25 50)")
-    parser.add_argument("--dtype", **several, choices=DTYPES, default=["bfloat16", "float32"], help=f"dtypes: {', '.join(DTYPES)}")
+    parser.add_argument(
+        "--dtype", **several, choices=DTYPES, default=["bfloat16", "float32"], help=f"dtypes: {', '.join(DTYPES)}"
+    )
     parser.add_argument("--mode", **several, choices=MODES, default=list(MODES), help="forward backward full (all)")
-    parser.add_argument("--provider", **several, choices=PROVIDERS, help="what to measure beside the copy (all that runs)")
+    parser.add_argument(
+        "--provider", **several, choices=PROVIDERS, help="what to measure beside the copy (all that runs)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="threads of the CPU (torch's own choice)")
     parser.add_argument("--seconds", type=float, default=0.2, help="how long each provider is timed, about (0.2)")
@@ -206,7 +232,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _free_memory(device: str) -> int:
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (
+        torch.cuda.mem_get_info()[0] if device == "cuda" else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
 
 
 def _processor() -> str:
@@ -225,10 +253,19 @@ def _compiled_for() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this runs from, with a + for changes on top; elsewhere what FLOWBP_COMMIT says, or None."""
+    """The commit of the checkout that this runs from, with a + for changes on top; elsewhere what FLOWBP_COMMIT says,
+    or None.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
-    if shutil.which("git") is None or subprocess.run([*git, "ls-files", "--error-unmatch", "."], capture_output=True).returncode:
-        return os.environ.get("FLOWBP_COMMIT")  # git does not track this: installed, perhaps inside another project's checkout
+    if (
+        shutil.which("git") is None
+        or subprocess.run([*git, "ls-files", "--error-unmatch", "."], capture_output=True).returncode
+    ):
+        return os.environ.get(
+            "FLOWBP_COMMIT"
+        )  # git does not track this: installed, perhaps inside another project's checkout
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True).stdout
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
+    ).stdout
     return head.stdout.strip() + ("+" if changed else "")

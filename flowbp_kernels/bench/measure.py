@@ -1,4 +1,6 @@
-"""How it is measured: every provider of a case in turn, round after round, so that a noisy machine disturbs all of them alike."""
+"""How it is measured: every provider of a case in turn, round after round, so that a noisy machine disturbs all of them
+alike.
+"""
 
 import os
 import time
@@ -9,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler, used for peak memory, else writes to stderr at every call
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "6"
+)  # the profiler, used for peak memory, else writes to stderr at every call
 Call = Callable[[], object]
 SAMPLE_SECONDS = 2e-3  # a CPU sample lasts at least this long: enough calls in a row to drown the clock
 MIN_ROUNDS = 5
@@ -48,7 +52,9 @@ def kernels(backend: str | None):
 
 
 def interleave(calls: dict[str, tuple[Call, str | None]], device: str, seconds: float) -> dict[str, Timing]:
-    """Times each call (with its FLOWBP_KERNELS) for about `seconds` a provider, one sample each a round, the order rotated every round."""
+    """Times each call (with its FLOWBP_KERNELS) for about `seconds` a provider, one sample each a round, the order
+    rotated every round.
+    """
     sample, names = (_cuda_sampler(), list(calls)) if device == "cuda" else (_cpu_sample, list(calls))
     repeats = {}
     for name, (call, backend) in calls.items():
@@ -68,7 +74,9 @@ def interleave(calls: dict[str, tuple[Call, str | None]], device: str, seconds: 
 
 
 def _cpu_sample(call: Call, repeats: int) -> float:
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter  # one thread: not the time that others had the core
+    clock = (
+        time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    )  # one thread: not the time that others had the core
     start = clock()
     for _ in range(repeats):
         call()
@@ -76,7 +84,9 @@ def _cpu_sample(call: Call, repeats: int) -> float:
 
 
 def _cuda_sampler() -> Callable[[Call, int], float]:
-    """Seconds of one call between two events, after 8 times the L2 cache was overwritten: no input is in it, the launch is hidden."""
+    """Seconds of one call between two events, after 8 times the L2 cache was overwritten: no input is in it, the launch
+    is hidden.
+    """
     size = 8 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     flush = torch.empty(size, dtype=torch.int8, device="cuda")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -37,8 +37,10 @@ class Case:
 class Problem:
     """An op's inputs at hand, and every way to compute it.
 
-    ours(*inputs): through flowbp_kernels, with gradient.  ours_into(*inputs): the same into tensors made before, as a trainer would.
-    baselines: by name, of the same inputs.  to_compile: the formula written for torch.compile, float32 sums and no more casts than needed.
+    ours(*inputs): through flowbp_kernels, with gradient.  ours_into(*inputs): the same into tensors made before, as a
+        trainer would.
+    baselines: by name, of the same inputs.  to_compile: the formula written for torch.compile, float32 sums and no more
+        casts than needed.
     leaves: positions of the inputs that backward differentiates; none for an op without gradient.
     traffic: bytes that must be read and written at least, by mode.
     """
@@ -66,7 +68,9 @@ def has_rows(op: str) -> bool:
 def footprint(case: Case, modes: Sequence[str]) -> int:
     """Bytes that measuring a case takes, about: its tensors, their gradients, and the copy it is compared with."""
     copies = 4
-    if case.op == "bridge_cotangents":  # its outputs are as large as a cache; behind a gradient every provider keeps its own
+    if (
+        case.op == "bridge_cotangents"
+    ):  # its outputs are as large as a cache; behind a gradient every provider keeps its own
         copies = 8 if list(modes) == ["forward"] else 12
     return copies * (case.steps + 6) * torch.Size(case.shape).numel() * DTYPES[case.dtype].itemsize
 
@@ -105,7 +109,9 @@ def quadrature_update(case: Case, device: str) -> Problem:
         to_compile=fused,
         baselines={"eager": eager, "einsum": einsum, "baddbmm": baddbmm},
         leaves=(0, 1),
-        traffic=_traffic(x, forward=case.steps + 2, backward=case.steps + 1),  # backward: g is x's gradient; it scales into every row
+        traffic=_traffic(
+            x, forward=case.steps + 2, backward=case.steps + 1
+        ),  # backward: g is x's gradient; it scales into every row
     )
 
 
@@ -126,7 +132,9 @@ def leap_residuals(case: Case, device: str) -> Problem:
         table = torch.tensor(weights, dtype=x_k.dtype, device=x_k.device)
         first = x_k + torch.einsum("k,k...->...", table[:split], velocities[:split])
         second = x_j + torch.einsum("k,k...->...", table[split:], velocities[split:])
-        return torch.stack([(a.float() - b.float()).abs().flatten(1).mean(1) for a, b in ((first, x_j), (second, x_end))])
+        return torch.stack(
+            [(a.float() - b.float()).abs().flatten(1).mean(1) for a, b in ((first, x_j), (second, x_end))]
+        )
 
     def fused(x_k, x_j, x_end, velocities):
         gaps = []
@@ -170,7 +178,9 @@ def cfg_euler_step(case: Case, device: str) -> Problem:
     return Problem(
         inputs=(x, v_cond, v_uncond),
         ours=lambda *tensors: flowbp_kernels.cfg_euler_step(*tensors, guidance, h),
-        ours_into=lambda *tensors: flowbp_kernels.cfg_euler_step(*tensors, guidance, h, velocity_out=velocity_slot, out=latent_slot),
+        ours_into=lambda *tensors: flowbp_kernels.cfg_euler_step(
+            *tensors, guidance, h, velocity_out=velocity_slot, out=latent_slot
+        ),
         to_compile=fused,
         baselines={"eager": eager},
         leaves=(0, 1, 2),
@@ -188,7 +198,9 @@ def bridge_cotangents(case: Case, device: str) -> Problem:
 
     def fused(g, g_x):
         wide, wide_x = g.float(), g_x.float()
-        return torch.stack([(weight * (wide + alpha * wide_x)).to(g.dtype) for weight, alpha in zip(weights, alphas, strict=True)])
+        return torch.stack(
+            [(weight * (wide + alpha * wide_x)).to(g.dtype) for weight, alpha in zip(weights, alphas, strict=True)]
+        )
 
     return Problem(
         inputs=(g, g_x),
@@ -221,7 +233,9 @@ def straight_through(case: Case, device: str) -> Problem:
     )
 
 
-OPS = {op.__name__: op for op in (quadrature_update, leap_residuals, cfg_euler_step, bridge_cotangents, straight_through)}
+OPS = {
+    op.__name__: op for op in (quadrature_update, leap_residuals, cfg_euler_step, bridge_cotangents, straight_through)
+}
 
 
 def _draw(case: Case, device: str, *rows: int) -> Tensor:

@@ -1,4 +1,6 @@
-"""What every backbone promises beside parity: noise levels of its own per sample, gradients, readable refusals, and no method in sight."""
+"""What every backbone promises beside parity: noise levels of its own per sample, gradients, readable refusals, and no
+method in sight.
+"""
 
 import copy
 import re
@@ -69,7 +71,9 @@ def test_images_and_velocity_are_differentiable_in_the_latents_and_prompts_are_n
 def test_every_part_starts_frozen_and_in_evaluation_mode(name):
     pipe = BACKBONES[name](tiny_pipeline(name)).pipe
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    assert len(modules) >= 3 and not any(p.requires_grad or part.training for part in modules for p in part.parameters())
+    assert len(modules) >= 3 and not any(
+        p.requires_grad or part.training for part in modules for p in part.parameters()
+    )
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -107,15 +111,26 @@ def test_what_a_network_needs_is_made_on_the_device_of_the_latents(tiny_backbone
     assert backbone.decode(x).shape == (2, 3, 32, 32)
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------------------
+# -- refusals
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "distilled", "guidance", "says"),
     [
         ("FluxPipeline", False, Guidance(), r"set guidance.embedded \(FLUX.1-dev: 3.5\)"),
-        ("StableDiffusion3Pipeline", False, Guidance(embedded=3.5), "takes no guidance scale as input: set guidance.embedded to null"),
-        ("Flux2KleinPipeline", True, Guidance(4.0), "distilled to run without a negative prompt: set guidance.scale to 1, not 4.0"),
+        (
+            "StableDiffusion3Pipeline",
+            False,
+            Guidance(embedded=3.5),
+            "takes no guidance scale as input: set guidance.embedded to null",
+        ),
+        (
+            "Flux2KleinPipeline",
+            True,
+            Guidance(4.0),
+            "distilled to run without a negative prompt: set guidance.scale to 1, not 4.0",
+        ),
     ],
 )
 def test_guidance_that_the_network_does_not_have_is_refused(tiny_backbone, name, distilled, guidance, says):
@@ -148,12 +163,18 @@ def test_unknown_names_and_models_out_of_reach_say_what_to_do():
         load_backbone("nobody/nothing")
 
 
-# -- layering ----------------------------------------------------------------------------------------------------------------------
+# -- layering
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_backbones_name_no_method_and_methods_no_backbone():
     package = Path(flowbp.__file__).parent
-    methods = [cls.__name__ for cls in METHODS.values()] + ["flowbp.methods", "flowbp.plan", "flowbp.active_sets", "flowbp.quadrature"]
+    methods = [cls.__name__ for cls in METHODS.values()] + [
+        "flowbp.methods",
+        "flowbp.plan",
+        "flowbp.active_sets",
+        "flowbp.quadrature",
+    ]
     networks = [*BACKBONES, "flowbp.backbones", "diffusers", "torch"]
     for folder, words in (("backbones", methods), ("methods", networks)):
         for path in (package / folder).glob("*.py"):

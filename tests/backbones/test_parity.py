@@ -1,4 +1,6 @@
-"""Every backbone draws what its pipeline draws: bit for bit in a plain Euler loop, to rounding through the fused ops."""
+"""Every backbone draws what its pipeline draws: bit for bit in a plain Euler loop, to rounding through the fused
+ops.
+"""
 
 import copy
 from dataclasses import dataclass, replace
@@ -73,14 +75,20 @@ def drawn_by_pipeline(backbone, variant, steps, height, width):
 def drawn_by_euler(backbone, variant, steps, height, width, sigmas=None):
     """The same by plain Euler steps."""
     embedded = {} if variant.guidance.embedded is None else {"guidance": torch.full((2,), variant.guidance.embedded)}
-    positive, negative = (backbone.encode(texts) | embedded for texts in (TEXTS, ["", ""]))  # embeddings round with the batch size
-    velocity = GuidedVelocity(backbone.velocity, positive, negative, variant.guidance, backbone.guidance_branches == "batched")
+    positive, negative = (
+        backbone.encode(texts) | embedded for texts in (TEXTS, ["", ""])
+    )  # embeddings round with the batch size
+    velocity = GuidedVelocity(
+        backbone.velocity, positive, negative, variant.guidance, backbone.guidance_branches == "batched"
+    )
     x = backbone.noise(height, width, seeds())
     sigmas = backbone.sigmas(steps, height, width, "pipeline") if sigmas is None else sigmas
     trajectory = []
     for sigma, h in zip(sigmas, torch.diff(sigmas), strict=False):
         v = velocity(x, sigma)
-        if variant.name == ZIMAGE and variant.guidance.active:  # the same guidance, in the order in which this pipeline rounds it
+        if (
+            variant.name == ZIMAGE and variant.guidance.active
+        ):  # the same guidance, in the order in which this pipeline rounds it
             positive, negative = velocity.branches(x, sigma)
             v = positive + (variant.guidance.scale - 1) * (positive - negative)
         x = (x.float() + h * v).to(v.dtype)
@@ -128,7 +136,9 @@ def test_a_bfloat16_rollout_is_no_further_from_float64_than_the_pipeline(tiny_ba
     velocity, noise = bind_velocity(backbone, TEXTS, variant.guidance), backbone.noise(96, 64, seeds())
 
     exact = BACKBONES[variant.name](copy.deepcopy(backbone.pipe).to(torch.float64), "pipeline")
-    exact.encode = lambda texts: {key: v.double() if v.is_floating_point() else v for key, v in backbone.encode(texts).items()}
+    exact.encode = lambda texts: {
+        key: v.double() if v.is_floating_point() else v for key, v in backbone.encode(texts).items()
+    }
     sigmas = backbone.sigmas(4, 96, 64, "pipeline")
     truth = rollout(bind_velocity(exact, TEXTS, variant.guidance), noise.double(), sigmas).sample
     errors = {
@@ -143,7 +153,8 @@ def test_a_bfloat16_rollout_is_no_further_from_float64_than_the_pipeline(tiny_ba
     assert max(errors["rollout"], errors["float32 latents"]) <= 1.1 * errors["pipeline"]  # 10 %: rounding is random
 
 
-# -- an adapter that is wrong in one respect draws something else ----------------------------------------------------------------------
+# -- an adapter that is wrong in one respect draws something else
+# ----------------------------------------------------------------------
 
 LEVELS = torch.linspace(1, 1 / 8, 8)
 
@@ -188,7 +199,14 @@ WRONG = {
     "sd3: pooled text left out": ("sd3 guided", scaled("pooled_projections", 0), None),
     "sd3: another negative prompt": (
         "sd3 guided",
-        lambda i: i | {"encoder_hidden_states": torch.cat([i["encoder_hidden_states"][2:].flip(0), i["encoder_hidden_states"][2:]])},
+        lambda i: (
+            i
+            | {
+                "encoder_hidden_states": torch.cat(
+                    [i["encoder_hidden_states"][2:].flip(0), i["encoder_hidden_states"][2:]]
+                )
+            }
+        ),
         None,
     ),
     "flux.1: timestep times 1000 twice": ("flux.1", scaled("timestep", 1000), None),

@@ -19,8 +19,9 @@ from flowbp.training.trainer import Trainer
 
 TOKENS = 48
 SETTINGS = [
-    "steps=5", "data.batch_size=2", "data.embeddings=live", "evaluation=null", "ema=null", "rollout={num_steps: 6, height: 32, width: 32}",
-    f"backbone.max_sequence_length={TOKENS}", "optimizer={lr: 1.0e-2, warmup: 0}", "reward.smooth=null", "tuning={rank: 2, alpha: 6}",
+    "steps=5", "data.batch_size=2", "data.embeddings=live", "evaluation=null", "ema=null", "reward.smooth=null",
+    "rollout={num_steps: 6, height: 32, width: 32}", f"backbone.max_sequence_length={TOKENS}",
+    "optimizer={lr: 1.0e-2, warmup: 0}", "tuning={rank: 2, alpha: 6}",
 ]  # fmt: skip
 
 
@@ -34,7 +35,9 @@ def trained(request, tmp_path_factory):
     @cache
     def trainer():
         embedded = ["guidance.embedded=3.5"] if name == "FluxPipeline" else []
-        return Trainer(load("demo", [f"output={folder.parent / 'run'}", f"backbone.name={folder}", *SETTINGS, *embedded]))
+        return Trainer(
+            load("demo", [f"output={folder.parent / 'run'}", f"backbone.name={folder}", *SETTINGS, *embedded])
+        )
 
     def train(method):
         run = trainer()
@@ -87,7 +90,9 @@ def test_an_exported_lora_carries_alpha_in_its_weights(trained, tmp_path):
     without_alpha, exported = tiny_pipeline(name), tiny_pipeline(name)
     without_alpha.load_lora_weights(original)
     exported.load_lora_weights(tensors)
-    images, wrong = (draw(BACKBONES[name](pipe, max_sequence_length=TOKENS), run.config) for pipe in (exported, without_alpha))
+    images, wrong = (
+        draw(BACKBONES[name](pipe, max_sequence_length=TOKENS), run.config) for pipe in (exported, without_alpha)
+    )
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
     assert (wrong - expected).abs().max() > 1e-4
 
@@ -105,7 +110,9 @@ def test_the_default_lora_reaches_every_block(trained):
     run = train("drtune")
     blocks = {key.split(".")[0] + "." + key.split(".")[1] for key in run.model.parameters}
     denoiser = run.model.backbone.denoiser
-    layers = {key for key, module in denoiser.named_modules() if isinstance(module, torch.nn.ModuleList) and "." not in key}
+    layers = {
+        key for key, module in denoiser.named_modules() if isinstance(module, torch.nn.ModuleList) and "." not in key
+    }
     expected = {f"{key}.{i}" for key in layers for i in range(len(denoiser.get_submodule(key)))}
     assert blocks == expected
 

@@ -35,27 +35,66 @@ CASES = {  # name: (pipeline, overrides)
     "copies, hinge": (SD3, ("method.name=draft-lv", "reward.hinge=-0.1")),
     "two rewards, one normalised": (
         SD3,
-        ("method={name: flowbp-sparse, num_active: 3}", "data.accumulate=2", "reward={reward: {normalise: true}, b: {hinge: -0.1}}"),
+        (
+            "method={name: flowbp-sparse, num_active: 3}",
+            "data.accumulate=2",
+            "reward={reward: {normalise: true}, b: {hinge: -0.1}}",
+        ),
     ),
-    "stratified, in pairs": (FLUX2, ("method={name: flowbp-sparse, num_active: 3}", "plans=stratified", "memory.nodes_per_forward=2")),
-    "kept graphs": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory.recompute=never", "data.accumulate=2")),
-    "auto": (SD3, ("method={name: flowbp-sparse, num_active: 3}", "memory={recompute: auto, budget_gb: 0.002, checkpointing: true}")),
+    "stratified, in pairs": (
+        FLUX2,
+        ("method={name: flowbp-sparse, num_active: 3}", "plans=stratified", "memory.nodes_per_forward=2"),
+    ),
+    "kept graphs": (
+        SD3,
+        ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory.recompute=never", "data.accumulate=2"),
+    ),
+    "auto": (
+        SD3,
+        (
+            "method={name: flowbp-sparse, num_active: 3}",
+            "memory={recompute: auto, budget_gb: 0.002, checkpointing: true}",
+        ),
+    ),
     "lora": (FLUX2, (*LORA, "method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "data.accumulate=2")),
-    "sharded lora": (FLUX2, (*LORA, "memory.shard=true", "method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "data.accumulate=2")),
-    "sharded bridge": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory.shard=true", "data.accumulate=2")),
+    "sharded lora": (
+        FLUX2,
+        (*LORA, "memory.shard=true", "method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "data.accumulate=2"),
+    ),
+    "sharded bridge": (
+        SD3,
+        ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory.shard=true", "data.accumulate=2"),
+    ),
     "sharded, kept graphs": (FLUX2, ("method.name=flowbp-lagrange", "memory={shard: true, recompute: never}")),
-    "sharded, auto": (SD3, ("method={name: flowbp-sparse, num_active: 3}", "memory={shard: true, recompute: auto, budget_gb: 0.002}")),
+    "sharded, auto": (
+        SD3,
+        ("method={name: flowbp-sparse, num_active: 3}", "memory={shard: true, recompute: auto, budget_gb: 0.002}"),
+    ),
     "sharded gradients": (
         SD3,
-        ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory={shard: true, shard_gradients: true}", "data.accumulate=2"),
+        (
+            "method={name: flowbp-bridge, num_active: 3, alpha: 0.7}",
+            "memory={shard: true, shard_gradients: true}",
+            "data.accumulate=2",
+        ),
     ),
     "sharded gradients, kept graphs": (
         FLUX2,
-        ("method.name=flowbp-lagrange", "memory={shard: true, shard_gradients: true, recompute: never}", "guidance.scale=3.0"),
+        (
+            "method.name=flowbp-lagrange",
+            "memory={shard: true, shard_gradients: true, recompute: never}",
+            "guidance.scale=3.0",
+        ),
     ),
     "sharded, checkpointing": (SD3, ("method.name=flowbp-lagrange", "memory={shard: true, checkpointing: true}")),
 }
-OF_FOUR = ("filtered", "stratified, in pairs", "lora", "sharded bridge", "sharded gradients, kept graphs")  # what four processes take
+OF_FOUR = (
+    "filtered",
+    "stratified, in pairs",
+    "lora",
+    "sharded bridge",
+    "sharded gradients, kept graphs",
+)  # what four processes take
 
 
 BFLOAT16 = {  # whose gradients depend on the number of processes: a run resumes exactly with as many
@@ -99,14 +138,20 @@ def train_step(case, folder, world):
             if "lora_B" in key:
                 p.copy_(shard_like(p, torch.randn(p.shape, dtype=p.dtype) / 10))
     gradients = {}
-    trainer.optimizer.register_step_pre_hook(lambda *_: gradients.update({key: p.grad for key, p in trainer.model.parameters.items()}))
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({key: p.grad for key, p in trainer.model.parameters.items()})
+    )
     row = trainer.step(0)
     zeros = {key: torch.zeros(p.shape, dtype=torch.float64) for key, p in trainer.model.parameters.items()}
-    return row, torch.cat([(zeros[key] if g is None else unshard(g).double()).flatten() for key, g in gradients.items()])
+    return row, torch.cat(
+        [(zeros[key] if g is None else unshard(g).double()).flatten() for key, g in gradients.items()]
+    )
 
 
 def resumes(case, folder, world):
-    """(whether a run that goes on from its checkpoint takes the step that the unbroken one takes, the moving average after two steps)"""
+    """(whether a run that goes on from its checkpoint takes the step that the unbroken one takes, the moving average
+    after two steps)
+    """
     first, second = (make_trainer(case, folder, world, "ema=0.5") for _ in range(2))
     first.step(0)
     output = Path(folder, f"{world} {case}")
@@ -116,8 +161,12 @@ def resumes(case, folder, world):
     done = load_checkpoint(latest_checkpoint(output), *states[1])
     rows = [{key: trainer.step(done)[key] for key in ("loss", "grad_norm")} for trainer in (first, second)]
     average = flat(first.model.ema.shadow_params)
-    weights = [flat([*trainer.model.parameters.values(), *trainer.model.masters.values()]) for trainer in (first, second)]
-    return rows[0] == rows[1] and torch.equal(*weights) and torch.equal(average, flat(second.model.ema.shadow_params)), average
+    weights = [
+        flat([*trainer.model.parameters.values(), *trainer.model.masters.values()]) for trainer in (first, second)
+    ]
+    return rows[0] == rows[1] and torch.equal(*weights) and torch.equal(
+        average, flat(second.model.ema.shadow_params)
+    ), average
 
 
 def flat(tensors):
@@ -128,7 +177,12 @@ def dropout_gradients(shard, folder, world):
     """This process's LoRA gradient under dropout, by replays and by kept graphs; its first masks."""
     gradients = []
     for recompute in ("always", "never"):
-        overrides = ("tuning.dropout=0.3", f"memory.shard={shard}", f"memory.recompute={recompute}", "guidance.scale=3.0")
+        overrides = (
+            "tuning.dropout=0.3",
+            f"memory.shard={shard}",
+            f"memory.recompute={recompute}",
+            "guidance.scale=3.0",
+        )
         trainer = make_trainer("lora", folder, world, *overrides)
         with trainer.model.ranks.averaging():
             trainer.accumulate_gradient(0, 1)
@@ -174,7 +228,9 @@ def own_loop(rank, world):
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
     wrapped = network if world == 1 else torch.nn.parallel.DistributedDataParallel(network)
-    noise = torch.randn(GLOBAL_BATCH, 3, dtype=torch.float64)[rank * GLOBAL_BATCH // world : (rank + 1) * GLOBAL_BATCH // world]
+    noise = torch.randn(GLOBAL_BATCH, 3, dtype=torch.float64)[
+        rank * GLOBAL_BATCH // world : (rank + 1) * GLOBAL_BATCH // world
+    ]
     sigmas = torch.linspace(1, 0, 7, dtype=torch.float64)
     plan = FlowBPBridge(num_active=3, alpha=0.7).plan(sigmas.numpy(), np.random.default_rng(0))
     velocity = GuidedVelocity(lambda x, sigma, conditioning: wrapped(x), {}, {}, Guidance())
@@ -190,8 +246,12 @@ def own_loop(rank, world):
 
 
 def scores(case, folder, world):
-    """(scores by metric, the first images, how many chunks this process scored) of the weights that a run starts from."""
-    evaluation_config = f"evaluation={{prompts: {folder}/prompts.txt, samples: 5, batch_size: 2, grid: 3, num_steps: 3, checker: null}}"
+    """(scores by metric, the first images, how many chunks this process scored) of the weights that a run starts
+    from.
+    """
+    evaluation_config = (
+        f"evaluation={{prompts: {folder}/prompts.txt, samples: 5, batch_size: 2, grid: 3, num_steps: 3, checker: null}}"
+    )
     trainer = make_trainer(case, folder, world, evaluation_config)
     chunks, named = [], trainer.evaluator.load()
     named["count"] = lambda images, texts: chunks.append(len(texts)) or torch.zeros(len(texts))
@@ -213,7 +273,9 @@ def whole_run(case, folder, world):
     trainer = make_trainer(case, folder, world, f"output={output}", "steps=2", WATCHED.format(folder))
     run_folder = RunFolder(output)
     run_folder.open(trainer.config)
-    trainer.model.ranks.accelerator.end_training = trainer.model.ranks.accelerator.wait_for_everyone  # other cases follow
+    trainer.model.ranks.accelerator.end_training = (
+        trainer.model.ranks.accelerator.wait_for_everyone
+    )  # other cases follow
     train_run(trainer, run_folder)
     return output
 
@@ -232,7 +294,9 @@ def watch_writes():
 
 def run(rank, world, port, folder):
     """Every case, as rank `rank` of `world`; writes what it got."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")  # or accelerate shares the cores out
     logging.set_verbosity_error()
     torch.set_num_threads(1)

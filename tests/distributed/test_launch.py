@@ -1,4 +1,6 @@
-"""`flowbp train` in several processes, by any launcher: they log the steps of one, one speaks, none outlives another."""
+"""`flowbp train` in several processes, by any launcher: they log the steps of one, one speaks, none outlives
+another.
+"""
 
 import json
 import os
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flowbp.processes import free_port
+from flowbp.runtime.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 OWN = ["-m", "flowbp"]
@@ -20,7 +22,13 @@ LAUNCHERS = {  # arguments before the command and after it
     "torchrun": (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *OWN], []),
     "accelerate": (["-m", "accelerate.commands.launch", *CPUS, "--main_process_port", "0", *OWN], []),
 }
-LONG = ["steps=100000", "checkpoint_every=1", "data.batch_size=1", "rollout.num_steps=2", "method={name: refl, last_n: 1}"]
+LONG = [
+    "steps=100000",
+    "checkpoint_every=1",
+    "data.batch_size=1",
+    "rollout.num_steps=2",
+    "method={name: refl, last_n: 1}",
+]
 
 
 def hear_interrupts():
@@ -106,7 +114,9 @@ def test_processes_that_flowbp_starts_compute_on_one_thread_each(start, tmp_path
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_whose_peer_is_killed_ends_within_a_minute_and_names_it(killed, start, tmp_path):
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    ranks = [start(tmp_path / "run", OWN, LONG, RANK=rank, LOCAL_RANK=rank, OMP_NUM_THREADS="1", **where) for rank in "01"]
+    ranks = [
+        start(tmp_path / "run", OWN, LONG, RANK=rank, LOCAL_RANK=rank, OMP_NUM_THREADS="1", **where) for rank in "01"
+    ]
     wait_for_steps(tmp_path / "run", 2, *ranks)
     ranks[killed].kill()
     _, errors = ranks[1 - killed].communicate(timeout=60)

@@ -1,4 +1,6 @@
-"""N processes with batch b take the gradient of one process with batch N b, copied and sharded (FSDP2), however graphs come about."""
+"""N processes with batch b take the gradient of one process with batch N b, copied and sharded (FSDP2), however graphs
+come about.
+"""
 
 import json
 import multiprocessing
@@ -14,7 +16,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks_worker  # noqa: E402
 
-from flowbp.processes import free_port  # noqa: E402
+from flowbp.runtime.processes import free_port  # noqa: E402
 
 
 def launch(world, folder):
@@ -22,7 +24,9 @@ def launch(world, folder):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ranks_worker"])
     port = free_port()
-    processes = [context.Process(target=ranks_worker.run, args=(rank, world, port, str(folder))) for rank in range(world)]
+    processes = [
+        context.Process(target=ranks_worker.run, args=(rank, world, port, str(folder))) for rank in range(world)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -63,7 +67,10 @@ def test_processes_take_the_step_of_one(ranks, alone):
         (row, gradient), (expected_row, expected) = ranks[0][case], alone[case]
         assert gradient.norm() > 0, case
         tolerance = 1e-9 if "lora" not in case else 1e-5  # its weights are float32
-        assert (gradient - expected).norm() <= tolerance * expected.norm(), (case, (gradient - expected).norm() / expected.norm())
+        assert (gradient - expected).norm() <= tolerance * expected.norm(), (
+            case,
+            (gradient - expected).norm() / expected.norm(),
+        )
         for key in ("loss", "reward", "grad_norm", "sample_grad_norm"):
             assert row[key] == pytest.approx(expected_row[key], rel=tolerance), (case, key)
         for other_row, other in (rank[case] for rank in ranks):
@@ -78,7 +85,9 @@ def test_processes_resume_exactly_and_average_the_weights_of_one(ranks, case, fo
     for same, average in (rank[f"resume: {case}"] for rank in ranks):
         assert same
         if case not in ranks_worker.BFLOAT16:
-            torch.testing.assert_close(average, expected, rtol=1e-9, atol=1e-7)  # AdamW turns rounding of small gradients into steps
+            torch.testing.assert_close(
+                average, expected, rtol=1e-9, atol=1e-7
+            )  # AdamW turns rounding of small gradients into steps
 
 
 @pytest.mark.parametrize("shard", ["false", "true"])
@@ -109,7 +118,10 @@ def test_gradients_are_split_between_backward_passes_where_the_config_says(ranks
 
 
 def test_sharded_gradients_of_a_bfloat16_network_add_up_in_float32(ranks):
-    assert all(rank["sum of backward passes"] == 264.0 for rank in ranks) and ranks_worker.sum_of_backward_passes(1) == 256.0
+    assert (
+        all(rank["sum of backward passes"] == 264.0 for rank in ranks)
+        and ranks_worker.sum_of_backward_passes(1) == 256.0
+    )
 
 
 @pytest.mark.parametrize("offset", [0, 8])  # of float64

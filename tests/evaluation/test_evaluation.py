@@ -26,7 +26,9 @@ def test_prompts_are_drawn_in_order_and_again_or_several_images_at_a_time():
     prompts = [Prompt(name) for name in names]
     assert "".join(p.text for p in draw_samples(prompts, config(samples=7)).prompts) == "abcabca"
     assert "".join(p.text for p in draw_samples(prompts, config(samples=8), of_each=2).prompts) == "aabbccaa"
-    assert draw_samples(prompts, config(samples=7)).seeds == draw_samples(prompts, config(samples=8), of_each=2).seeds[:7]
+    assert (
+        draw_samples(prompts, config(samples=7)).seeds == draw_samples(prompts, config(samples=8), of_each=2).seeds[:7]
+    )
 
 
 @pytest.mark.filterwarnings("error")
@@ -43,15 +45,22 @@ def test_a_score_that_is_not_finite_is_left_out_of_both_sides_and_said(bad):
 
 
 def test_the_category_mean_takes_each_category_alike():
-    (_, _, _, row) = summarise(scores([1, 0, 1, 0, 1, 0], PROMPTS[:5:2] + PROMPTS[1:2] + [Prompt("x", "odd"), Prompt("y", "third")]))[1:]
+    (_, _, _, row) = summarise(
+        scores([1, 0, 1, 0, 1, 0], PROMPTS[:5:2] + PROMPTS[1:2] + [Prompt("x", "odd"), Prompt("y", "third")])
+    )[1:]
     assert row.category == BALANCED and row.mean == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])
 def test_diversity_does_not_depend_on_the_chunks(chunk):
     prompts = [Prompt(name) for name in "abcabcad"]
-    embeddings, images = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(0, 3, 2, 2, dtype=torch.uint8)
-    parts = [{"embedding": embeddings[c], "reward": torch.zeros(c.stop - c.start), "images": images} for c in split(8, chunk)]
+    embeddings, images = (
+        torch.randn(8, 4, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(0, 3, 2, 2, dtype=torch.uint8),
+    )
+    parts = [
+        {"embedding": embeddings[c], "reward": torch.zeros(c.stop - c.start), "images": images} for c in split(8, chunk)
+    ]
     found = join(Samples(prompts, list(range(8)), split(8, chunk)), parts).values["diversity"]
     assert found[1] == pytest.approx((embeddings[1] - embeddings[4]).square().sum().item() / 2) and np.isnan(found[7])
     alone = join(Samples(PROMPTS, list(range(8)), split(8, chunk)), parts).values

@@ -65,7 +65,11 @@ def test_a_killed_evaluation_resumes_to_the_same_bytes_wherever_tensors_lie(offs
 def test_two_processes_write_the_same_bytes_as_one(run, whole, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flowbp"]
     command = ["eval", str(run / "config.yaml"), "--weights", f"tuned={run}", "--out", str(tmp_path / "eval")]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     expected, got = contents(whole), contents(tmp_path / "eval")
@@ -83,7 +87,9 @@ def test_every_form_of_the_weights_gives_the_same_scores(run, tmp_path):
         backbone = load_backbone(**config.backbone.model_dump())
         load_weights(backbone, source)
         images[name] = evaluation.generate(backbone, ["a red circle"], [7], config.rollout, config.guidance)
-    base = evaluation.generate(load_backbone(**config.backbone.model_dump()), ["a red circle"], [7], config.rollout, config.guidance)
+    base = evaluation.generate(
+        load_backbone(**config.backbone.model_dump()), ["a red circle"], [7], config.rollout, config.guidance
+    )
     assert not torch.equal(images["run"], base)
     assert not [name for name in images if not torch.equal(images[name], images["run"])]
 
@@ -91,15 +97,24 @@ def test_every_form_of_the_weights_gives_the_same_scores(run, tmp_path):
 def test_results_repeat_the_scores_of_the_samples(run, whole):
     results, samples = (json.loads((whole / name).read_text()) for name in ("results.json", "samples.json"))
     lines = (whole / "samples.csv").read_text().splitlines()
-    assert len(samples) == 9 == len(lines) - 1 and lines[0].startswith("prompt,category,seed,base reward,base monitor,base checker")
+    assert len(samples) == 9 == len(lines) - 1 and lines[0].startswith(
+        "prompt,category,seed,base reward,base monitor,base checker"
+    )
     by_hand = {model: np.mean([row["scores"][model]["reward"] for row in samples]) for model in ("base", "tuned")}
     (mean,) = (r for r in results["means"] if (r["model"], r["metric"], r["category"]) == ("tuned", "reward", "all"))
     (change,) = (r for r in results["changes"] if (r["metric"], r["category"]) == ("reward", "all"))
-    assert mean["mean"] == pytest.approx(by_hand["tuned"]) and change["change"] == pytest.approx(by_hand["tuned"] - by_hand["base"])
+    assert mean["mean"] == pytest.approx(by_hand["tuned"]) and change["change"] == pytest.approx(
+        by_hand["tuned"] - by_hand["base"]
+    )
     trained = json.loads((run / "evaluation.json").read_text())
     for ours, theirs in zip(trained, results["changes"], strict=True):
-        for keys, rounding in ((("count", "before", "after", "change"), 1e-5), (("low", "high"), 1e-3)):  # quantiles amplify it
-            assert [ours[key] for key in keys] == pytest.approx([theirs[key] for key in keys], abs=rounding), "the run's own table agrees"
+        for keys, rounding in (
+            (("count", "before", "after", "change"), 1e-5),
+            (("low", "high"), 1e-3),
+        ):  # quantiles amplify it
+            assert [ours[key] for key in keys] == pytest.approx([theirs[key] for key in keys], abs=rounding), (
+                "the run's own table agrees"
+            )
     assert all(row["low"] <= row["change"] <= row["high"] for row in results["changes"] if row["low"] is not None)
     page = (whole / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page must stand alone"
@@ -111,11 +126,15 @@ def test_scores_of_other_settings_or_weights_are_never_mixed(run, tmp_path):
     before = contents(folder / "base")
     run_evaluation(config, [BASE, Model("tuned", run)], folder)
     assert contents(folder / "base") == before
-    with pytest.raises(ValueError, match=r"evaluation: settings.rollout.num_steps was 4 and is 5. Choose another --out, or"):
+    with pytest.raises(
+        ValueError, match=r"evaluation: settings.rollout.num_steps was 4 and is 5. Choose another --out, or"
+    ):
         run_evaluation(load(run / "config.yaml", ["evaluation.samples=4", "rollout.num_steps=5"]), [BASE], folder)
     with pytest.raises(ValueError, match="another evaluation: sha256 was None and is [0-9a-f]{64}"):
         run_evaluation(config, [Model("base", run)], folder)
-    run_evaluation(load(run / "config.yaml", ["evaluation.samples=4", "rollout.num_steps=5"]), [BASE], folder, overwrite=True)
+    run_evaluation(
+        load(run / "config.yaml", ["evaluation.samples=4", "rollout.num_steps=5"]), [BASE], folder, overwrite=True
+    )
     assert contents(folder / "base") != before
 
 
@@ -147,10 +166,14 @@ def test_a_run_of_0_1_is_evaluated_and_not_resumed(run, tmp_path):
     config = yaml.safe_load((old / "config.yaml").read_text())
     del config["rollout"]["sigmas"], config["rollout"]["timesteps"], config["evaluation"]["sigmas"]
     (old / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ValueError, match=r"was trained by flowbp 0.1, .* cannot go on; its weights still evaluate \(flowbp eval"):
+    with pytest.raises(
+        ValueError, match=r"was trained by flowbp 0.1, .* cannot go on; its weights still evaluate \(flowbp eval"
+    ):
         train(load(old, ["steps=9", f"output={old}"]), resume=True)
     for name, source in {"new": run, "of 0.1": old}.items():
-        run_evaluation(load(source / "config.yaml", ["evaluation.samples=4"]), [BASE, Model("tuned", source)], tmp_path / name)
+        run_evaluation(
+            load(source / "config.yaml", ["evaluation.samples=4"]), [BASE, Model("tuned", source)], tmp_path / name
+        )
     new, of_0_1 = (json.loads((tmp_path / name / "samples.json").read_text()) for name in ("new", "of 0.1"))
     assert new == of_0_1 and new[0]["scores"]["tuned"] != new[0]["scores"]["base"]
 
@@ -164,17 +187,29 @@ def test_models_are_named_after_their_folders_or_as_told():
 
 
 def test_the_command_scores_a_run_by_its_folder(run, tmp_path):
-    result = CliRunner().invoke(app, ["eval", str(run), "--out", str(tmp_path / "eval"), "evaluation.samples=4", "evaluation.batch_size=2"])
+    result = CliRunner().invoke(
+        app, ["eval", str(run), "--out", str(tmp_path / "eval"), "evaluation.samples=4", "evaluation.batch_size=2"]
+    )
     assert result.exit_code == 0, result.output
-    for said in ("small against base", "diversity compares images of one prompt", "fewer than six prompts bear no 95 % interval"):
+    for said in (
+        "small against base",
+        "diversity compares images of one prompt",
+        "fewer than six prompts bear no 95 % interval",
+    ):
         assert said in result.output
     assert (tmp_path / "eval" / "report.html").is_file()
     result = CliRunner().invoke(app, ["eval", str(run), "--weights", str(tmp_path), "--out", str(tmp_path / "other")])
-    assert isinstance(result.exception, FileNotFoundError) and "pass the folder of a finished run" in str(result.exception)
+    assert isinstance(result.exception, FileNotFoundError) and "pass the folder of a finished run" in str(
+        result.exception
+    )
 
 
 def test_the_page_of_several_rewards_names_each(tmp_path):
-    overrides = [f"output={tmp_path / 'none'}", "evaluation={samples: 4, batch_size: 4, grid: 2}", "rollout.num_steps=3"]
+    overrides = [
+        f"output={tmp_path / 'none'}",
+        "evaluation={samples: 4, batch_size: 4, grid: 2}",
+        "rollout.num_steps=3",
+    ]
     rewards = "reward={one: {name: clip, model: shapes}, two: {name: clip, model: shapes-monitor, weight: 0.5}}"
     results = run_evaluation(load("demo", [*overrides, rewards]), [BASE], tmp_path / "eval")
     assert {"one", "two"} < {row["metric"] for row in results["means"]}

@@ -68,7 +68,12 @@ def test_relations_are_those_of_the_centres_less_a_tenth_of_the_sizes(a, expecte
         (dog_and_bench("left of"), [], {"dog": [DOG], "bench": [BENCH]}, True),
         (dog_and_bench("above"), [], {"dog": [DOG], "bench": [BENCH]}, False),
         (dog_and_bench("left of"), [], {"dog": [DOG]}, False),
-        (dog_and_bench("left of"), [], {"dog": [DOG, (90, 0, 99, 10)], "bench": [BENCH]}, True),  # the most confident dog alone is asked
+        (
+            dog_and_bench("left of"),
+            [],
+            {"dog": [DOG, (90, 0, 99, 10)], "bench": [BENCH]},
+            True,
+        ),  # the most confident dog alone is asked
         ([{"class": "dog", "count": 1, "color": "red"}], [], {"dog": [DOG]}, True),
         ([{"class": "dog", "count": 1, "color": "blue"}], [], {"dog": [DOG]}, False),
         ([{"class": "dog", "count": 2, "color": "red"}], [], {"dog": [DOG, BENCH]}, False),
@@ -76,7 +81,9 @@ def test_relations_are_those_of_the_centres_less_a_tenth_of_the_sizes(a, expecte
 )
 def test_known_boxes_give_the_known_verdict(include, exclude, boxes, right):
     by_place = {DOG: "red", BENCH: "green"}
-    wrong = faults(requirement("t", include, exclude), found(**boxes), lambda objects, name: [by_place[d.box] for d in objects])
+    wrong = faults(
+        requirement("t", include, exclude), found(**boxes), lambda objects, name: [by_place[d.box] for d in objects]
+    )
     assert (not wrong) == right, wrong
 
 
@@ -107,7 +114,10 @@ def test_metadata_that_cannot_be_judged_is_refused(clause, says):
     ("lines", "says"),
     [
         (['{"tag": "t", "prompt": "p"}', "", '{"tag": "t"}'], "line 3: KeyError.'prompt'"),
-        (['{"tag": "t", "prompt": "p", "include": [{"class": "a", "count": 1, "position": ["above"]}]}'], "line 1: IndexError"),
+        (
+            ['{"tag": "t", "prompt": "p", "include": [{"class": "a", "count": 1, "position": ["above"]}]}'],
+            "line 1: IndexError",
+        ),
         (["[1]"], "line 1: TypeError"),
         (['{"tag": "t", "prompt": "p"}', '{"tag": "counting", "prompt": "p"}'], "line 2: 'p' stands there twice"),
     ],
@@ -124,7 +134,13 @@ def test_a_malformed_metadata_line_is_named(lines, says, tmp_path):
 class MeanColour:
     """A CLIP whose space is RGB: an image lies at its mean colour, a text at the colour that it names."""
 
-    RGB = {"red": (1.0, 0, 0), "blue": (0, 0, 1.0), "green": (0, 1.0, 0), "yellow": (1.0, 1.0, 0), "white": (1.0, 1.0, 1.0)}
+    RGB = {
+        "red": (1.0, 0, 0),
+        "blue": (0, 0, 1.0),
+        "green": (0, 1.0, 0),
+        "yellow": (1.0, 1.0, 0),
+        "white": (1.0, 1.0, 1.0),
+    }
     device, dtype, model = "cpu", torch.float32, property(lambda self: self)
 
     def preprocess(self, images):
@@ -134,7 +150,9 @@ class MeanColour:
         return SimpleNamespace(pooler_output=pixel_values)
 
     def tokenizer(self, lines, **_):
-        found = [next((rgb for name, rgb in self.RGB.items() if f"a {name}" in line), (-1.0, -1.0, -1.0)) for line in lines]
+        found = [
+            next((rgb for name, rgb in self.RGB.items() if f"a {name}" in line), (-1.0, -1.0, -1.0)) for line in lines
+        ]
         return BatchFeature({"colours": torch.tensor(found)})
 
     def get_text_features(self, colours):
@@ -146,7 +164,11 @@ def test_a_colour_is_that_of_the_crop_with_all_but_the_object_greyed():
     image[2, :8], image[0, 8:], image[1, 12:] = 1.0, 1.0, 1.0  # blue above, red and then yellow below
     lower_right = np.zeros((16, 16), dtype=bool)
     lower_right[12:, 8:] = True
-    boxes = [Detection((0, 0, 16, 8), 1.0), Detection((2, 8, 9, 11.5), 1.0), Detection((0, 0, 16, 16), 1.0, lower_right)]
+    boxes = [
+        Detection((0, 0, 16, 8), 1.0),
+        Detection((2, 8, 9, 11.5), 1.0),
+        Detection((0, 0, 16, 16), 1.0, lower_right),
+    ]
     assert ClipColours(MeanColour())(image, boxes, "dog") == ["blue", "red", "white"]
     small = Detection((8, 12, 16, 16), 1.0, lower_right)
     assert ClipColours(MeanColour())(image, [small], "dog") == ["yellow"]
@@ -180,12 +202,25 @@ def without_start_token(detector):
 
 def test_a_detector_of_transformers_judges_prompts_from_the_metadata_file(detector, tmp_path):
     lines = [
-        {"tag": "single_object", "prompt": "a circle", "include": [{"class": "circle", "count": 1, "color": "red"}], "exclude": []},
-        {"tag": "counting", "prompt": "two stars", "include": [{"class": "star", "count": 2}], "exclude": [{"class": "star", "count": 3}]},
+        {
+            "tag": "single_object",
+            "prompt": "a circle",
+            "include": [{"class": "circle", "count": 1, "color": "red"}],
+            "exclude": [],
+        },
+        {
+            "tag": "counting",
+            "prompt": "two stars",
+            "include": [{"class": "star", "count": 2}],
+            "exclude": [{"class": "star", "count": 3}],
+        },
     ]
     path = tmp_path / "evaluation_metadata.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    assert [tuple(prompt) for prompt in load_prompts(str(path))] == [("a circle", "single_object"), ("two stars", "counting")]
+    assert [tuple(prompt) for prompt in load_prompts(str(path))] == [
+        ("a circle", "single_object"),
+        ("two stars", "counting"),
+    ]
     images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     detected = without_start_token(TransformersDetector(detector))(images[0], ["circle", "star"])
     assert (
@@ -194,10 +229,14 @@ def test_a_detector_of_transformers_judges_prompts_from_the_metadata_file(detect
         and detected["circle"]
     )
     clip = str(clip_folder(tmp_path / "clip"))
-    strict = load_geneval(GenEvalConfig(detector=detector, colours=clip, threshold=1.0, counting_threshold=1.0), [str(path)])
+    strict = load_geneval(
+        GenEvalConfig(detector=detector, colours=clip, threshold=1.0, counting_threshold=1.0), [str(path)]
+    )
     assert strict(images, ["a circle", "two stars"]).tolist() == [0.0, 0.0]
     assert strict.faults(images[1], "two stars") == ["0 star, 2 wanted"]
-    lax = load_geneval(GenEvalConfig(detector=detector, colours=clip, threshold=0.0, counting_threshold=0.0), [str(path)])
+    lax = load_geneval(
+        GenEvalConfig(detector=detector, colours=clip, threshold=0.0, counting_threshold=0.0), [str(path)]
+    )
     without_start_token(lax.detect)
     assert lax.faults(images[1], "two stars") == ["16 star, fewer than 3 wanted"]
     assert set(lax(images, ["a circle", "two stars"]).tolist()) <= {0.0, 1.0}

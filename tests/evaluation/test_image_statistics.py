@@ -33,7 +33,9 @@ def test_high_frequency_is_the_share_of_power_above_half_of_nyquist(image, expec
 
 def test_saturation_is_that_of_hsv():
     colours = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0, 0, 0], [1.0, 0.5, 0.5], [0.2, 0.4, 0.1]])
-    assert saturation(colours[:, :, None, None].expand(-1, -1, 4, 6)).tolist() == pytest.approx([1.0, 0.0, 0.0, 0.5, 0.75])
+    assert saturation(colours[:, :, None, None].expand(-1, -1, 4, 6)).tolist() == pytest.approx(
+        [1.0, 0.0, 0.0, 0.5, 0.75]
+    )
 
 
 def test_diversity_is_the_mean_pairwise_distance_of_the_images_of_a_prompt():
@@ -54,4 +56,6 @@ def test_without_an_encoder_the_distance_is_that_of_pixels():
     black, white = torch.zeros(1, 3, 40, 40), torch.ones(1, 3, 40, 40)
     assert diversity(thumbnails(torch.cat([black, white])), ["a"] * 2).tolist() == pytest.approx([1.0] * 2)
     images = torch.rand(2, 3, 16, 20, generator=torch.Generator().manual_seed(0))
-    assert diversity(thumbnails(images), ["a"] * 2)[0].item() == pytest.approx((images[0] - images[1]).square().mean().item())
+    assert diversity(thumbnails(images), ["a"] * 2)[0].item() == pytest.approx(
+        (images[0] - images[1]).square().mean().item()
+    )

@@ -1,4 +1,6 @@
-"""Pages stand alone and anyone can read them: right nesting, named tables and pictures, nothing fetched, numbers in due figures."""
+"""Pages stand alone and anyone can read them: right nesting, named tables and pictures, nothing fetched, numbers in due
+figures.
+"""
 
 import shutil
 from html.parser import HTMLParser
@@ -49,7 +51,11 @@ def pages(run, tmp_path_factory):
     run_evaluation(config, [Model("base"), Model("tuned", run)], folder / "eval")
     shutil.copytree(run, folder / "again")
     compare_runs([run, folder / "again"], folder / "comparison")
-    files = {"run": run / "report.html", "evaluation": folder / "eval/report.html", "comparison": folder / "comparison/comparison.html"}
+    files = {
+        "run": run / "report.html",
+        "evaluation": folder / "eval/report.html",
+        "comparison": folder / "comparison/comparison.html",
+    }
     return {name: file.read_text() for name, file in files.items()}
 
 
@@ -77,7 +83,13 @@ def test_runs_of_equal_methods_are_not_called_a_comparison_of_methods(run, pages
 
 @pytest.mark.parametrize(
     ("value", "scale", "text"),
-    [(0.51234, 0.5, "0.512"), (-0.0001, 0.5, "0.000"), (0.000123, 0.0004, "0.00012"), (123.456, 123.4, "123"), (1.5, 0.0, "1.500")],
+    [
+        (0.51234, 0.5, "0.512"),
+        (-0.0001, 0.5, "0.000"),
+        (0.000123, 0.0004, "0.00012"),
+        (123.456, 123.4, "123"),
+        (1.5, 0.0, "1.500"),
+    ],
 )
 def test_numbers_have_three_decimals_or_enough_figures_of_their_scale(value, scale, text):
     assert number(value, scale) == text
@@ -86,7 +98,9 @@ def test_numbers_have_three_decimals_or_enough_figures_of_their_scale(value, sca
 def test_a_change_far_smaller_than_its_means_is_not_shown_as_zero():
     row = {"before": 0.087, "after": 0.0873, "change": 0.00032, "low": -0.00033, "high": 0.0025}
     scale = scale_of_change(row)
-    assert signed(row["change"], scale) == "+0.0003" and between((row["low"], row["high"]), scale) == "[-0.0003, 0.0025]"
+    assert (
+        signed(row["change"], scale) == "+0.0003" and between((row["low"], row["high"]), scale) == "[-0.0003, 0.0025]"
+    )
     assert scale_of(row) == 0.0873 and scale_of_change(row | {"low": None, "high": None}) == 0.00032
 
 

@@ -17,7 +17,9 @@ from flowbp.evaluation.scores import Scores
 def demo_against(*overrides, processes=1):
     """The contrast of the demo with itself, overridden, in the second place of which `processes` take part."""
     runs = [load("demo"), load("demo", overrides)]
-    images = [count * run.data.batch_size * run.data.accumulate for run, count in zip(runs, (1, processes), strict=True)]
+    images = [
+        count * run.data.batch_size * run.data.accumulate for run, count in zip(runs, (1, processes), strict=True)
+    ]
     return contrast([yaml.safe_load(dump(run)) for run in runs], images)
 
 
@@ -47,7 +49,9 @@ def test_what_reaches_weights_or_scores_is_unfair(override, key):
 
 
 def test_the_method_is_the_point_and_bookkeeping_changes_nothing():
-    found = demo_against("method.name=leapalign", "output=elsewhere", "checkpoint_every=7", "data.batch_size=16", "data.accumulate=2")
+    found = demo_against(
+        "method.name=leapalign", "output=elsewhere", "checkpoint_every=7", "data.batch_size=16", "data.accumulate=2"
+    )
     assert not found.unfair, "16 x 2 images a step are the 32 x 1 of the other run"
     (ours, other), *more = found.point.values()
     assert ours.startswith("flowbp-lagrange (order 3") and other.startswith("leapalign (alpha 0.3") and not more
@@ -104,7 +108,9 @@ def test_the_command_compares_pair_by_pair_and_warns(run, other, tmp_path):
     found = json.loads((tmp_path / "comparison.json").read_text())
     (reward,) = (row for row in found["changes"] if (row["metric"], row["category"]) == ("reward", "all"))
     assert reward["change"] == pytest.approx(0.1, abs=1e-5) and reward["low"] > 0.09
-    assert found["point"] == {"method": ["draft-lv (num_renoised 2)", "refl (last_n 2)"]} and list(found["unfair"]) == ["guidance.scale"]
+    assert found["point"] == {"method": ["draft-lv (num_renoised 2)", "refl (last_n 2)"]} and list(found["unfair"]) == [
+        "guidance.scale"
+    ]
     page = (tmp_path / "comparison.html").read_text()
     assert "Not a fair comparison" in page and not re.findall(r'(?:src|href)="(?!data:)', page)
 
@@ -116,7 +122,10 @@ def test_an_unfinished_run_and_other_samples_are_named(run, other, tmp_path):
     table = (copy / "scores_after.csv").read_text().splitlines()
     (copy / "scores_after.csv").write_text("\n".join(table[:5]) + "\n")
     found = compare_runs([run, copy, other], tmp_path / "out")
-    assert found["warnings"] == ["copy has taken 1 of 2 steps", "copy was scored on other prompts or seeds than small: no paired test"]
+    assert found["warnings"] == [
+        "copy has taken 1 of 2 steps",
+        "copy was scored on other prompts or seeds than small: no paired test",
+    ]
     assert {row["run"] for row in found["changes"]} == {"other"}
 
 
@@ -129,7 +138,10 @@ def test_a_run_that_still_writes_and_one_without_scores_are_compared_as_far_as_t
     found = compare_runs([run, copy], tmp_path / "out")
     assert [one["steps"] for one in found["runs"]] == [2, 2] and not found["changes"]
     missing, versions = found["warnings"]
-    assert f"copy. To score runs on the same samples: flowbp eval {run} --weights small={run} --weights copy={copy}" in missing
+    assert (
+        f"copy. To score runs on the same samples: flowbp eval {run} --weights small={run} --weights copy={copy}"
+        in missing
+    )
     assert versions.endswith("copy: flowbp 0.0.9")
 
 
@@ -147,7 +159,9 @@ def test_runs_are_named_by_as_much_of_their_paths_as_tells_them_apart(tmp_path):
     with pytest.raises(ValueError, match="compared with itself"):
         short_names([tmp_path / "a", tmp_path / "a"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty holds no config.yaml, so it is no run: pass the folders that flowbp train wrote"):
+    with pytest.raises(
+        FileNotFoundError, match="empty holds no config.yaml, so it is no run: pass the folders that flowbp train wrote"
+    ):
         compare_runs([tmp_path / "empty", tmp_path / "other"], tmp_path)
     with pytest.raises(FileNotFoundError, match="missing is no folder"):
         compare_runs([tmp_path / "missing", tmp_path / "other"], tmp_path)

@@ -21,20 +21,27 @@ N = 60
 
 
 def history(**curves):
-    """Scores of the same samples at steps 0, 50, 100, ... whose means are those of `curves`, with a luck that each seed keeps."""
+    """Scores of the same samples at steps 0, 50, 100, ... whose means are those of `curves`, with a luck that each seed
+    keeps.
+    """
     rng = np.random.default_rng(0)
     prompts, seeds, luck = [Prompt(str(i)) for i in range(N)], list(range(N)), rng.normal(size=N)
     found = {}
     for i, means in enumerate(zip(*curves.values(), strict=True)):
         noise = rng.normal(size=(len(means), N))
         noise -= noise.mean(axis=1, keepdims=True)
-        found[50 * i] = Scores(prompts, seeds, {k: m + luck - luck.mean() + 0.1 * e for k, m, e in zip(curves, means, noise, strict=True)})
+        found[50 * i] = Scores(
+            prompts, seeds, {k: m + luck - luck.mean() + 0.1 * e for k, m, e in zip(curves, means, noise, strict=True)}
+        )
     return found
 
 
 def test_a_reward_that_rises_while_a_monitor_falls_is_named_with_the_step():
     (line,) = warnings(history(reward=[0, 1, 2, 3], monitor=[0, 1, 0.6, 0.5]), ["reward"], ["monitor"])
-    assert line.startswith("over-optimised: from step 50 to 150 the trained reward rose by +2.000") and "monitor fell by -0.500" in line
+    assert (
+        line.startswith("over-optimised: from step 50 to 150 the trained reward rose by +2.000")
+        and "monitor fell by -0.500" in line
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,7 +59,13 @@ def test_a_run_without_that_is_not_accused(curves):
 
 @pytest.mark.parametrize(
     ("metric", "end", "warned"),
-    [("diversity", 6, False), ("diversity", 4, True), ("diversity", 16, False), ("saturation", 16, True), ("high_frequency", 14, False)],
+    [
+        ("diversity", 6, False),
+        ("diversity", 4, True),
+        ("diversity", 16, False),
+        ("saturation", 16, True),
+        ("high_frequency", 14, False),
+    ],
 )
 def test_image_statistics_warn_beyond_their_limit_and_in_their_direction(metric, end, warned):
     found = warnings(history(**{"reward": [0, 1], metric: [10, end + 0.01]}), ["reward"], [])
@@ -82,7 +95,12 @@ def test_the_best_step_is_the_first_of_the_highest_and_patience_counts_from_it()
     assert not exhausted({}, "monitor", 1)
 
 
-PERIODIC = ["evaluation.every=1", "evaluation.best=monitor", "evaluation.validation_samples=4", "evaluation.validation_prompts=shapes:dev"]
+PERIODIC = [
+    "evaluation.every=1",
+    "evaluation.best=monitor",
+    "evaluation.validation_samples=4",
+    "evaluation.validation_prompts=shapes:dev",
+]
 SMALL = [
     "data.batch_size=2",
     "rollout.num_steps=4",
@@ -102,7 +120,10 @@ def test_watching_leaves_training_bit_identical_and_resumes_exactly(tmp_path):
     whole = train(load("demo", [f"output={tmp_path / 'whole'}", "steps=3", *SMALL, *PERIODIC]))
     expected = weights(blind)
     assert all(expected[key].equal(value) for key, value in weights(whole).items()), "watching changed the training"
-    losses = [[json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (blind, whole)]
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (blind, whole)
+    ]
     assert losses[0] == losses[1]
 
     broken = load("demo", [f"output={tmp_path / 'broken'}", "steps=3", *SMALL, *PERIODIC])
@@ -120,7 +141,9 @@ def test_watching_leaves_training_bit_identical_and_resumes_exactly(tmp_path):
     for folder in (".", "best"):
         assert all(weights(whole / folder)[key].equal(value) for key, value in weights(broken.output / folder).items())
     best = json.loads((whole / "validation.json").read_text())["best"]
-    assert best == max(range(4), key=lambda i: load_file(whole / "validation" / f"step-{i:06d}.safetensors")["monitor"].mean().item())
+    assert best == max(
+        range(4), key=lambda i: load_file(whole / "validation" / f"step-{i:06d}.safetensors")["monitor"].mean().item()
+    )
     assert "Held-out prompts during training" in (whole / "report.html").read_text()
 
 

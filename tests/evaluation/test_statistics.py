@@ -16,7 +16,9 @@ def few_resamples(monkeypatch):
 
 
 def draw(rng, kind, prompts, seeds):
-    """Scores [prompts * seeds] whose true mean is 0, with half of their variance between prompts, and the prompt of each."""
+    """Scores [prompts * seeds] whose true mean is 0, with half of their variance between prompts, and the prompt of
+    each.
+    """
     between = {"normal": rng.normal, "skewed": lambda size: rng.exponential(size=size) - 1}[kind](size=prompts)
     scores = between[:, None] + rng.normal(size=(prompts, seeds))
     return scores.ravel(), np.repeat([f"prompt {i}" for i in range(prompts)], seeds)
@@ -64,7 +66,9 @@ def test_the_same_scores_give_the_same_numbers():
     scores, prompts = draw(np.random.default_rng(2), "normal", 20, 2)
     weights = np.ones(len(scores))
     assert interval(scores, weights, prompts) == interval(scores, weights, prompts)
-    assert paired_p_value(scores, scores + 0.1, weights, prompts) == paired_p_value(scores, scores + 0.1, weights, prompts)
+    assert paired_p_value(scores, scores + 0.1, weights, prompts) == paired_p_value(
+        scores, scores + 0.1, weights, prompts
+    )
 
 
 @pytest.mark.parametrize("prompts", [6, 8, 15])
@@ -104,9 +108,14 @@ def test_degenerate_scores_give_an_ordered_interval_or_none_and_no_warning(score
 
 
 def test_what_cannot_be_estimated_is_not_a_number_and_a_constant_has_no_width():
-    assert np.isnan(interval(np.arange(12.0), np.ones(12), ["a"] * 12)).all(), "one prompt tells nothing of others, whatever its seeds"
+    assert np.isnan(interval(np.arange(12.0), np.ones(12), ["a"] * 12)).all(), (
+        "one prompt tells nothing of others, whatever its seeds"
+    )
     assert np.isnan(paired_p_value(np.arange(4.0), np.ones(4), np.ones(4), ["a"] * 4))
     low, high = interval(np.full(15, 0.1), np.ones(15), [*SIX, *SIX, "a", "a", "b"])
     assert low == high == pytest.approx(0.1)
     assert paired_p_value(np.ones(6), np.ones(6), np.ones(6), SIX) == 1.0
-    assert np.isnan(interval(np.arange(5.0), np.ones(5), SIX[:5])).all() and interval(np.arange(6.0), np.ones(6), SIX)[0] > 0
+    assert (
+        np.isnan(interval(np.arange(5.0), np.ones(5), SIX[:5])).all()
+        and interval(np.arange(6.0), np.ones(6), SIX)[0] > 0
+    )

@@ -23,7 +23,11 @@ def rule(num_nodes, batch, per_sample, seed=9):
 
 def column(weight, like):
     """A weight [] or [B], to multiply [B, *S] in its dtype."""
-    return weight.to(like.dtype).reshape(weight.shape + (1,) * (like.dim() - weight.dim())) if weight.dim() else weight.to(like.dtype)
+    return (
+        weight.to(like.dtype).reshape(weight.shape + (1,) * (like.dim() - weight.dim()))
+        if weight.dim()
+        else weight.to(like.dtype)
+    )
 
 
 def eager_sum(x, cache, nodes, weights):
@@ -36,7 +40,8 @@ def eager_sum(x, cache, nodes, weights):
 
 @dataclass
 class Op:
-    """arguments(shape, num_nodes, dtype, per_sample): `num_tensors` on a device, then its rule, which travels by value from the CPU.
+    """arguments(shape, num_nodes, dtype, per_sample): `num_tensors` on a device, then its rule, which travels by value
+    from the CPU.
 
     call and eager take them and return a tuple of tensors.
     """
@@ -51,7 +56,11 @@ class Op:
 
 
 def quadrature_arguments(shape, num_nodes, dtype, per_sample):
-    return draw(*shape, dtype=dtype), draw(NUM_CACHED, *shape, dtype=dtype, seed=1), *rule(num_nodes, shape[0], per_sample)
+    return (
+        draw(*shape, dtype=dtype),
+        draw(NUM_CACHED, *shape, dtype=dtype, seed=1),
+        *rule(num_nodes, shape[0], per_sample),
+    )
 
 
 def leap_arguments(shape, num_nodes, dtype, per_sample):
@@ -61,7 +70,9 @@ def leap_arguments(shape, num_nodes, dtype, per_sample):
 
 
 def leap_call(x_k, x_j, x_end, cache, nodes, first, second):
-    landings = torch.empty(2, *x_k.shape, dtype=torch.float64 if x_k.dtype == torch.float64 else torch.float32, device=x_k.device)
+    landings = torch.empty(
+        2, *x_k.shape, dtype=torch.float64 if x_k.dtype == torch.float64 else torch.float32, device=x_k.device
+    )
     return leap_residuals(x_k, x_j, x_end, cache, nodes, (first, second), predictions_out=landings), landings
 
 

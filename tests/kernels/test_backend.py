@@ -57,7 +57,9 @@ def test_an_explicit_choice_never_falls_back(choose, extension_at):
         with pytest.raises(RuntimeError, match="FLOWBP_KERNELS=cpu cannot run quadrature_update: x is torch.float64"):
             quadrature_update(UPDATE[0].double(), *UPDATE[1:])
     extension_at(None)
-    with pytest.raises(RuntimeError, match="FLOWBP_KERNELS=cpu cannot run quadrature_update: its extension is not built"):
+    with pytest.raises(
+        RuntimeError, match="FLOWBP_KERNELS=cpu cannot run quadrature_update: its extension is not built"
+    ):
         quadrature_update(*UPDATE)
 
 
@@ -174,8 +176,20 @@ def test_a_build_without_cuda_asks_no_driver(gpus, monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "wrong", "says", "asked", "known"),
     [
-        ("FLOWBP_ISA", "avx1024", "FLOWBP_ISA=avx1024 is not an instruction set of this processor", backend.isa, backend.isas),
-        ("FLOWBP_ROWS", "some", "FLOWBP_ROWS must be few or all, not some; unset it", backend.rows, lambda: ["few", "all"]),
+        (
+            "FLOWBP_ISA",
+            "avx1024",
+            "FLOWBP_ISA=avx1024 is not an instruction set of this processor",
+            backend.isa,
+            backend.isas,
+        ),
+        (
+            "FLOWBP_ROWS",
+            "some",
+            "FLOWBP_ROWS must be few or all, not some; unset it",
+            backend.rows,
+            lambda: ["few", "all"],
+        ),
     ],
     ids=["instruction set", "rows"],
 )

@@ -1,4 +1,6 @@
-"""The benchmark harness: what a row says, percentages from the same rounds, and the docs' table as a function of the results."""
+"""The benchmark harness: what a row says, percentages from the same rounds, and the docs' table as a function of the
+results.
+"""
 
 import argparse
 import importlib.util
@@ -38,7 +40,9 @@ def test_every_provider_computes_the_same_op(op, dtype):
     tolerance = 8 * torch.finfo(getattr(torch, dtype)).eps
     expected = task.to_compile(*task.inputs)
     for function in (task.ours, task.ours_into, *task.baselines.values()):
-        torch.testing.assert_close(function(*task.inputs), expected, rtol=tolerance, atol=4 * tolerance, check_dtype=False)
+        torch.testing.assert_close(
+            function(*task.inputs), expected, rtol=tolerance, atol=4 * tolerance, check_dtype=False
+        )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -49,7 +53,12 @@ def test_a_row_says_what_was_measured(op):
     assert all(set(missing) >= {"op", "mode", "provider", "why"} for missing in left_out)
     assert json.loads(json.dumps(rows)) == rows
     for row in rows:
-        assert (row["op"], row["latent"], row["shape"], row["threads"]) == (op, "tiny", [2, *LATENTS["tiny"]], torch.get_num_threads())
+        assert (row["op"], row["latent"], row["shape"], row["threads"]) == (
+            op,
+            "tiny",
+            [2, *LATENTS["tiny"]],
+            torch.get_num_threads(),
+        )
         ms = row["milliseconds"]
         assert 0 < ms["best"] <= ms["p20"] <= ms["median"] <= ms["p80"] and ms["rounds"] >= measure.MIN_ROUNDS
         assert math.isclose(row["gb_per_second"], row["traffic_bytes"] / ms["median"] / 1e6)
@@ -61,7 +70,11 @@ def test_a_row_says_what_was_measured(op):
 
 def test_traffic_is_each_tensor_once():
     element = 4 * torch.Size(tiny("").shape).numel()
-    assert problem(tiny("quadrature_update"), "cpu").traffic == {"forward": 5 * element, "backward": 4 * element, "full": 9 * element}
+    assert problem(tiny("quadrature_update"), "cpu").traffic == {
+        "forward": 5 * element,
+        "backward": 4 * element,
+        "full": 9 * element,
+    }
     assert problem(tiny("cfg_euler_step"), "cpu").traffic["forward"] == 5 * element
     assert problem(tiny("leap_residuals"), "cpu").traffic == {"forward": 6 * element}
 
@@ -78,7 +91,9 @@ def test_rounds_take_every_provider_in_turn():
 
         return call, None
 
-    timings = measure.interleave({name: provider(name, seconds) for name, seconds in (("a", 3e-3), ("b", 4e-3))}, "cpu", 0)
+    timings = measure.interleave(
+        {name: provider(name, seconds) for name, seconds in (("a", 3e-3), ("b", 4e-3))}, "cpu", 0
+    )
     rounds = order[6:]  # after one warm call and two to choose the repeats of each
     assert rounds == ["a", "b", "b", "a", "a", "b", "b", "a", "a", "b"]
     assert timings["a"].best >= 3 and timings["b"].best >= 4 and timings["a"].rounds == 5
@@ -117,8 +132,32 @@ def test_ops_without_a_cache_are_measured_at_one_number_of_steps():
 
 
 def test_the_command_writes_rows_and_says_what_it_left_out(tmp_path, capsys):
-    arguments = ["--op", "quadrature_update", "--latent", "tiny", "--batch", "1", "--steps", "2", "3000", "--dtype", "float32"]
-    arguments += ["--mode", "forward", "--provider", "reference", "eager", "--seconds", "0", "--device", "cpu", "--memory-gb", "0.01"]
+    arguments = [
+        "--op",
+        "quadrature_update",
+        "--latent",
+        "tiny",
+        "--batch",
+        "1",
+        "--steps",
+        "2",
+        "3000",
+        "--dtype",
+        "float32",
+    ]
+    arguments += [
+        "--mode",
+        "forward",
+        "--provider",
+        "reference",
+        "eager",
+        "--seconds",
+        "0",
+        "--device",
+        "cpu",
+        "--memory-gb",
+        "0.01",
+    ]
     bench.main([*arguments, "--json", str(tmp_path / "rows.json")])
     report = json.loads((tmp_path / "rows.json").read_text())
     assert [row["provider"] for row in report["rows"]] == ["reference", "eager", "copy"]
@@ -130,15 +169,39 @@ def test_the_command_writes_rows_and_says_what_it_left_out(tmp_path, capsys):
 
 
 def row(provider, median, **changes):
-    case = {"op": "quadrature_update", "latent": "sd3.5-512", "batch": 8, "steps": 25, "dtype": "float32", "mode": "forward"}
+    case = {
+        "op": "quadrature_update",
+        "latent": "sd3.5-512",
+        "batch": 8,
+        "steps": 25,
+        "dtype": "float32",
+        "mode": "forward",
+    }
     ms = {"best": 0.9 * median, "p20": 0.95 * median, "median": median, "p80": 1.2 * median, "rounds": 9}
-    return case | {"provider": provider, "milliseconds": ms, "gb_per_second": 30 / median, "percent_of_copy": 80 / median} | changes
+    return (
+        case
+        | {"provider": provider, "milliseconds": ms, "gb_per_second": 30 / median, "percent_of_copy": 80 / median}
+        | changes
+    )
 
 
 def test_the_table_follows_from_the_rows_alone(tmp_path):
     table = script("table").table
-    machine = {"device": "a processor", "threads": 1, "versions": {"torch": "2.13.0", "cuda": None}, "commit": "abc", "date": "2026-01-01"}
-    rows = [row("cpu", 1.0), row("eager", 5.0), row("compile", 1.5), row("copy", 0.8), row("cpu", 9.0, batch=1), row("cpu", 7.0, steps=50)]
+    machine = {
+        "device": "a processor",
+        "threads": 1,
+        "versions": {"torch": "2.13.0", "cuda": None},
+        "commit": "abc",
+        "date": "2026-01-01",
+    }
+    rows = [
+        row("cpu", 1.0),
+        row("eager", 5.0),
+        row("compile", 1.5),
+        row("copy", 0.8),
+        row("cpu", 9.0, batch=1),
+        row("cpu", 7.0, steps=50),
+    ]
     texts = []
     for name, shuffled in (("a.json", rows), ("b.json", rows[::-1])):
         (tmp_path / name).write_text(json.dumps({"machine": machine, "rows": shuffled, "left_out": []}))
@@ -151,12 +214,34 @@ def test_the_table_follows_from_the_rows_alone(tmp_path):
 
 def test_a_file_without_forward_rows_shows_both_passes_and_one_of_whole_steps_its_sentences(tmp_path):
     table, rows = script("table").table, [row("cpu", 1.0) | {"mode": mode} for mode in ("backward", "full")]
-    machine = {"device": "a GPU", "threads": None, "versions": {"torch": "2.13.0"}, "commit": "abc", "date": "2026-01-01"}
+    machine = {
+        "device": "a GPU",
+        "threads": None,
+        "versions": {"torch": "2.13.0"},
+        "commit": "abc",
+        "date": "2026-01-01",
+    }
     (tmp_path / "both.json").write_text(json.dumps({"machine": machine, "rows": rows, "left_out": []}))
-    assert table([tmp_path / "both.json"]).splitlines()[-1].startswith("| `quadrature_update`, forward and backward | sd3.5-512, 8, 25")
-    case = {"backbone": "flux.1-dev", "tuning": "lora", "checkpointing": True, "method": "flowbp-sparse", "mode": "sweep", "active": 4}
-    rows = [case | {"step_seconds": 3.21, "peak_mb": {"rollout": 900.0, "sweep": 25100.0}}, case | {"out_of_memory": "reward"}]
-    (tmp_path / "steps.json").write_text(json.dumps({"machine": machine, "options": {"steps": 25, "batch": 1}, "rows": rows}))
+    assert (
+        table([tmp_path / "both.json"])
+        .splitlines()[-1]
+        .startswith("| `quadrature_update`, forward and backward | sd3.5-512, 8, 25")
+    )
+    case = {
+        "backbone": "flux.1-dev",
+        "tuning": "lora",
+        "checkpointing": True,
+        "method": "flowbp-sparse",
+        "mode": "sweep",
+        "active": 4,
+    }
+    rows = [
+        case | {"step_seconds": 3.21, "peak_mb": {"rollout": 900.0, "sweep": 25100.0}},
+        case | {"out_of_memory": "reward"},
+    ]
+    (tmp_path / "steps.json").write_text(
+        json.dumps({"machine": machine, "options": {"steps": 25, "batch": 1}, "rows": rows})
+    )
     start = "- `flux.1-dev` (lora, checkpointed; 25 steps, batch 1), flowbp-sparse (K = 4), sweep: "
     ends = ["3.21 s a step, 25.1 GB at most.", "out of memory in reward."]
     assert table([tmp_path / "steps.json"]).splitlines()[-2:] == [start + end for end in ends]
@@ -174,4 +259,6 @@ def test_the_share_of_a_step_counts_the_ops_that_the_engine_calls():
     assert set(share["by_op_ms"]) >= {"cfg_euler_step", "leap_residuals"}
     assert 0 < share["percent"] < 100 and share["ops_ms"] == pytest.approx(sum(share["by_op_ms"].values()))
     text = script("table")._share(options, share | {"step_ms": 200.0, "ops_ms": 1.5, "percent": 0.75})
-    assert text.startswith("- `reference`: of a training step of 200 ms") and text.endswith("the ops take 1.5 ms, 0.75 %.")
+    assert text.startswith("- `reference`: of a training step of 200 ms") and text.endswith(
+        "the ops take 1.5 ms, 0.75 %."
+    )

@@ -1,4 +1,6 @@
-"""Every op on the compiled CPU kernels of each instruction set, against float64 and against what one writes without it."""
+"""Every op on the compiled CPU kernels of each instruction set, against float64 and against what one writes without
+it.
+"""
 
 import os
 import subprocess
@@ -51,7 +53,9 @@ def test_kernel_error_is_at_most_twice_eager(name, dtype, shape, num_nodes, per_
     if name == "leap_residuals" and shape == (3, 0):
         return  # outside its contract: there is no mean over nothing
     op, arguments = OPS[name], OPS[name].arguments(shape, num_nodes, dtype, per_sample)
-    for result, eager, truth in zip(op.call(*arguments), op.eager(*arguments), exact(op, arguments, monkeypatch), strict=True):
+    for result, eager, truth in zip(
+        op.call(*arguments), op.eager(*arguments), exact(op, arguments, monkeypatch), strict=True
+    ):
         assert result.shape == truth.shape and result.isfinite().all()
         error, allowed = (result.double() - truth).abs(), 2 * (eager.double() - truth).abs()
         tiny = 1e-7 * truth.abs().max() if truth.numel() else 0  # eager may hit the truth by luck
@@ -71,7 +75,9 @@ def test_mixed_dtypes_agree_with_the_reference(dtype, cache_dtype, isa, monkeypa
     if cache_dtype.itemsize > 1:
         slots = torch.empty(3, 4097, dtype=torch.float32), torch.empty_like(x)
         calls["guided step"] = lambda: torch.cat(cfg_euler_step(x, cache[0], cache[1], 4.5, -0.04))
-        calls["step into slots"] = lambda: cfg_euler_step(x, cache[0], None, 1.0, -0.04, velocity_out=slots[0], out=slots[1])[0].clone()
+        calls["step into slots"] = lambda: cfg_euler_step(
+            x, cache[0], None, 1.0, -0.04, velocity_out=slots[0], out=slots[1]
+        )[0].clone()
         calls["seeds"] = lambda: bridge_cotangents(x, cache[0], weights, weights, dtype=cache_dtype)
     for call in calls.values():
         monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
@@ -84,7 +90,10 @@ def test_mixed_dtypes_agree_with_the_reference(dtype, cache_dtype, isa, monkeypa
 
 def test_every_float8_value_is_read_exactly(isa):
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    assert torch.equal(quadrature_update(torch.zeros(1, 256), values[None, None], [0], [1.0])[0].nan_to_num(), values.float().nan_to_num())
+    assert torch.equal(
+        quadrature_update(torch.zeros(1, 256), values[None, None], [0], [1.0])[0].nan_to_num(),
+        values.float().nan_to_num(),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -140,7 +149,9 @@ def test_instruction_sets_with_fused_multiply_add_agree_bit_for_bit(name, monkey
 @pytest.mark.parametrize("cache_dtype", [*DTYPES, torch.float8_e4m3fn], ids=str)
 def test_how_a_cache_is_read_changes_no_bit(cache_dtype, size, num_nodes, per_sample, isa, monkeypatch):
     """Few rows side by side or all: the bits are those of one order, and the values are right."""
-    few, all_, truth = (sums(cache_dtype, size, num_nodes, per_sample, rows, monkeypatch) for rows in ("few", "all", "reference"))
+    few, all_, truth = (
+        sums(cache_dtype, size, num_nodes, per_sample, rows, monkeypatch) for rows in ("few", "all", "reference")
+    )
     assert all(map(torch.equal, few, all_))
     torch.testing.assert_close(few, truth, rtol=1e-5, atol=1e-4)
 
@@ -158,7 +169,9 @@ def test_the_number_of_threads_changes_no_bit(rows, isa, monkeypatch):
 
 
 def sums(cache_dtype, size, num_nodes, per_sample, rows, monkeypatch):
-    """Both ops that sum the rows of a cache, by FLOWBP_ROWS or the reference, of rows of the first leap, of the second and of both."""
+    """Both ops that sum the rows of a cache, by FLOWBP_ROWS or the reference, of rows of the first leap, of the second
+    and of both.
+    """
     x, y, z = (draw(2, size, seed=seed) for seed in range(3))
     cache, scales = draw(NUM_CACHED, 2, size, seed=3).to(cache_dtype), draw(NUM_CACHED, 2, seed=4).abs()
     nodes, first = rule(num_nodes, 2, per_sample)
@@ -173,19 +186,24 @@ def sums(cache_dtype, size, num_nodes, per_sample, rows, monkeypatch):
 
 
 def test_the_first_large_calls_of_a_process_agree_whichever_measures():
-    """Several threads at once are the first to read much of a cache: one of them measures how, and all compute the same."""
+    """Several threads at once are the first to read much of a cache: one of them measures how, and all compute the
+    same.
+    """
     script = """
 import threading, torch
 from flowbp_kernels import backend, quadrature_update
 torch.set_num_threads(1)
 x, cache, results = torch.ones(1, 2**19), torch.ones(16, 1, 2**19, dtype=torch.bfloat16), []
-calls = [threading.Thread(target=lambda: results.append(quadrature_update(x, cache, range(16), [0.5] * 16))) for _ in range(4)]
+update = lambda: results.append(quadrature_update(x, cache, range(16), [0.5] * 16))
+calls = [threading.Thread(target=update) for _ in range(4)]
 for call in calls: call.start()
 for call in calls: call.join()
 assert len(results) == 4 and all((result == 9).all() for result in results)
 assert backend.rows() in ("few", "all") and backend.rows() == backend.rows()
 """
-    environment = {name: value for name, value in os.environ.items() if name != "FLOWBP_ROWS"} | {"FLOWBP_KERNELS": "cpu"}
+    environment = {name: value for name, value in os.environ.items() if name != "FLOWBP_ROWS"} | {
+        "FLOWBP_KERNELS": "cpu"
+    }
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
 
@@ -219,7 +237,9 @@ def test_a_batch_of_rules_may_exceed_one_launch(batch, isa):
     together = quadrature_update(x, cache, nodes, weights)
     for b in {0, batch // 2, batch - 1}:
         one = slice(b, b + 1)
-        assert torch.equal(together[one], quadrature_update(x[one], cache[:, one].contiguous(), nodes[:, b], weights[:, b]))
+        assert torch.equal(
+            together[one], quadrature_update(x[one], cache[:, one].contiguous(), nodes[:, b], weights[:, b])
+        )
 
 
 def test_more_than_2_to_the_31_elements_are_addressed(isa):
@@ -247,16 +267,23 @@ def test_every_plan_stride_and_dtype_is_within_rounding_of_float64(shape, num_no
     if strided:
         arguments = [a.transpose(0, -1).contiguous().transpose(0, -1) for a in arguments]
     results = OPS[name].call(*arguments)
-    for result, truth in zip(results, OPS[name].call(*(a.double() if a.is_floating_point() else a for a in arguments)), strict=True):
+    for result, truth in zip(
+        results, OPS[name].call(*(a.double() if a.is_floating_point() else a for a in arguments)), strict=True
+    ):
         assert result.shape == truth.shape
-        torch.testing.assert_close(result.double(), truth, rtol=2 * torch.finfo(result.dtype).eps, atol=max(2e-5, torch.finfo(dtype).eps))
+        torch.testing.assert_close(
+            result.double(), truth, rtol=2 * torch.finfo(result.dtype).eps, atol=max(2e-5, torch.finfo(dtype).eps)
+        )
 
 
-# -- registration ------------------------------------------------------------------------------------------------------------------
+# -- registration
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def operator_calls():
-    x, y, z, cache = (t.requires_grad_() for t in (draw(3, 41), draw(3, 41, seed=1), draw(3, 41, seed=2), draw(5, 3, 41, seed=3)))
+    x, y, z, cache = (
+        t.requires_grad_() for t in (draw(3, 41), draw(3, 41, seed=1), draw(3, 41, seed=2), draw(5, 3, 41, seed=3))
+    )
     nodes, weights = rule(4, 3, True)
     weights, scales, seeds = weights.double(), draw(5, 3).abs(), torch.empty(4, 3, 41)
     x0, y0, z0, cache0 = (t.detach() for t in (x, y, z, cache))
@@ -283,12 +310,16 @@ def test_the_operator_is_registered_correctly(name, choice, monkeypatch):
 
 
 def test_every_operator_is_checked():
-    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("flowbp_kernels::")}
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("flowbp_kernels::")
+    }
     assert registered == set(operator_calls())
 
 
 def test_what_a_cuda_graph_would_freeze_is_kept_out_of_it():
-    """A rule that travels by value is part of a captured launch: every later plan would run with the first one's numbers."""
+    """A rule that travels by value is part of a captured launch: every later plan would run with the first one's
+    numbers.
+    """
     for name in operator_calls().keys() - {"straight_through"}:
         tags = getattr(torch.ops.flowbp_kernels, name).default.tags
         assert (torch.Tag.cudagraph_unsafe in tags) == (not name.endswith("_on_device")), name
@@ -330,7 +361,9 @@ def test_autograd_notices_that_a_saved_slot_was_overwritten():
 def test_fake_tensors_pass_through_every_op():
     with FakeTensorMode():
         for name, op in OPS.items():
-            fake = [torch.empty(3, 41) for _ in range(op.num_tensors - (name in ("quadrature_update", "leap_residuals")))]
+            fake = [
+                torch.empty(3, 41) for _ in range(op.num_tensors - (name in ("quadrature_update", "leap_residuals")))
+            ]
             caches = [torch.empty(2, 3, 41)] * (op.num_tensors - len(fake))
             rules = {"quadrature_update": ([0, 1], [0.5, 1.0]), "leap_residuals": ([0, 1], [0.5, 0], [0, 1.0])}
             rules |= {"bridge_cotangents": ([0.5, 1.0], [0.1, 0]), "cfg_euler_step": (4.5, -0.1)}

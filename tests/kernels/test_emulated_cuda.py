@@ -78,17 +78,31 @@ def test_sums_over_a_cache_have_the_same_bits(emulated, shape, cache_dtype, on_d
             factor = None if factors is None else factors.numpy()
             out = unwritten(*shape, dtype=dtype)
             emulated.quadrature_update(
-                raw(x_k), raw(cache), nodes.numpy(), weights[:1].contiguous().numpy(), factor, raw(out), 5, batch, size, on_device
+                raw(x_k),
+                raw(cache),
+                nodes.numpy(),
+                weights[:1].contiguous().numpy(),
+                factor,
+                raw(out),
+                5,
+                batch,
+                size,
+                on_device,
             )
             assert same_bits(out, quadrature_update(x_k, cache, *table[:2], scales=factors))
 
             landings, expected = (unwritten(2, *shape, dtype=torch.float32) for _ in range(2))
-            partials, residuals = torch.empty(2, batch, -(-size // emulated.chunk)), unwritten(2, batch, dtype=torch.float32)
+            partials, residuals = (
+                torch.empty(2, batch, -(-size // emulated.chunk)),
+                unwritten(2, batch, dtype=torch.float32),
+            )
             emulated.leap_residuals(
                 *map(raw, (x_k, x_j, x_end, cache)), nodes.numpy(), weights.numpy(), factor,
                 raw(landings), partials.numpy(), residuals.numpy(), 5, batch, size, on_device,
             )  # fmt: skip
-            result = leap_residuals(x_k, x_j, x_end, cache, table[0], table[1:], scales=factors, predictions_out=expected)
+            result = leap_residuals(
+                x_k, x_j, x_end, cache, table[0], table[1:], scales=factors, predictions_out=expected
+            )
             assert same_bits(residuals, result) and same_bits(landings, expected)
 
 
@@ -98,7 +112,10 @@ def test_elementwise_ops_have_the_same_bits(emulated, shape, dtype, on_device):
     batch, size = shape
     x, y, z = draw(*shape), draw(*shape, dtype=dtype, seed=1), draw(*shape, dtype=dtype, seed=2)
     for v_uncond, slot in ((z, None), (z, torch.float32), (None, torch.bfloat16)):
-        out, velocity, mine = unwritten(*shape, dtype=x.dtype), *(unwritten(*shape, dtype=slot or dtype) for _ in range(2))
+        out, velocity, mine = (
+            unwritten(*shape, dtype=x.dtype),
+            *(unwritten(*shape, dtype=slot or dtype) for _ in range(2)),
+        )
         given = None if v_uncond is None else raw(z)
         emulated.cfg_euler_step(raw(x), raw(y), given, GUIDANCE_AND_H, raw(mine), raw(out), x.numel(), on_device)
         x_next, v = cfg_euler_step(x, y, v_uncond, 4.5, -0.04, velocity_out=velocity)
@@ -117,7 +134,20 @@ def test_a_node_that_is_not_in_the_cache_shows_unless_its_weight_is_zero(emulate
     weights = np.array([[[1.0, 1.0]] * 4, [[1.0, 1.0], *[[0.0, 0.0]] * 3]])
     partials, residuals = torch.empty(2, 2, 1), unwritten(2, 2, dtype=torch.float32)
     emulated.leap_residuals(
-        raw(x), raw(x), raw(x), raw(cache), nodes, weights, None, raw(landings), partials.numpy(), residuals.numpy(), 3, 2, 41, True
+        raw(x),
+        raw(x),
+        raw(x),
+        raw(cache),
+        nodes,
+        weights,
+        None,
+        raw(landings),
+        partials.numpy(),
+        residuals.numpy(),
+        3,
+        2,
+        41,
+        True,
     )
     assert landings[0, 0].isnan().all() and residuals[0].isnan().tolist() == [True, False]
     assert torch.equal(landings[0, 1], x[1] + cache[0, 1] + cache[2, 1] + cache[1, 1] + cache[1, 1])
@@ -149,9 +179,14 @@ def test_no_16_byte_access_where_a_tensor_does_not_start_on_16_bytes(emulated, o
     sizes = 5, *shape, on_device
     x, y, z, out, slot = (draw(*shape, seed=seed) for seed in range(5))
     cache, seeds, landings = draw(5, *shape, seed=5), draw(4, *shape), draw(2, *shape)
-    weight, partials, residuals = weights[:1].contiguous().numpy(), torch.empty(2, 2, 1).numpy(), torch.empty(2, 2).numpy()
+    weight, partials, residuals = (
+        weights[:1].contiguous().numpy(),
+        torch.empty(2, 2, 1).numpy(),
+        torch.empty(2, 2).numpy(),
+    )
     calls = {
-        lambda x, cache, out: emulated.quadrature_update(x, cache, nodes.numpy(), weight, None, out, *sizes): (x, cache, out),
+        lambda x, cache, out: emulated.quadrature_update(x, cache, nodes.numpy(), weight, None, out, *sizes): (x,
+        cache, out),
         lambda *t: emulated.leap_residuals(
             *t[:4], nodes.numpy(), weights.numpy(), None, t[4], partials, residuals, *sizes
         ): (x, y, z, cache, landings),

@@ -12,7 +12,9 @@ FILES = "reward_gradient.py", "reward_gradient_flowbp.py"
 
 
 def test_it_changes_at_most_15_lines():
-    before, after = ((EXAMPLES / name).read_text().split('"""', 2)[2].splitlines() for name in FILES)  # without the docstring
+    before, after = (
+        (EXAMPLES / name).read_text().split('"""', 2)[2].splitlines() for name in FILES
+    )  # without the docstring
     changed = [line for line in difflib.ndiff(before, after) if line[0] in "+-" and line[2:].strip()]
     assert max(sum(line[0] == sign for line in changed) for sign in "+-") <= 15
 
@@ -25,12 +27,23 @@ def test_both_give_the_same_gradient():
     for name in FILES:
         torch.manual_seed(0)
         transformer = diffusers.SD3Transformer2DModel(
-            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+            num_attention_heads=2,
             joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8,
         )  # fmt: skip
-        prompt, negative = ({"encoder_hidden_states": torch.randn(2, 5, 16), "pooled_projections": torch.randn(2, 16)} for _ in range(2))
+        prompt, negative = (
+            {"encoder_hidden_states": torch.randn(2, 5, 16), "pooled_projections": torch.randn(2, 16)} for _ in range(2)
+        )
         step = runpy.run_path(str(EXAMPLES / name))["training_step"]
-        loss = step(transformer, scheduler, torch.tanh, lambda z: z.flatten(1).mean(1), torch.randn(2, 4, 8, 8), prompt, negative)
+        loss = step(
+            transformer,
+            scheduler,
+            torch.tanh,
+            lambda z: z.flatten(1).mean(1),
+            torch.randn(2, 4, 8, 8),
+            prompt,
+            negative,
+        )
         gradients.append((loss, torch.cat([p.grad.flatten() for p in transformer.parameters()])))
     (loss, gradient), (other_loss, other_gradient) = gradients
     torch.testing.assert_close(loss, other_loss)

@@ -1,4 +1,6 @@
-"""On a GPU: the CUDA ops give the CPU's bits, so do Triton's but for means, and every op can be captured in a CUDA graph."""
+"""On a GPU: the CUDA ops give the CPU's bits, so do Triton's but for means, and every op can be captured in a CUDA
+graph.
+"""
 
 import pytest
 import torch
@@ -47,7 +49,9 @@ def test_the_bits_are_those_of_the_cpu(name, dtype, shape, per_sample, rule_too,
 
 def test_one_captured_graph_serves_every_plan(choice):
     """Plans of one size: one of fewer nodes is filled up with weights of zero, whose nodes are not read."""
-    arguments = {name: op.to("cuda", op.arguments((2, 4096), 5, torch.bfloat16, True), rule_too=True) for name, op in OPS.items()}
+    arguments = {
+        name: op.to("cuda", op.arguments((2, 4096), 5, torch.bfloat16, True), rule_too=True) for name, op in OPS.items()
+    }
 
     def everything():
         return [result for name, op in OPS.items() for result in op.call(*arguments[name])]
@@ -74,7 +78,9 @@ def test_one_captured_graph_serves_every_plan(choice):
 
 @pytest.mark.parametrize("on_device", [False, True])
 def test_no_call_waits_for_the_device(on_device, choice):
-    tensors = {name: op.to("cuda", op.arguments((2, 4096), 5, torch.bfloat16, True), on_device) for name, op in OPS.items()}
+    tensors = {
+        name: op.to("cuda", op.arguments((2, 4096), 5, torch.bfloat16, True), on_device) for name, op in OPS.items()
+    }
     for mode in ("default", "error"):  # the first call loads and compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
@@ -110,7 +116,9 @@ def test_where_a_tensor_starts_in_its_memory_changes_nothing(name, dtype, choice
     for moved in range(OPS[name].num_tensors):
         results = OPS[name].call(*(shifted(a) if i == moved else a for i, a in enumerate(arguments)))
         for a, b in zip(results, OPS[name].call(*arguments), strict=True):
-            torch.testing.assert_close(a, b, rtol=0 if choice == "cuda" else 1e-6, atol=0)  # Triton sums in another order
+            torch.testing.assert_close(
+                a, b, rtol=0 if choice == "cuda" else 1e-6, atol=0
+            )  # Triton sums in another order
 
 
 def test_a_latent_may_be_written_over(choice):
@@ -134,7 +142,9 @@ def test_indices_go_past_32_bits(choice):
     assert (bridge_cotangents(x, x, [1.0] * rows, [3.0] * rows, out=cache) == 4).all()
     everything = cache.view(1, -1)
     assert (quadrature_update(everything, cache[None].view(1, 1, -1), [0], [-0.5]) == 2).all()
-    cfg_euler_step(everything, everything, everything, 4.5, -0.5, velocity_out=torch.empty_like(everything), out=everything)
+    cfg_euler_step(
+        everything, everything, everything, 4.5, -0.5, velocity_out=torch.empty_like(everything), out=everything
+    )
     assert (everything == 2).all()
 
 

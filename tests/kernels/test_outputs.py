@@ -1,4 +1,6 @@
-"""Where an op may write: over the tensor that an output replaces, element for element, and over nothing else that the call reads."""
+"""Where an op may write: over the tensor that an output replaces, element for element, and over nothing else that the
+call reads.
+"""
 
 import pytest
 import torch
@@ -25,7 +27,9 @@ OPS = {
         {"predictions_out": ((2, *SHAPE), None)},
     ),
     "cfg_euler_step": (
-        lambda x, v_cond, v_uncond, velocity_out, out: cfg_euler_step(x, v_cond, v_uncond, 4.5, -0.1, velocity_out=velocity_out, out=out),
+        lambda x, v_cond, v_uncond, velocity_out, out: cfg_euler_step(
+            x, v_cond, v_uncond, 4.5, -0.1, velocity_out=velocity_out, out=out
+        ),
         {"x": SHAPE, "v_cond": SHAPE, "v_uncond": SHAPE},
         {"velocity_out": (SHAPE, "v_cond"), "out": (SHAPE, "x")},
     ),
@@ -41,7 +45,13 @@ OPS = {
     ),
 }
 CHOICES = ["reference", *(["cpu"] if backend.isas() else [])]
-PAIRS = [(op, out, other) for op, (_, read, written) in OPS.items() for out in written for other in (*read, *written) if other != out]
+PAIRS = [
+    (op, out, other)
+    for op, (_, read, written) in OPS.items()
+    for out in written
+    for other in (*read, *written)
+    if other != out
+]
 
 
 def tensors(op):
@@ -54,7 +64,9 @@ def share(arguments, out, other, shift):
     """Both in one piece of memory: `out` begins `shift` elements after (or, if negative, before) `other`."""
     starts = {other: max(0, -shift), out: max(0, shift)}
     memory = torch.empty(max(start + arguments[name].numel() for name, start in starts.items()))
-    moved = {name: memory[start : start + arguments[name].numel()].view_as(arguments[name]) for name, start in starts.items()}
+    moved = {
+        name: memory[start : start + arguments[name].numel()].view_as(arguments[name]) for name, start in starts.items()
+    }
     for name in (out, other):
         moved[name].copy_(arguments[name])
     return arguments | moved
@@ -86,7 +98,9 @@ def test_neighbours_in_memory_do_not_overlap(op, out, other, choice, monkeypatch
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("op", [op for op, (_, _, written) in OPS.items() if any(other for _, other in written.values())])
+@pytest.mark.parametrize(
+    "op", [op for op, (_, _, written) in OPS.items() if any(other for _, other in written.values())]
+)
 def test_what_an_output_replaces_may_be_written_over(op, choice, monkeypatch):
     monkeypatch.setenv("FLOWBP_KERNELS", choice)
     call, _, written = OPS[op]
@@ -100,7 +114,10 @@ def test_what_an_output_replaces_may_be_written_over(op, choice, monkeypatch):
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_compiled_call_may_write_over_its_latent_too(compiler):
     x, velocities = draw(*SHAPE), draw(5, *SHAPE, seed=1)
-    expected = quadrature_update(x, velocities, [0, 3], WEIGHTS), *cfg_euler_step(x, velocities[0], velocities[1], 4.5, -0.1)
+    expected = (
+        quadrature_update(x, velocities, [0, 3], WEIGHTS),
+        *cfg_euler_step(x, velocities[0], velocities[1], 4.5, -0.1),
+    )
 
     def update(x, velocities):
         return quadrature_update(x, velocities, [0, 3], WEIGHTS, out=x)

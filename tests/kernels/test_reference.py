@@ -136,7 +136,9 @@ def test_gradients_match_finite_differences():
     assert check(lambda x, y: bridge_cotangents(x, y, [0.5, -1.0], [0.3, 0.0]), (x, y))
     per_sample = draw(2, 2, seed=5)
     assert check(lambda x, y: bridge_cotangents(x, y, per_sample, [0.3, 0.0]), (x, y))
-    assert check(lambda x, cache: quadrature_update(x, cache, [0, 1], [0.5, 1.0], scales=draw(3, 2, seed=6).float()), (x, cache))
+    assert check(
+        lambda x, cache: quadrature_update(x, cache, [0, 1], [0.5, 1.0], scales=draw(3, 2, seed=6).float()), (x, cache)
+    )
 
 
 def test_second_derivatives_match_finite_differences():
@@ -192,7 +194,10 @@ x, cache, integers = torch.zeros(2, 3), torch.zeros(4, 2, 3), torch.zeros(2, 3, 
         (lambda: quadrature_update(x, cache.to("meta"), [0], [1.0]), "x is on cpu and velocities on meta"),
         (lambda: cfg_euler_step(x, x[:1], x, 1.0, -0.1), r"v_cond has shape \(1, 3\) and x \(2, 3\)"),
         (lambda: cfg_euler_step(x, x, x.double(), 1.0, -0.1), "must share one dtype"),
-        (lambda: cfg_euler_step(x, x, x, 1.0, torch.zeros(2)), "h must be a number or a 0-dimensional tensor, not of shape"),
+        (
+            lambda: cfg_euler_step(x, x, x, 1.0, torch.zeros(2)),
+            "h must be a number or a 0-dimensional tensor, not of shape",
+        ),
         (lambda: cfg_euler_step(x, x, x, torch.zeros(1), -0.1), "guidance must be a number or a 0-dimensional tensor"),
         (lambda: bridge_cotangents(x, x[:1], [1.0], [0.0]), "g_x has shape"),
         (lambda: bridge_cotangents(x, x, [1.0], [0.0, 0.0]), "weights has 1 rows and alphas 2"),
@@ -204,13 +209,25 @@ x, cache, integers = torch.zeros(2, 3), torch.zeros(4, 2, 3), torch.zeros(2, 3, 
         (lambda: leap_residuals(x, x, x, cache, [0], ([1.0],)), "weights must hold two rows"),
         (lambda: leap_residuals(x, x, x, cache, [0], ([1.0], [1.0, 2.0])), r"nodes has 1 rows and weights\[1\] 2"),
         (lambda: leap_residuals(x, x, x, cache, [4], ([1.0], [1.0])), "node 4 is not in the cache"),
-        (lambda: leap_residuals(*[x[:, :0]] * 3, cache[:, :, :0], [0], ([1.0], [1.0])), "no elements to take a mean over"),
-        (lambda: quadrature_update(x, cache, [0], [1.0], scales=torch.ones(4)), r"scales must be float32 \[N, B\] = \[4, 2\]"),
+        (
+            lambda: leap_residuals(*[x[:, :0]] * 3, cache[:, :, :0], [0], ([1.0], [1.0])),
+            "no elements to take a mean over",
+        ),
+        (
+            lambda: quadrature_update(x, cache, [0], [1.0], scales=torch.ones(4)),
+            r"scales must be float32 \[N, B\] = \[4, 2\]",
+        ),
         (lambda: quadrature_update(x, cache, [0], [1.0], out=torch.zeros(3, 2).T), "out must be contiguous.*strides"),
         (lambda: quadrature_update(x, cache, [0], [1.0], out=x.double()), "out must be contiguous.*torch.float32"),
-        (lambda: quadrature_update(x.clone().requires_grad_(), cache, [0], [1.0], out=x.clone()), "writing into out records no gradient"),
+        (
+            lambda: quadrature_update(x.clone().requires_grad_(), cache, [0], [1.0], out=x.clone()),
+            "writing into out records no gradient",
+        ),
         (lambda: cfg_euler_step(x, x, x, 1.0, -0.1, velocity_out=x[:1]), "velocity_out must be contiguous"),
-        (lambda: cfg_euler_step(x, x, None, 1.0, torch.ones((), device="meta")), r"h is on meta and the tensors on cpu.*pass h.cpu\(\)"),
+        (
+            lambda: cfg_euler_step(x, x, None, 1.0, torch.ones((), device="meta")),
+            r"h is on meta and the tensors on cpu.*pass h.cpu\(\)",
+        ),
         (lambda: bridge_cotangents(x, x, [1.0], [0.0], out=x), r"out must be contiguous, of shape \[1, 2, 3\]"),
     ],
 )

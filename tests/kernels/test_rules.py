@@ -1,4 +1,6 @@
-"""Where the numbers of a rule come from: the host, with the call, or the device's memory, which nobody but the kernel reads."""
+"""Where the numbers of a rule come from: the host, with the call, or the device's memory, which nobody but the kernel
+reads.
+"""
 
 import pytest
 import torch
@@ -35,13 +37,17 @@ def test_the_host_reads_nothing_of_a_rule_on_the_device(name, per_sample):
     """A meta tensor holds no values: to read one, or to wait for one, raises."""
     op = OPS[name]
     arguments = op.to("meta", op.arguments(SHAPE, 4, torch.float32, per_sample), rule_too=True)
-    for result, real in zip(op.call(*arguments), op.call(*op.arguments(SHAPE, 4, torch.float32, per_sample)), strict=True):
+    for result, real in zip(
+        op.call(*arguments), op.call(*op.arguments(SHAPE, 4, torch.float32, per_sample)), strict=True
+    ):
         assert result.is_meta and (result.shape, result.dtype) == (real.shape, real.dtype)
     if name != "leap_residuals":  # which has no gradient
         leaves = [a.requires_grad_() for a in arguments[: op.num_tensors]]
         outputs = op.call(*arguments)
         gradients = torch.autograd.grad(outputs, leaves, [torch.empty_like(output) for output in outputs])
-        assert all(gradient.is_meta and gradient.shape == leaf.shape for gradient, leaf in zip(gradients, leaves, strict=True))
+        assert all(
+            gradient.is_meta and gradient.shape == leaf.shape for gradient, leaf in zip(gradients, leaves, strict=True)
+        )
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -24,7 +24,9 @@ def find_nvcc():
 def find_cuobjdump():
     """In a toolkit, or in the wheel of triton."""
     spec = importlib.util.find_spec("triton")
-    wheel = [Path(folder) / "backends/nvidia/bin/cuobjdump" for folder in spec.submodule_search_locations] if spec else []
+    wheel = (
+        [Path(folder) / "backends/nvidia/bin/cuobjdump" for folder in spec.submodule_search_locations] if spec else []
+    )
     for candidate in (shutil.which("cuobjdump"), "/usr/local/cuda/bin/cuobjdump", *wheel):
         if candidate and Path(candidate).exists():
             return str(candidate)
@@ -33,7 +35,9 @@ def find_cuobjdump():
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not on PATH nor in /usr/local/cuda")
-@pytest.mark.skipif(find_cuobjdump() is None, reason="cuobjdump is not on PATH, in /usr/local/cuda/bin nor in a triton wheel")
+@pytest.mark.skipif(
+    find_cuobjdump() is None, reason="cuobjdump is not on PATH, in /usr/local/cuda/bin nor in a triton wheel"
+)
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
 def test_machine_code_is_within_its_budget(source, arch, tmp_path):
@@ -55,7 +59,9 @@ def test_machine_code_is_within_its_budget(source, arch, tmp_path):
         if is_wide and "float8" not in name:  # eight float8 are 8 bytes
             assert re.search(r"LDG\.E\.128", body), f"{name} has no 16-byte load"
         if is_wide:
-            assert re.search(r"STG\.E\S*\.128", body) and not re.search(r"STG\.E\.U16", body), f"{name} stores piecemeal"
+            assert re.search(r"STG\.E\S*\.128", body) and not re.search(r"STG\.E\.U16", body), (
+                f"{name} stores piecemeal"
+            )
 
 
 ASK = """

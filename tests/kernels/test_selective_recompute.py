@@ -71,7 +71,9 @@ def test_gradient_equals_that_of_the_graph(bridge):
 
 def test_the_bridge_matters_and_alpha_zero_cuts_it():
     network, value, latents = problem()
-    plain, cut, bridged = (gradients(recompute(network, value, latents, bridge=b), network)[0] for b in (None, (3, 0), (3, 1)))
+    plain, cut, bridged = (
+        gradients(recompute(network, value, latents, bridge=b), network)[0] for b in (None, (3, 0), (3, 1))
+    )
     assert torch.equal(plain, cut)
     assert not torch.allclose(plain, bridged, rtol=1e-3)
 
@@ -164,7 +166,9 @@ def test_autocast_of_the_call_is_entered_again_in_backward():
 def test_low_precision_parameters_accumulate_in_float32():
     parameter = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
     latents = [torch.full((1, 1), 2.0**-9, dtype=torch.bfloat16) for _ in range(64)] + [torch.ones(1, 1).bfloat16()]
-    endpoint = selective_recompute(torch.ones(1, 1), lambda x, sigma: parameter * x, latents, [0.5] * 65, [1.0] * 65, params=[parameter])
+    endpoint = selective_recompute(
+        torch.ones(1, 1), lambda x, sigma: parameter * x, latents, [0.5] * 65, [1.0] * 65, params=[parameter]
+    )
     endpoint.sum().backward()
     assert parameter.grad.dtype == torch.bfloat16
     assert parameter.grad.item() == 1.125  # bfloat16 sums would stay at 1
@@ -184,7 +188,9 @@ def test_of_all_gradients_only_the_wide_sums_lie_in_memory_at_once(dtype, most):
     layers = [nn.Linear(128, 128, bias=False, dtype=dtype) for _ in range(16)]
     network, x = nn.Sequential(*layers), torch.ones(1, 128, dtype=dtype)
     weights = tuple(network.parameters())
-    endpoint = selective_recompute(x, lambda x, sigma: network(x), [x] * 3, [0.9, 0.5, 0.1], [-0.4, -0.4, -0.1], params=weights)
+    endpoint = selective_recompute(
+        x, lambda x, sigma: network(x), [x] * 3, [0.9, 0.5, 0.1], [-0.4, -0.4, -0.1], params=weights
+    )
     peak = peak_memory(lambda: torch.autograd.grad(endpoint.sum(), weights, retain_graph=True), "cpu")
     assert 1 <= peak / sum(w.nbytes for w in weights) <= most
 
@@ -192,7 +198,9 @@ def test_of_all_gradients_only_the_wide_sums_lie_in_memory_at_once(dtype, most):
 def test_a_parameter_that_only_some_nodes_use_gets_their_gradient():
     a, b = (torch.ones(1, 1, requires_grad=True) for _ in range(2))
     x = torch.ones(1, 1)
-    endpoint = selective_recompute(x, lambda x, sigma: a * x if sigma > 0.5 else b * x, [x, x], [0.9, 0.1], [2.0, 3.0], params=[a, b])
+    endpoint = selective_recompute(
+        x, lambda x, sigma: a * x if sigma > 0.5 else b * x, [x, x], [0.9, 0.1], [2.0, 3.0], params=[a, b]
+    )
     endpoint.sum().backward()
     assert (a.grad.item(), b.grad.item()) == (2.0, 3.0)
 
@@ -257,7 +265,9 @@ def test_a_compiled_velocity_is_traced_once_for_all_steps(sweep_first):
     if not sweep_first:
         compiled(latents[0], SIGMAS[0])
     for _ in range(3):
-        selective_recompute(value, compiled, latents[:1], SIGMAS[:1], WEIGHTS[:1], params=network.parameters()).sum().backward()
+        selective_recompute(
+            value, compiled, latents[:1], SIGMAS[:1], WEIGHTS[:1], params=network.parameters()
+        ).sum().backward()
     assert len(traced) == 1
     assert not torch.nn.modules.module._has_any_global_hook()
 
@@ -272,7 +282,9 @@ class Normalised(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda network: network, lambda network: torch.compile(network, backend="eager")], ids=["eager", "compiled"]
+    "wrap",
+    [lambda network: network, lambda network: torch.compile(network, backend="eager")],
+    ids=["eager", "compiled"],
 )
 def test_running_statistics_count_no_replay(wrap):
     x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
@@ -282,7 +294,9 @@ def test_running_statistics_count_no_replay(wrap):
             velocity(x, 0.5)
         before = {name: buffer.clone() for name, buffer in network.named_buffers()}
         try:
-            selective_recompute(x, velocity, [x, x], [0.9, 0.1], [-0.8, -0.1], params=network.parameters()).sum().backward()
+            selective_recompute(
+                x, velocity, [x, x], [0.9, 0.1], [-0.8, -0.1], params=network.parameters()
+            ).sum().backward()
         finally:
             assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
 
@@ -427,7 +441,9 @@ dist.destroy_process_group()
 def test_ddp_reduces_the_replayed_gradients_and_ways_round_it_are_refused(tmp_path):
     command = [sys.executable, "-c", DISTRIBUTED]
     ranks = [
-        subprocess.Popen([*command, str(r), str(tmp_path / "store")], env={**os.environ}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(r), str(tmp_path / "store")], env={**os.environ}, stderr=subprocess.PIPE, text=True
+        )
         for r in range(2)
     ]
     try:

@@ -1,4 +1,6 @@
-"""The Triton kernels, in Triton's interpreter on any machine and compiled on a GPU; test_triton_aot.py compiles them without one."""
+"""The Triton kernels, in Triton's interpreter on any machine and compiled on a GPU; test_triton_aot.py compiles them
+without one.
+"""
 
 import os
 import subprocess
@@ -33,5 +35,7 @@ def test_the_kernels_on_the_gpu():
 
 
 def test_importing_the_package_imports_no_kernel():
-    script = "import sys, flowbp_kernels; sys.exit(any(name.startswith('flowbp_kernels._triton') for name in sys.modules))"
+    script = (
+        "import sys, flowbp_kernels; sys.exit(any(name.startswith('flowbp_kernels._triton') for name in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -1,6 +1,7 @@
 """The Triton kernels compiled for GPUs that are not here: what ptxas makes of them on sm_80, sm_90 and sm_100.
 
-A latent's size and its pointers are multiples of 16, as they are in training; Triton finds that out at a launch, here it is said.
+A latent's size and its pointers are multiples of 16, as they are in training; Triton finds that out at a launch, here
+it is said.
 """
 
 import re
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="Triton is not installed (pip install flowbp[triton])", exc_type=ImportError)
+triton = pytest.importorskip(
+    "triton", reason="Triton is not installed (pip install flowbp[triton])", exc_type=ImportError
+)
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -35,7 +38,12 @@ def table(nodes_or_weights, columns, kind="*fp64"):
 
 
 RULE = table("nodes", "node_columns", "*i64") | table("weights", "weight_columns") | CACHE
-LEAPS = table("nodes", "node_columns", "*i64") | table("weights_j", "columns_j") | table("weights_end", "columns_end") | CACHE
+LEAPS = (
+    table("nodes", "node_columns", "*i64")
+    | table("weights_j", "columns_j")
+    | table("weights_end", "columns_end")
+    | CACHE
+)
 SEEDS = table("weights", "weight_columns") | table("alphas", "alpha_columns") | {"num_nodes": "i32"}
 
 
@@ -59,9 +67,9 @@ def step(size="i32", **on_device):
 
 SCALES = {"scales": "*fp32"}
 
-# kernel, its arguments (those not named are None), BLOCK, registers a thread at most, 16-byte loads and stores of global memory.
-# A loop takes 8 rows at a time, however many a rule has: what is compiled here runs 1 node, 25, 50 and 256.
-# 64 registers leave 8 programs a multiprocessor, 80 leave 6, 128 leave 4.
+# kernel, its arguments (those not named are None), BLOCK, registers a thread at most, 16-byte loads and stores of
+# global memory. A loop takes 8 rows at a time, however many a rule has: what is compiled here runs 1 node, 25, 50 and
+# 256. 64 registers leave 8 programs a multiprocessor, 80 leave 6, 128 leave 4.
 CASES = {
     "quadrature_update, bf16": (quadrature_update.kernel, update("*bf16"), 1024, 64, (9, 1)),
     "quadrature_update, bf16, scaled": (quadrature_update.kernel, update("*bf16") | SCALES, 1024, 64, (9, 1)),
@@ -76,7 +84,13 @@ CASES = {
     "leap_residuals": (leap_residuals.kernel, leaps("*bf16"), 1024, 80, (19, 2)),
     "leap_residuals, fp8": (leap_residuals.kernel, leaps("*u8") | SCALES, 2048, 128, (22, 4)),
     "leap_residuals, 64-bit size": (leap_residuals.kernel, leaps("*bf16", HUGE), 1024, 80, (19, 2)),
-    "write": (write, {"words": "*i64", "numbers": ("fp32",) * CARRIED, "count": "i32", "integers": "i32"}, None, 64, (0, 0)),
+    "write": (
+        write,
+        {"words": "*i64", "numbers": ("fp32",) * CARRIED, "count": "i32", "integers": "i32"},
+        None,
+        64,
+        (0, 0),
+    ),
 }
 
 
@@ -111,5 +125,9 @@ def test_kernels_keep_to_their_registers_and_move_16_bytes_at_a_time(case, arch,
     assert len(re.findall(r"LDG\.\S*128", sass)) >= loads
     assert len(re.findall(r"STG\.\S*128", sass)) >= stores
     if case != "write":
-        assert "cvt.rn.bf16" in ptx, "results are rounded to nearest (the interpreter cuts them, so only this test sees it)"
-        assert "fma.rn.f32" in ptx and not re.search(r"\b(mul|add|sub)\.f32", ptx), "what the source does not fuse is not fused"
+        assert "cvt.rn.bf16" in ptx, (
+            "results are rounded to nearest (the interpreter cuts them, so only this test sees it)"
+        )
+        assert "fma.rn.f32" in ptx and not re.search(r"\b(mul|add|sub)\.f32", ptx), (
+            "what the source does not fuse is not fused"
+        )

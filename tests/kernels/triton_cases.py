@@ -1,4 +1,5 @@
-"""What every Triton launcher must satisfy; test_triton.py runs this file in a process of its own, in the interpreter or on a GPU.
+"""What every Triton launcher must satisfy; test_triton.py runs this file in a process of its own, in the interpreter or
+on a GPU.
 
 A launcher reads its rule where the tensors lie; the public ops carry a rule there that comes from the CPU.
 Sizes stay below 4096 elements: the interpreter takes some 20 ms a program.
@@ -64,7 +65,9 @@ def integral(x, velocities, nodes, weights, dtype, scales=None):
 
 
 def rounding(dtype):
-    """Relative error of one rounding: half a unit in the last place. The interpreter (3.9) cuts float32 to bfloat16: a whole one."""
+    """Relative error of one rounding: half a unit in the last place. The interpreter (3.9) cuts float32 to bfloat16: a
+    whole one.
+    """
     half = torch.finfo(dtype).eps / 2
     return 2 * half if INTERPRETED and dtype == torch.bfloat16 else half
 
@@ -89,7 +92,8 @@ def test_quadrature_update_is_float64_rounded_once(dtype, shape, num_nodes):
 
 
 @pytest.mark.parametrize(
-    "dtype, cache_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
+    "dtype, cache_dtype",
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
 )
 def test_quadrature_update_takes_a_cache_of_another_dtype(dtype, cache_dtype):
     x, velocities = draw(3, 41, dtype=dtype), draw(NUM_CACHED, 3, 41, dtype=cache_dtype, seed=1)
@@ -112,14 +116,19 @@ def test_the_error_is_at_most_twice_that_of_an_eager_loop():
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_each_sample_may_have_a_rule_of_its_own(scaled):
-    x, velocities, scales = draw(3, 41), draw(NUM_CACHED, 3, 41, seed=1), draw(NUM_CACHED, 3, seed=2).exp() if scaled else None
+    x, velocities, scales = (
+        draw(3, 41),
+        draw(NUM_CACHED, 3, 41, seed=1),
+        draw(NUM_CACHED, 3, seed=2).exp() if scaled else None,
+    )
     nodes, weights = rule(4, columns=3)
     weights[1, 0] = weights[2, 1] = 0
     result = quadrature_update(x, velocities, nodes, weights, scales, unwritten(3, 41))
     assert_rounded_once(result, integral(x, velocities, nodes, weights, torch.float64, scales))
     shared = nodes[:, :1].contiguous()
     assert_rounded_once(
-        quadrature_update(x, velocities, shared, weights, scales), integral(x, velocities, shared, weights, torch.float64, scales)
+        quadrature_update(x, velocities, shared, weights, scales),
+        integral(x, velocities, shared, weights, torch.float64, scales),
     )
 
 
@@ -167,7 +176,11 @@ def test_nothing_is_launched_for_no_elements(shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cfg_euler_step_uses_the_velocity_that_it_stored(dtype, shape, guided):
-    x, v_cond, v_uncond = draw(*shape), draw(*shape, dtype=dtype, seed=1), draw(*shape, dtype=dtype, seed=2) if guided else None
+    x, v_cond, v_uncond = (
+        draw(*shape),
+        draw(*shape, dtype=dtype, seed=1),
+        draw(*shape, dtype=dtype, seed=2) if guided else None,
+    )
     out, velocity_out = unwritten(*shape), unwritten(*shape, dtype=dtype)
     x_next, velocity = cfg_euler_step(x, v_cond, v_uncond, 4.5, -0.04, velocity_out=velocity_out, out=out)
     assert x_next is out and velocity is velocity_out
@@ -207,7 +220,9 @@ def test_zero_coefficients_cut_instead_of_scaling():
 
 
 def leaps(shape, dtype=torch.float32, columns=1):
-    """Arguments of leap_residuals: the first two nodes leap to x_j, the others to x_end; node 4 is in no leap and holds NaN."""
+    """Arguments of leap_residuals: the first two nodes leap to x_j, the others to x_end; node 4 is in no leap and holds
+    NaN.
+    """
     latents = [draw(*shape, dtype=dtype, seed=seed) for seed in range(3)]
     velocities = draw(NUM_CACHED, *shape, dtype=dtype, seed=3)
     velocities[4] = NAN
@@ -223,7 +238,9 @@ def test_leap_residuals_are_the_mean_gaps_of_both_landings(dtype, shape, predict
     x_k, x_j, x_end, velocities, nodes, weights = arguments = leaps(shape, dtype, columns=shape[0] if predicted else 1)
     landings = unwritten(2, *shape, dtype=dtype) if predicted else None
     residuals = leap_residuals(*arguments, predictions_out=landings)
-    exact = torch.stack([integral(x, velocities, nodes, w, torch.float64) for x, w in zip((x_k, x_j), weights, strict=True)])
+    exact = torch.stack(
+        [integral(x, velocities, nodes, w, torch.float64) for x, w in zip((x_k, x_j), weights, strict=True)]
+    )
     gaps = (exact - torch.stack([x_j, x_end]).double()).abs().flatten(2).mean(2)
     assert (residuals.shape, residuals.dtype) == ((2, shape[0]), torch.float32)
     torch.testing.assert_close(residuals.double(), gaps, rtol=1e-5, atol=1e-6)
@@ -234,9 +251,13 @@ def test_leap_residuals_are_the_mean_gaps_of_both_landings(dtype, shape, predict
 def test_leap_residuals_read_a_scaled_float8_cache():
     x_k, x_j, x_end, velocities, nodes, weights = leaps((2, 41))
     cache, scales = velocities.to(torch.float8_e4m3fn), draw(NUM_CACHED, 2, seed=5).exp()
-    ends = torch.stack([integral(x, cache.float(), nodes, w, torch.float64, scales) for x, w in zip((x_k, x_j), weights, strict=True)])
+    ends = torch.stack(
+        [integral(x, cache.float(), nodes, w, torch.float64, scales) for x, w in zip((x_k, x_j), weights, strict=True)]
+    )
     gaps = (ends - torch.stack([x_j, x_end]).double()).abs().mean(2)
-    torch.testing.assert_close(leap_residuals(x_k, x_j, x_end, cache, nodes, weights, scales).double(), gaps, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        leap_residuals(x_k, x_j, x_end, cache, nodes, weights, scales).double(), gaps, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_leap_residuals_give_the_same_bits_every_time():
@@ -259,10 +280,15 @@ def test_a_rule_that_is_carried_to_the_device_has_the_bits_of_one_that_lies_ther
     nodes, first, second = nodes.long(), first.double(), second.double()
     mine, theirs = (torch.empty(2, 2, 41, device=DEVICE) for _ in range(2))
     for by_value, on_device in (
-        (flowbp_kernels.quadrature_update(x_k, cache, *of_cpu[:2], scales=scales), quadrature_update(x_k, cache, nodes, first, scales)),
+        (
+            flowbp_kernels.quadrature_update(x_k, cache, *of_cpu[:2], scales=scales),
+            quadrature_update(x_k, cache, nodes, first, scales),
+        ),
         (flowbp_kernels.bridge_cotangents(x_k, x_j, *of_cpu[1:]), bridge_cotangents(x_k, x_j, first, second)),
         (
-            flowbp_kernels.leap_residuals(x_k, x_j, x_end, cache, of_cpu[0], of_cpu[1:], scales=scales, predictions_out=mine),
+            flowbp_kernels.leap_residuals(
+                x_k, x_j, x_end, cache, of_cpu[0], of_cpu[1:], scales=scales, predictions_out=mine
+            ),
             leap_residuals(x_k, x_j, x_end, cache, nodes, (first, second), scales, theirs),
         ),
         (mine, theirs),
@@ -282,7 +308,10 @@ def test_guidance_and_step_may_lie_on_the_device():
 @pytest.mark.parametrize("rows", [1, CARRIED // 2 - 1, CARRIED // 2, CARRIED + 1])
 def test_numbers_arrive_on_the_device_as_they_were(rows):
     generator = torch.Generator().manual_seed(rows)
-    nodes, weights = torch.randint(2**24, (rows, 1), generator=generator), torch.randn(rows, 2, generator=generator).double()
+    nodes, weights = (
+        torch.randint(2**24, (rows, 1), generator=generator),
+        torch.randn(rows, 2, generator=generator).double(),
+    )
     assert all(map(torch.equal, (t.cpu() for t in carry(torch.device(DEVICE), nodes, weights)), (nodes, weights)))
     nothing, arrived = carry(torch.device(DEVICE), None, weights)
     assert nothing is None and torch.equal(arrived.cpu(), weights)
@@ -311,7 +340,10 @@ def where(elements, last, program, size, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("size", [2**31 - 1024, 2**31 - 1023, 2**31 - 1, 2**31, 2**33 + 8])
 def test_samples_and_elements_count_past_32_bits(size):
-    elements, sample = torch.empty(1024, dtype=torch.int64, device=DEVICE), torch.empty(1, dtype=torch.int64, device=DEVICE)
+    elements, sample = (
+        torch.empty(1024, dtype=torch.int64, device=DEVICE),
+        torch.empty(1, dtype=torch.int64, device=DEVICE),
+    )
     blocks = math.ceil(size / 1024)
     for b, block in ((0, 0), (3, 0), (2, blocks // 2), (1, blocks - 1)):
         where[(1,)](elements, sample, b * blocks + block, size, 1024)
@@ -326,7 +358,9 @@ def test_every_launch_says_that_nothing_is_fused_unasked(monkeypatch):
     from triton.runtime.interpreter import GridExecutor
 
     launch, options = GridExecutor.__call__, []
-    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: options.append(kwargs) or launch(self, *args, **kwargs))
+    monkeypatch.setattr(
+        GridExecutor, "__call__", lambda self, *args, **kwargs: options.append(kwargs) or launch(self, *args, **kwargs)
+    )
     monkeypatch.setenv("FLOWBP_KERNELS", "triton")
     (x, y, z), cache = (draw(2, 41, seed=seed) for seed in range(3)), draw(1, 2, 41, seed=3)
     flowbp_kernels.quadrature_update(x, cache, [0], [0.5])
@@ -344,7 +378,9 @@ def fuses():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_sums_have_the_bits_of_the_compiled_ops(dtype, monkeypatch):
-    """The same products and sums in the same order, each rounded once. Not bfloat16, to which the interpreter cuts instead of rounding."""
+    """The same products and sums in the same order, each rounded once. Not bfloat16, to which the interpreter cuts
+    instead of rounding.
+    """
     if not {"avx512", "avx2"} & set(flowbp_kernels.backend.isas()):
         pytest.skip(flowbp_kernels.backend.unavailable("cpu") or "this processor has no fused multiply-add")
     if not fuses():
@@ -359,7 +395,14 @@ def test_sums_have_the_bits_of_the_compiled_ops(dtype, monkeypatch):
         x, y, z = (latent.to(device) for latent in latents)
         landings = torch.empty(2, 2, 1500, device=device)
         gaps = flowbp_kernels.leap_residuals(
-            x, y, z, cache.to(device), rules[0], (rules[1], rules[1].flip(0)), scales=scales.to(device), predictions_out=landings
+            x,
+            y,
+            z,
+            cache.to(device),
+            rules[0],
+            (rules[1], rules[1].flip(0)),
+            scales=scales.to(device),
+            predictions_out=landings,
         )
         exact = (
             flowbp_kernels.quadrature_update(x, cache.to(device), *rules),
@@ -382,10 +425,16 @@ def test_the_public_ops_reach_these_launchers(monkeypatch):
     velocities = velocities.nan_to_num()
     first, row = weights[0], weights[0, :, 0]
     for mine, expected in (
-        (flowbp_kernels.quadrature_update(x_k, velocities, nodes[:, 0], row), quadrature_update(x_k, velocities, nodes, first)),
+        (
+            flowbp_kernels.quadrature_update(x_k, velocities, nodes[:, 0], row),
+            quadrature_update(x_k, velocities, nodes, first),
+        ),
         (flowbp_kernels.cfg_euler_step(x_k, x_j, x_end, 4.5, -0.1)[0], cfg_euler_step(x_k, x_j, x_end, 4.5, -0.1)[0]),
         (flowbp_kernels.bridge_cotangents(x_k, x_j, row, row), bridge_cotangents(x_k, x_j, first, first)),
-        (flowbp_kernels.leap_residuals(x_k, x_j, x_end, velocities, nodes[:, 0], weights[..., 0]), leap_residuals(*leaps((2, 41)))),
+        (
+            flowbp_kernels.leap_residuals(x_k, x_j, x_end, velocities, nodes[:, 0], weights[..., 0]),
+            leap_residuals(*leaps((2, 41))),
+        ),
     ):
         assert torch.equal(mine, expected)
 
@@ -398,7 +447,12 @@ def test_one_captured_graph_serves_every_plan():
     def ops():
         end = quadrature_update(x, velocities, nodes, weights)
         residuals = leap_residuals(x, end, x, velocities, nodes, (weights, weights))
-        return end, *cfg_euler_step(x, end, velocities[0], 0.0, 0.0, step), bridge_cotangents(x, end, weights, weights), residuals
+        return (
+            end,
+            *cfg_euler_step(x, end, velocities[0], 0.0, 0.0, step),
+            bridge_cotangents(x, end, weights, weights),
+            residuals,
+        )
 
     ops()
     graph = torch.cuda.CUDAGraph()

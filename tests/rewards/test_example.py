@@ -49,7 +49,9 @@ def test_it_asks_greedily_about_every_image_and_reads_the_number(asked):
     images[0, 0] = 1.0
     scores = load_reward("unified_reward:Alignment")(images, list(ANSWERS))
     assert scores[:2].tolist() == [3.5, 2.0] and scores[2].isnan()
-    assert len(asked) == 3 and all(body["temperature"] == 0 and body["path"] == "/v1/chat/completions" for body in asked)
+    assert len(asked) == 3 and all(
+        body["temperature"] == 0 and body["path"] == "/v1/chat/completions" for body in asked
+    )
     content = asked[0]["messages"][0]["content"]
     assert content[1]["text"] == "How well? [a red circle]"
     picture = Image.open(io.BytesIO(base64.b64decode(content[0]["image_url"]["url"].partition(",")[2])))

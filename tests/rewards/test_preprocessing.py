@@ -1,4 +1,6 @@
-"""Preprocessing on tensors: the same picture as Pillow and the Hugging Face processors make, with a gradient to every pixel."""
+"""Preprocessing on tensors: the same picture as Pillow and the Hugging Face processors make, with a gradient to every
+pixel.
+"""
 
 import numpy as np
 import pytest
@@ -16,7 +18,11 @@ CASES = [(kind, *shape) for kind in TOLERANCE for shape in ((64, 64), (50, 75), 
 
 def picture(kind, height, width):
     """[1, 3, H, W] in [0, 1], at 8-bit levels."""
-    x = images(height, width, batch=1) if kind == "smooth" else torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    x = (
+        images(height, width, batch=1)
+        if kind == "smooth"
+        else torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    )
     return (x * 255).round() / 255
 
 
@@ -52,7 +58,11 @@ def test_the_gradient_of_preprocessing_is_right(fit):
 def test_resizing_is_done_in_float32_and_leaves_a_picture_of_the_right_size_alone():
     x = images(28, 28)
     assert resize(x.bfloat16(), 14, 14).dtype == torch.float32
-    assert torch.equal(resize(x, 28, 28), x) and torch.equal(fit_short_side(x, 28), x) and torch.equal(fit_long_side(x, 28), x)
+    assert (
+        torch.equal(resize(x, 28, 28), x)
+        and torch.equal(fit_short_side(x, 28), x)
+        and torch.equal(fit_long_side(x, 28), x)
+    )
 
 
 def test_the_overshoot_of_bicubic_at_an_edge_is_clipped_as_in_an_8_bit_picture():

@@ -26,7 +26,10 @@ def test_a_reward_is_loaded_from_a_local_folder_and_says_how_to_pin_it(folder, c
     with caplog.at_level(logging.WARNING):
         reward = load_reward("hpsv2", str(folder))
     digest = hashlib.sha256((folder / "HPS_v2.1_compressed.pt").read_bytes()).hexdigest()
-    assert f"nothing pins HPS_v2.1_compressed.pt; to read the same again, put into its config  sha256: {digest}" in caplog.text
+    assert (
+        f"nothing pins HPS_v2.1_compressed.pt; to read the same again, put into its config  sha256: {digest}"
+        in caplog.text
+    )
     torch.testing.assert_close(reward(images(), PROMPTS), HPSv2(folder, folder)(images(), PROMPTS))
 
 
@@ -44,7 +47,9 @@ def test_a_folder_of_the_hub_cache_is_pinned_by_its_commit():
 
 
 def test_a_digest_cannot_pin_a_checkpoint_of_several_files(tmp_path):
-    with pytest.raises(ValueError, match="comes in several files, which one sha256 cannot cover: pin it with revision="):
+    with pytest.raises(
+        ValueError, match="comes in several files, which one sha256 cannot cover: pin it with revision="
+    ):
         load_reward("unifiedreward", str(tiny.unifiedreward_folder(tmp_path)), sha256="0" * 64)
 
 
@@ -68,7 +73,9 @@ def test_a_folder_that_lacks_a_file_says_which_command_fetches_it(tmp_path):
 def test_without_a_network_every_reward_says_what_to_fetch_and_where_to_put_it(name, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=rf"hf download (?s:.*)--local-dir rewards/{name}(?s:.*)model: rewards/{name}"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"hf download (?s:.*)--local-dir rewards/{name}(?s:.*)model: rewards/{name}"
+    ):
         load_reward(name)
 
 

@@ -1,4 +1,6 @@
-"""Every reward: its score by an independent formula, its gradient by finite differences, and what holds for all of them."""
+"""Every reward: its score by an independent formula, its gradient by finite differences, and what holds for all of
+them.
+"""
 
 import re
 
@@ -23,12 +25,15 @@ def reward(request, folders):
 every_reward = pytest.mark.parametrize("reward", tiny.FOLDERS, indirect=True)
 
 
-# -- what holds for all --------------------------------------------------------------------------------------------------------------
+# -- what holds for all
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("reward", "h", "tolerance"),
-    [(name, 1e-2, 1e-3) if name in ("hpsv3", "unifiedreward") else (name, 1e-5, 1e-5) for name in tiny.FOLDERS],  # Qwen computes in float32
+    [
+        (name, 1e-2, 1e-3) if name in ("hpsv3", "unifiedreward") else (name, 1e-5, 1e-5) for name in tiny.FOLDERS
+    ],  # Qwen computes in float32
     indirect=["reward"],
 )
 def test_the_gradient_equals_finite_differences_down_to_the_pixels(reward, h, tolerance):
@@ -61,7 +66,10 @@ def test_bfloat16_weights_give_nearly_the_same_float32_score(reward):
 
 
 def test_the_temperature_of_pickscore_is_not_rounded_with_its_weights(folders):
-    cosine, score = (load_reward(name, str(folders["pickscore"]), dtype="bfloat16")(images(), PROMPTS) for name in ("clip", "pickscore"))
+    cosine, score = (
+        load_reward(name, str(folders["pickscore"]), dtype="bfloat16")(images(), PROMPTS)
+        for name in ("clip", "pickscore")
+    )
     exact = load_file(folders["pickscore"] / "model.safetensors")["logit_scale"].exp()
     assert exact.bfloat16() != exact
     torch.testing.assert_close(score, exact * cosine, rtol=1e-6, atol=0)
@@ -83,7 +91,8 @@ def test_no_weight_of_a_reward_is_trainable(reward):
     assert modules and not any(p.requires_grad or m.training for m in modules for p in m.parameters())
 
 
-# -- each by an independent formula ------------------------------------------------------------------------------------------------
+# -- each by an independent formula
+# ------------------------------------------------------------------------------------------------
 
 
 def test_clip_reward_is_the_cosine_that_transformers_own_processor_and_model_give(folders):
@@ -97,7 +106,9 @@ def test_clip_reward_is_the_cosine_that_transformers_own_processor_and_model_giv
     pixels = CLIPImageProcessor.from_pretrained(folder)(eight_bit, return_tensors="pt").pixel_values
     expected = model(**tokens, pixel_values=pixels).logits_per_image.diagonal()
     scale = model.logit_scale.exp()
-    torch.testing.assert_close(CLIPReward(folder)(x, PROMPTS), expected / scale, rtol=0, atol=5e-3)  # x is not at 8-bit levels
+    torch.testing.assert_close(
+        CLIPReward(folder)(x, PROMPTS), expected / scale, rtol=0, atol=5e-3
+    )  # x is not at 8-bit levels
     torch.testing.assert_close(PickScore(folder)(x, PROMPTS), CLIPReward(folder)(x, PROMPTS) * scale)
 
 
@@ -127,7 +138,9 @@ def test_imagereward_equals_the_blip_model_whose_weights_it_reads(folders):
     tokens = tokenizer(PROMPTS, padding="max_length", max_length=35, return_tensors="pt")
     x = images(28, 28)
     expected = tiny.BLIP(len(tokenizer)).score(normalise(x), tokens.input_ids, tokens.attention_mask)
-    torch.testing.assert_close(load_reward("imagereward", str(folders["imagereward"]))(x, PROMPTS), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        load_reward("imagereward", str(folders["imagereward"]))(x, PROMPTS), expected, rtol=0, atol=2e-6
+    )
 
 
 def test_hpsv2_sees_the_ends_of_a_wide_picture(folders):
@@ -168,17 +181,22 @@ def test_hpsv3_reads_the_head_at_its_token_with_positions_that_count_up(folders)
     config = Qwen2VLConfig.from_pretrained(folder)
     config.text_config.vocab_size += 1
     model = Qwen2VLForConditionalGeneration(config).eval()
-    model.load_state_dict({re.sub(r"^(visual)", r"model.\1", re.sub(r"^model", "model.language_model", k)): v for k, v in state.items()})
+    model.load_state_dict(
+        {re.sub(r"^(visual)", r"model.\1", re.sub(r"^model", "model.language_model", k)): v for k, v in state.items()}
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<|Reward|>"], special_tokens=True)
     patches, grid = patchify(normalise(x))
     for i, prompt in enumerate(PROMPTS):
-        turn = f"<|im_start|>user\n<|vision_start|>{'<|image_pad|>' * 6}<|vision_end|>Rate {prompt}: <|Reward|> END<|im_end|>\n"
+        image = f"<|vision_start|>{'<|image_pad|>' * 6}<|vision_end|>"
+        turn = f"<|im_start|>user\n{image}Rate {prompt}: <|Reward|> END<|im_end|>\n"
         text = f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{turn}<|im_start|>assistant\n"
         ids = tokenizer(text, return_tensors="pt").input_ids
         positions = torch.arange(ids.shape[1]).expand(3, 1, -1)
         pixels = patches.chunk(2)[i]
-        hidden = model.model(input_ids=ids, pixel_values=pixels, image_grid_thw=grid[:1], position_ids=positions).last_hidden_state
+        hidden = model.model(
+            input_ids=ids, pixel_values=pixels, image_grid_thw=grid[:1], position_ids=positions
+        ).last_hidden_state
         y = hidden[ids == len(tokenizer) - 1]
         for place in (0, 3, 5):
             y = y @ head[f"rm_head.{place}.weight"].T + head[f"rm_head.{place}.bias"]
@@ -198,7 +216,9 @@ def test_unifiedreward_is_the_expected_digit_of_the_models_own_logits(folders):
         start = f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{turn}<|im_start|>assistant\n"
         ids = tokenizer(start + "Alignment Score (1-5): ", return_tensors="pt").input_ids
         kinds = (ids == model.config.image_token_id).int()
-        logits = model(input_ids=ids, pixel_values=patches.chunk(2)[i], image_grid_thw=grid[:1], mm_token_type_ids=kinds).logits[0, -1]
+        logits = model(
+            input_ids=ids, pixel_values=patches.chunk(2)[i], image_grid_thw=grid[:1], mm_token_type_ids=kinds
+        ).logits[0, -1]
         p = logits[[tokenizer.convert_tokens_to_ids(d) for d in "12345"]].softmax(0)
         expected = sum((d + 1) * p[d] for d in range(5))
         score = load_reward("unifiedreward", str(folder), dtype="float32")(x, PROMPTS)[i]
@@ -225,6 +245,9 @@ def test_weights_of_another_architecture_are_refused_with_a_name(key):
     del state[key]
     with pytest.raises(ValueError, match="not the weights of an open_clip ViT: "):
         clip_from_open_clip(state, 16)
-    for extra, says in (({"visual.extra": torch.zeros(1)}, "left over .*visual.extra"), ({"ln_final.bias": torch.zeros(9)}, "ViT: ")):
+    for extra, says in (
+        ({"visual.extra": torch.zeros(1)}, "left over .*visual.extra"),
+        ({"ln_final.bias": torch.zeros(9)}, "ViT: "),
+    ):
         with pytest.raises(ValueError, match=says):
             clip_from_open_clip(tiny.OpenCLIP(20).state_dict() | extra, 16)

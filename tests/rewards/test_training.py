@@ -1,4 +1,6 @@
-"""Rewards in the trainer: each trains the embedded model, alone and together, and a resumed run repeats an unbroken one."""
+"""Rewards in the trainer: each trains the embedded model, alone and together, and a resumed run repeats an unbroken
+one.
+"""
 
 import numpy as np
 import pytest
@@ -10,7 +12,14 @@ from flowbp.rewards import WeightedRewards
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowbp.training.trainer import Trainer
 
-TINY = ["steps=3", "data.batch_size=2", "rollout.num_steps=3", "method={name: refl, last_n: 1}", "evaluation=null", "ema=null"]
+TINY = [
+    "steps=3",
+    "data.batch_size=2",
+    "rollout.num_steps=3",
+    "method={name: refl, last_n: 1}",
+    "evaluation=null",
+    "ema=null",
+]
 
 
 def redness(images, prompts):
@@ -52,4 +61,6 @@ def test_a_resumed_mixture_of_rewards_equals_an_unbroken_one(tmp_path):
     assert load_checkpoint(found, resumed.model, resumed.optimizer, resumed.rewards) == 2
     again = resumed.step(2)
     assert again["loss"] == rows[2]["loss"]
-    assert all(torch.equal(whole.model.parameters[key], resumed.model.parameters[key]) for key in whole.model.parameters)
+    assert all(
+        torch.equal(whole.model.parameters[key], resumed.model.parameters[key]) for key in whole.model.parameters
+    )

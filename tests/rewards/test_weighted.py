@@ -51,13 +51,17 @@ def test_the_loss_is_the_weighted_sum_of_each_rewards_loss():
     loss = 2 * Objective(0.55).loss(bright(x, PROMPTS), factors) + 0.5 * Objective().loss(contrast(x, PROMPTS), factors)
     torch.testing.assert_close(gradient(weighted, factors), torch.autograd.grad(loss, x)[0])
     scores = weighted.score(X, PROMPTS, [0] * 4)
-    assert weighted.update(scores) == pytest.approx({"a": bright(X, PROMPTS).mean().item(), "b": contrast(X, PROMPTS).mean().item()})
+    assert weighted.update(scores) == pytest.approx(
+        {"a": bright(X, PROMPTS).mean().item(), "b": contrast(X, PROMPTS).mean().item()}
+    )
 
 
 def test_one_reward_of_weight_one_is_the_plain_objective():
     x = X.clone().requires_grad_()
     expected = torch.autograd.grad(Objective(20.0).loss(contrast(x, PROMPTS)), x)[0]
-    torch.testing.assert_close(gradient(WeightedRewards({"reward": Term(contrast, Objective(20.0))})), expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        gradient(WeightedRewards({"reward": Term(contrast, Objective(20.0))})), expected, rtol=0, atol=0
+    )
 
 
 def test_a_reward_that_met_its_hinge_leaves_the_gradient_to_the_others():
@@ -77,7 +81,9 @@ def test_normalised_rewards_pull_alike_whatever_their_units():
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_mixture_in_parts_has_the_gradient_of_the_whole(rows):
     smooth = Smoothing(copies=2)
-    weighted = WeightedRewards({"a": Term(bright, smoothing=smooth), "b": Term(contrast, Objective(4.0), 0.5, smooth, RunningScale())})
+    weighted = WeightedRewards(
+        {"a": Term(bright, smoothing=smooth), "b": Term(contrast, Objective(4.0), 0.5, smooth, RunningScale())}
+    )
     weighted.update(weighted.score(X, PROMPTS, [0] * 4))
     factors, seeds = torch.full((4,), 0.25), [3, 1, 4, 1]
 
@@ -115,7 +121,9 @@ def test_the_running_scale_survives_equal_scores_and_broken_ones():
 
 def test_a_resumed_mixture_goes_on_with_its_scales():
     def build():
-        return WeightedRewards({"a": Term(bright, scale=RunningScale()), "b": Term(contrast, scale=RunningScale()), "c": Term(bright)})
+        return WeightedRewards(
+            {"a": Term(bright, scale=RunningScale()), "b": Term(contrast, scale=RunningScale()), "c": Term(bright)}
+        )
 
     first, second = build(), build()
     first.update(first.score(X, PROMPTS, [0] * 4))
@@ -125,7 +133,8 @@ def test_a_resumed_mixture_goes_on_with_its_scales():
         WeightedRewards({"a": Term(bright)}).load_state_dict(first.state_dict())
 
 
-# -- rewards of one's own ----------------------------------------------------------------------------------------------------------
+# -- rewards of one's own
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_function_or_a_class_of_ones_own_is_named_by_its_module():
@@ -167,7 +176,8 @@ def test_settings_of_a_published_reward_are_refused_for_ones_own():
         load_reward(f"{__name__}:bright", model="shapes")
 
 
-# -- configuration -----------------------------------------------------------------------------------------------------------------
+# -- configuration
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_one_reward_is_short_for_a_mapping_of_one():
@@ -183,9 +193,14 @@ def test_another_reward_does_not_inherit_the_hinge_of_the_preset_one():
 
 
 def test_several_rewards_have_names_weights_hinges_and_scales(tmp_path):
-    rewards = "reward={a: {model: shapes, weight: 2, smooth: {copies: 3}}, b: {model: shapes-monitor, hinge: 0.5, normalise: true}}"
+    first = "a: {model: shapes, weight: 2, smooth: {copies: 3}}"
+    rewards = f"reward={{{first}, b: {{model: shapes-monitor, hinge: 0.5, normalise: true}}}}"
     config = load("demo", ["evaluation=null", rewards])
-    assert config.reward["a"].weight == 2 and config.reward["a"].smooth == Smoothing(copies=3) and config.reward["b"].normalise
+    assert (
+        config.reward["a"].weight == 2
+        and config.reward["a"].smooth == Smoothing(copies=3)
+        and config.reward["b"].normalise
+    )
     (tmp_path / "config.yaml").write_text(dump(config))
     assert load(tmp_path / "config.yaml") == config
 

@@ -44,14 +44,18 @@ def test_every_word_is_one_token():
 
 
 def test_pipeline_samples_at_its_default_size(pipe):
-    images = pipe(CAPTIONS[0], num_inference_steps=3, guidance_scale=1.0, max_sequence_length=1, output_type="np").images
+    images = pipe(
+        CAPTIONS[0], num_inference_steps=3, guidance_scale=1.0, max_sequence_length=1, output_type="np"
+    ).images
     assert images.shape == (1, 32, 32, 3) and 0 <= images.min() < images.max() <= 1
 
 
 @pytest.mark.parametrize("zeros", [1, 12])
 def test_training_conditions_as_the_pipeline_does(pipe, flow, zeros):
     with torch.no_grad():
-        tokens, _, pooled, _ = pipe.encode_prompt(CAPTIONS, None, None, do_classifier_free_guidance=False, max_sequence_length=zeros)
+        tokens, _, pooled, _ = pipe.encode_prompt(
+            CAPTIONS, None, None, do_classifier_free_guidance=False, max_sequence_length=zeros
+        )
         ours = flow.encode(models.tokenize(pipe.tokenizer, CAPTIONS), zeros)
     assert torch.equal(tokens, ours[0]) and torch.equal(pooled, ours[1])
 
@@ -77,7 +81,9 @@ def test_whitening_leaves_the_reconstruction_as_it_was():
         fresh = AutoencoderKL.from_config(vae.config)
         torch.manual_seed(0)
         fresh.load_state_dict(models.build_vae().state_dict())
-        torch.testing.assert_close(vae.decode(after.mode()).sample, fresh.decode(before.mode()).sample, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            vae.decode(after.mode()).sample, fresh.decode(before.mode()).sample, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_autoencoder_keeps_renderings_apart_from_noise(pipe):
@@ -99,13 +105,16 @@ def test_reward_prefers_the_caption_of_a_rendering_to_a_hard_negative(folder):
     true = [frozenset(t.text for t in true_specs(scene, -2.0)) for scene in scenes]
     wrong = [sample_negative(spec, rng, t, known=False) for spec, t in zip(specs, true, strict=True)]
     with torch.no_grad():
-        right, false = (models.score(model, x, models.tokenize(tokenizer, [s.text for s in group])) for group in (specs, wrong))
+        right, false = (
+            models.score(model, x, models.tokenize(tokenizer, [s.text for s in group])) for group in (specs, wrong)
+        )
     assert (right > false).float().mean() > 0.8
 
 
 def test_every_stage_of_the_recipe_runs(tmp_path):
     tiny = recipe.Recipe(
-        images=64, vae_steps=2, vae_batch=4, flow_steps=2, flow_clean_steps=1, flow_batch=4, processes=1, scorer_steps=2,
+        images=64, vae_steps=2, vae_batch=4, flow_steps=2, flow_clean_steps=1, flow_batch=4, processes=1,
+        scorer_steps=2,
         scorer_batch=8, repeats=0,
     )  # fmt: skip
     for stage in recipe.STAGES.values():

@@ -94,7 +94,9 @@ def test_splits_are_deterministic_balanced_and_disjoint_where_large():
             others = {spec.text for split in ("dev", "test") for spec in pools(split)[category][i]}
             shared = len(pool) < 34
             assert others == {spec.text for spec in pool} if shared else not others & {spec.text for spec in pool}
-    assert not {spec.text for p in pools("dev")["position"] for spec in p} & {spec.text for p in pools("test")["position"] for spec in p}
+    assert not {spec.text for p in pools("dev")["position"] for spec in p} & {
+        spec.text for p in pools("test")["position"] for spec in p
+    }
 
 
 def test_unknown_split_is_named():
@@ -109,5 +111,8 @@ def test_known_negatives_are_train_captions():
 
 
 def test_import_is_light():
-    code = "import sys, flowbp.shapes; print([m for m in ('torch', 'diffusers', 'transformers', 'scipy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    heavy = ("torch", "diffusers", "transformers", "scipy")
+    code = f"import sys, flowbp.shapes; print([m for m in {heavy} if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -1,4 +1,6 @@
-"""Compiles csrc/cuda/*.cu with g++ against cuda_on_cpu.h, by ninja: into a Python module, or into a program under a sanitizer."""
+"""Compiles csrc/cuda/*.cu with g++ against cuda_on_cpu.h, by ninja: into a Python module, or into a program under a
+sanitizer.
+"""
 
 import importlib.util
 import os
@@ -39,13 +41,17 @@ SOURCES = [*KERNELS, CSRC / "cpu" / "avx2.cpp", CSRC / "cpu" / "baseline.cpp", H
 
 
 def program(folder: Path, sanitizer: str, plant: str = "") -> Path:
-    """sanitize.cpp and all kernels under `address` or `thread`; returns the program's path. What a plant leaves alone is built once."""
+    """sanitize.cpp and all kernels under `address` or `thread`; returns the program's path. What a plant leaves alone
+    is built once.
+    """
     check = f"-fsanitize={sanitizer}"
     return _build(folder, f"sanitized{plant}", SOURCES, ["-O1", *X86_64, check], [check], plant=plant)
 
 
 def program_for(folder: Path, compiler: str) -> Path:
-    """sanitize.cpp and all kernels by a cross compiler, statically linked, without sanitizer; returns the program's path."""
+    """sanitize.cpp and all kernels by a cross compiler, statically linked, without sanitizer; returns the program's
+    path.
+    """
     return _build(folder, "crossed", SOURCES, ["-O2"], ["-static"], compiler=compiler)
 
 
