@@ -9,6 +9,7 @@ scores: a run that goes on from a checkpoint decides as an unbroken one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,8 +62,8 @@ class Sentinel:
         return step % self.config.every == 0 and step not in self.history
 
     def record(self, step: int, scores: Scores) -> Decision:
-        """Add the scores of the weights after `step` steps."""
-        self.history[step] = scores
+        """Add the scores of the weights after `step` steps, by name in the order that a resumed run reads them in."""
+        self.history[step] = replace(scores, values=dict(sorted(scores.values.items())))
         return Decision(self.best == step, self.stops)
 
     @property
