@@ -177,7 +177,7 @@ def test_every_way_to_recompute_matches_the_released_code(case, recompute, nodes
     policy = Recompute(recompute, budget=4000 if recompute == "auto" else None)  # bytes: one or two graphs
     trajectory = case.rollout(recompute=policy)
     if recompute == "never":
-        assert trajectory.kept.keys() == {replay.node for replay in case.plan.sweep}
+        assert trajectory.kept.keys() == {replay.node for replay in case.plan.replays}
     z = reward_input(case.plan, trajectory)
     _, loss, g = reward_gradient(
         case.objective, lambda part, _: case.reward(part), z, case.factors(trajectory), nodes_per_forward

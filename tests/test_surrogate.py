@@ -246,7 +246,7 @@ def test_a_batch_of_plans_sums_the_gradients_of_its_samples(name, guidance):
 
 def test_a_batch_of_equal_plans_is_a_shared_plan():
     plan = METHODS["flowbp-bridge"]().plan(toy_sigmas(12).numpy(), np.random.default_rng(5))
-    assert PlanBatch([plan] * 3).sweep == plan.sweep
+    assert PlanBatch([plan] * 3).replays == plan.replays
     torch.testing.assert_close(
         batch_gradient(PlanBatch([plan] * 3))[0], batch_gradient(plan)[0], rtol=1e-12, atol=1e-14
     )
@@ -256,14 +256,14 @@ def test_samples_with_fewer_active_nodes_sit_out_the_last_replays():
     sigmas = toy_sigmas(12).numpy()
     plans = [FlowBPSparse(len(nodes), rescale=0.0).at(sigmas, nodes) for nodes in ([2], [1, 5, 9], [0, 11])]
     batch = PlanBatch(plans)
-    assert [replay.weight[0] for replay in batch.sweep] == [0.0, 0.0, plans[0].sweep[0].weight]
+    assert [replay.weight[0] for replay in batch.replays] == [0.0, 0.0, plans[0].replays[0].weight]
     field = ToyField()
     together, _ = batch_gradient(batch, field=field)
     torch.testing.assert_close(
         together, sum(batch_gradient(plan, only=b)[0] for b, plan in enumerate(plans)), rtol=1e-12, atol=1e-14
     )
     assert field.rows_with_graph == 3 * 3
-    assert len(batch.rows(slice(0, 1)).sweep) == 3  # a rank's part makes as many replays as the whole
+    assert len(batch.rows(slice(0, 1)).replays) == 3  # a rank's part makes as many replays as the whole
 
 
 def test_plans_that_one_batch_cannot_mix_are_refused_by_name():
