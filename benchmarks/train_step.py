@@ -26,10 +26,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import CLIPVisionConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from tiny_pipelines import tiny_pipeline  # noqa: E402
 
 from flowbp.backbones import BACKBONES  # noqa: E402
-from flowbp.backbones.tiny import tiny_pipeline  # noqa: E402
 from flowbp.config import RunConfig, build_method  # noqa: E402
 from flowbp.estimate.architectures import ARCHITECTURES, IMAGE_TOWERS, ImageTower, build_backbone, image_tower  # noqa: E402
 from flowbp.methods import METHODS  # noqa: E402

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
+from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 
 import flowbp
 from flowbp.backbones import BACKBONES, bind_velocity, check_guidance, load_backbone
-from flowbp.backbones.tiny import TINY_PIPELINES, tiny_pipeline
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
 

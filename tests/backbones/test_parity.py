@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from tiny_pipelines import tiny_pipeline
 
 from flowbp.backbones import BACKBONES, bind_velocity
-from flowbp.backbones.tiny import tiny_pipeline
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.trajectory import rollout
 
