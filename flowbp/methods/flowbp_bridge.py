@@ -14,7 +14,7 @@ class FlowBPBridge:
     """FlowBP-Sparse with one Jacobian factor (Wang et al. 2026, arXiv 2606.11075): the gradient at node j also flows
     into its input, through the gate alpha, and on to the active nodes before j.
 
-    j comes from `pairs`; the other num_active - 1 nodes are shared out in proportion to the lengths of the two sides.
+    `pairs` draws j. The other num_active - 1 nodes are divided between the two sides in proportion to their lengths.
     """
 
     num_active: int = 5
