@@ -1,7 +1,7 @@
-"""Backbones: diffusers pipelines behind one protocol. They talk diffusers and never see a method.
+"""Backbones: diffusers pipelines behind one protocol. They know diffusers and no method.
 
-A backbone is chosen by the pipeline class that a checkpoint names in its model_index.json; adding one is one file and
-one line here.
+The pipeline class that a checkpoint names in its model_index.json chooses the backbone. To add a backbone, add one file
+and one line of BACKBONES.
 """
 
 from __future__ import annotations
@@ -16,16 +16,8 @@ from flowbp.backbones.flux2 import Flux2Backbone
 from flowbp.backbones.sd3 import SD3Backbone
 from flowbp.backbones.zimage import ZImageBackbone
 
-__all__ = [
-    "BACKBONES",
-    "KNOWN_MODELS",
-    "Backbone",
-    "DiffusersBackbone",
-    "Precision",
-    "bind_velocity",
-    "check_guidance",
-    "load_backbone",
-]
+__all__ = ["BACKBONES", "KNOWN_MODELS", "load_backbone", "locate"]
+__all__ += ["Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "check_guidance"]
 
 BACKBONES: dict[str, type[DiffusersBackbone]] = {
     "StableDiffusion3Pipeline": SD3Backbone,
@@ -53,9 +45,9 @@ def load_backbone(
 ) -> Backbone:
     """The backbone of `name`: "shapes" (the embedded model), a known model, a local pipeline folder, or a Hub id.
 
-    dtype: of the weights, "float32", "bfloat16" or "float16". precision, max_sequence_length: see `DiffusersBackbone`.
-    Raises ValueError for an unknown name, a folder that is no pipeline or a class without a backbone; OSError for a
-        model out of reach.
+    dtype: of the weights, "float32", "bfloat16" or "float16".  precision, max_sequence_length: see `DiffusersBackbone`.
+    Raises ValueError for an unknown name, a folder that is no pipeline, or a class without a backbone; OSError for a
+    model that can be neither read nor downloaded.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -69,18 +61,15 @@ def load_backbone(
         raise OSError(
             f"{location} is neither on this disk nor within reach ({cause}). If its page on huggingface.co asks to "
             f"accept a licence, do so and run `hf auth login`. To work offline, run `hf download {location} "
-            "--local-dir FOLDER` where "
-            "there is a network, and set backbone.name=FOLDER"
+            "--local-dir FOLDER` where there is a network, and set backbone.name=FOLDER"
         ) from error
     class_name = index["_class_name"]
     if class_name not in BACKBONES:
         raise ValueError(f"no backbone for {class_name} ({location}); there is one for {', '.join(BACKBONES)}")
-    left_out = {
-        part: None for part, value in index.items() if value in ([None, None], (None, None))
-    }  # an SD3 without T5 says so
-    pipe = DiffusionPipeline.from_pretrained(
-        location, dtype=getattr(torch, dtype), local_files_only=offline, **left_out
-    )
+    # model_index.json lists a part that was left out, such as the T5 of an SD3, as [null, null].
+    options = {part: None for part, value in index.items() if value in ([None, None], (None, None))}
+    options |= {"dtype": getattr(torch, dtype), "local_files_only": offline}
+    pipe = DiffusionPipeline.from_pretrained(location, **options)
     return BACKBONES[class_name](pipe.to(device), precision, max_sequence_length)
 
 
