@@ -5,8 +5,6 @@ from the clean end, with the reverse index N - i (1 is the last step). Pair samp
 indices, because the papers give them so.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -129,15 +127,13 @@ class UniformPair:
     max_j_rev: int | None = None
 
     def __call__(self, num_steps, start, rng):
-        lo, hi = reverse_bounds(self, num_steps, start, fewest=2)
-        if self.max_j_rev is None:
+        (lo, hi), last = reverse_bounds(self, num_steps, start, fewest=2), self.max_j_rev
+        if last is None:
             k_rev, j_rev = sorted(rng.choice(np.arange(lo, hi), size=2, replace=False), reverse=True)
-        elif self.max_j_rev < lo:
-            raise ValueError(
-                f"max_j_rev must be at least {lo}, the first reverse index open to j, got {self.max_j_rev}"
-            )
+        elif last < lo:
+            raise ValueError(f"max_j_rev must be at least {lo}, the first reverse index open to j, got {last}")
         else:
-            j_rev = rng.integers(lo, min(self.max_j_rev, hi - 2) + 1)
+            j_rev = rng.integers(lo, min(last, hi - 2) + 1)
             k_rev = rng.integers(j_rev + 1, hi)
         return int(num_steps - k_rev), int(num_steps - j_rev)
 

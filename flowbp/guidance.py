@@ -6,11 +6,10 @@ Whether the negative branch carries gradient is decided here. Detached (the defa
 and input, so the VJP of v is scale times the VJP of v_pos, and a replay does not run the negative branch at all.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -111,10 +110,11 @@ class GuidedVelocity:
             return self.guidance.scale * self.network(x, sigma, self.positive)
         return self(x, sigma)
 
-    def _repeated(self, copies: int) -> GuidedVelocity:
+    def _repeated(self, copies: int) -> Self:
         """The velocity of a batch that holds this one `copies` times."""
-        positive, negative = (
-            conditioning and {name: torch.cat([value] * copies) for name, value in conditioning.items()}
-            for conditioning in (self.positive, self.negative)
-        )
+
+        def repeat(conditioning: Conditioning | None) -> Conditioning | None:
+            return conditioning and {name: torch.cat([value] * copies) for name, value in conditioning.items()}
+
+        positive, negative = repeat(self.positive), repeat(self.negative)
         return GuidedVelocity(self.network, positive, negative, self.guidance, self.batched)

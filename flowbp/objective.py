@@ -2,8 +2,6 @@
 that is scored in parts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -13,12 +13,10 @@ A method draws a plan from the noise levels and a random generator. `flowbp.surr
 neither NumPy nor torch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 
 @dataclass(frozen=True, order=True)
@@ -119,7 +117,7 @@ class Leaps(NamedTuple):
     first: tuple[Number, ...]
     second: tuple[Number, ...]
 
-    def padded(self, length: int) -> Leaps:
+    def padded(self, length: int) -> Self:
         """The same leaps of one sample on `length` nodes: the first node is repeated with weight 0."""
         idle = length - len(self.nodes)
         nodes, zeros = self.nodes + self.nodes[:1] * idle, (0.0,) * idle
@@ -161,32 +159,27 @@ class SurrogatePlan:
         # Any sequence is accepted, NumPy scalars included. Hashable Python numbers are stored.
         for name, number in (("nodes", int), ("weights", float), ("grad_weights", float)):
             object.__setattr__(self, name, tuple(map(number, getattr(self, name))))
-        sizes = (len(self.nodes), len(self.weights), len(self.grad_weights))
-        if len(set(sizes)) != 1 or not self.nodes:
+        nodes, sizes = self.nodes, (len(self.nodes), len(self.weights), len(self.grad_weights))
+        if len(set(sizes)) != 1 or not nodes:
             raise ValueError(
                 f"a plan needs as many weights and grad_weights as nodes, and at least one node; got {sizes}"
             )
-        if any(a >= b for a, b in zip(self.nodes, self.nodes[1:], strict=False)) or self.nodes[0] < 0:
+        if any(a >= b for a, b in zip(nodes, nodes[1:], strict=False)) or nodes[0] < 0:
             raise ValueError(
-                f"plan nodes must be non-negative and strictly increasing, got {self.nodes}: sort them, drop repeats"
+                f"plan nodes must be non-negative and strictly increasing, got {nodes}: sort them, drop repeats"
             )
         for name in ("weights", "grad_weights"):
             if not all(map(math.isfinite, getattr(self, name))):
                 raise ValueError(f"plan {name} must be finite, got {getattr(self, name)}")
         if not self.active:
-            raise ValueError(
-                f"no node of {self.nodes} has a gradient weight: give at least one node a non-zero grad_weight"
-            )
-        if not 0 <= self.start <= self.nodes[0]:
-            raise ValueError(
-                f"plan start must lie in [0, {self.nodes[0]}], at or before the first node, got {self.start}"
-            )
-        if self.bridge is not None and self.bridge.node not in self.nodes:
-            raise ValueError(f"bridge node {self.bridge.node} must be a node of the plan; its nodes are {self.nodes}")
-        if self.reward_input is not None and self.reward_input.at != self.nodes[-1]:
-            raise ValueError(
-                f"the posterior mean must be taken at the plan's last node {self.nodes[-1]}, got {self.reward_input.at}"
-            )
+            raise ValueError(f"no node of {nodes} has a gradient weight: give at least one node a non-zero grad_weight")
+        if not 0 <= self.start <= nodes[0]:
+            raise ValueError(f"plan start must lie in [0, {nodes[0]}], at or before the first node, got {self.start}")
+        if self.bridge is not None and self.bridge.node not in nodes:
+            raise ValueError(f"bridge node {self.bridge.node} must be a node of the plan; its nodes are {nodes}")
+        seen = self.reward_input
+        if seen is not None and seen.at != nodes[-1]:
+            raise ValueError(f"the posterior mean must be taken at the plan's last node {nodes[-1]}, got {seen.at}")
         if self.similarity is not None and self.bridge is None:
             raise ValueError(
                 "similarity weights compare two joined quadratures: give the plan a bridge, or similarity=None"
@@ -298,7 +291,7 @@ class PlanBatch:
                 "latent"
             )
 
-    def rows(self, samples: slice) -> PlanBatch:
+    def rows(self, samples: slice) -> Self:
         """The plans of some samples, padded to as many replays as the whole batch makes."""
         return PlanBatch(self.plans[samples], self.num_active)
 

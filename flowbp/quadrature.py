@@ -6,8 +6,6 @@ Weights are in sigma units and signed (sigma decreases towards the clean end, so
 and always sum to sigma_stop - sigma_start. Everything is computed in float64.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -8,8 +8,6 @@
 All give the same gradient.
 """
 
-from __future__ import annotations
-
 import math
 import resource
 from collections.abc import Callable

@@ -5,8 +5,6 @@ g is known before any network graph exists. A graph that the rollout kept (`flow
 pass has already happened.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

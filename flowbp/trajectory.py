@@ -2,8 +2,6 @@
 reads, and those graphs that `recompute` keeps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -181,10 +179,9 @@ class _Recorder:
         before = RngState.capture(x.device)
 
         def forward() -> Graph:
-            own = (
-                x.clone()
-            )  # x may be a row of the cache, whose other rows are written later: autograd would refuse that
-            return record(self.velocity, own, sigma, self.gated[node])
+            # A copy of x: x may be a row of the cache, and autograd refuses a graph on a tensor whose other rows are
+            # written later.
+            return record(self.velocity, x.clone(), sigma, self.gated[node])
 
         graph, keep = self.recompute.record(self.remaining, forward, x.device)
         v, v_neg = self.velocity.branches(x, sigma, replayed=True) if graph is None else (graph.v.detach(), None)

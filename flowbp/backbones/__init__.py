@@ -4,8 +4,6 @@ The pipeline class that a checkpoint names in its model_index.json chooses the b
 and one line of BACKBONES.
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 from pathlib import Path

@@ -5,8 +5,6 @@ rollout nevertheless equals the pipeline's bit for bit: packing into patches per
 Euler step acts on each entry by itself.
 """
 
-from __future__ import annotations
-
 import functools
 from abc import ABC, abstractmethod
 from typing import Any, Literal, Protocol

@@ -4,8 +4,6 @@ FLUX.1-dev was distilled from a guided model: its network takes a guidance scale
 FLUX.1-schnell takes none.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -4,8 +4,6 @@ none for a distilled model.
 The VAE's 32 channels are cut into 2 x 2 patches and whitened by running statistics: these are the 128 channels.
 """
 
-from __future__ import annotations
-
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor

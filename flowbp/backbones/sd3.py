@@ -2,8 +2,6 @@
 batched call.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

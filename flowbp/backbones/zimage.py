@@ -5,8 +5,6 @@ The network's time runs from noise (0) to image (1), and its output is minus the
 v_pos + w (v_pos - v_neg): its guidance_scale w is `guidance.scale` less 1.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

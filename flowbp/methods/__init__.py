@@ -14,8 +14,6 @@
 rebuilt exactly.
 """
 
-from __future__ import annotations
-
 from typing import Literal, Protocol
 
 import numpy as np

@@ -1,7 +1,5 @@
 """DRaFT-LV: the last step, with re-noised copies that lower the variance."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from flowbp.plan import PosteriorMean, SurrogatePlan

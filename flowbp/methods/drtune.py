@@ -1,7 +1,5 @@
 """DRTune: a few equally spaced steps, network inputs detached, with an early stop."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """FlowBP-Bridge: sparse Euler steps on both sides of a gated bridge."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from flowbp.active_sets import PairSampler, UniformPair, bridge_allocation, check_count, late_biased, train_window

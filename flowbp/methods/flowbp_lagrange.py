@@ -1,7 +1,5 @@
 """FlowBP-Lagrange: two higher-order leaps joined by a gated bridge."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """FlowBP-Sparse: a late-biased random subset of the solver's own steps."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """LeapAlign: two one-node leaps joined by a gated bridge."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from flowbp.active_sets import PairSampler, UniformPair, train_window

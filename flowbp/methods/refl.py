@@ -1,7 +1,5 @@
 """ReFL: reward the one-step prediction from a late node."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from flowbp.plan import PosteriorMean, SurrogatePlan
