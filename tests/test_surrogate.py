@@ -206,8 +206,7 @@ def test_residuals_vanish_when_every_step_is_a_support():
         assert d.shape == (3,) and d.max() < 1e-14
 
 
-# -- one plan a sample
-# -------------------------------------------------------------------------------------------------------------
+# -- one plan a sample -------------------------------------------------------------------------------------------------
 
 
 def batch_gradient(plan, guidance=Guidance(), field=None, only=None, nodes_per_forward=1):
@@ -314,8 +313,7 @@ def test_plans_drawn_for_each_sample_leave_the_expected_gradient_as_it_is():
     assert variance["stratified"] < variance["per_sample"] < variance["shared"]
 
 
-# -- memory
-# --------------------------------------------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 class DeepField(torch.nn.Module):
@@ -427,8 +425,7 @@ def test_free_memory_is_measured():
     assert 0 < spare_bytes(torch.device("cpu")) < 1 << 50
 
 
-# -- dropout and autocast
-# ----------------------------------------------------------------------------------------------------------
+# -- dropout and autocast ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -485,8 +482,7 @@ def test_peak_memory_of_the_sweep_does_not_grow_on_any_backbone(capsys, backbone
     )
 
 
-# -- refusals
-# ----------------------------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_replay_without_gradient_raises():
@@ -536,8 +532,7 @@ def test_guidance_without_a_negative_prompt_is_refused():
         GuidedVelocity(ToyField(), {"text": torch.zeros(3, 6)}, None, Guidance(2.0))
 
 
-# -- objective
-# ---------------------------------------------------------------------------------------------------------------------
+# -- objective ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_hinge_has_no_gradient_from_the_target_on():
