@@ -54,8 +54,7 @@ class NodeCache:
 class Trajectory:
     """What is left of a rollout of N steps.
 
-    sigmas       [N + 1] noise levels, on the CPU
-    levels       [N + 1] the same, on the latents' device
+    levels       [N + 1] noise levels, on the latents' device
     latents      x_i of the nodes and copies that the plan reads; [B, *S] each
     velocities   v_i of the nodes and copies that the plan reads, guided
     sample       [B, *S] x_N, or the latent after the last step taken when the plan stops early
@@ -64,7 +63,6 @@ class Trajectory:
     autocast     state of autocast during the rollout
     """
 
-    sigmas: Tensor
     levels: Tensor
     latents: NodeCache
     velocities: NodeCache
@@ -134,13 +132,14 @@ def rollout(
         latents.row(0).copy_(noise)
     for i in range(plan.num_steps(total) if plan else total):
         v, v_neg = recorder.branches(x, levels[i], i)
+        # One pass over the latent: guide v_neg and v, where there are two; step; write the rows of both caches.
         x, _ = cfg_euler_step(x, v, v_neg, scale, steps[i], velocity_out=velocities.row(i), out=latents.row(i + 1))
-    for copy, eps in zip(map(Copy, range(copies)), renoise, strict=True):
-        noised = latents.row(copy).copy_((1 - last) * x + last * eps)
-        v, v_neg = recorder.branches(noised, levels[-2], copy)
-        cfg_euler_step(noised, v, v_neg, scale, -last, velocity_out=velocities.row(copy))
+    for m, eps in enumerate(renoise):
+        noised = latents.row(Copy(m)).copy_((1 - last) * x + last * eps)
+        v, v_neg = recorder.branches(noised, levels[-2], Copy(m))
+        cfg_euler_step(noised, v, v_neg, scale, -last, velocity_out=velocities.row(Copy(m)))
     autocast = autocast_state(noise.device.type)
-    return Trajectory(sigmas, levels, latents, velocities, x, recorder.kept, recorder.rng, autocast)
+    return Trajectory(levels, latents, velocities, x, recorder.kept, recorder.rng, autocast)
 
 
 class _Recorder:

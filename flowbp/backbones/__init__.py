@@ -5,8 +5,10 @@ and one line of BACKBONES.
 """
 
 import difflib
-import os
 from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
 
 from flowbp.backbones.base import Backbone, DiffusersBackbone, Precision, bind_velocity, check_guidance
 from flowbp.backbones.flux import FluxBackbone
@@ -47,11 +49,8 @@ def load_backbone(
     Raises ValueError for an unknown name, a folder that is no pipeline, or a class without a backbone; OSError for a
     model that can be neither read nor downloaded.
     """
-    import torch
-    from diffusers import DiffusionPipeline
-
     location = locate(name)
-    offline = os.path.isdir(location)
+    offline = Path(location).is_dir()
     try:
         index = DiffusionPipeline.load_config(location, local_files_only=offline)
     except OSError as error:
@@ -78,13 +77,13 @@ def locate(name: str) -> str:
 
         return str(PIPELINE)
     location = KNOWN_MODELS.get(name, name)
-    if not os.path.isdir(location) and "/" not in location:
+    if not Path(location).is_dir() and "/" not in location:
         near = difflib.get_close_matches(location, KNOWN_MODELS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"unknown backbone {name!r}; {hint}known: shapes, {', '.join(KNOWN_MODELS)}, a local folder, a Hub id "
             "owner/name"
         )
-    if os.path.isdir(location) and not Path(location, "model_index.json").is_file():
+    if Path(location).is_dir() and not Path(location, "model_index.json").is_file():
         raise ValueError(f"{location} holds no model_index.json: pass the folder of a diffusers pipeline")
     return location
