@@ -21,7 +21,7 @@ from typing import NamedTuple, Self
 
 @dataclass(frozen=True, order=True)
 class Copy:
-    """Index of a re-noised copy of the sample, 0 ... num_renoised - 1, where otherwise the index of a node stands."""
+    """Number of a re-noised copy of the sample, from 0. It takes the place of a node's index."""
 
     index: int
 
@@ -204,7 +204,8 @@ class SurrogatePlan:
     @property
     def replays(self) -> tuple[Replay, ...]:
         """The active nodes in rollout order, then the re-noised copies. The sweep takes them in reverse."""
-        gates = {bridge.node: bridge.alpha} if (bridge := self.active_bridge) else {}
+        bridge = self.active_bridge
+        gates = {bridge.node: bridge.alpha} if bridge else {}
         nodes = [Replay(i, weight, gates.get(i, 0.0)) for i, weight in self.active]
         copies = [Replay(Copy(m), self.grad_weights[-1], output=m + 1) for m in range(self.num_renoised)]
         return (*nodes, *copies)
