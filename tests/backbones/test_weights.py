@@ -99,7 +99,7 @@ def test_an_exported_lora_carries_alpha_in_its_weights(trained, tmp_path):
 
 def test_a_lora_of_another_class_is_refused(trained, tmp_path):
     name, folder, train = trained
-    save_weights(train("refl").backbone, tmp_path)
+    save_weights(train("refl").model.backbone, tmp_path)
     other = "ZImagePipeline" if name != "ZImagePipeline" else "FluxPipeline"
     with pytest.raises(ValueError, match="belongs to another model: .* do not fit this"):
         load_weights(BACKBONES[other](tiny_pipeline(other)), tmp_path)
