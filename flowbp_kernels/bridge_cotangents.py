@@ -1,4 +1,6 @@
-"""The seeds of a sweep: what each replayed node's VJP starts from, all in one pass over the two gradients they mix."""
+"""The seeds of a sweep: the cotangent from which each replayed node's VJP starts, for all nodes in one pass over the
+two gradients that they are mixed from.
+"""
 
 from collections.abc import Sequence
 

@@ -22,20 +22,19 @@ def cfg_euler_step(
 ) -> tuple[Tensor, Tensor]:
     """v = v_uncond + guidance (v_cond - v_uncond),  x_next = x + h v, in float32 (float64 if a tensor is float64).
 
-    x, v_cond, v_uncond: [B, *S], any float dtype; v_cond and v_uncond share one. v_uncond None: no guidance, v =
-        v_cond.
+    x, v_cond, v_uncond: [B, *S], any float dtype; v_cond and v_uncond share one. v_uncond None: no guidance, v is
+    v_cond.
     guidance, h = sigma_next - sigma (negative): numbers or 0-dimensional tensors. Numbers and CPU tensors travel by
-        value; a
-    tensor on x's device is read by the kernel whenever it runs (a number beside it joins it there), so that one
-        captured
-    CUDA graph serves every step. Compiled, 0-dimensional tensors share one graph and floats at most two.
-    velocity_out: [B, *S] contiguous, any dtype of v_cond, x, float32, bfloat16, float16: a slot of the velocity
-    cache.  out: [B, *S] contiguous, x.dtype: a slot of the latent cache. Written and returned, without gradient.
+    value. A tensor on x's device is read by the kernel whenever it runs (a number beside it joins it there), so that
+    one captured CUDA graph serves every step. Under torch.compile, 0-dimensional tensors share one graph and floats
+    take at most two.
+    velocity_out: [B, *S] contiguous, any dtype of v_cond, x, float32, bfloat16, float16: a slot of the velocity cache.
+    out: [B, *S] contiguous, x.dtype: a slot of the latent cache. Both are written and returned, without gradient.
     In place: velocity_out may be v_cond itself, out may be x itself. They overlap no other argument in memory, nor each
-        other.
+    other.
     Returns (x_next in x.dtype, v in velocity_out's dtype, else v_cond's). x_next uses v as rounded to that dtype, so
-        that
-    a replay which reads v from the cache meets the same x_next. Without guidance and velocity_out, v is v_cond itself.
+    that a replay which reads v from the cache meets the same x_next. Without guidance and velocity_out, v is v_cond
+    itself.
     Gradient: 1 to x, guidance and 1 - guidance (times h, for x_next) to v_cond and v_uncond; none to guidance and h.
     Strided inputs are made contiguous. Raises ValueError for shapes, dtypes, devices or memory outside this contract.
     Equivalent to  v = (v_u.float() + guidance * (v_c.float() - v_u.float())).to(v_c.dtype);  x_next = x + h * v
@@ -73,7 +72,7 @@ def cfg_euler_step(
 
 
 def _run(x, v_cond, v_uncond, coefficients, velocity=None, out=None) -> tuple[Tensor, Tensor | None]:
-    """(x + h v, v) for coefficients (guidance, h); v is not written, and None, where it is v_cond."""
+    """(x + h v, v) for coefficients (guidance, h). v is None, and not written, where it is v_cond."""
     if isinstance(coefficients, Tensor) and coefficients.is_cpu:
         coefficients = tuple(coefficients.tolist())
     on_device = coefficients if isinstance(coefficients, Tensor) else None
@@ -121,7 +120,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, of_x_next, of_velocity):
-    """v's cotangent is of_velocity + h of_x_next, shared out between the branches."""
+    """The cotangent of v is of_velocity + h of_x_next. v_cond gets guidance times it, v_uncond 1 - guidance times."""
     guidance, h = ctx.saved_tensors[0]
     shares = torch.stack([guidance, 1 - guidance])
     of_cond, of_uncond = bridge_cotangents(of_velocity, of_x_next, shares, h.expand(2), dtype=ctx.dtype).unbind()

@@ -29,7 +29,7 @@ def backbone_overrides(request, tmp_path_factory):
     """The config of the embedded model, then of a tiny random pipeline of every class."""
     if request.param == "shapes":
         return ["backbone.name=shapes", "backbone.max_sequence_length=1"]
-    from flowbp.backbones.tiny import tiny_pipeline
+    from tiny_pipelines import tiny_pipeline
 
     folder = tmp_path_factory.mktemp("pipelines") / request.param
     tiny_pipeline(request.param).save_pretrained(folder)

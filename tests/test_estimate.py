@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 from typer.testing import CliRunner
 
 from flowbp.backbones import load_backbone
-from flowbp.backbones.tiny import TINY_PIPELINES, tiny_pipeline
 from flowbp.cli import app
 from flowbp.config import load
 from flowbp.estimate.estimate import estimate, parse_size, suggest, without_masters

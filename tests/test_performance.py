@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.utils import logging
+from tiny_pipelines import tiny_pipeline
 
 from flowbp.backbones import BACKBONES, bind_velocity
-from flowbp.backbones.tiny import tiny_pipeline
 from flowbp.config import ConfigError, MemoryConfig, OptimizerConfig, TuningConfig
 from flowbp.guidance import Guidance
 from flowbp.methods import FlowBPBridge

@@ -126,7 +126,7 @@ class Run:
     @property
     def replays(self) -> list[int]:
         """Active nodes of each plan."""
-        return [len(plan.sweep) for plan in self.plans]
+        return [len(plan.replays) for plan in self.plans]
 
     @property
     def branches(self) -> int:

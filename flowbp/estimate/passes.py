@@ -183,12 +183,12 @@ def _replay(
     """Replay, forward and backward, as many of the plan's nodes as one forward pass takes; returns the bytes of their
     graph.
     """
-    nodes = min(nodes_per_forward, len(plan.sweep))
+    nodes = min(nodes_per_forward, len(plan.replays))
     x, sigma = latents, torch.empty((), device="meta")
     if nodes > 1:
         x, sigma = torch.cat([latents] * nodes), sigma.expand(nodes * len(latents))
     before = live.alive
-    graph = record(velocity.replay, x, sigma, any(replay.gated for replay in plan.sweep))
+    graph = record(velocity.replay, x, sigma, any(replay.gated for replay in plan.replays))
     graph_bytes = live.alive - before
     graph.v.backward(torch.empty_like(graph.v))
     return graph_bytes

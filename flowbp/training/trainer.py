@@ -129,7 +129,7 @@ class Trainer:
             settings = {"nodes_per_forward": config.memory.nodes_per_forward, "before_last": reduce_with}
             backward(plan, trajectory, velocity.replay, g / data.accumulate, **settings)
         self.model.backbone.denoiser.eval()
-        return logged | {"nodes": [replay.node for replay in plan.sweep if not replay.output]}
+        return logged | {"nodes": [replay.node for replay in plan.replays if not replay.output]}
 
     def reward_cotangent(
         self, plan: SurrogatePlan | PlanBatch, trajectory: Trajectory, texts: list[str], key: tuple[int, ...]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from displaced import frozen
 from safetensors.torch import load_file
+from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 from typer.testing import CliRunner
 
 from flowbp.backbones import BACKBONES
-from flowbp.backbones.tiny import TINY_PIPELINES, tiny_pipeline
 from flowbp.cli import app
 from flowbp.config import build_method, load
 from flowbp.evaluation import scores as evaluation

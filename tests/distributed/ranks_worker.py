@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.utils import logging
+from tiny_pipelines import tiny_pipeline
 
 from flowbp.backbones import BACKBONES
-from flowbp.backbones.tiny import tiny_pipeline
 from flowbp.config import load
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import FlowBPBridge
