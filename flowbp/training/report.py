@@ -1,4 +1,4 @@
-"""The report of a run: tables, curves and pictures, put into the run's folder."""
+"""The report of a run: tables, curves and pictures in the run's folder."""
 
 from __future__ import annotations
 
@@ -50,16 +50,15 @@ class Report:
         if not self.folder.writes:
             return
         self.folder.write("plan.png", as_png(self.plan_figure))
-        rows, name = self.folder.metrics(), self.folder.path.name
+        rows, name, seen = self.folder.metrics(), self.folder.path.name, self.validation
         page = render(
             "report.html",
             name=name,
             facts_of_run=training_facts(self.config, rows) | {"made with": describe_environment(environment())},
             differences=self.differences,
-            validation=self.validation,
+            validation=seen,
             evaluation=self.config.evaluation,
-            held_out=self.validation
-            and panels({"held-out prompts": self.validation["means"]}, self.held_out, smooth=False),
+            held_out=seen and panels({"held-out prompts": seen["means"]}, self.held_out, smooth=False),
             plan=as_data_uri(self.plan_figure),
             curves=panels({name: rows}, [*self.config.reward, *self.monitors, "grad_norm", "d_j", "d_0"]),
             window=max(1, len(rows) // 10),
@@ -75,5 +74,5 @@ class Report:
 
     @property
     def held_out(self) -> list[str]:
-        """What the periodic evaluations score, as the tables order it."""
+        """The metrics of the periodic evaluations, in the order of the tables."""
         return [*self.config.reward, *self.monitors, "checker", *IMAGE_STATISTICS]

@@ -25,12 +25,11 @@ __all__ = ["run", "train"]
 
 @naming_the_dead()
 def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:
-    """Run `config` to its last step, evaluate it against the base weights and write the report. Returns the run's
-    folder.
+    """Train `config` to its last step, evaluate it against the base weights and write the report.
 
-    On a CPU a process computes on one thread, or on $OMP_NUM_THREADS. All input is checked before the folder is
-    touched. Raises ValueError or FileExistsError on bad input, and ConnectionError where another process of the run has
-    ended.
+    Returns the run's folder. On a CPU a process computes on one thread, or on $OMP_NUM_THREADS. All input is checked
+    before the folder is touched. Raises ValueError or FileExistsError on bad input, and ConnectionError if another
+    process of the run has ended.
     """
     on_cpu = process_state().device.type == "cpu"
     folder = RunFolder(config.output)
@@ -43,9 +42,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> P
 
 
 def run(trainer: Trainer, folder: RunFolder) -> None:
-    """Train from the folder's last checkpoint on, to the last step or until the sentinel stops it; then evaluate and
-    report.
-    """
+    """Train from the folder's last checkpoint to the last step, or to the sentinel's stop; then evaluate and report."""
     config, model, accelerator = trainer.config, trainer.model, trainer.model.ranks.accelerator
     found = latest_checkpoint(folder.path)
     done = load_checkpoint(found, model, trainer.optimizer, trainer.rewards) if found else 0
@@ -74,10 +71,9 @@ def run(trainer: Trainer, folder: RunFolder) -> None:
 
 
 def validate(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder, step: int) -> bool:
-    """Score the weights after `step` optimizer steps if they are due, and keep the best; returns whether training is to
-    stop.
+    """Score the weights after `step` optimizer steps if they are due, and keep the best. Returns whether to stop.
 
-    Nothing that training draws is drawn. All processes have all scores, and so decide alike.
+    No random number of training is drawn. All processes have all scores, and so decide alike.
     """
     if sentinel is None:
         return False
@@ -95,9 +91,7 @@ def validate(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder, ste
 
 
 def report(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder) -> None:
-    """Score base and tuned weights on the same prompts and seeds, draw both, and write everything into the run's
-    folder.
-    """
+    """Score base and tuned weights on the same prompts and seeds, draw both, and write all into the run's folder."""
     config, model = trainer.config, trainer.model
     plan = config.method.plan(model.sigmas.double().numpy(), np.random.default_rng(config.seed))
     pages = Report(config, folder, plan, model.sigmas.tolist())
