@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from flowbp.backbones import bind_velocity, load_backbone
 from flowbp.cli import app
 from flowbp.config import MemoryConfig, dump, load
+from flowbp.config.schema import LOGGED
 from flowbp.evaluation import scores as evaluation
 from flowbp.evaluation.scores import Scores, compare
 from flowbp.guidance import Guidance
@@ -196,6 +197,11 @@ def test_a_step_tells_where_its_time_went(tmp_path):
     row = Trainer(tiny(tmp_path)).step(0)
     parts = [row[f"{name}_seconds"] for name in ("rollout", "reward", "sweep", "update")]
     assert min(parts) > 0 and sum(parts) <= row["seconds"]
+
+
+def test_the_columns_of_a_step_are_reserved_names(tmp_path):
+    row = Trainer(tiny(tmp_path)).step(0)
+    assert {"step", *row} - {"reward"} - {name for name in row if name.endswith("_seconds")} == set(LOGGED)
 
 
 def test_a_broken_gradient_changes_nothing(tmp_path):

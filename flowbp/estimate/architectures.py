@@ -61,18 +61,14 @@ def made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
 
 
 def build_backbone(
-    architecture: Architecture,
-    device: str,
-    dtype: torch.dtype,
-    precision: Precision = "float32",
-    max_sequence_length: int | None = None,
+    model: Architecture, device: str, dtype: torch.dtype, precision: Precision = "float32", tokens: int | None = None
 ) -> Backbone:
     """The backbone with random weights (none on "meta") and random prompt embeddings of full length."""
     with made_on(device, dtype):
-        kinds = {"transformer": architecture.transformer, "vae": architecture.vae}
+        kinds = {"transformer": model.transformer, "vae": model.vae}
         parts = {part: getattr(diffusers, kind)(**sizes).to(dtype) for part, (kind, sizes) in kinds.items()}
-    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(**architecture.scheduler)
-    return assemble(architecture.pipeline, parts, precision, max_sequence_length)
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(**model.scheduler)
+    return assemble(model.pipeline, parts, precision, tokens)
 
 
 def read_backbone(options: BackboneConfig) -> tuple[Backbone, list[PreTrainedModel]]:

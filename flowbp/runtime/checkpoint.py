@@ -103,7 +103,7 @@ def load_checkpoint(folder: Path, model: TunedModel, optimizer: Optimizer, rewar
     for index, moments in state["optimizer"]["state"].items():
         p = trained[index]
         whole = {key: value for key, value in moments.items() if torch.is_tensor(value) and value.shape == p.shape}
-        moments.update({key: shard_like(p, value) for key, value in whole.items()})
+        moments |= {key: shard_like(p, value) for key, value in whole.items()}
     optimizer.load_state_dict(state["optimizer"])
     if model.ema is not None:
         shadows = zip(trained, state["ema"]["shadow_params"], strict=True)

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from flowbp.backbones import Backbone
+from flowbp.config import MemoryConfig
 
 __all__ = ["Ranks", "gathered", "on_main", "process_state", "shard_like", "unshard"]
 
@@ -50,21 +51,18 @@ def on_main(work: Callable[[], object]) -> None:
 class Ranks:
     """The processes of a run, and the network that they share. Building it moves the pipeline to the device.
 
-    shard            split the weights of the network's blocks over the processes (FSDP2). Blocks are moved to the
-                     device and split one by one, so that no device ever holds the whole network
-    shard_gradients  split gradients after every backward pass, instead of in the last one of a step
+    With `memory.shard` the weights of the network's blocks are split over the processes (FSDP2). Blocks are moved to
+    the device and split one by one, so that no device ever holds the whole network.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, backbone: Backbone, shard: bool = False, shard_gradients: bool = False
-    ):
+    def __init__(self, accelerator: Accelerator, backbone: Backbone, memory: MemoryConfig):
         self.accelerator, self.size, self.rank = accelerator, accelerator.num_processes, accelerator.process_index
-        self.shard_gradients, self.sharded = shard_gradients, None
-        if self.size > 1 and shard:
+        self.shard_gradients, self.sharded = memory.shard_gradients, None
+        if self.size > 1 and memory.shard:
             self.sharded = shard_weights(backbone.denoiser, accelerator.device)
         backbone.pipe.to(accelerator.device)
         self.trained = [p for p in backbone.denoiser.parameters() if p.requires_grad]
-        if self.size > 1 and not shard:
+        if self.size > 1 and not memory.shard:
             for p in self.trained:  # copies start equal
                 torch.distributed.broadcast(p.detach(), 0)
 

@@ -69,8 +69,7 @@ def embed_once(
     for name in encoders:
         setattr(backbone.pipe, name, None)
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing where there is no GPU
     backbone.encode = embeddings
 
 

@@ -126,11 +126,10 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._seen or size == 0:
-            return
-        self._seen[key] = weakref.finalize(storage, self._release, key, size)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
+        if key not in self._seen and size > 0:
+            self._seen[key] = weakref.finalize(storage, self._release, key, size)
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
 
     def _release(self, key: int, size: int) -> None:
         self._seen.pop(key, None)

@@ -54,7 +54,7 @@ class TunedModel:
         save_memory(self.backbone, config.memory)
         if config.compile is not None:
             compile_blocks(self.backbone.denoiser, config.compile)
-        self.ranks = Ranks(accelerator, self.backbone, config.memory.shard, config.memory.shard_gradients)
+        self.ranks = Ranks(accelerator, self.backbone, config.memory)
         self.parameters = trained(self.backbone)
         self.masters = master_weights(self.parameters) if config.tuning.master_weights else self.parameters
         self.ema = None if config.ema is None else moving_average(self.masters, config.ema)

@@ -6,17 +6,14 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
-
 from flowbp.config import RunConfig
-from flowbp.evaluation.scores import compare
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.distributed import process_state
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
 from flowbp.runtime.run_folder import BEST, RunFolder
-from flowbp.training.report import Report
+from flowbp.training.report import write_report
 from flowbp.training.sentinel import Sentinel
 from flowbp.training.trainer import Trainer
 
@@ -92,16 +89,9 @@ def validate(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder, ste
 
 def report(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder) -> None:
     """Score base and tuned weights on the same prompts and seeds, draw both, and write all into the run's folder."""
-    config, model = trainer.config, trainer.model
-    plan = config.method.plan(model.sigmas.double().numpy(), np.random.default_rng(config.seed))
-    pages = Report(config, folder, plan, model.sigmas.tolist())
+    config, model, scores = trainer.config, trainer.model, {}
     if trainer.evaluator is not None:
-        scores = []
         with progress_bar("evaluate", "image", 2 * config.evaluation.samples) as bar:
             for name, weights in (("before", model.base), ("after", model.tuned)):
-                scores.append(trainer.evaluator.score(model, weights, progress=bar.update))
-                pages.add_scores(name, scores[-1])
-        pages.add_comparison(compare(*scores))
-    if sentinel is not None:
-        pages.add_validation(sentinel.summary())
-    pages.write()
+                scores[name] = trainer.evaluator.score(model, weights, progress=bar.update)
+    write_report(trainer, folder, scores, None if sentinel is None else sentinel.summary())

@@ -132,7 +132,7 @@ class Trainer:
     def reward_cotangent(
         self, plan: SurrogatePlan | PlanBatch, trajectory: Trajectory, texts: list[str], key: tuple[int, ...]
     ) -> tuple[Tensor, dict[str, float]]:
-        """(dloss/d(reward input), what is logged). The only network graphs in memory are those that the rollout kept."""
+        """(dloss/d(reward input), what is logged). Of the network, memory holds only the graphs that were kept."""
         config, ranks, batch, copies = self.config, self.model.ranks, len(texts), 1 + plan.num_renoised
         z, logged, watched = reward_input(plan, trajectory), {}, []
         weights, keep = torch.ones(batch, device=z.device), torch.ones(batch, dtype=torch.bool, device=z.device)
