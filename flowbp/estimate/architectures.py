@@ -7,9 +7,9 @@ Backbones come without text encoders. Of a CLIP-like reward there is the image t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import yaml
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PretrainedConfig, PreTrainedModel
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel
 
 from flowbp.backbones import BACKBONES, Backbone, Precision, locate
 from flowbp.config import BackboneConfig
@@ -41,6 +41,7 @@ class Architecture:
     scheduler: dict
     guidance: dict[str, float]
     text_encoders: tuple[tuple[str, dict], ...]  # of transformers
+    others: dict[str, Any] = field(default_factory=dict)  # parts of the pipeline that have no weights
 
 
 SIZES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
@@ -63,70 +64,64 @@ def made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
 def build_backbone(
     model: Architecture, device: str, dtype: torch.dtype, precision: Precision = "float32", tokens: int | None = None
 ) -> Backbone:
-    """The backbone with random weights (none on "meta") and random prompt embeddings of full length."""
+    """The backbone with random weights (none on "meta") and without text encoders; prompts embed as random numbers."""
+    if model.pipeline not in BACKBONES:
+        raise ValueError(f"no backbone for {model.pipeline}; there is one for {', '.join(BACKBONES)}")
+    pipeline, parts = getattr(diffusers, model.pipeline), dict(model.others)
+    for part in pipeline._get_signature_types():
+        if part.startswith(("text_encoder", "tokenizer")):
+            parts.setdefault(part, None)
     with made_on(device, dtype):
-        kinds = {"transformer": model.transformer, "vae": model.vae}
-        parts = {part: getattr(diffusers, kind)(**sizes).to(dtype) for part, (kind, sizes) in kinds.items()}
-    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(**model.scheduler)
-    return assemble(model.pipeline, parts, precision, tokens)
+        for part, (kind, sizes) in {"transformer": model.transformer, "vae": model.vae}.items():
+            parts[part] = getattr(diffusers, kind).from_config(sizes).to(dtype)
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_config(model.scheduler)
+    backbone = BACKBONES[model.pipeline](pipeline(**parts), precision, tokens)
+    backbone.encode = partial(random_embeddings, backbone)
+    return backbone
 
 
 def read_backbone(options: BackboneConfig) -> tuple[Backbone, list[PreTrainedModel]]:
     """(the backbone that `options` names, its text encoders), both on the meta device, from config files alone.
 
-    A model of ARCHITECTURES that is not on this disk is built from there. Raises ValueError for an unknown name,
-    OSError for a model out of reach.
+    Raises ValueError for an unknown name, OSError for a model out of reach.
     """
-    location, dtype, known = locate(options.name), getattr(torch, options.dtype), ARCHITECTURES.get(options.name)
-    here = {"local_files_only": known is not None or Path(location).is_dir()}
+    model, dtype = read_architecture(options.name), getattr(torch, options.dtype)
+    with made_on("meta", dtype):
+        kinds = [(getattr(transformers, kind), sizes) for kind, sizes in model.text_encoders]
+        encoders = [kind(kind.config_class(**sizes)).eval() for kind, sizes in kinds]
+    return build_backbone(model, "meta", dtype, options.precision, options.max_sequence_length), encoders
+
+
+def read_architecture(name: str) -> Architecture:
+    """The architecture of a model, from its config files or, if these are not on this disk, from ARCHITECTURES."""
+    location = locate(name)
+    here = {"local_files_only": name in ARCHITECTURES or Path(location).is_dir()}
     try:
         # diffusers hands the Hub a deprecated option
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             index = DiffusionPipeline.load_config(location, **here)
     except OSError as error:
-        if known is not None:
-            encoders = [(kind, getattr(transformers, kind).config_class(**size)) for kind, size in known.text_encoders]
-            backbone = build_backbone(known, "meta", dtype, options.precision, options.max_sequence_length)
-            return backbone, text_encoders(encoders, dtype)
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
         cause = str(error).splitlines()[0].rstrip(".")
         raise OSError(
             f"the config files of {location} are neither on this disk nor within reach ({cause}): pass the folder of a "
             f"diffusers pipeline, or a model whose architecture is known offline: {', '.join(ARCHITECTURES)}"
         ) from error
-    parts = {}
-    with made_on("meta", dtype):
-        for part in ("transformer", "vae"):
-            kind = getattr(diffusers, index[part][1])
-            parts[part] = kind.from_config(kind.load_config(location, subfolder=part, **here)).to(dtype)
-    parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(location, subfolder="scheduler", **here)
+
+    def part(name: str) -> tuple[str, dict]:
+        """(class, config) of a part of the pipeline."""
+        kind, at = index[name][1], here | {"subfolder": name}
+        if name.startswith("text_encoder"):
+            return kind, transformers.AutoConfig.from_pretrained(location, **at).to_dict()
+        return kind, getattr(diffusers, kind).load_config(location, **at)
+
+    others = {"is_distilled": index["is_distilled"]} if "is_distilled" in index else {}
     if index.get("tokenizer", [None, None])[1]:
-        parts["tokenizer"] = transformers.AutoTokenizer.from_pretrained(location, subfolder="tokenizer", **here)
-    if "is_distilled" in index:
-        parts["is_distilled"] = index["is_distilled"]
-    configs = [
-        (index[part][1], transformers.AutoConfig.from_pretrained(location, subfolder=part, **here))
-        for part in index
-        if part.startswith("text_encoder") and index[part][1]
-    ]
-    backbone = assemble(index["_class_name"], parts, options.precision, options.max_sequence_length)
-    return backbone, text_encoders(configs, dtype)
-
-
-def text_encoders(configs: Iterable[tuple[str, PretrainedConfig]], dtype: torch.dtype) -> list[PreTrainedModel]:
-    """Models of (class, config) on the meta device."""
-    with made_on("meta", dtype):
-        return [getattr(transformers, kind)(config).eval() for kind, config in configs]
-
-
-def assemble(pipeline: str, parts: dict[str, Any], precision: Precision, max_sequence_length: int | None) -> Backbone:
-    """The backbone of a pipeline class that has `parts` and no text encoders; prompts embed as random numbers."""
-    if pipeline not in BACKBONES:
-        raise ValueError(f"no backbone for {pipeline}; there is one for {', '.join(BACKBONES)}")
-    kind = getattr(diffusers, pipeline)
-    left_out = {part: None for part in kind._get_signature_types() if part.startswith(("text_encoder", "tokenizer"))}
-    backbone = BACKBONES[pipeline](kind(**left_out | parts), precision, max_sequence_length)
-    backbone.encode = partial(random_embeddings, backbone)
-    return backbone
+        others["tokenizer"] = transformers.AutoTokenizer.from_pretrained(location, subfolder="tokenizer", **here)
+    encoders = tuple(part(name) for name in index if name.startswith("text_encoder") and index[name][1])
+    scheduler = part("scheduler")[1]
+    return Architecture(index["_class_name"], part("transformer"), part("vae"), scheduler, {}, encoders, others)
 
 
 def random_embeddings(backbone: Backbone, prompts: list[str]) -> Conditioning:

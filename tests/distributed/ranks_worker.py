@@ -88,14 +88,8 @@ CASES = {  # name: (pipeline, overrides)
     ),
     "sharded, checkpointing": (SD3, ("method.name=flowbp-lagrange", "memory={shard: true, checkpointing: true}")),
 }
-OF_FOUR = (
-    "filtered",
-    "stratified, in pairs",
-    "lora",
-    "sharded bridge",
-    "sharded gradients, kept graphs",
-)  # what four processes take
-
+# what four processes take
+OF_FOUR = ("filtered", "stratified, in pairs", "lora", "sharded bridge", "sharded gradients, kept graphs")
 
 BFLOAT16 = {  # whose gradients depend on the number of processes: a run resumes exactly with as many
     "bfloat16": (SD3, ("method.name=flowbp-sparse",)),
@@ -281,9 +275,8 @@ def whole_run(case, folder, world):
     trainer = make_trainer(case, folder, world, f"output={output}", "steps=2", WATCHED.format(folder))
     run_folder = RunFolder(output)
     run_folder.open(trainer.config)
-    trainer.model.ranks.accelerator.end_training = (
-        trainer.model.ranks.accelerator.wait_for_everyone
-    )  # other cases follow
+    accelerator = trainer.model.ranks.accelerator
+    accelerator.end_training = accelerator.wait_for_everyone  # other cases follow
     train_run(trainer, run_folder)
     return output
 

@@ -85,9 +85,8 @@ def test_processes_resume_exactly_and_average_the_weights_of_one(ranks, case, fo
     for same, average in (rank[f"resume: {case}"] for rank in ranks):
         assert same
         if case not in ranks_worker.BFLOAT16:
-            torch.testing.assert_close(
-                average, expected, rtol=1e-9, atol=1e-7
-            )  # AdamW turns rounding of small gradients into steps
+            # AdamW turns rounding of small gradients into steps
+            torch.testing.assert_close(average, expected, rtol=1e-9, atol=1e-7)
 
 
 @pytest.mark.parametrize("shard", ["false", "true"])
