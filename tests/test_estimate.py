@@ -144,9 +144,8 @@ def test_copied_gradients_are_whole_and_sharded_ones_where_backward_passes_accum
     one, four, copied = estimate(sharded), estimate(sharded, 4), estimate(tiny(tmp_path, *full), 4)
     for name in ("trained weights", "optimizer", "moving average"):
         assert four.resident[name] == one.resident[name] // 4 and copied.resident[name] == one.resident[name]
-    assert (
-        four.working["gradients"] == one.working["gradients"] == copied.working["gradients"]
-    )  # K replays, reduced in the last
+    # K replays, reduced in the last
+    assert four.working["gradients"] == one.working["gradients"] == copied.working["gradients"]
     assert four.working["one node's graph"] == one.working["one node's graph"]
     last_only = estimate(tiny(tmp_path, *full, "memory.shard=true", "method={name: refl, last_n: 4}"), 4)
     split = estimate(tiny(tmp_path, *full, "memory={shard: true, shard_gradients: true}"), 4)
@@ -179,9 +178,8 @@ def test_network_calls_are_those_of_the_plan(guidance, memory, calls, tmp_path):
 
 def test_the_cached_rollout_is_what_the_plan_reads(tmp_path):
     found = estimate(tiny(tmp_path, "method={name: flowbp-sparse, num_active: 3}", side=32))
-    assert found.working["cached rollout"] == (3 + 3) * 4 * (
-        4 * 8 * 8 * 8
-    )  # 3 nodes; noise, sample and reward input; batch of 4, float32
+    # 3 nodes, noise, sample and reward input; batch of 4, float32
+    assert found.working["cached rollout"] == (3 + 3) * 4 * (4 * 8 * 8 * 8)
 
 
 def test_moments_in_8_bits_are_a_quarter_of_float32(tmp_path):

@@ -18,7 +18,7 @@ from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import FlowBPBridge
 from flowbp.replay import Recompute
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from flowbp.runtime.distributed import shard_like, shard_weights, unshard
+from flowbp.runtime.distributed import gathered, shard_like, shard_weights, unshard
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.surrogate import backward, reward_input
 from flowbp.training.run import run as train_run
@@ -88,14 +88,8 @@ CASES = {  # name: (pipeline, overrides)
     ),
     "sharded, checkpointing": (SD3, ("method.name=flowbp-lagrange", "memory={shard: true, checkpointing: true}")),
 }
-OF_FOUR = (
-    "filtered",
-    "stratified, in pairs",
-    "lora",
-    "sharded bridge",
-    "sharded gradients, kept graphs",
-)  # what four processes take
-
+# what four processes take
+OF_FOUR = ("filtered", "stratified, in pairs", "lora", "sharded bridge", "sharded gradients, kept graphs")
 
 BFLOAT16 = {  # whose gradients depend on the number of processes: a run resumes exactly with as many
     "bfloat16": (SD3, ("method.name=flowbp-sparse",)),
@@ -260,6 +254,14 @@ def scores(case, folder, world):
     return {name: torch.from_numpy(column) for name, column in found.values.items()}, found.images, len(chunks)
 
 
+GATHERED = ("bridge, guided", "sharded bridge")
+
+
+def gathers(case, folder, world):
+    """What this process gets of the gathered weights of a run that starts."""
+    return gathered({"weights": dict(make_trainer(case, folder, world).model.parameters), "step": 3})
+
+
 WHOLE = ("lora", "sharded lora")
 WATCHED = (
     "evaluation={{prompts: {0}/prompts.txt, samples: 7, batch_size: 2, grid: 3, checker: null, every: 1, best: m, "
@@ -273,9 +275,8 @@ def whole_run(case, folder, world):
     trainer = make_trainer(case, folder, world, f"output={output}", "steps=2", WATCHED.format(folder))
     run_folder = RunFolder(output)
     run_folder.open(trainer.config)
-    trainer.model.ranks.accelerator.end_training = (
-        trainer.model.ranks.accelerator.wait_for_everyone
-    )  # other cases follow
+    accelerator = trainer.model.ranks.accelerator
+    accelerator.end_training = accelerator.wait_for_everyone  # other cases follow
     train_run(trainer, run_folder)
     return output
 
@@ -318,7 +319,7 @@ def run(rank, world, port, folder):
     for case in WHOLE:
         output = str(whole_run(case, folder, world))
         results[f"whole run: {case}"] = output, [path for path in written if path.startswith(output)]
-    ranks = make_trainer("bridge, guided", folder, world).ranks
-    results["main says"] = [ranks.main_says(lambda: rank == 0), ranks.main_says(lambda: rank != 0)]
+    for case in GATHERED:
+        results[f"gathered: {case}"] = gathers(case, folder, world)
     torch.save(results, Path(folder, f"{world}-{rank}.pt"))
     torch.distributed.destroy_process_group()

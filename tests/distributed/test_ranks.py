@@ -85,9 +85,8 @@ def test_processes_resume_exactly_and_average_the_weights_of_one(ranks, case, fo
     for same, average in (rank[f"resume: {case}"] for rank in ranks):
         assert same
         if case not in ranks_worker.BFLOAT16:
-            torch.testing.assert_close(
-                average, expected, rtol=1e-9, atol=1e-7
-            )  # AdamW turns rounding of small gradients into steps
+            # AdamW turns rounding of small gradients into steps
+            torch.testing.assert_close(average, expected, rtol=1e-9, atol=1e-7)
 
 
 @pytest.mark.parametrize("shard", ["false", "true"])
@@ -108,8 +107,13 @@ def test_every_process_keeps_as_many_graphs_as_fit_on_all(ranks):
     assert set(capacities) == {min(fit)} and min(fit) < max(fit)
 
 
-def test_the_main_process_decides(ranks):
-    assert all(rank["main says"] == [True, False] for rank in ranks)
+@pytest.mark.parametrize("case", ranks_worker.GATHERED)
+def test_the_main_process_alone_gets_what_is_gathered(ranks, case, folder):
+    weights = ranks_worker.gathers(case, folder, 1)["weights"]
+    main, *others = (rank[f"gathered: {case}"] for rank in ranks)
+    assert main["step"] == 3 and main["weights"].keys() == weights.keys()
+    assert all(torch.equal(main["weights"][name], value) for name, value in weights.items())
+    assert all(other == {"weights": dict.fromkeys(weights), "step": 3} for other in others)
 
 
 def test_gradients_are_split_between_backward_passes_where_the_config_says(ranks):
