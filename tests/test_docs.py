@@ -30,7 +30,15 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = {"needs=gpu", "needs=download", "takes=long"}
 FENCE = re.compile(r"^```(\w*) *([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name if page.parent == ROOT else page.stem)
+SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).glob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+every_text = pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=name_of)
 
 
 def blocks(page: Path, language: str) -> list[tuple[str, str]]:
@@ -68,6 +76,16 @@ def test_every_command_within_a_line_parses(page, tmp_path):
         said = re.sub(r"^(?:\w+=\S* )+", "", said)  # variables before the command
         if is_command(said) and not is_name(said):
             for command in calls(example(said), tmp_path):
+                check(command)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_every_command_of_a_docstring_parses(script, tmp_path):
+    """Those that stand on lines of their own, as the scripts say how they are called."""
+    about = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+    for paragraph in re.findall(r"(?:^    .*\n?)+", about, re.MULTILINE):
+        if any(is_command(line.strip()) for line in paragraph.splitlines()):
+            for command in calls(example(paragraph), tmp_path):
                 check(command)
 
 
@@ -176,7 +194,7 @@ def members(annotation: Any) -> set[Any]:
 # -- names, files, links -------------------------------------------------------------------------------------------
 
 
-@every_page
+@every_text
 def test_every_file_that_is_named_exists(page):
     text = page.read_text(encoding="utf-8")
     for name in re.findall(
@@ -185,7 +203,7 @@ def test_every_file_that_is_named_exists(page):
         assert (ROOT / name).exists(), f"{page.name}: there is no {name}"
 
 
-@every_page
+@every_text
 def test_every_name_of_the_packages_exists(page):
     for name in re.findall(r"(?<![\w./-])flowbp(?:_kernels)?(?:\.[A-Za-z_]\w*)+", " ".join(spans(page))):
         module, found = name, None
@@ -198,7 +216,7 @@ def test_every_name_of_the_packages_exists(page):
             found = getattr(found, attribute)
 
 
-@every_page
+@every_text
 def test_every_variable_of_the_environment_is_read_somewhere(page):
     for name in set(re.findall(r"\bFLOWBP_[A-Z_]+\b", page.read_text(encoding="utf-8"))):
         assert name in sources(), f"{page.name}: nothing reads {name}"
@@ -215,7 +233,7 @@ def sources() -> str:
     )
 
 
-@every_page
+@every_text
 def test_every_link_leads_to_a_file_and_a_heading(page):
     for target in re.findall(r"\]\((?!http)([^)]+)\)", prose(page)):
         name, _, anchor = target.partition("#")
@@ -238,7 +256,7 @@ def test_the_readme_says_what_every_folder_is_for():
     assert engine | {f"{folder}/" for folder in folders} <= set(re.findall(r"flowbp/(\w+(?:\.py|/))", tree))
 
 
-@every_page
+@every_text
 def test_lines_are_at_most_120_wide(page):
     text = re.sub(
         r"```python\n.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL
