@@ -1,7 +1,7 @@
 """Tiny pipelines with random weights, one for every backbone, built offline in under a second. They serve the tests,
 benchmarks/train_step.py, and dry runs of a config:
 
-    tiny_pipeline("FluxPipeline").save_pretrained("tiny-flux")          then  flowbp train ... backbone.name=tiny-flux
+    python tests/tiny_pipelines.py FluxPipeline tiny-flux         then  flowbp train ... backbone.name=tiny-flux
 
 They have every part of the real ones (text encoders and tokenizers too) and draw noise-like images of any size in
 multiples of 16 pixels. Random matrices are wide enough that every input of the network matters to its output.
@@ -9,6 +9,7 @@ multiples of 16 pixels. Random matrices are wide enough that every input of the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -208,3 +209,7 @@ def qwen_config(tokenizer: Qwen2Tokenizer, layers: int) -> Qwen3Config:
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=layers,
         num_attention_heads=2, num_key_value_heads=1, head_dim=8,
     )  # fmt: skip
+
+
+if __name__ == "__main__":
+    tiny_pipeline(sys.argv[1]).save_pretrained(sys.argv[2])
