@@ -9,7 +9,7 @@ multiples of 16 pixels. Random matrices are wide enough that every input of the 
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable
 
 import torch
@@ -212,4 +212,8 @@ def qwen_config(tokenizer: Qwen2Tokenizer, layers: int) -> Qwen3Config:
 
 
 if __name__ == "__main__":
-    tiny_pipeline(sys.argv[1]).save_pretrained(sys.argv[2])
+    parser = argparse.ArgumentParser(description="Save a tiny pipeline with random weights.")
+    parser.add_argument("pipeline", choices=TINY_PIPELINES)
+    parser.add_argument("folder")
+    arguments = parser.parse_args()
+    tiny_pipeline(arguments.pipeline).save_pretrained(arguments.folder)
