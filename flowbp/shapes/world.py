@@ -24,28 +24,12 @@ import numpy as np
 SIZE = 32
 SHAPES = ("circle", "square", "triangle", "cross")
 HUES = {"red": 0, "yellow": 54, "green": 120, "cyan": 180, "blue": 235, "purple": 290}  # degrees
-RELATIONS = {
-    "left of": (-1, 0),
-    "right of": (1, 0),
-    "above": (0, -1),
-    "below": (0, 1),
-}  # direction from second object to first
+# direction from the second object to the first
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 CATEGORIES = ("single object", "colours", "counting", "two objects", "position", "attribute binding")
-WORDS = (
-    "a",
-    "and",
-    "left",
-    "right",
-    "of",
-    "above",
-    "below",
-    *NUMBERS,
-    *HUES,
-    *SHAPES,
-    *(s + "s" for s in SHAPES[:3]),
-    "crosses",
-)
+PLURALS = ("circles", "squares", "triangles", "crosses")
+WORDS = ("a", "and", "left", "right", "of", "above", "below", *NUMBERS, *HUES, *SHAPES, *PLURALS)
 WINDOW = 15  # side of a stamp
 
 
@@ -92,16 +76,14 @@ def parse(text: str) -> Spec:
     def noun(words: str) -> tuple[str | None, str]:
         *colour, shape = words.split()
         if shape not in SHAPES or len(colour) > 1 or any(c not in HUES for c in colour):
-            raise ValueError(
-                f"{words!r} in caption {text!r} is not '[colour] shape'; shapes {SHAPES}, colours {tuple(HUES)}"
-            )
+            known = f"shapes {SHAPES}, colours {tuple(HUES)}"
+            raise ValueError(f"{words!r} in caption {text!r} is not '[colour] shape'; {known}")
         return (colour[0] if colour else None), shape
 
     number, _, rest = text.partition(" ")
     if number in NUMBERS:
-        return Spec(
-            (noun(rest.removesuffix("es") if rest.endswith("crosses") else rest.removesuffix("s")),) * NUMBERS[number]
-        )
+        singular = rest.removesuffix("es") if rest.endswith("crosses") else rest.removesuffix("s")
+        return Spec((noun(singular),) * NUMBERS[number])
     for word in ("and", *RELATIONS):
         first, found, second = text.partition(f" {word} a ")
         if found:
@@ -110,16 +92,15 @@ def parse(text: str) -> Spec:
 
 
 def satisfies(objects: list[Object], spec: Spec, margin: float = 0.0) -> bool:
-    """Whether the objects are exactly those of `spec`; a relation must dominate the other axis by more than `margin`
-    pixels.
+    """Whether the objects are exactly those of `spec`.
+
+    A relation must dominate the other axis by more than `margin` pixels.
     """
     if len(objects) != len(spec.objects):
         return False
     for order in permutations(objects):
-        if all(
-            o.shape == shape and colour in (None, o.colour)
-            for o, (colour, shape) in zip(order, spec.objects, strict=True)
-        ):
+        pairs = zip(order, spec.objects, strict=True)
+        if all(o.shape == shape and colour in (None, o.colour) for o, (colour, shape) in pairs):
             if spec.relation is None:
                 return True
             ux, uy = RELATIONS[spec.relation]
@@ -131,8 +112,7 @@ def satisfies(objects: list[Object], spec: Spec, margin: float = 0.0) -> bool:
 
 def true_specs(objects: list[Object], margin: float = 0.0) -> list[Spec]:
     """Every caption of the six kinds that is true of a scene (see `satisfies` for `margin`)."""
-    named = [(o.colour, o.shape) for o in objects]
-    plain = [(None, o.shape) for o in objects]
+    named, plain = [(o.colour, o.shape) for o in objects], [(None, o.shape) for o in objects]
     found = [Spec(tuple(names)) for names in (named, plain) if len(names) == 1 or len(set(names)) == 1]
     if len(objects) == 2:
         pairs = [tuple(p) for names in (named, plain) if len(set(names)) == 2 for p in (names, names[::-1])]
@@ -142,7 +122,9 @@ def true_specs(objects: list[Object], margin: float = 0.0) -> list[Spec]:
 
 
 def corrupt(spec: Spec, rng: np.random.Generator) -> Spec:
-    """A hard negative: one wrong colour, shape, number or relation, or the two objects' colours (or places) swapped."""
+    """A hard negative: one wrong colour, shape, number or relation, or the colours (or places) of both objects
+    swapped.
+    """
     objects, n = list(spec.objects), len(spec.objects)
     coloured, counted = objects[0][0] is not None, len(set(objects)) == 1
     kinds = ["shape"] + ["colour"] * coloured + ["number"] * counted + ["relation"] * bool(spec.relation)
@@ -169,25 +151,22 @@ def corrupt(spec: Spec, rng: np.random.Generator) -> Spec:
 
 
 def sample_scene(spec: Spec, rng: np.random.Generator) -> list[Object]:
-    """Objects at random places that satisfy `spec` clearly (relations by a margin of 2 pixels); free colours are
-    drawn.
+    """Objects at random places that satisfy `spec` clearly: relations by a margin of 2 pixels. Colours that `spec`
+    leaves open are drawn.
     """
     n = len(spec.objects)
     while True:
-        radius = rng.integers(16, 23, n) / 4 if n <= 2 else rng.integers(15, 19, n) / 4
-        edge = 1.2 * radius + 0.5
+        r = rng.integers(16, 23, n) / 4 if n <= 2 else rng.integers(15, 19, n) / 4
+        edge = 1.2 * r + 0.5
         x, y = rng.uniform(edge, SIZE - edge), rng.uniform(edge, SIZE - edge)
-        apart = all(
-            np.hypot(x[i] - x[j], y[i] - y[j]) > 1.25 * (radius[i] + radius[j]) + 1 for i in range(n) for j in range(i)
-        )
-        if not apart:
+        if any(np.hypot(x[i] - x[j], y[i] - y[j]) <= 1.25 * (r[i] + r[j]) + 1 for i in range(n) for j in range(i)):
             continue
         objects = []
         for i, (colour, shape) in enumerate(spec.objects):
             colour = colour or str(rng.choice(list(HUES)))
             hue = (HUES[colour] + rng.uniform(-8, 8)) % 360 / 360
             rgb = colorsys.hsv_to_rgb(hue, rng.uniform(0.75, 0.95), rng.uniform(0.75, 0.95))
-            objects.append(Object(shape, colour, float(x[i]), float(y[i]), float(radius[i]), rgb))
+            objects.append(Object(shape, colour, float(x[i]), float(y[i]), float(r[i]), rgb))
         if satisfies(objects, spec, margin=2.0):
             return objects
 
