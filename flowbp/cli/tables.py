@@ -13,17 +13,17 @@ from flowbp.evaluation import numbers
 from flowbp.evaluation.numbers import between, number, scale_of, scale_of_change
 
 
-def estimate_table(found, title: str) -> Table:
+def estimate_table(estimate, title: str) -> Table:
     """Gigabytes of what is always in memory, of what comes and goes, and of all that each part of a run takes at its
     peak.
     """
-    caption = f"{found.trained:,} parameters trained,\non a network of {found.parameters:,}"
+    caption = f"{estimate.trained:,} parameters trained,\non a network of {estimate.parameters:,}"
     table = Table("memory", Column("GB", justify="right"), title=title, caption=caption, min_width=44)
-    sections = {"always there": found.resident, "comes and goes": found.working, "peak in": found.peaks}
+    sections = {"always there": estimate.resident, "comes and goes": estimate.working, "peak in": estimate.peaks}
     for heading, terms in sections.items():
         table.add_row(heading, "", style="dim")
         for name, size in terms.items():
-            highest = heading == "peak in" and name == found.peak_phase
+            highest = heading == "peak in" and name == estimate.peak_phase
             if size:
                 table.add_row(f"  {name}", gigabytes(size), style="bold" if highest else None)
         table.add_section()

@@ -125,7 +125,7 @@ def with_fields(name: str, fields: Mapping[str, Any]) -> str:
 
 
 def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], scores: Mapping[str, Scores]) -> None:
-    """samples_<model>.png and report.html of what `flowbp eval` found."""
+    """samples_<model>.png and report.html of an evaluation."""
     pictures = {name: as_png(draw_samples(own)) for name, own in scores.items()}
     for name, png in pictures.items():
         write_file(folder / f"samples_{name}.png", png)

@@ -57,8 +57,8 @@ def interval(
         # BCa is undefined where every resample lies on one side of the mean, as happens with few prompts.
         for method in ("BCa", "percentile"):
             rng = np.random.default_rng(0)
-            found = stats.bootstrap((sums, totals), ratio, paired=True, method=method, rng=rng, **options)
-            low, high = found.confidence_interval
+            result = stats.bootstrap((sums, totals), ratio, paired=True, method=method, rng=rng, **options)
+            low, high = result.confidence_interval
             if np.isfinite((low, high)).all():
                 break
     return float(low), float(high)

@@ -62,7 +62,7 @@ def find_objects(image) -> list[Object] | None:
     hue = 60 * np.select([top == r, top == g], [(g - b) / safe % 6, (b - r) / safe + 2], (r - g) / safe + 4)
     labels, n = ndimage.label(chroma > COLOURED)
     bank, names = _templates()
-    pad, found = WINDOW // 2 + 1, []
+    pad, objects = WINDOW // 2 + 1, []
     for label in range(1, n + 1):
         blob = labels == label
         if blob.sum() < SPECK:
@@ -81,8 +81,8 @@ def find_objects(image) -> list[Object] | None:
         best = int(overlap.argmax())
         if share.max() < PURITY or overlap[best] < OVERLAP:
             return None
-        found.append(Object(names[best][0], list(HUES)[int(share.argmax())], float(x), float(y), names[best][1]))
-    return found
+        objects.append(Object(names[best][0], list(HUES)[int(share.argmax())], float(x), float(y), names[best][1]))
+    return objects
 
 
 def check(image, caption: str) -> bool:
@@ -90,8 +90,8 @@ def check(image, caption: str) -> bool:
 
     image: uint8 [32, 32, 3], or float [3, 32, 32] in [0, 1], as a numpy array or a tensor.
     """
-    found = find_objects(image)
-    return found is not None and satisfies(found, parse(caption))
+    objects = find_objects(image)
+    return objects is not None and satisfies(objects, parse(caption))
 
 
 def check_batch(images, captions: list[str]) -> np.ndarray:

@@ -1,8 +1,8 @@
 """The world of `shapes`: captions, scenes that satisfy them, and renderings of 32 x 32 pixels.
 
-One to four flat shapes (4 shapes x 6 colours) stand on light grey, apart from one another and inside the frame. A
-caption says what is there and nothing else is there; the six kinds of caption are those of GenEval (Ghosh et al. 2023,
-arXiv 2310.11513):
+One to four flat shapes (4 shapes x 6 colours) stand on light grey, apart from one another and inside the frame. A scene
+holds what its caption says and nothing else. The six kinds of caption are those of GenEval (Ghosh et al. 2023, arXiv
+2310.11513):
     single object      a circle
     colours            a red circle
     counting           three circles, three red circles
@@ -34,8 +34,8 @@ WINDOW = 15  # side of a stamp
 
 
 class Spec(NamedTuple):
-    """What a caption asks for: exactly these objects, (colour or None, shape) each, the first in `relation` to the
-    second.
+    """What a caption asks for: exactly these objects, each (colour or None, shape). With a `relation`, the first of two
+    stands in it to the second.
     """
 
     objects: tuple[tuple[str | None, str], ...]
@@ -67,7 +67,7 @@ class Object(NamedTuple):
     x: float
     y: float
     radius: float
-    rgb: tuple[float, float, float] = (0.0, 0.0, 0.0)  # the colour drawn, in [0, 1]; the checker leaves it out
+    rgb: tuple[float, float, float] = (0.0, 0.0, 0.0)  # as drawn, in [0, 1]; not set by the checker
 
 
 def parse(text: str) -> Spec:
@@ -85,8 +85,8 @@ def parse(text: str) -> Spec:
         singular = rest.removesuffix("es") if rest.endswith("crosses") else rest.removesuffix("s")
         return Spec((noun(singular),) * NUMBERS[number])
     for word in ("and", *RELATIONS):
-        first, found, second = text.partition(f" {word} a ")
-        if found:
+        first, separator, second = text.partition(f" {word} a ")
+        if separator:
             return Spec((noun(first.removeprefix("a ")), noun(second)), None if word == "and" else word)
     return Spec((noun(text.removeprefix("a ")),))
 
@@ -111,14 +111,14 @@ def satisfies(objects: list[Object], spec: Spec, margin: float = 0.0) -> bool:
 
 
 def true_specs(objects: list[Object], margin: float = 0.0) -> list[Spec]:
-    """Every caption of the six kinds that is true of a scene (see `satisfies` for `margin`)."""
+    """Every caption of the six kinds that is true of a scene. margin: as for `satisfies`."""
     named, plain = [(o.colour, o.shape) for o in objects], [(None, o.shape) for o in objects]
-    found = [Spec(tuple(names)) for names in (named, plain) if len(names) == 1 or len(set(names)) == 1]
+    specs = [Spec(tuple(names)) for names in (named, plain) if len(names) == 1 or len(set(names)) == 1]
     if len(objects) == 2:
         pairs = [tuple(p) for names in (named, plain) if len(set(names)) == 2 for p in (names, names[::-1])]
         candidates = [Spec(p, relation) for p in pairs for relation in (None, *RELATIONS)]
-        found += [spec for spec in candidates if satisfies(objects, spec, margin)]
-    return found
+        specs += [spec for spec in candidates if satisfies(objects, spec, margin)]
+    return specs
 
 
 def corrupt(spec: Spec, rng: np.random.Generator) -> Spec:
