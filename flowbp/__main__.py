@@ -1,5 +1,5 @@
-"""`flowbp` and `python -m flowbp`: the command line, also for launchers of several processes (torchrun -m flowbp eval
-...).
+"""`flowbp` and `python -m flowbp`: the command line, also for launchers of several processes, such as
+`torchrun -m flowbp eval ...`.
 """
 
 import sys
@@ -8,7 +8,9 @@ from flowbp.runtime.reproducible import TOO_LATE, request_equal_bytes
 
 
 def main() -> None:
-    """Run the command line. Where the core install (torch, NumPy) lacks a package, say which extra has it."""
+    """Run the command line. If a package beyond the core install (torch, NumPy) is missing, name the extra that has
+    it.
+    """
     if not request_equal_bytes():
         print(f"warning: {TOO_LATE}", file=sys.stderr)
     try:
@@ -16,11 +18,10 @@ def main() -> None:
 
         run()
     except ModuleNotFoundError as error:
-        if (error.name or "flowbp").startswith("flowbp"):  # ours, not a package that is missing
+        if (error.name or "flowbp").startswith("flowbp"):  # a fault of flowbp, not a package that is missing
             raise
-        sys.exit(
-            f"error: {error.name} is not installed. The command line needs the extra train: pip install 'flowbp[train]'"
-        )
+        way_out = "The command line needs the extra train: pip install 'flowbp[train]'"
+        sys.exit(f"error: {error.name} is not installed. {way_out}")
 
 
 if __name__ == "__main__":

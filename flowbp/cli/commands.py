@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,14 +13,18 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+from typer import Argument, Option
 
 from flowbp.runtime.console import hide_loading_bars, hush_libraries, is_main
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console()
+say = partial(console.print, highlight=False)  # wrapped at words
+say_unwrapped = partial(say, soft_wrap=True)  # what is copied from the terminal: paths and commands
 
-Processes = Annotated[int, typer.Option(min=1, help="of this machine; a step takes data.batch_size samples from each")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value overrides, such as method.alpha=0.3")]
+Config = Annotated[str, Argument(help="a YAML file, the folder of a run, or a preset such as demo")]
+Overrides = Annotated[list[str] | None, Argument(help="key.path=value overrides, such as method.alpha=0.3")]
+Processes = Annotated[int, Option(min=1, help="of this machine; a step takes data.batch_size samples from each")]
 
 
 def main() -> None:
@@ -40,10 +45,10 @@ def quiet_libraries() -> None:
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="a YAML file, the folder of a run, or a preset such as demo")],
+    config: Config,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="delete the run that the output folder holds")] = False,
+    resume: Annotated[bool, Option("--resume", help="go on from the run's last checkpoint")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="delete the run that the output folder holds")] = False,
     processes: Processes = 1,
 ) -> None:
     """Fine-tune a backbone; writes weights, metrics, samples and report.html into the config's output folder."""
@@ -60,7 +65,7 @@ def train(
             output = run(settings, resume, overwrite)
     except KeyboardInterrupt:
         if is_main():
-            console.print(f"\nstopped. {how_to_go_on(settings.output)}", highlight=False, soft_wrap=True)
+            say_unwrapped(f"\nstopped. {how_to_go_on(settings.output)}")
         raise typer.Exit(130) from None
     except ConnectionError as error:
         raise ConnectionError(f"{error}. {how_to_go_on(settings.output)}") from error
@@ -71,28 +76,25 @@ def train(
         console.print(comparison_table(rows, f"{output}: same prompts and seeds"))
     if (output / "validation.json").is_file():
         validation = json.loads((output / "validation.json").read_text())
-        for line in validation["warnings"]:
-            console.print(f"[bold yellow]warning:[/] {line}", highlight=False)
         metric, best = validation["metric"], validation["best"]
+        for line in validation["warnings"]:
+            say(f"[bold yellow]warning:[/] {line}")
         if validation["stopped"]:
-            console.print(
-                f"stopped early: evaluation.patience passed without a {metric} above that of step {best}",
-                highlight=False,
-            )
+            say(f"stopped early: evaluation.patience passed without a {metric} above that of step {best}")
         if best is not None:
-            console.print(f"best by {metric}: step {best}, kept in {output / 'best'}", highlight=False, soft_wrap=True)
-    console.print(f"report: {(output / 'report.html').resolve()}", soft_wrap=True)
+            say_unwrapped(f"best by {metric}: step {best}, kept in {output / 'best'}")
+    say_unwrapped(f"report: {(output / 'report.html').resolve()}")
 
 
 @app.command()
 def estimate(
-    config: Annotated[str, typer.Argument(help="a YAML file, the folder of a run, or a preset such as demo")],
+    config: Config,
     overrides: Overrides = None,
     gpu_memory: Annotated[
-        str | None, typer.Option(help="say whether it fits, and if not what does: 24GB, 24GiB or 80e9")
+        str | None, Option(help="say whether it fits, and if not what does: 24GB, 24GiB or 80e9")
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="GPUs of the run, one process each")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write all numbers here, in bytes")] = None,
+    processes: Annotated[int, Option(min=1, help="GPUs of the run, one process each")] = 1,
+    json_file: Annotated[Path | None, Option("--json", help="write all numbers here, in bytes")] = None,
 ) -> None:
     """Predict the peak memory and the cost of a training step. Needs no GPU and reads no weights."""
     from flowbp.cli.tables import estimate_table, gigabytes
@@ -101,77 +103,63 @@ def estimate(
 
     memory = None if gpu_memory is None else estimates.parse_size(gpu_memory)
     run = load(config, overrides or ())
-    found = estimates.estimate(run, processes)
-    console.print(estimate_table(found, f"{config}, {processes} process{'es' if processes > 1 else ''}"))
-    console.print(
-        f"a step costs {found.relative_cost:.1f} x sampling its images: {sum(found.calls.values()):.0f} forward passes "
-        "of "
-        f"{found.forward_flops / 1e12:.3g} TFLOP "
-        f"({', '.join(f'{name} {count:.1f}' for name, count in found.calls.items())})",
-        highlight=False,
-    )
-    for note in found.notes:
-        console.print(f"[yellow]not counted:[/] {note}", highlight=False)
+    whole = estimates.estimate(run, processes)
+    console.print(estimate_table(whole, f"{config}, {processes} process{'es' if processes > 1 else ''}"))
+    calls = ", ".join(f"{name} {count:.1f}" for name, count in whole.calls.items())
+    passes = f"{sum(whole.calls.values()):.0f} forward passes of {whole.forward_flops / 1e12:.3g} TFLOP ({calls})"
+    say(f"a step costs {whole.relative_cost:.1f} x sampling its images: {passes}")
+    for note in whole.notes:
+        say(f"[yellow]not counted:[/] {note}")
     if json_file is not None:
-        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(whole.as_dict(), indent=1) + "\n", encoding="utf-8")
     if memory is None:
         return
-    share = f"{found.peak / memory:.0%} of {gpu_memory}; {estimates.MARGIN:.0%} are left for what is not counted"
-    if found.fits(memory):
-        console.print(f"[green]fits:[/] {share}", highlight=False)
+    share = f"{whole.peak / memory:.0%} of {gpu_memory}; {estimates.MARGIN:.0%} are left for what is not counted"
+    if whole.fits(memory):
+        say(f"[green]fits:[/] {share}")
         return
-    console.print(f"[red]does not fit:[/] {share}", highlight=False)
+    say(f"[red]does not fit:[/] {share}")
     if (narrow := estimates.without_masters(run, processes)) is not None:
-        console.print(
-            f"without master weights (tuning.master_weights=false) it takes {gigabytes(narrow.peak)} GB, and most "
-            "steps of "
-            f"optimizer.lr={run.optimizer.lr:g} round to nothing in bfloat16: docs/training.md",
-            highlight=False,
-        )
+        price = f"most steps of optimizer.lr={run.optimizer.lr:g} round to nothing in bfloat16: docs/training.md"
+        size = f"{gigabytes(narrow.peak)} GB"
+        say(f"without master weights (tuning.master_weights=false) it takes {size}, and {price}")
     added, count, smaller = estimates.suggest(config, overrides or [], memory, processes)
     outcome = "fits" if smaller.fits(memory) else f"the smallest found still does not fit, for the {smaller.peak_phase}"
-    console.print(
-        f"{outcome}: {gigabytes(smaller.peak)} GB a process, {smaller.relative_cost:.1f} x sampling, with",
-        highlight=False,
-    )
-    console.print(f"  {' '.join(added) or 'nothing changed'}", highlight=False, soft_wrap=True)
+    say(f"{outcome}: {gigabytes(smaller.peak)} GB a process, {smaller.relative_cost:.1f} x sampling, with")
+    say_unwrapped(f"  {' '.join(added) or 'nothing changed'}")
     if count > processes:
-        console.print(f"on {count} processes", highlight=False)
+        say(f"on {count} processes")
 
 
 @app.command()
 def sample(
-    config: Annotated[str, typer.Argument(help="the folder of a run, a YAML file, or a preset")],
-    prompts: Annotated[list[str], typer.Argument(help="prompts to draw")],
-    weights: Annotated[
-        Path | None, typer.Option(help="folder of a finished run; without it the base model is drawn")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="PNG to write")] = Path("samples.png"),
-    seed: Annotated[int, typer.Option(help="seed of the initial noise")] = 0,
+    config: Annotated[str, Argument(help="the folder of a run, a YAML file, or a preset")],
+    prompts: Annotated[list[str], Argument(help="prompts to draw")],
+    weights: Annotated[Path | None, Option(help="folder of a finished run; without it the base model is drawn")] = None,
+    out: Annotated[Path, Option(help="PNG to write")] = Path("samples.png"),
+    seed: Annotated[int, Option(help="seed of the initial noise")] = 0,
 ) -> None:
     """Draw prompts with the base or the tuned model."""
     from flowbp.config import load
-    from flowbp.evaluation import figures
-    from flowbp.evaluation import scores as evaluation
+    from flowbp.evaluation.figures import sample_grid
+    from flowbp.evaluation.scores import generate
     from flowbp.runtime.data import sample_seeds
     from flowbp.runtime.distributed import process_state
     from flowbp.runtime.tuned_model import frozen_backbone
 
-    run = load(config)
+    run, count = load(config), len(prompts)
     hide_loading_bars()
     backbone = frozen_backbone(run, weights, str(process_state().device))
-    images = evaluation.generate(
-        backbone, prompts, sample_seeds(seed, count=len(prompts)), run.evaluation_rollout, run.guidance
-    )
+    images = generate(backbone, prompts, sample_seeds(seed, count=count), run.evaluation_rollout, run.guidance)
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
-    figures.sample_grid(pixels, prompts, [None] * len(prompts), columns=min(4, len(prompts))).savefig(out, dpi=110)
+    sample_grid(pixels, prompts, [None] * count, columns=min(4, count)).savefig(out, dpi=110)
     console.print(f"wrote {out}")
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="folder of a finished LoRA run")],
-    out: Annotated[Path, typer.Argument(help="file to write, such as my-lora.safetensors")],
+    run: Annotated[Path, Argument(help="folder of a finished LoRA run")],
+    out: Annotated[Path, Argument(help="file to write, such as my-lora.safetensors")],
 ) -> None:
     """Write a run's LoRA as one file for ComfyUI, with alpha / rank in the weights. (A run's own file is for
     diffusers.)
@@ -184,16 +172,14 @@ def export(
 
 @app.command("eval")
 def evaluate(
-    config: Annotated[
-        str, typer.Argument(help="the folder of a run, which is then scored too, a config.yaml, or a preset")
-    ],
+    config: Annotated[str, Argument(help="the folder of a run, which is then scored too, a config.yaml, or a preset")],
     overrides: Overrides = None,
     weights: Annotated[
-        list[str] | None, typer.Option(help="PATH or NAME=PATH of a run, checkpoint, or LoRA; may be repeated")
+        list[str] | None, Option(help="PATH or NAME=PATH of a run, checkpoint, or LoRA; may be repeated")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="folder of the results; default: <run>-eval")] = None,
+    out: Annotated[Path | None, Option(help="folder of the results; default: <run>-eval")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="throw away scores of other settings that the folder holds")
+        bool, Option("--overwrite", help="throw away scores of other settings that the folder holds")
     ] = False,
     processes: Processes = 1,
 ) -> None:
@@ -213,19 +199,16 @@ def evaluate(
     with launched(processes):
         results = run_evaluation(run, models, folder, overwrite)
     if is_main():
-        for table in evaluation_tables(
-            results, f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"
-        ):
+        options = run.evaluation
+        for table in evaluation_tables(results, f"{options.prompts}, {options.samples} images, seed {options.seed}"):
             console.print(table)
-        console.print(f"report: {(folder / 'report.html').resolve()}", soft_wrap=True, highlight=False)
+        say_unwrapped(f"report: {(folder / 'report.html').resolve()}")
 
 
 @app.command("compare")
 def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(help="folders of runs; the first is the one that others are compared with")
-    ],
-    out: Annotated[Path, typer.Option(help="folder of comparison.html and comparison.json")] = Path("comparison"),
+    runs: Annotated[list[Path], Argument(help="folders of runs; the first is the one that others are compared with")],
+    out: Annotated[Path, Option(help="folder of comparison.html and comparison.json")] = Path("comparison"),
 ) -> None:
     """Put several runs into one table and one page, and name the differences that make their comparison unfair."""
     from flowbp.cli.tables import comparison_table, listed, means_table
@@ -234,15 +217,14 @@ def compare(
     results = compare_runs(runs, out)
     first, *others = names = [run["name"] for run in results["runs"]]
     if results["unfair"]:
-        title = "[bold yellow]not a fair comparison[/]: " + (
-            "more than the method differs" if results["point"] else "of equal methods"
-        )
+        reason = "more than the method differs" if results["point"] else "of equal methods"
+        title = f"[bold yellow]not a fair comparison[/]: {reason}"
         table = Table(Column("key", overflow="fold"), "value: runs", "so it is", title=title)
-        for key, found in results["unfair"].items():
-            table.add_row(key, listed(grouped(found["values"], names)), found["why"])
+        for key, difference in results["unfair"].items():
+            table.add_row(key, listed(grouped(difference["values"], names)), difference["why"])
         console.print(table)
     for warning in results["warnings"]:
-        console.print(f"[bold yellow]warning:[/] {escape(warning)}", highlight=False)
+        say(f"[bold yellow]warning:[/] {escape(warning)}")
     if results["point"]:
         table = Table("key", "value: runs", title="what is compared")
         for key, values in results["point"].items():
@@ -253,17 +235,17 @@ def compare(
     for name in others:
         if rows := [row for row in results["changes"] if row["run"] == name and row["category"] == "all"]:
             console.print(comparison_table(rows, f"{name} against {first}", "first", "other"))
-    console.print(f"page: {(out / 'comparison.html').resolve()}", soft_wrap=True, highlight=False)
+    say_unwrapped(f"page: {(out / 'comparison.html').resolve()}")
 
 
 @app.command()
 def plan(
-    method: Annotated[str, typer.Argument(help="a method's name, such as flowbp-lagrange")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="field=value of the method, such as alpha=0.3")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="rollout steps")] = 25,
-    shift: Annotated[float, typer.Option(help="timestep shift of the noise schedule")] = 3.0,
-    seed: Annotated[int, typer.Option(help="seed of the draw")] = 0,
-    png: Annotated[Path | None, typer.Option(help="also draw the plan")] = None,
+    method: Annotated[str, Argument(help="a method's name, such as flowbp-lagrange")],
+    overrides: Annotated[list[str] | None, Argument(help="field=value of the method, such as alpha=0.3")] = None,
+    steps: Annotated[int, Option(min=1, help="rollout steps")] = 25,
+    shift: Annotated[float, Option(help="timestep shift of the noise schedule")] = 3.0,
+    seed: Annotated[int, Option(help="seed of the draw")] = 0,
+    png: Annotated[Path | None, Option(help="also draw the plan")] = None,
 ) -> None:
     """Draw one plan of a method and print its nodes, noise levels, weights and bridge."""
     import numpy as np
@@ -277,7 +259,7 @@ def plan(
     console.print(plan_table(drawn, sigmas, f"{method}, {steps} steps, seed {seed}"))
     sees = "the sample" if drawn.reward_input is None else f"the posterior mean at node {drawn.reward_input.at}"
     bridge = "none" if drawn.bridge is None else f"at node {drawn.bridge.node}, alpha {drawn.bridge.alpha:g}"
-    console.print(f"reward sees {sees}; bridge: {bridge}; re-noised copies: {drawn.num_renoised}", highlight=False)
+    say(f"reward sees {sees}; bridge: {bridge}; re-noised copies: {drawn.num_renoised}")
     if png is not None:
         from flowbp.evaluation.figures import draw_plan
 
@@ -287,15 +269,13 @@ def plan(
 
 @app.command()
 def rewards(
-    name: Annotated[str | None, typer.Argument(help="tell more of one reward, and how to fetch it")] = None,
+    name: Annotated[str | None, Argument(help="tell more of one reward, and how to fetch it")] = None,
 ) -> None:
     """List the rewards: their checkpoints, licences, scores and usual hinges."""
     from flowbp.rewards.registry import REWARDS, find_source, how_to_fetch
 
-    table = Table(title="flowbp rewards", show_lines=True)
-    table.add_column("reward, checkpoint, paper", no_wrap=True)
-    table.add_column("parameters, licence, scores")
-    table.add_column("hinge", justify="right")
+    columns = (Column("reward, checkpoint, paper", no_wrap=True), "parameters, licence, scores")
+    table = Table(*columns, Column("hinge", justify="right"), title="flowbp rewards", show_lines=True)
     for key, source in REWARDS.items() if name is None else [(name, find_source(name))]:
         size = f"{source.parameters / 1e6:,.0f} M" if source.parameters else "–"
         hinge = "" if source.hinge is None else f"{source.hinge:g}"
@@ -303,21 +283,13 @@ def rewards(
         table.add_row(names, f"{size}\n{source.licence}\n{source.scores}", hinge)
     console.print(table)
     if name is None:
-        console.print(
-            "flowbp rewards NAME says how to fetch one; a function of your own is reward.name=module:function",
-            highlight=False,
-        )
+        say("flowbp rewards NAME says how to fetch one; a function of your own is reward.name=module:function")
     else:
-        console.print(
-            how_to_fetch(name, find_source(name).files, f"rewards/{name}"),
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
-        )
+        say_unwrapped(how_to_fetch(name, find_source(name).files, f"rewards/{name}"), markup=False)
 
 
 @app.command()
-def presets(name: Annotated[str | None, typer.Argument(help="print this one as a config")] = None) -> None:
+def presets(name: Annotated[str | None, Argument(help="print this one as a config")] = None) -> None:
     """List the presets, or print one as a config to start from."""
     from flowbp.cli.tables import non_defaults
     from flowbp.config import dump, load
@@ -326,16 +298,13 @@ def presets(name: Annotated[str | None, typer.Argument(help="print this one as a
     if name is not None:
         typer.echo(dump(load(name)), nl=False)
         return
-    table = Table(title="flowbp train PRESET; defaults are left out, flowbp presets PRESET prints all")
-    table.add_column("preset", no_wrap=True)
-    for column in ("batch", "guidance", "method"):
-        table.add_column(column, overflow="fold")
+    settings = (Column(key, overflow="fold") for key in ("batch", "guidance", "method"))
+    title = "flowbp train PRESET; defaults are left out, flowbp presets PRESET prints all"
+    table = Table(Column("preset", no_wrap=True), *settings, title=title)
     for preset in names():
         run = load(preset)
-        guidance, method = non_defaults(run.guidance), non_defaults(run.method)
-        table.add_row(
-            preset, str(run.data.batch_size), guidance, method, end_section=preset.endswith("/flowbp-lagrange")
-        )
+        cells = (preset, str(run.data.batch_size), non_defaults(run.guidance), non_defaults(run.method))
+        table.add_row(*cells, end_section=preset.endswith("/flowbp-lagrange"))
     console.print(table)
 
 

@@ -9,36 +9,23 @@ from rich import box
 from rich.markup import escape
 from rich.table import Column, Table
 
-from flowbp.evaluation.numbers import (
-    between,
-    direction,
-    notes,
-    number,
-    p_text,
-    scale_of,
-    scale_of_change,
-    shown,
-    signed,
-)
+from flowbp.evaluation import numbers
+from flowbp.evaluation.numbers import between, number, scale_of, scale_of_change
 
 
-def estimate_table(found, title: str) -> Table:
-    """Gigabytes of what is always there, of what comes and goes, and of all that each part of a run holds at its
+def estimate_table(estimate, title: str) -> Table:
+    """Gigabytes of what is always in memory, of what comes and goes, and of all that each part of a run takes at its
     peak.
     """
-    caption = f"{found.trained:,} parameters trained,\non a network of {found.parameters:,}"
-    table = Table("memory", "GB", title=title, caption=caption, min_width=44)
-    table.columns[1].justify = "right"
-    sections = {"always there": found.resident, "comes and goes": found.working, "peak in": found.peaks}
+    caption = f"{estimate.trained:,} parameters trained,\non a network of {estimate.parameters:,}"
+    table = Table("memory", Column("GB", justify="right"), title=title, caption=caption, min_width=44)
+    sections = {"always there": estimate.resident, "comes and goes": estimate.working, "peak in": estimate.peaks}
     for heading, terms in sections.items():
         table.add_row(heading, "", style="dim")
         for name, size in terms.items():
+            highest = heading == "peak in" and name == estimate.peak_phase
             if size:
-                table.add_row(
-                    f"  {name}",
-                    gigabytes(size),
-                    style="bold" if heading == "peak in" and name == found.peak_phase else None,
-                )
+                table.add_row(f"  {name}", gigabytes(size), style="bold" if highest else None)
         table.add_section()
     return table
 
@@ -49,21 +36,14 @@ def gigabytes(size: int) -> str:
 
 def plan_table(drawn, sigmas, title: str) -> Table:
     """The plan's nodes as a table; active nodes in bold."""
-    numbers = (Column(name, justify="right") for name in ("node", "sigma", "value weight", "gradient weight"))
-    table = Table(*numbers, "role", title=title)
+    columns = (Column(name, justify="right") for name in ("node", "sigma", "value weight", "gradient weight"))
+    table = Table(*columns, "role", title=title)
     for node, weight, grad_weight in zip(drawn.nodes, drawn.weights, drawn.grad_weights, strict=True):
-        roles = ["active"] if grad_weight else ["cached"]
+        role = "active" if grad_weight else "cached"
         if drawn.bridge is not None and node == drawn.bridge.node:
-            roles.append("bridge")
-        gradient = f"{grad_weight:+.4f}" if grad_weight else ""
-        table.add_row(
-            str(node),
-            f"{sigmas[node]:.4f}",
-            f"{weight:+.4f}",
-            gradient,
-            ", ".join(roles),
-            style="bold" if grad_weight else "dim",
-        )
+            role += ", bridge"
+        gradient, style = (f"{grad_weight:+.4f}", "bold") if grad_weight else ("", "dim")
+        table.add_row(str(node), f"{sigmas[node]:.4f}", f"{weight:+.4f}", gradient, role, style=style)
     return table
 
 
@@ -71,53 +51,43 @@ def comparison_table(rows: list[dict], title: str, before: str = "before", after
     """Paired changes; image statistics over all images only. Bold marks a change that its interval and its test
     confirm.
     """
-    table = metric_table(title, "n", before, after, "change, 95 %", "p")
-    table.caption = "\n".join(notes(rows)) or None
-    for row in shown(rows):
+    table = metric_table(rows, title, "n", before, after, "change, 95 %", "p")
+    for row in numbers.shown(rows):
         scale, finer = scale_of(row), scale_of_change(row)
-        change = f"{signed(row['change'], finer)} {between((row['low'], row['high']), finer)}"
-        cells = (
-            str(row["count"]),
-            number(row["before"], scale),
-            number(row["after"], scale),
-            change,
-            p_text(row["p_value"]),
-        )
-        table.add_row(metric_label(row), *cells, style="bold" if direction(row) else None)
+        means = number(row["before"], scale), number(row["after"], scale)
+        change = f"{numbers.signed(row['change'], finer)} {between((row['low'], row['high']), finer)}"
+        style = "bold" if numbers.direction(row) else None
+        table.add_row(label(row), str(row["count"]), *means, change, numbers.p_text(row["p_value"]), style=style)
     return table
 
 
 def means_table(rows: list[dict], column: str, title: str) -> Table:
-    """The mean of each metric over all images and its interval, for each run or model."""
-    table = Table(title=title)
-    table.add_column("metric", no_wrap=True)
-    table.add_column(column)
-    for name in ("n", "mean", "95 %"):
-        table.add_column(name, justify="right", no_wrap=True)
-    by_metric: dict[str, list[dict]] = {}
-    for row in rows:
-        if row["category"] == "all":
-            by_metric.setdefault(row["metric"], []).append(row)
-    for metric, found in by_metric.items():
-        for i, row in enumerate(found):
-            interval = between((row["low"], row["high"]), scale_of(row))
-            cells = (escape(row[column]), str(row["count"]), number(row["mean"], scale_of(row)), interval)
-            table.add_row("" if i else metric, *cells, end_section=i + 1 == len(found))
+    """The mean of each metric over all images and its interval, for each run or model, which `column` names."""
+    figures = (Column(name, justify="right", no_wrap=True) for name in ("n", "mean", "95 %"))
+    table = Table(Column("metric", no_wrap=True), column, *figures, title=title)
+    for metric, own in numbers.by_metric(rows, column).items():
+        for i, (name, row) in enumerate(own.items(), 1):
+            table.add_row("" if i > 1 else metric, escape(name), *mean_cells(row), end_section=i == len(own))
     return table
 
 
-def metric_table(title: str, *columns: str) -> Table:
-    """An empty table of a column of metrics and `columns` of numbers."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("metric", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+def metric_table(rows: list[dict], title: str, *columns: str) -> Table:
+    """An empty table of a column of metrics and `columns` of numbers, with the notes on `rows` below it."""
+    figures = (Column(column, justify="right", no_wrap=True) for column in columns)
+    caption = "\n".join(numbers.notes(rows)) or None
+    style = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+    return Table(Column("metric", no_wrap=True), *figures, title=title, caption=caption, **style)
 
 
-def metric_label(row: dict) -> str:
-    """The metric's name, or below it the indented name of a category."""
+def label(row: dict) -> str:
+    """The metric's name, or the indented name of a category in the rows below it."""
     return row["metric"] if row["category"] == "all" else f" {row['category']}"
+
+
+def mean_cells(row: dict) -> tuple[str, str, str]:
+    """The number of images, their mean, and its interval."""
+    scale = scale_of(row)
+    return str(row["count"]), number(row["mean"], scale), between((row["low"], row["high"]), scale)
 
 
 def evaluation_tables(results: dict, title: str) -> Iterator[Table]:
@@ -126,16 +96,9 @@ def evaluation_tables(results: dict, title: str) -> Iterator[Table]:
         rows = [row for row in results["changes"] if row["model"] == name]
         yield comparison_table(rows, f"{name} against base: {title}", "base", "tuned")
     if not results["changes"]:
-        table = metric_table(f"base: {title}", "n", "mean", "95 %")
-        table.caption = "\n".join(notes(results["means"])) or None
+        table = metric_table(results["means"], f"base: {title}", "n", "mean", "95 %")
         for row in results["means"]:
-            scale = scale_of(row)
-            table.add_row(
-                metric_label(row),
-                str(row["count"]),
-                number(row["mean"], scale),
-                between((row["low"], row["high"]), scale),
-            )
+            table.add_row(label(row), *mean_cells(row))
         yield table
 
 
@@ -145,11 +108,11 @@ def listed(parts: list[tuple[str, str]]) -> str:
 
 
 def non_defaults(built) -> str:
-    """The fields of a dataclass that differ from its defaults, on one line; a nested one by its class and its own."""
-    shown = []
+    """The fields of a dataclass that differ from its defaults, on one line; a nested one as Class(its own fields)."""
+    given = []
     for field in dataclasses.fields(built):
-        value, default = getattr(built, field.name), field.default
-        if value != default:
+        value = getattr(built, field.name)
+        if value != field.default:
             nested = f"{type(value).__name__}({non_defaults(value)})" if dataclasses.is_dataclass(value) else value
-            shown.append(f"{field.name} {nested}")
-    return ", ".join(shown)
+            given.append(f"{field.name} {nested}")
+    return ", ".join(given)

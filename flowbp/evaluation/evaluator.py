@@ -18,19 +18,18 @@ __all__ = ["Evaluator"]
 class Evaluator:
     """Scores any weights of a model on the samples of `config.evaluation`, or on others.
 
-    With `evaluation.watch` monitors and checker stay in memory from the first evaluation on. Without it they leave
-    after each one.
+    With `evaluation.watch`, monitors and checker stay in memory from the first evaluation on. Without it, they are
+    released after each one.
     """
 
     def __init__(self, config: RunConfig, rewards: Mapping[str, Reward], device: str):
         """rewards: those that are trained on."""
         self.config, self.rewards, self.device = config, rewards, device
-        self.samples = draw_samples(load_prompts(config.evaluation.prompts), config.evaluation)
-        self.monitors = config.evaluation.load_monitors(
-            device if config.evaluation.watch else "cpu"
-        )  # a missing one is found now
-        if not config.evaluation.watch:
-            self.monitors = {}
+        options = config.evaluation
+        self.samples = draw_samples(load_prompts(options.prompts), options)
+        # Monitors are loaded even if they are not watched, so that a missing one is an error before training.
+        monitors = options.load_monitors(device if options.watch else "cpu")
+        self.monitors = monitors if options.watch else {}
         self._scorers: dict[str, Scorer] | None = None
 
     def score(
@@ -44,9 +43,9 @@ class Evaluator:
         scored_by = self._scorers or self.load()
         if self.config.evaluation.watch:
             self._scorers = scored_by
+        sampling, guidance = self.config.evaluation_rollout, self.config.guidance
         with model.using(weights) as backbone:
-            size, guidance = self.config.evaluation_rollout, self.config.guidance
-            return evaluate(backbone, samples or self.samples, size, guidance, scored_by, progress)
+            return evaluate(backbone, samples or self.samples, sampling, guidance, scored_by, progress)
 
     def load(self) -> dict[str, Scorer]:
         """Rewards, monitors, checker and image statistics by name."""

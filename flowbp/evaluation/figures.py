@@ -1,8 +1,8 @@
 """Pictures: a plan, training curves, and grids of samples. Each function returns a matplotlib figure.
 
 One palette serves them all. Its colours are at least 23 apart (CIE76) for normal sight and for each of the three colour
-blindnesses (Machado et al. 2009, severity 1), and at least 3:1 against white; what they tell apart is told by a shape,
-a dash or a mark as well.
+blindnesses (Machado et al. 2009, severity 1), and have a contrast of at least 3:1 on white. Nothing is told by colour
+alone: shapes, dashes or marks repeat it.
 """
 
 from __future__ import annotations
@@ -22,53 +22,39 @@ INK, QUIET, ACTIVE, BRIDGE, REWARD, EXTRA = "#1f2933", "#b8c1cc", "#2563eb", "#d
 
 
 def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> Figure:
-    """Above: the rollout from noise to sample, with what is re-forwarded. Below: the weights of the quadrature and of
-    the gradient.
+    """Above: the rollout from noise to sample, with the nodes that are replayed. Below: the weights of the quadrature
+    in the surrogate's value and in its gradient.
     """
-    sigmas = np.asarray(sigmas)
-    total = len(sigmas) - 1
-    active = dict(plan.active)
+    sigmas, total, active = np.asarray(sigmas), len(sigmas) - 1, dict(plan.active)
     figure = Figure(figsize=(8.0, 4.6), layout="constrained")
     path, bars = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
 
+    nodes, weights = list(active), list(active.values())
     visited = plan.num_steps(total)
     reached = total + 1 if plan.reward_input is None else visited
     path.plot(range(reached), sigmas[:reached], color=QUIET, lw=1.2, zorder=1)
     path.scatter(range(visited), sigmas[:visited], s=14, color=QUIET, zorder=2, label="rolled out, no gradient")
-    path.scatter(
-        list(active), sigmas[list(active)], s=64, color=ACTIVE, zorder=3, label="active: replayed, with gradient"
-    )
+    path.scatter(nodes, sigmas[nodes], s=64, color=ACTIVE, zorder=3, label="active: replayed, with gradient")
+    star = {"s": 150, "marker": "*", "color": REWARD, "zorder": 4}
     if plan.reward_input is None:
-        path.scatter([total], [sigmas[-1]], s=150, marker="*", color=REWARD, zorder=4, label="reward sees the sample")
+        path.scatter([total], [sigmas[-1]], label="reward sees the sample", **star)
     else:
         e = plan.reward_input.at
-        path.annotate(
-            "", (total, 0), (e, sigmas[e]), arrowprops={"arrowstyle": "->", "color": REWARD, "ls": "--", "shrinkB": 7}
-        )
-        path.scatter(
-            [total], [0], s=150, marker="*", color=REWARD, zorder=4, label=f"reward sees the posterior mean of node {e}"
-        )
+        leap = {"arrowstyle": "->", "color": REWARD, "ls": "--", "shrinkB": 7}
+        path.annotate("", (total, 0), (e, sigmas[e]), arrowprops=leap)
+        path.scatter([total], [0], label=f"reward sees the posterior mean of node {e}", **star)
     if plan.bridge is not None:
-        j = plan.bridge.node
-        at_j = (j, sigmas[j])
-        ring = {"s": 150, "facecolors": "none", "edgecolors": BRIDGE, "lw": 2, "zorder": 4}
-        path.scatter(*at_j, label=f"bridge at node {j}, alpha = {plan.bridge.alpha:g}", **ring)
-        arrow = {
-            "connectionstyle": "arc3,rad=0.25",
-            "arrowstyle": "-|>",
-            "mutation_scale": 11,
-            "color": BRIDGE,
-            "shrinkA": 7,
-            "shrinkB": 6,
-        }
+        j, label = plan.bridge.node, f"bridge at node {plan.bridge.node}, alpha = {plan.bridge.alpha:g}"
+        path.scatter(j, sigmas[j], s=150, facecolors="none", edgecolors=BRIDGE, lw=2, zorder=4, label=label)
+        arrow = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.25", "mutation_scale": 11, "color": BRIDGE}
         for i in (i for i in active if i < j and plan.active_bridge):
-            path.add_patch(FancyArrowPatch(at_j, (i, sigmas[i]), lw=1.2, **arrow))
+            ends = (j, sigmas[j]), (i, sigmas[i])
+            path.add_patch(FancyArrowPatch(*ends, lw=1.2, shrinkA=7, shrinkB=6, **arrow))
     path.set_ylabel("noise level $\\sigma$")
     path.set_title(title, loc="left", color=INK)
     path.legend(frameon=False, fontsize=9, loc="lower left", markerscale=0.75, labelspacing=0.6)
 
     bars.bar(plan.nodes, plan.weights, width=0.72, color=QUIET, label="value weight")
-    nodes, weights = list(active), list(active.values())
     bars.vlines(nodes, 0, weights, color=ACTIVE, lw=2)
     bars.scatter(nodes, weights, s=26, color=ACTIVE, zorder=3, label="gradient weight")
     bars.axhline(0, color=INK, lw=0.6)
@@ -81,7 +67,7 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """A line of its own, {"color", "linestyle"}, for each of up to fifteen names; then they repeat."""
+    """{"color", "linestyle"} of each name's line, all different up to fifteen names; then they repeat."""
     colours, dashes = (ACTIVE, BRIDGE, REWARD, EXTRA, INK), ("solid", "dashed", "dotted")
     return {name: {"color": colours[i % 5], "linestyle": dashes[i // 5 % 3]} for i, name in enumerate(names)}
 
@@ -89,13 +75,13 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
 def curves(
     runs: Mapping[str, Sequence[Mapping]], metric: str, title: str, unit: str = "", smooth: bool = True
 ) -> Figure:
-    """A metric of the rows of metrics.jsonl over steps, one line a run: its running mean over a tenth of the run, each
-    step faint behind.
+    """A metric of the rows of metrics.jsonl over steps, one line a run: its running mean over a tenth of the run, with
+    each step faint behind.
 
-    smooth = False marks every value instead: for metrics that few steps have.
+    smooth = False marks every value instead, for metrics that few steps have.
     """
     figure = Figure(figsize=(3.6, 2.6), layout="constrained")
-    axes = figure.subplots()
+    axes, marks = figure.subplots(), {"marker": "" if smooth else "o", "ms": 4}
     for name, style in styles(list(runs)).items():
         logged = [(row["step"], row[metric]) for row in runs[name] if metric in row]
         if not logged:
@@ -104,15 +90,7 @@ def curves(
         window = max(1, len(values) // 10) if smooth else 1
         if window > 1:
             axes.plot(steps, values, color=style["color"], lw=0.7, alpha=0.25)
-        axes.plot(
-            steps[window - 1 :],
-            running_mean(values, window),
-            lw=1.8,
-            marker="" if smooth else "o",
-            ms=4,
-            label=name,
-            **style,
-        )
+        axes.plot(steps[window - 1 :], running_mean(values, window), lw=1.8, label=name, **marks, **style)
     axes.set_title(title, fontsize=10, color=INK, loc="left")
     axes.set_xlabel("optimizer step", fontsize=9)
     axes.set_ylabel(unit, fontsize=9)
@@ -123,7 +101,7 @@ def curves(
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Means [n - window + 1] over each `window` of values [n], of those that are finite; nan where none is."""
+    """Means [n - window + 1] of the finite values in each window of values [n]; nan where a window has none."""
     finite, ones = np.isfinite(values), np.ones(window)
     counts = np.convolve(finite, ones, mode="valid")
     sums = np.convolve(np.where(finite, values, 0.0), ones, mode="valid")
@@ -131,8 +109,9 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def sample_grid(images: np.ndarray, captions: Sequence[str], passed: Sequence[bool | None], columns: int = 4) -> Figure:
-    """images [n, H, W, 3] in [0, 1] with their captions. Where a checker judged, a tick and a solid frame, or a cross
-    and a dashed one.
+    """images [n, H, W, 3] in [0, 1] with their captions.
+
+    passed: the checker's verdicts, shown as a tick and a solid frame, or a cross and a dashed one; None: not judged.
     """
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.75 * columns, 2.1 * rows), layout="constrained")

@@ -1,16 +1,16 @@
 """Does an image show what its prompt says? GenEval's judgement by an object detector (Ghosh et al. 2023, arXiv
 2310.11513).
 
-A prompt comes with what its image must hold, a line of evaluation_metadata.jsonl:
+Each prompt comes with what its image must hold, in a line of evaluation_metadata.jsonl:
 
-    {"tag": "position", "prompt": "a photo of a dog right of a bench",
-     "include": [{"class": "bench", "count": 1}, {"class": "dog", "count": 1, "position": ["right of", 0]}], "exclude":
-     []}
+    {"tag": "position", "prompt": "a photo of a dog right of a bench", "include": [{"class": "bench", "count": 1},
+     {"class": "dog", "count": 1, "position": ["right of", 0]}], "exclude": []}
 
-All `include` clauses must hold and no `exclude` clause may. A clause with count n is held by the n most confident
-detections of its class; "color" asks all n for that colour, "position" [relation, i] asks all n to stand so to every
-object of the i-th include clause. An exclude clause is broken by `count` or more detections. Detections count above a
-score of .3, or .9 for the tag "counting", at most 16 a class.
+All `include` clauses must hold and no `exclude` clause may. An include clause with count n is judged on the n most
+confident detections of its class, and fails if there are fewer. "color" asks for that colour in all n. "position"
+[relation, i] asks all n to stand in that relation to every object of the i-th include clause. An exclude clause is
+broken by `count` detections or more. Detections count above a score of .3, or .9 for the tag "counting", at most 16 a
+class.
 """
 
 from __future__ import annotations
@@ -33,29 +33,19 @@ if TYPE_CHECKING:
     from flowbp.config import GenEvalConfig
     from flowbp.rewards.clip import CLIPReward
 
-__all__ = [
-    "Clause",
-    "ClipColours",
-    "Detection",
-    "GenEval",
-    "Requirement",
-    "TransformersDetector",
-    "faults",
-    "load_geneval",
-    "relations",
-]
+__all__ = ["ClipColours", "Detection", "GenEval", "Requirement", "TransformersDetector", "load_geneval"]
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 BACKGROUND = 0.6  # grey #999 around a masked object
 MOST_OBJECTS = 16  # of a class
-SLACK = 0.1  # of the two objects' sizes: offsets within it are no relation
+SLACK = 0.1  # share of the two objects' sizes; a smaller offset is no relation
 
 
 @dataclass(frozen=True)
 class Detection:
-    """A found object. box: (left, top, right, bottom) in pixels. mask: [H, W] bool, where the detector segments."""
+    """An object in an image. box: (left, top, right, bottom) in pixels. mask: [H, W] bool, if the detector segments."""
 
     box: tuple[float, float, float, float]
     score: float
@@ -64,9 +54,8 @@ class Detection:
 
 Detections = Mapping[str, Sequence[Detection]]  # by class, most confident first
 Detector = Callable[[Tensor, Sequence[str]], Detections]  # (image [3, H, W] in [0, 1], classes)
-NameColours = Callable[
-    [Tensor, Sequence[Detection], str], list[str]
-]  # (image, detections, class) -> one of COLOURS each
+# (image, detections, class) -> one of COLOURS for each detection
+NameColours = Callable[[Tensor, Sequence[Detection], str], list[str]]
 
 
 @dataclass(frozen=True)
@@ -77,6 +66,11 @@ class Clause:
     count: int
     colour: str | None = None
     position: tuple[str, int] | None = None
+
+    @classmethod
+    def parse(cls, entry: Mapping[str, Any]) -> Clause:
+        position = (entry["position"][0], int(entry["position"][1])) if "position" in entry else None
+        return cls(entry["class"], int(entry["count"]), entry.get("color"), position)
 
 
 @dataclass(frozen=True)
@@ -92,26 +86,13 @@ class Requirement:
         """From an object of evaluation_metadata.jsonl. Raises ValueError for a colour, relation or reference that
         GenEval does not have.
         """
-        include, exclude = (
-            tuple(
-                Clause(
-                    c["class"],
-                    int(c["count"]),
-                    c.get("color"),
-                    (c["position"][0], int(c["position"][1])) if "position" in c else None,
-                )
-                for c in entry.get(key, ())
-            )
-            for key in ("include", "exclude")
-        )
+        include, exclude = (tuple(map(Clause.parse, entry.get(key, ()))) for key in ("include", "exclude"))
         for i, clause in enumerate(include):
             if clause.colour is not None and clause.colour not in COLOURS:
                 raise ValueError(f"colour {clause.colour!r} in {entry!r} must be one of {', '.join(COLOURS)}")
             if clause.position is not None and (clause.position[0] not in RELATIONS or not 0 <= clause.position[1] < i):
-                raise ValueError(
-                    f"position {clause.position!r} in {entry!r} must be [{' or '.join(RELATIONS)}, index of an earlier "
-                    "clause]"
-                )
+                rule = f"must be [{' or '.join(RELATIONS)}, index of an earlier clause]"
+                raise ValueError(f"position {clause.position!r} in {entry!r} {rule}")
         return cls(entry["tag"], include, exclude)
 
     @property
@@ -120,78 +101,70 @@ class Requirement:
 
 
 def load_requirements(path: str) -> dict[str, Requirement]:
-    """By prompt, of an evaluation_metadata.jsonl. Raises ValueError for a line that is none, or that contradicts
-    another.
+    """The requirement of each prompt of an evaluation_metadata.jsonl. Raises ValueError for a line that is none, or
+    that contradicts another.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"a detector judges prompts by GenEval's metadata, and {path!r} is not a file: name its .jsonl as prompts"
         )
-    found: dict[str, Requirement] = {}
+    requirements: dict[str, Requirement] = {}
     for number, line in enumerate(read_lines(Path(path)), 1):
-        if line.strip():
-            try:
-                entry = json.loads(line)
-                prompt, requirement = entry["prompt"].strip(), Requirement.parse(entry)
-            except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: {error!r}; GenEval's metadata has tag, prompt, include and exclude in "
-                    "every line"
-                ) from error
-            if found.setdefault(prompt, requirement) != requirement:
-                raise ValueError(
-                    f"{path}, line {number}: {prompt!r} stands there twice with different requirements; word one "
-                    "otherwise"
-                )
-    return found
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            entry = json.loads(line)
+            prompt, requirement = entry["prompt"].strip(), Requirement.parse(entry)
+        except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
+            rule = "GenEval's metadata has tag, prompt, include and exclude in every line"
+            raise ValueError(f"{where}: {error!r}; {rule}") from error
+        if requirements.setdefault(prompt, requirement) != requirement:
+            raise ValueError(f"{where}: {prompt!r} stands there twice with different requirements; word one otherwise")
+    return requirements
 
 
-# -- the judgement
-# -----------------------------------------------------------------------------------------------------------------
+# -- the judgement -----------------------------------------------------------------------------------------------------
 
 
 def faults(
-    requirement: Requirement, found: Detections, colours: Callable[[Sequence[Detection], str], list[str]]
+    requirement: Requirement, detected: Detections, colours: Callable[[Sequence[Detection], str], list[str]]
 ) -> list[str]:
-    """What is wrong with an image in which `found` was detected; nothing means that it is right."""
+    """What is wrong with an image in which `detected` was seen. No fault means that the image is right."""
     wrong: list[str] = []
-    matched: list[Sequence[Detection] | None] = []
+    held: list[Sequence[Detection] | None] = []  # the objects of each include clause so far; None where it fails
+
+    def fault_of(clause: Clause, objects: Sequence[Detection]) -> str | None:
+        if len(objects) < clause.count:
+            return f"{len(objects)} {clause.name}, {clause.count} wanted"
+        if clause.colour is not None:
+            seen = colours(objects, clause.name)
+            if seen.count(clause.colour) < clause.count:
+                return f"{clause.name} is {' and '.join(seen)}, {clause.colour} wanted"
+        if clause.position is not None:
+            relation, target = clause.position
+            others = held[target]
+            if others is None or any(relation not in relations(a.box, b.box) for a in objects for b in others):
+                return f"{clause.name} is not {relation} its target"
+        return None
+
     for clause in requirement.include:
-        objects = found.get(clause.name, ())[: clause.count]
-        fault = include_fault(clause, objects, matched, colours)
-        matched.append(None if fault else objects)
+        objects = detected.get(clause.name, ())[: clause.count]
+        fault = fault_of(clause, objects)
+        held.append(None if fault else objects)
         wrong += [fault] if fault else []
     for clause in requirement.exclude:
-        count = len(found.get(clause.name, ()))
+        count = len(detected.get(clause.name, ()))
         if count >= clause.count:
             wrong.append(f"{count} {clause.name}, fewer than {clause.count} wanted")
     return wrong
 
 
-def include_fault(
-    clause: Clause,
-    objects: Sequence[Detection],
-    matched: Sequence[Sequence[Detection] | None],
-    colours: Callable[[Sequence[Detection], str], list[str]],
-) -> str | None:
-    """Why `objects`, the most confident ones of the clause's class, do not hold it; None if they do."""
-    if len(objects) < clause.count:
-        return f"{len(objects)} {clause.name}, {clause.count} wanted"
-    if clause.colour is not None:
-        seen = colours(objects, clause.name)
-        if seen.count(clause.colour) < clause.count:
-            return f"{clause.name} is {' and '.join(seen)}, {clause.colour} wanted"
-    if clause.position is not None:
-        relation, target = clause.position
-        others = matched[target]
-        if others is None or any(relation not in relations(a.box, b.box) for a in objects for b in others):
-            return f"{clause.name} is not {relation} its target"
-    return None
-
-
 def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
-    """How box a stands to box b: the offset d of their centres, each axis shortened by .1 of both sizes along it, over
-    |d|, beyond .5.
+    """The relations in which box a stands to box b.
+
+    d is the offset of their centres. Along each axis it is shortened by .1 of the sum of their sizes, then divided by
+    |d|. A relation holds where the result exceeds .5 in its direction.
     """
     (a0, a1), (b0, b1) = (np.asarray(box, dtype=float)[:4].reshape(2, 2) for box in (a, b))
     offset = (a0 + a1 - b0 - b1) / 2
@@ -203,45 +176,37 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
     return {relation for relation, true in holds.items() if true}
 
 
+@dataclass
 class GenEval:
     """The scorer (images [B, 3, H, W] in [0, 1], prompts) -> [B]: 1 where every requirement of the prompt is met, else
     0.
     """
 
-    def __init__(
-        self,
-        requirements: Mapping[str, Requirement],
-        detect: Detector,
-        name_colours: NameColours,
-        threshold: float = 0.3,
-        counting_threshold: float = 0.9,
-    ):
-        self.requirements, self.detect, self.name_colours = requirements, detect, name_colours
-        self.threshold, self.counting_threshold = threshold, counting_threshold
+    requirements: Mapping[str, Requirement]
+    detect: Detector
+    name_colours: NameColours
+    threshold: float = 0.3
+    counting_threshold: float = 0.9
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return torch.tensor(
-            [not self.faults(image, prompt) for image, prompt in zip(images, prompts, strict=True)], dtype=torch.float32
-        )
+        right = [not self.faults(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        return torch.tensor(right, dtype=torch.float32)
 
     def faults(self, image: Tensor, prompt: str) -> list[str]:
         """What is wrong with the image [3, H, W] of a prompt. Raises ValueError for a prompt without a requirement."""
         if prompt not in self.requirements:
-            raise ValueError(
-                f"no GenEval metadata for the prompt {prompt!r}: evaluation.prompts must be the "
-                "evaluation_metadata.jsonl"
-            )
+            rule = "evaluation.prompts must be the evaluation_metadata.jsonl"
+            raise ValueError(f"no GenEval metadata for the prompt {prompt!r}: {rule}")
         requirement = self.requirements[prompt]
         least = self.counting_threshold if requirement.tag == "counting" else self.threshold
-        found = {
+        detected = {
             name: [d for d in sorted(detections, key=lambda d: -d.score) if d.score > least][:MOST_OBJECTS]
             for name, detections in self.detect(image, requirement.classes).items()
         }
-        return faults(requirement, found, lambda objects, name: self.name_colours(image, objects, name))
+        return faults(requirement, detected, lambda objects, name: self.name_colours(image, objects, name))
 
 
-# -- networks
-# ----------------------------------------------------------------------------------------------------------------------
+# -- networks ----------------------------------------------------------------------------------------------------------
 
 
 def load_geneval(config: GenEvalConfig, metadata: Sequence[str], device: str = "cpu") -> GenEval:
@@ -256,31 +221,22 @@ def load_geneval(config: GenEvalConfig, metadata: Sequence[str], device: str = "
 
 class TransformersDetector:
     """A detector of transformers: zero-shot (OWLv2, Grounding DINO), segmenting (Mask2Former) or of fixed classes
-    (DETR), by its config.
+    (DETR), as its config tells.
 
-    model: a local folder or Hub id. A detector of fixed classes must know every class that it is asked for (COCO's, for
-        GenEval).
+    model: a local folder or Hub id. A detector of fixed classes must know every class that it is asked for: for
+    GenEval's prompts, those of COCO.
     """
 
     def __init__(self, model: str, device: str = "cpu"):
         from transformers import AutoConfig, pipeline
-        from transformers.models.auto.modeling_auto import (
-            MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES,
-            MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES,
-        )
+        from transformers.models.auto import modeling_auto
 
         config = AutoConfig.from_pretrained(model)
-        self.zero_shot = config.model_type in MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
-        self.segments = config.model_type in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
+        self.zero_shot = config.model_type in modeling_auto.MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
+        self.segments = config.model_type in modeling_auto.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
         self.known = {name.lower() for name in config.id2label.values()}
-        task = (
-            "zero-shot-object-detection"
-            if self.zero_shot
-            else "image-segmentation"
-            if self.segments
-            else "object-detection"
-        )
-        self.find = pipeline(task, model=model, device=device)
+        closed = "image-segmentation" if self.segments else "object-detection"
+        self.find = pipeline("zero-shot-object-detection" if self.zero_shot else closed, model=model, device=device)
 
     @torch.no_grad()
     def __call__(self, image: Tensor, classes: Sequence[str]) -> dict[str, list[Detection]]:
@@ -289,22 +245,19 @@ class TransformersDetector:
         if self.zero_shot:
             rows = self.find(picture, candidate_labels=list(classes), threshold=0.0)
         else:
-            unknown = [name for name in classes if name.lower() not in self.known]
-            if unknown:
-                raise ValueError(
-                    f"the detector does not know {', '.join(unknown)}: use one that knows COCO's classes, or OWLv2"
-                )
+            if unknown := ", ".join(name for name in classes if name.lower() not in self.known):
+                raise ValueError(f"the detector does not know {unknown}: use one that knows COCO's classes, or OWLv2")
             rows = self.find(picture, threshold=0.0, **({"subtask": "instance"} if self.segments else {}))
-        found: dict[str, list[Detection]] = {name: [] for name in classes}
+        detections: dict[str, list[Detection]] = {name: [] for name in classes}
         names = {name.lower(): name for name in classes}
         for row in rows:
             if row["label"].lower() in names:
-                found[names[row["label"].lower()]].append(as_detection(row))
-        return found
+                detections[names[row["label"].lower()]].append(as_detection(row))
+        return detections
 
 
 def as_detection(row: Mapping[str, Any]) -> Detection:
-    """From a row of a pipeline of transformers; a segment's box is that of its mask."""
+    """From a row that a pipeline of transformers returns; the box of a segment is that of its mask."""
     if "box" in row:
         return Detection(tuple(float(row["box"][key]) for key in ("xmin", "ymin", "xmax", "ymax")), row["score"])
     mask = np.asarray(row["mask"]) > 0
@@ -321,10 +274,9 @@ def as_picture(image: Tensor):
 
 
 class ClipColours:
-    """Names the colour of detections: the nearest of `COLOURS` to the crop in CLIP's space, each the mean of three
-    templates' texts.
+    """Names the colour of detections: the one of `COLOURS` whose text lies nearest to the crop in CLIP's space.
 
-    Where the detector segments, all but the object is painted grey first.
+    A colour's text is the mean of three templates. If the detector segments, all but the object is painted grey first.
     """
 
     def __init__(self, clip: CLIPReward):
@@ -340,11 +292,10 @@ class ClipColours:
     def texts(self, name: str) -> Tensor:
         """One unit vector a colour, for objects of the class `name`."""
         if name not in self._texts:
+            model = self.clip.model
             lines = [template.format(colour=colour, name=name) for colour in COLOURS for template in TEMPLATES]
-            tokens = self.clip.tokenizer(lines, padding=True, truncation=True, return_tensors="pt").to(
-                self.clip.model.device
-            )
-            embedded = F.normalize(self.clip.model.get_text_features(**tokens).pooler_output, dim=-1)
+            tokens = self.clip.tokenizer(lines, padding=True, truncation=True, return_tensors="pt").to(model.device)
+            embedded = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
             self._texts[name] = F.normalize(embedded.view(len(COLOURS), len(TEMPLATES), -1).mean(dim=1), dim=-1)
         return self._texts[name]
 

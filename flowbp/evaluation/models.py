@@ -6,18 +6,16 @@
     FOLDER/samples.csv, samples.json      one row an image: prompt, category, seed, and every score of every model
     FOLDER/samples_<model>.png, report.html
 
-The processes of a distributed run (torchrun, accelerate launch) take chunks in turn, and a killed run leaves whole
-chunks behind: what is written at the end is the same to the byte however the chunks came about. On a CPU every process
-computes on one thread for that.
+The processes of a distributed run (torchrun, accelerate launch) take chunks in turn. A killed run leaves whole chunks
+behind, and the next one scores what is missing. The results are the same to the byte however the chunks came about; on
+a CPU, every process computes on one thread for that.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,9 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from flowbp.config import ConfigError, RunConfig, changed
+from flowbp.evaluation import scores as scoring
 from flowbp.evaluation.pages import write_evaluation
-from flowbp.evaluation.scores import Part, Samples, Scores, compare, draw_samples, join, score_chunk, scorers, summarise
+from flowbp.evaluation.scores import Part, Samples, Scores, compare, summarise
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.data import load_prompts
@@ -49,7 +48,7 @@ CHUNKS = "[0-9]" * 5 + ".safetensors"
 
 @dataclass(frozen=True)
 class Model:
-    """Weights to score, under the name they have in the results; no weights means the base model."""
+    """Weights to score, under the name that they have in the results. No weights: the base model."""
 
     name: str
     weights: Path | None = None
@@ -59,8 +58,9 @@ BASE = Model("base")
 
 
 def name_models(specs: Iterable[str]) -> list[Model]:
-    """The base model, then each of `specs`: "PATH" (named after its last part) or "NAME=PATH". Raises ValueError for
-    equal names.
+    """The base model, then each of `specs`: "PATH" (named after its last part) or "NAME=PATH".
+
+    Raises ValueError for equal names, and for one that cannot be a folder's.
     """
     models = [BASE]
     for spec in specs:
@@ -71,10 +71,9 @@ def name_models(specs: Iterable[str]) -> list[Model]:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two models are called {name!r}: give them names of their own, --weights NAME=PATH")
-        if not name.replace("-", "").replace("_", "").replace(".", "").replace(" ", "").isalnum():
-            raise ValueError(
-                f"{name!r} cannot be a folder's name: use letters, digits, '.', '-', '_' in --weights NAME=PATH"
-            )
+        if not "".join(c for c in name if c not in "-_. ").isalnum():
+            rule = "use letters, digits, '.', '-', '_' in --weights NAME=PATH"
+            raise ValueError(f"{name!r} cannot be a folder's name: {rule}")
     return models
 
 
@@ -87,18 +86,18 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
     """
     if config.evaluation is None:
         raise ConfigError("this config has no evaluation: add evaluation.prompts=... to say what to score")
-    prompts = load_prompts(config.evaluation.prompts)
-    samples = draw_samples(prompts, config.evaluation)
+    samples = scoring.draw_samples(load_prompts(config.evaluation.prompts), config.evaluation)
     manifests = [manifest(config, samples, model) for model in models]
     state = process_state()
 
     def open_all() -> None:
         mark_folder(folder, "flowbp eval")
-        for model, about in zip(models, manifests, strict=True):
-            open_model(folder / model.name, about, overwrite)
+        for about in manifests:
+            open_model(folder / about["name"], about, overwrite)
 
     on_main(open_all)
-    for model, about in zip(models, manifests, strict=True):  # the other processes meet a refusal of the main one here
+    for model, about in zip(models, manifests, strict=True):
+        # If the main process refused a folder, the others refuse it here too, instead of waiting for scores.
         open_model(folder / model.name, about)
         score_model(config, model, samples, folder / model.name, state)
     state.wait_for_everyone()
@@ -133,15 +132,13 @@ def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> 
     """
     path = folder / MANIFEST
     if path.is_file():
-        found = differences(json.loads(path.read_text()), about)
-        if not found:
+        differing = differences(json.loads(path.read_text()), about)
+        if not differing:
             return
         scores = list(folder.glob(CHUNKS))
         if not overwrite and scores:
-            raise ValueError(
-                f"{folder} holds scores of another evaluation: {'; '.join(found)}. Choose another --out, or pass "
-                "--overwrite to lose them"
-            )
+            way_out = "Choose another --out, or pass --overwrite to lose them"
+            raise ValueError(f"{folder} holds scores of another evaluation: {'; '.join(differing)}. {way_out}")
         for file in scores:
             file.unlink()
     elif folder.exists() and any(folder.iterdir()):
@@ -151,34 +148,27 @@ def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> 
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What makes two manifests those of different scores, in words; where the weights lie does not."""
+    """How two manifests differ, in words. The place of the weights is no difference; their SHA-256 is compared."""
     before, after = ({key: value for key, value in side.items() if key != "weights"} for side in (old, new))
     return [f"{key} was {was} and is {now}" for key, (was, now) in changed(before, after).items()]
 
 
 def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path, state: PartialState) -> None:
-    """Score this process's share of the chunks that have no file yet; nothing is loaded if no process lacks any."""
+    """Score this process's share of the chunks that have no file yet. Nothing is loaded if no process lacks any."""
     state.wait_for_everyone()
     missing = [i for i in range(len(samples.chunks)) if not chunk_file(folder, i).is_file()]
     if not missing:
         return
-    device = str(state.device)
+    device, sampling = str(state.device), config.evaluation_rollout
     backbone = frozen_backbone(config, model.weights, device, [prompt.text for prompt in samples.prompts])
     rewards = {name: spec.load(device) for name, spec in config.reward.items()}
-    named = scorers(config.evaluation, rewards, config.evaluation.load_monitors(device), device)
-    share = [i for i in missing if i % state.num_processes == state.process_index]
-    with one_thread(), progress_bar(model.name, "image", sum(size(samples.chunks[i]) for i in share)) as bar:
-        for i in share:
-            chunk = samples.chunks[i]
-            write_chunk(
-                chunk_file(folder, i),
-                score_chunk(backbone, samples, chunk, config.evaluation_rollout, config.guidance, named),
-            )
-            bar.update(size(chunk))
-
-
-def size(chunk: slice) -> int:
-    return chunk.stop - chunk.start
+    scored_by = scoring.scorers(config.evaluation, rewards, config.evaluation.load_monitors(device), device)
+    share = [(i, samples.chunks[i]) for i in missing if i % state.num_processes == state.process_index]
+    with one_thread(), progress_bar(model.name, "image", sum(scoring.length(chunk) for _, chunk in share)) as bar:
+        for i, chunk in share:
+            part = scoring.score_chunk(backbone, samples, sampling, config.guidance, scored_by, chunk)
+            write_chunk(chunk_file(folder, i), part)
+            bar.update(scoring.length(chunk))
 
 
 def chunk_file(folder: Path, index: int) -> Path:
@@ -192,12 +182,11 @@ def write_chunk(path: Path, part: Part) -> None:
 
 def read_scores(folder: Path, samples: Samples, metrics: Sequence[str]) -> Scores:
     """The scores of a model, all chunks of which are there; `metrics` is the order in which they are reported."""
-    scores = join(samples, [load_file(chunk_file(folder, i)) for i in range(len(samples.chunks))])
+    scores = scoring.join(samples, [load_file(chunk_file(folder, i)) for i in range(len(samples.chunks))])
     return replace(scores, values={name: scores.values[name] for name in metrics if name in scores.values})
 
 
-# -- results
-# --------------------------------------------------------------------------------------------------------------------
+# -- results -----------------------------------------------------------------------------------------------------------
 
 
 def summarise_models(manifests: Sequence[dict[str, Any]], scores: Mapping[str, Scores]) -> dict[str, Any]:
@@ -205,42 +194,28 @@ def summarise_models(manifests: Sequence[dict[str, Any]], scores: Mapping[str, S
     model}.
     """
     first, *others = scores
+    pairs = {name: compare(scores[first], scores[name]) for name in others}
     return {
         "models": list(manifests),
-        "means": [{"model": name} | asdict(row) for name, found in scores.items() for row in summarise(found)],
-        "changes": [
-            {"model": name, "against": first} | asdict(row)
-            for name in others
-            for row in compare(scores[first], scores[name])
-        ],
+        "means": [{"model": name} | asdict(row) for name, own in scores.items() for row in summarise(own)],
+        "changes": [{"model": name, "against": first} | asdict(row) for name, rows in pairs.items() for row in rows],
     }
 
 
 def write_results(config: RunConfig, folder: Path, results: dict[str, Any], scores: Mapping[str, Scores]) -> None:
     """results.json, samples.csv, samples.json, samples_<model>.png and report.html."""
-    rows = list(sample_rows(scores))
-    metrics = [f"{model} {metric}" for model, found in rows[0]["scores"].items() for metric in found]
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["prompt", "category", "seed", *metrics])
-    for row in rows:
-        writer.writerow(
-            [
-                row["prompt"],
-                row["category"],
-                row["seed"],
-                *(v for found in row["scores"].values() for v in found.values()),
-            ]
-        )
-    write_file(folder / "samples.csv", table.getvalue())
+    first = next(iter(scores.values()))
+    columns = {f"{model} {metric}": column for model, own in scores.items() for metric, column in own.values.items()}
+    write_file(folder / "samples.csv", replace(first, values=columns).as_csv(number_format="", line_end="\n"))
+    rows = [
+        {"prompt": prompt.text, "category": prompt.category, "seed": seed, "scores": scores_of(i, scores)}
+        for i, (prompt, seed) in enumerate(zip(first.prompts, first.seeds, strict=True))
+    ]
     write_json(folder / "samples.json", rows)
     write_json(folder / "results.json", results)
     write_evaluation(config, folder, results, scores)
 
 
-def sample_rows(scores: Mapping[str, Scores]) -> Iterator[dict[str, Any]]:
-    """{"prompt", "category", "seed", "scores": {model: {metric: score}}} for each sample."""
-    first = next(iter(scores.values()))
-    for i, (prompt, seed) in enumerate(zip(first.prompts, first.seeds, strict=True)):
-        found = {name: {metric: float(column[i]) for metric, column in s.values.items()} for name, s in scores.items()}
-        yield {"prompt": prompt.text, "category": prompt.category, "seed": seed, "scores": found}
+def scores_of(sample: int, scores: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
+    """{model: {metric: score}} of one sample."""
+    return {name: {metric: float(x[sample]) for metric, x in own.values.items()} for name, own in scores.items()}

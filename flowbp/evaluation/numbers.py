@@ -1,5 +1,5 @@
-"""Numbers as people read them, in tables of the terminal and of pages: decimals, intervals, p values, and notes on
-gaps.
+"""Numbers as people read them, in the tables of the terminal and of pages: decimals, intervals, p values, and notes on
+missing scores.
 """
 
 from __future__ import annotations
@@ -10,23 +10,10 @@ from typing import Any
 
 from flowbp.image_statistics import IMAGE_STATISTICS
 
-__all__ = [
-    "between",
-    "direction",
-    "duration",
-    "notes",
-    "number",
-    "p_text",
-    "scale_of",
-    "scale_of_change",
-    "shown",
-    "signed",
-]
-
 
 def number(value: float | None, scale: float = 1.0, sign: str = "") -> str:
-    """Three decimals; two figures of `scale` where that is below .01, three from 100 on. A dash for nan."""
-    if undefined(value):
+    """Three decimals; two figures of `scale` where that is below .01, three figures from 100 on. A dash for nan."""
+    if _undefined(value):
         return "–"
     magnitude = math.floor(math.log10(abs(scale))) if scale else 0  # 10^magnitude <= |scale|
     decimals = 1 - magnitude if magnitude < -2 else 3 if magnitude < 2 else max(0, 2 - magnitude)
@@ -38,48 +25,45 @@ def signed(value: float | None, scale: float = 1.0) -> str:
 
 
 def between(ends: Sequence[float | None], scale: float = 1.0) -> str:
-    """An interval; a dash where there are too few prompts for one, and words where they do not differ."""
-    if undefined(ends[0]):
+    """An interval as [low, high]; a dash where there are too few prompts; words where all prompts are equal."""
+    if _undefined(ends[0]):
         return "–"
     return "all equal" if ends[0] == ends[1] else f"[{number(ends[0], scale)}, {number(ends[1], scale)}]"
 
 
 def scale_of(row: Mapping[str, Any]) -> float:
     """The size of the means of a row."""
-    return size_of(row, "mean", "before", "after")
+    return _largest(row, "mean", "before", "after")
 
 
 def scale_of_change(row: Mapping[str, Any]) -> float:
     """The size of a row's change and its interval, which may be far smaller than its means."""
-    return size_of(row, "change", "low", "high")
+    return _largest(row, "change", "low", "high")
 
 
-def size_of(row: Mapping[str, Any], *keys: str) -> float:
-    return max((abs(row[key]) for key in keys if not undefined(row.get(key))), default=1.0)
+def _largest(row: Mapping[str, Any], *keys: str) -> float:
+    return max((abs(row[key]) for key in keys if not _undefined(row.get(key))), default=1.0)
 
 
 def p_text(p: float | None) -> str:
-    return "–" if undefined(p) else "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+    return "–" if _undefined(p) else "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
 
 
 def direction(row: Mapping[str, Any]) -> int:
-    """1 or -1 where the interval of a change excludes zero and p < .05, else 0: with a few prompts the interval alone
-    is too narrow.
+    """1 or -1 where the interval of a change excludes zero and p < .05, else 0.
+
+    Both are asked for because the interval alone is too narrow with few prompts.
     """
-    if undefined(row["low"]) or row["p_value"] >= 0.05:
+    if _undefined(row["low"]) or row["p_value"] >= 0.05:
         return 0
     return int(row["low"] > 0) - int(row["high"] < 0)
 
 
 def duration(seconds: float) -> str:
-    """Two figures of it: 45 s, 12.5 min, 3.2 h."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.1f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    """A time in its natural unit: 45 s, 12.5 min, 3.2 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -87,31 +71,37 @@ def shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["category"] == "all" or row["metric"] not in IMAGE_STATISTICS]
 
 
+def by_metric(rows: Sequence[Mapping[str, Any]], who: str) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """{metric: {row[who]: row}} of the rows over all images. who: "run" or "model"."""
+    table: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["category"] == "all":
+            table.setdefault(row["metric"], {})[row[who]] = row
+    return table
+
+
 def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader of a table of means or changes must know of its gaps, a line each."""
-    found, overall = [], {row["metric"]: row for row in rows if row["category"] == "all"}
+    """What a reader of a table of means or changes must know of its missing scores and intervals, a line each."""
+    lines, overall = [], {row["metric"]: row for row in rows if row["category"] == "all"}
     for metric, row in overall.items():
-        everyone = row["missing"] + row["count"]
-        if row["missing"] and metric == "diversity":
-            found.append(
-                f"diversity: {row['missing']} of {everyone} images are the only one of their prompt, and are left out."
-            )
-        elif row["missing"]:
-            found.append(f"{metric}: {row['missing']} of {everyone} images have no finite score, and are left out.")
+        only = "are the only one of their prompt" if metric == "diversity" else "have no finite score"
+        if row["missing"]:
+            total = row["missing"] + row["count"]
+            lines.append(f"{metric}: {row['missing']} of {total} images {only}, and are left out.")
     if "diversity" not in overall:
-        found.append(
-            "diversity compares images of one prompt, and here each has one: let evaluation.samples exceed the number "
-            "of prompts."
-        )
-    if any(undefined(row["low"]) for row in shown(rows)):
-        found.append("–: fewer than six prompts bear no 95 % interval.")
-    if any(row["low"] == row["high"] for row in shown(rows) if not undefined(row["low"])):
-        found.append(
-            "all equal: no prompt differs from another, which is not certainty: 0 of n successes leave up to 3 / n."
-        )
-    return found
+        said = "diversity compares images of one prompt, and here each has one"
+        lines.append(f"{said}: let evaluation.samples exceed the number of prompts.")
+    if any(_undefined(row["low"]) for row in shown(rows)):
+        lines.append("–: fewer than six prompts bear no 95 % interval.")
+    if any(row["low"] == row["high"] for row in shown(rows) if not _undefined(row["low"])):
+        said = "all equal: no prompt differs from another, which is not certainty"
+        lines.append(f"{said}: 0 of n successes leave up to 3 / n.")
+    return lines
 
 
-def undefined(value: float | None) -> bool:
+def _undefined(value: float | None) -> bool:
     """nan, or the null that stands for it in JSON."""
     return value is None or math.isnan(value)
+
+
+FILTERS = (number, signed, between, scale_of, scale_of_change, p_text, direction, shown, notes)  # of page templates

@@ -1,4 +1,4 @@
-"""Pages and pictures: HTML that stands alone, and what the page of an evaluation says."""
+"""Pages and pictures: HTML that stands alone, what pages say of a run, and the page of an evaluation."""
 
 from __future__ import annotations
 
@@ -14,18 +14,7 @@ from matplotlib.figure import Figure
 
 from flowbp.config import RewardConfig, RolloutConfig, RunConfig, flatten
 from flowbp.evaluation import figures
-from flowbp.evaluation.numbers import (
-    between,
-    direction,
-    duration,
-    notes,
-    number,
-    p_text,
-    scale_of,
-    scale_of_change,
-    shown,
-    signed,
-)
+from flowbp.evaluation.numbers import FILTERS, by_metric, duration
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.environment import describe_environment, environment
@@ -34,20 +23,7 @@ from flowbp.runtime.files import write_file
 if TYPE_CHECKING:
     from flowbp.evaluation.scores import Scores
 
-__all__ = [
-    "as_data_uri",
-    "as_png",
-    "describe_reward",
-    "draw_samples",
-    "images_a_step",
-    "panels",
-    "render",
-    "training_facts",
-    "with_fields",
-    "write_evaluation",
-]
-
-AXES = {  # metric -> title of its panel, and what its vertical axis counts; any other is a score
+AXES = {  # metric -> title of its panel, and what its vertical axis counts; any other metric is a score
     "grad_norm": ("gradient norm", "L2 norm before clipping"),
     "d_j": ("residual d_j", "mean gap, latent units"),
     "d_0": ("residual d_0", "mean gap, latent units"),
@@ -56,29 +32,25 @@ AXES = {  # metric -> title of its panel, and what its vertical axis counts; any
 
 
 def render(template: str, **values: Any) -> str:
-    """A page of flowbp/templates, as HTML."""
-    loader = jinja2.PackageLoader("flowbp")
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"number": number, "signed": signed, "between": between, "scale": scale_of, "p": p_text}
-    environment.filters["change_scale"] = scale_of_change
-    environment.filters |= {"direction": direction, "shown": shown, "notes": notes}
+    """A page of flowbp/templates, as HTML. The functions of `numbers.FILTERS` are filters under their own names."""
+    loader, undefined = jinja2.PackageLoader("flowbp"), jinja2.StrictUndefined
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=undefined)
+    environment.filters |= {function.__name__: function for function in FILTERS}
     environment.globals["statistics"] = list(IMAGE_STATISTICS)
     return environment.get_template(template).render(**values)
 
 
-def panels(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str], smooth: bool = True
-) -> dict[str, str]:
-    """Title -> picture of each of `metrics` that the rows of any run hold."""
-    logged = {metric for rows in runs.values() for row in rows for metric in row}
-    axes = {metric: AXES.get(metric, (metric, "mean score")) for metric in metrics if metric in logged}
-    return {
-        title: as_data_uri(figures.curves(runs, metric, title, unit, smooth)) for metric, (title, unit) in axes.items()
-    }
+def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str], smooth: bool = True) -> dict:
+    """{title: picture} of each of `metrics` that the rows of any run hold."""
+    pictures, logged = {}, {metric for rows in runs.values() for row in rows for metric in row}
+    for metric in (metric for metric in metrics if metric in logged):
+        title, unit = AXES.get(metric, (metric, "mean score"))
+        pictures[title] = as_data_uri(figures.curves(runs, metric, title, unit, smooth))
+    return pictures
 
 
 def draw_samples(scores: Scores) -> Figure:
-    """The images that `scores` kept, with their prompts, framed by the checker's verdict where there is one."""
+    """The images that `scores` kept, with their prompts, framed by the checker's verdict if there is one."""
     checker = scores.values.get("checker")
     passed = [None if checker is None else bool(checker[i]) for i in range(len(scores.images))]
     captions = [prompt.text for prompt in scores.prompts[: len(scores.images)]]
@@ -91,57 +63,48 @@ def as_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def as_data_uri(figure: Figure) -> str:
-    """The figure as a PNG inside a data: URI."""
-    return "data:image/png;base64," + base64.b64encode(as_png(figure)).decode()
+def as_data_uri(picture: Figure | bytes) -> str:
+    """A figure, or the bytes of a PNG, as a data: URI."""
+    png = picture if isinstance(picture, bytes) else as_png(picture)
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-# -- what a page says on top ---------------------------------------------------------------------------------------
+# -- what a page says on top -------------------------------------------------------------------------------------------
 
 
 def training_facts(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What was trained, how, and what it took: {label: text}. rows: of metrics.jsonl."""
     tuned = f"LoRA of rank {config.tuning.rank}" if config.tuning.mode == "lora" else "all weights"
-    network, images = f"{config.backbone.name}, {config.backbone.dtype}", images_a_step(config, rows)
-    size, seconds = config.rollout, sum(row["seconds"] for row in rows)
+    rewards = {name: describe_reward(spec) for name, spec in config.reward.items()}
+    spent, peak = duration(sum(row["seconds"] for row in rows)), max(row["peak_mb"] for row in rows)
+    steps, images = f"{len(rows)} of {config.steps} steps", images_a_step(config, rows)
     return {
         "method": config.method_name,
-        "model": f"{network}; trained: {tuned}, learning rate {config.optimizer.lr:g}",
-        "reward": "; ".join(
-            ("" if name == "reward" else f"{name}: ") + describe_reward(spec) for name, spec in config.reward.items()
-        ),
-        "training": f"{len(rows)} of {config.steps} steps, {images} images each, prompts {config.data.prompts}",
-        "rollout": describe_rollout(size, config.guidance),
+        "model": f"{describe_backbone(config)}; trained: {tuned}, learning rate {config.optimizer.lr:g}",
+        "reward": "; ".join(said if name == "reward" else f"{name}: {said}" for name, said in rewards.items()),
+        "training": f"{steps}, {images} images each, prompts {config.data.prompts}",
+        "rollout": describe_rollout(config.rollout, config.guidance),
         "seed": str(config.seed),
-        "took": f"{duration(seconds)} of training, at most {max(row['peak_mb'] for row in rows):,.0f} MB of memory",
+        "took": f"{spent} of training, at most {peak:,.0f} MB of memory",
     }
 
 
-def evaluation_facts(config: RunConfig, models: Sequence[str]) -> dict[str, str]:
-    """What was scored, and how: {label: text}."""
-    scored, size = config.evaluation, config.evaluation_rollout
-    return {
-        "models": ", ".join(models),
-        "backbone": f"{config.backbone.name}, {config.backbone.dtype}",
-        "prompts": f"{scored.prompts}, {scored.samples} images a model",
-        "rollout": describe_rollout(size, config.guidance),
-        "seed": str(scored.seed),
-    }
+def describe_backbone(config: RunConfig) -> str:
+    return f"{config.backbone.name}, {config.backbone.dtype}"
 
 
-def describe_rollout(size: RolloutConfig, guidance: Guidance) -> str:
+def describe_rollout(sampling: RolloutConfig, guidance: Guidance) -> str:
     """The sampler's steps and noise levels, the size of its images, and its guidance."""
-    levels = {"published": "published noise levels", "pipeline": "noise levels of the pipeline"}[size.sigmas]
+    levels = "published noise levels" if sampling.sigmas == "published" else "noise levels of the pipeline"
     scales = [f"{guidance.scale:g}"] if guidance.active or guidance.embedded is None else []
     scales += [f"{guidance.embedded:g} (embedded)"] if guidance.embedded is not None else []
-    return (
-        f"{size.num_steps} steps on the {levels}, {size.height} x {size.width} pixels, guidance {' and '.join(scales)}"
-    )
+    size = f"{sampling.height} x {sampling.width} pixels"
+    return f"{sampling.num_steps} steps on the {levels}, {size}, guidance {' and '.join(scales)}"
 
 
 def images_a_step(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> int:
-    """Images of an optimizer step over all processes, as the run logged them; those of one process where an older run
-    did not.
+    """Images of an optimizer step over all processes, as the run logged them; of one process where an older run logged
+    none.
     """
     return rows[-1].get("images", config.data.batch_size * config.data.accumulate)
 
@@ -153,36 +116,39 @@ def describe_reward(spec: RewardConfig) -> str:
 
 def with_fields(name: str, fields: Mapping[str, Any]) -> str:
     """`name (field value, ...)`, without fields that are None."""
-    said = ", ".join(
-        key if value == {} else f"{key} {value}" for key, value in flatten(fields).items() if value is not None
-    )
+    given = {key: value for key, value in flatten(fields).items() if value is not None}
+    said = ", ".join(key if value == {} else f"{key} {value}" for key, value in given.items())
     return f"{name} ({said})" if said else name
 
 
-# -- the page of an evaluation -------------------------------------------------------------------------------------
+# -- the page of an evaluation -----------------------------------------------------------------------------------------
 
 
 def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], scores: Mapping[str, Scores]) -> None:
-    """samples_<model>.png and report.html of what `flowbp eval` found."""
-    grids = {name: draw_samples(found) for name, found in scores.items()}
-    for name, figure in grids.items():
-        write_file(folder / f"samples_{name}.png", as_png(figure))
-    overall: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in results["means"]:
-        if row["category"] == "all":
-            overall.setdefault(row["metric"], {})[row["model"]] = row
-    about = results["models"][0]
-    made_with = describe_environment(about["versions"] | {"commit": environment()["commit"], "device": about["device"]})
+    """samples_<model>.png and report.html of an evaluation."""
+    pictures = {name: as_png(draw_samples(own)) for name, own in scores.items()}
+    for name, png in pictures.items():
+        write_file(folder / f"samples_{name}.png", png)
+    options, about = config.evaluation, results["models"][0]
+    made_with = about["versions"] | {"commit": environment()["commit"], "device": about["device"]}
+    facts = {
+        "models": ", ".join(scores),
+        "backbone": describe_backbone(config),
+        "prompts": f"{options.prompts}, {options.samples} images a model",
+        "rollout": describe_rollout(config.evaluation_rollout, config.guidance),
+        "seed": str(options.seed),
+        "made with": describe_environment(made_with),
+    }
     page = render(
         "evaluation.html",
         name=folder.name,
-        facts_of_evaluation=evaluation_facts(config, list(scores)) | {"made with": made_with},
+        facts_of_evaluation=facts,
         models=results["models"],
-        overall=overall,
-        by_model={name: [row for row in results["changes"] if row["model"] == name] for name in list(scores)[1:]},
-        grids={name: as_data_uri(figure) for name, figure in grids.items()},
+        overall=by_metric(results["means"], "model"),
+        changed=results["changes"],
+        grids={name: as_data_uri(png) for name, png in pictures.items()},
         trained=" and ".join(config.reward),
         config=yaml.safe_dump(about["settings"], sort_keys=False),
-        checker=config.evaluation.checker,
+        checker=options.checker,
     )
     write_file(folder / "report.html", page)

@@ -1,17 +1,19 @@
 """Generate images for prompts and seeds, score them, and compare two sets of weights pair by pair.
 
 The unit of work is a chunk: the same samples are always generated and scored together, because the last bits of a
-network's output depend on the batch it runs in. So scores do not depend on how many processes share the chunks, nor on
-where an evaluation was interrupted.
+network's output depend on the batch that it runs in. Scores therefore depend neither on the number of processes that
+share the chunks nor on where an evaluation was interrupted.
 """
 
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,97 +30,80 @@ from flowbp.runtime.data import Prompt, load_prompts, sample_seeds
 from flowbp.runtime.distributed import process_state
 from flowbp.trajectory import rollout
 
-__all__ = [
-    "Difference",
-    "Samples",
-    "Scores",
-    "Summary",
-    "compare",
-    "draw_samples",
-    "evaluate",
-    "generate",
-    "scorers",
-    "summarise",
-]
+__all__ = ["Difference", "Samples", "Scores", "Summary", "compare", "draw_samples", "evaluate", "generate", "summarise"]
 
-Scorer = Callable[
-    [Tensor, list[str]], Tensor
-]  # (images [B, 3, H, W] in [0, 1], prompts) -> [B], of an embedding [B, d]
-Part = dict[
-    str, Tensor
-]  # the scores of a chunk by metric, [b] float64 each, its "embedding" [b, d], and "images" [m, 3, H, W] uint8
+# (images [B, 3, H, W] in [0, 1], prompts) -> scores [B], or embeddings [B, d]
+Scorer = Callable[[Tensor, list[str]], Tensor]
+Scorers = Mapping[str, Scorer]
+# What a chunk of b samples gave: metric -> [b] float64; "embedding" -> [b, d]; "images" -> [m, 3, H, W] uint8
+Part = dict[str, Tensor]
 EMBEDDING = "embedding"
 BALANCED = "category mean"
+COLUMNS = ("prompt", "category", "seed")  # of a table of scores, before the metrics
+# Loaders of checkers by name. A loader takes all texts that will be judged, and returns a scorer of 0 and 1.
+CHECKERS = {"shapes": "flowbp.shapes.checker:load_checker"}
 
 
 @torch.no_grad()
 def generate(
-    backbone: Backbone, texts: list[str], seeds: Sequence[int], size: RolloutConfig, guidance: Guidance
+    backbone: Backbone, texts: list[str], seeds: Sequence[int], sampling: RolloutConfig, guidance: Guidance
 ) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] of `texts`, one seed each: the same seed gives the same image in any batch, up to
-    rounding.
+    """Images [B, 3, H, W] in [0, 1] of `texts`, one seed each.
+
+    The same seed gives the same image in any batch, up to rounding.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = backbone.noise(size.height, size.width, generators)
-    sigmas = backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas)
-    return backbone.decode(rollout(bind_velocity(backbone, texts, guidance, size.timesteps), noise, sigmas).sample)
+    height, width = sampling.height, sampling.width
+    noise = backbone.noise(height, width, [torch.Generator().manual_seed(seed) for seed in seeds])
+    sigmas = backbone.sigmas(sampling.num_steps, height, width, sampling.sigmas)
+    velocity = bind_velocity(backbone, texts, guidance, sampling.timesteps)
+    return backbone.decode(rollout(velocity, noise, sigmas).sample)
 
 
 def scorers(
     config: EvaluationConfig, rewards: Mapping[str, Reward], monitors: Mapping[str, Reward], device: str = "cpu"
 ) -> dict[str, Scorer]:
-    """The rewards, the monitors, the checker and the image statistics of a run, by name, in the order in which they are
-    reported.
+    """The rewards, monitors, checker and image statistics of a run by name, in the order in which they are reported.
 
-    "embedding" is not a score but what `diversity` is made of, by the first monitor that is an `ImageEncoder`, else the
-    first such reward (which training may have learnt to deceive), else in thumbnails.
+    One more entry, "embedding", is no score: `diversity` compares these vectors. They come from the first monitor that
+    is an `ImageEncoder`. If there is none, they come from the first such reward (which training may have learnt to
+    deceive), and else they are thumbnails.
     """
     named: dict[str, Scorer] = {**rewards, **monitors}
     if config.checker is not None:
         named["checker"] = load_checker(config, device)
-    reserved = {"checker", EMBEDDING, *IMAGE_STATISTICS} & {*rewards, *monitors} | (rewards.keys() & monitors.keys())
-    if reserved:
-        raise ValueError(
-            f"a reward or monitor cannot be called {', '.join(sorted(reserved))}: that names another metric; rename it"
-        )
+    taken = {"checker", EMBEDDING, *IMAGE_STATISTICS} & {*rewards, *monitors} | (rewards.keys() & monitors.keys())
+    if taken:
+        names = ", ".join(sorted(taken))
+        raise ValueError(f"a reward or monitor cannot be called {names}: that names another metric; rename it")
     encoders = [scorer.embed for scorer in (*monitors.values(), *rewards.values()) if isinstance(scorer, ImageEncoder)]
     embed = (lambda images, texts: encoders[0](images)) if encoders else thumbnails
     return named | OF_ONE_IMAGE | {EMBEDDING: embed}
 
 
 def load_checker(config: EvaluationConfig, device: str) -> Scorer:
-    """1 for an image that shows what its prompt says, else 0: exactly on `shapes`, by an object detector as GenEval
-    does otherwise.
+    """The scorer that gives 1 to an image that shows what its prompt says, else 0.
 
-    Raises ValueError for prompts that the checker cannot judge.
+    A checker with a name is loaded from its "module:function" in `CHECKERS`. A mapping describes the object detector of
+    GenEval. Raises ValueError for prompts that the checker cannot judge.
     """
-    watched = [config.validation_prompts] if config.every is not None and config.validation_prompts is not None else []
-    sources = [config.prompts, *watched]
-    if config.checker == "shapes":
-        from flowbp.shapes.checker import check_batch
-        from flowbp.shapes.world import parse
-
-        for prompt in (prompt for source in sources for prompt in load_prompts(source)):
-            try:
-                parse(prompt.text)
-            except ValueError as error:
-                raise ValueError(
-                    f"evaluation.checker=shapes judges captions of its world alone, others take null: {error}"
-                ) from error
-        return lambda images, texts: torch.from_numpy(np.asarray(check_batch(images.cpu(), texts), dtype=np.float32))
+    sources = [source for source in (config.prompts, config.validation_prompts) if source is not None]
+    if isinstance(config.checker, str):
+        module, _, function = CHECKERS[config.checker].partition(":")
+        load = getattr(importlib.import_module(module), function)
+        return load([prompt.text for source in sources for prompt in load_prompts(source)])
     from flowbp.evaluation.geneval import load_geneval
 
     return load_geneval(config.checker, sources, device)
 
 
-# -- samples and scores
-# ------------------------------------------------------------------------------------------------------------
+# -- samples and scores ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What an evaluation draws: prompt i with seed i, in chunks that are generated and scored together. The first
-    images are kept.
+    """What an evaluation draws: prompt i with seed i, in chunks that are generated and scored together.
+
+    kept_images: so many images, from the first on, are kept with their scores.
     """
 
     prompts: list[Prompt]
@@ -128,8 +113,9 @@ class Samples:
 
 
 def draw_samples(prompts: list[Prompt], config: EvaluationConfig, of_each: int = 1) -> Samples:
-    """config.samples images, `of_each` prompt in order, and again from the first when they run out; seeds depend on
-    config.seed alone.
+    """config.samples samples: `of_each` of every prompt in order, and again from the first when the prompts run out.
+
+    Seeds depend on config.seed alone.
     """
     count = config.samples
     chosen, seeds = [prompts[i // of_each % len(prompts)] for i in range(count)], sample_seeds(config.seed, count=count)
@@ -137,9 +123,13 @@ def draw_samples(prompts: list[Prompt], config: EvaluationConfig, of_each: int =
 
 
 def split(count: int, largest: int) -> list[slice]:
-    """`count` samples in the fewest chunks of at most `largest`, which differ in size by at most one."""
+    """`count` samples in the fewest chunks of at most `largest`, which differ in length by at most one."""
     parts = np.array_split(np.arange(count), -(-count // largest))
     return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
+
+
+def length(chunk: slice) -> int:
+    return chunk.stop - chunk.start
 
 
 @dataclass(frozen=True)
@@ -151,46 +141,44 @@ class Scores:
     values: dict[str, np.ndarray]
     images: Tensor = field(default_factory=lambda: torch.empty(0, 3, 0, 0, dtype=torch.uint8), compare=False)
 
-    def as_csv(self) -> str:
-        """A table of one row an image: prompt, category, seed, scores to six digits."""
-        table = io.StringIO()
-        writer = csv.writer(table)
-        writer.writerow(["prompt", "category", "seed", *self.values])
-        for i, (prompt, seed) in enumerate(zip(self.prompts, self.seeds, strict=True)):
-            writer.writerow([*prompt, seed, *(f"{column[i]:.6g}" for column in self.values.values())])
+    def same_samples(self, other: Scores) -> bool:
+        return (self.prompts, self.seeds) == (other.prompts, other.seeds)
+
+    def as_csv(self, number_format: str = ".6g", line_end: str = "\r\n") -> str:
+        """A table of one row an image: prompt, category, seed, scores. An empty format keeps all digits."""
+        table, columns = io.StringIO(), [column.tolist() for column in self.values.values()]
+        writer = csv.writer(table, lineterminator=line_end)
+        writer.writerow([*COLUMNS, *self.values])
+        for prompt, seed, *numbers in zip(self.prompts, self.seeds, *columns, strict=True):
+            writer.writerow([*prompt, seed, *(f"{number:{number_format}}" for number in numbers)])
         return table.getvalue()
 
     @classmethod
     def read_csv(cls, path: Path) -> Scores:
-        """What `as_csv` wrote: the scores, to six digits, without the images."""
+        """What `as_csv` wrote: the scores, to its digits, without the images."""
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        metrics = [name for name in rows[0] if name not in ("prompt", "category", "seed")]
+        metrics = [name for name in rows[0] if name not in COLUMNS]
         prompts, seeds = [Prompt(row["prompt"], row["category"]) for row in rows], [int(row["seed"]) for row in rows]
         return cls(prompts, seeds, {name: np.array([float(row[name]) for row in rows]) for name in metrics})
 
 
 @torch.no_grad()
 def score_chunk(
-    backbone: Backbone,
-    samples: Samples,
-    chunk: slice,
-    size: RolloutConfig,
-    guidance: Guidance,
-    named: Mapping[str, Scorer],
+    backbone: Backbone, samples: Samples, sampling: RolloutConfig, guidance: Guidance, scored_by: Scorers, chunk: slice
 ) -> Part:
-    """Generate and score the samples of one chunk."""
+    """Generate the samples of one chunk and score them."""
     texts = [prompt.text for prompt in samples.prompts[chunk]]
-    images = generate(backbone, texts, samples.seeds[chunk], size, guidance)
-    part = {name: scorer(images, texts).cpu() for name, scorer in named.items()}
+    images = generate(backbone, texts, samples.seeds[chunk], sampling, guidance)
+    part = {name: scorer(images, texts).cpu() for name, scorer in scored_by.items()}
     part = {name: values if name == EMBEDDING else values.double() for name, values in part.items()}
     kept = images[: max(0, samples.kept_images - chunk.start)]
     return part | {"images": (kept.clamp(0, 1) * 255).round().to("cpu", torch.uint8).contiguous()}
 
 
 def join(samples: Samples, parts: Sequence[Part]) -> Scores:
-    """The scores of all chunks, in their order, and the diversity of prompts with two images or more, where there are
-    any.
+    """The scores of all chunks in their order, with the diversity of the prompts that have two images or more, if any
+    has.
     """
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     images, embeddings = whole.pop("images"), whole.pop(EMBEDDING)
@@ -203,68 +191,109 @@ def join(samples: Samples, parts: Sequence[Part]) -> Scores:
 def evaluate(
     backbone: Backbone,
     samples: Samples,
-    size: RolloutConfig,
+    sampling: RolloutConfig,
     guidance: Guidance,
-    named: Mapping[str, Scorer],
+    scored_by: Scorers,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Scores:
-    """Score all samples. The processes of a run take chunks in turn, and each gets all scores: they are those of one
-    process.
+    """Score all samples. The processes of a run take chunks in turn, and each gets the scores that one process alone
+    would get.
 
     progress is called with the number of images just scored.
     """
     state, chunks, parts = process_state(), samples.chunks, []
     for first in range(0, len(chunks), state.num_processes):
-        own = chunks[
-            min(first + state.process_index, len(chunks) - 1)
-        ]  # one without a chunk of its own keeps step: weights may be sharded
-        parts += gather_object([score_chunk(backbone, samples, own, size, guidance, named)])
-        progress(sum(chunk.stop - chunk.start for chunk in chunks[first : first + state.num_processes]))
+        # A process without a chunk of its own repeats the last one: sharded weights need all processes in every pass.
+        own = chunks[min(first + state.process_index, len(chunks) - 1)]
+        parts += gather_object([score_chunk(backbone, samples, sampling, guidance, scored_by, own)])
+        progress(sum(map(length, chunks[first : first + state.num_processes])))
     return join(samples, parts[: len(chunks)])
 
 
-# -- summaries
-# ---------------------------------------------------------------------------------------------------------------------
+# -- summaries ---------------------------------------------------------------------------------------------------------
 
 
-def groups(prompts: list[Prompt]) -> dict[str, list[np.ndarray]]:
-    """Name -> the sets of samples [n] bool whose means are averaged: all in one, each category; where those differ in
-    size, all of them.
+@dataclass(frozen=True)
+class Group:
+    """The m samples of a category that have finite scores.
+
+    missing: the samples of the category without one. weights [m]: of the samples in a mean. texts: their m prompts.
+    columns [K, m]: their scores under K models.
+    """
+
+    category: str
+    missing: int
+    weights: np.ndarray
+    texts: list[str]
+    columns: np.ndarray
+
+    def describe(self, metric: str) -> dict[str, Any]:
+        """The first fields of a row on `metric`."""
+        counts = {"count": len(self.texts), "missing": self.missing, "prompts": len(set(self.texts))}
+        return {"metric": metric, "category": self.category} | counts
+
+    def mean(self, values: np.ndarray) -> float:
+        return weighted_mean(values, self.weights)
+
+    def interval(self, values: np.ndarray) -> dict[str, float]:
+        """Of the mean of values [m]."""
+        return dict(zip(("low", "high"), interval(values, self.weights, self.texts), strict=True))
+
+
+def finite_groups(prompts: list[Prompt], *columns: np.ndarray) -> Iterator[Group]:
+    """The samples that are finite in all K `columns` [n]: those of all prompts, then those of each category."""
+    table = np.stack(columns)
+    finite = np.isfinite(table).all(axis=0)
+    for category, sets in averaged_sets(prompts).items():
+        weights = sum((members & finite) / max(1, (members & finite).sum()) for members in sets)
+        missing = sum(int((members & ~finite).sum()) for members in sets)
+        rows = np.flatnonzero(weights)
+        yield Group(category, missing, weights[rows], [prompts[i].text for i in rows], table[:, rows])
+
+
+def averaged_sets(prompts: list[Prompt]) -> dict[str, list[np.ndarray]]:
+    """Name -> sets of samples, each a mask [n]: the mean under a name is the average of the means of its sets.
+
+    "all" has one set of all samples, and each category has one set. Where categories differ in size, `BALANCED` has
+    every category as a set, so that each counts alike.
     """
     labels = np.array([prompt.category for prompt in prompts])
     names = [name for name in sorted(set(labels)) if name]
     categories = {name: labels == name for name in names if len(names) > 1}
-    found = {"all": [np.ones(len(labels), dtype=bool)]} | {name: [members] for name, members in categories.items()}
-    if len({members.sum() for members in categories.values()}) > 1:
-        found[BALANCED] = list(categories.values())
-    return found
+    sets = {"all": [np.ones(len(labels), dtype=bool)]} | {name: [members] for name, members in categories.items()}
+    uneven = len({members.sum() for members in categories.values()}) > 1
+    return sets | ({BALANCED: list(categories.values())} if uneven else {})
 
 
 @dataclass(frozen=True)
-class Summary:
-    """A metric over the images of a category that have a finite score, `missing` others: their number, that of their
-    different prompts, the mean and its 95 % interval."""
+class Row:
+    """A metric over the samples of a category. count: of the finite scores; missing: of the others. prompts: the number
+    of different prompts among the counted samples.
+    """
 
     metric: str
     category: str
     count: int
     missing: int
     prompts: int
+
+
+@dataclass(frozen=True)
+class Summary(Row):
+    """The mean of a metric with its 95 % interval."""
+
     mean: float
     low: float
     high: float
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Row):
     """A metric before and after on the same prompts and seeds: the mean change, its 95 % interval, and p of no change.
-    An image whose score is not finite on either side is missing on both."""
 
-    metric: str
-    category: str
-    count: int
-    missing: int
-    prompts: int
+    A sample counts if its score is finite on both sides.
+    """
+
     before: float
     after: float
     change: float
@@ -276,9 +305,9 @@ class Difference:
 def summarise(scores: Scores) -> list[Summary]:
     """Every metric over all images, then over each category."""
     return [
-        Summary(metric, *sizes, weighted_mean(x, weights), *interval(x, weights, texts))
+        Summary(**group.describe(metric), mean=group.mean(group.columns[0]), **group.interval(group.columns[0]))
         for metric, values in scores.values.items()
-        for sizes, weights, texts, (x,) in scored(scores.prompts, values)
+        for group in finite_groups(scores.prompts, values)
     ]
 
 
@@ -286,31 +315,13 @@ def compare(before: Scores, after: Scores) -> list[Difference]:
     """Every metric that both sides have, over all samples, then over each category. Raises ValueError unless prompts
     and seeds agree.
     """
-    if (before.prompts, before.seeds) != (after.prompts, after.seeds):
+    if not before.same_samples(after):
         raise ValueError("a paired comparison needs the same prompts and seeds on both sides")
-    differences = []
+    rows = []
     for metric in (name for name in before.values if name in after.values):
-        for sizes, weights, texts, (old, new) in scored(before.prompts, before.values[metric], after.values[metric]):
-            means = weighted_mean(old, weights), weighted_mean(new, weights)
-            estimate = (
-                weighted_mean(new - old, weights),
-                *interval(new - old, weights, texts),
-                paired_p_value(old, new, weights, texts),
-            )
-            differences.append(Difference(metric, *sizes, *means, *estimate))
-    return differences
-
-
-def scored(
-    prompts: list[Prompt], *columns: np.ndarray
-) -> Iterator[tuple[tuple[str, int, int, int], np.ndarray, list[str], np.ndarray]]:
-    """((category, count, missing, prompts), weights [m], texts, scores [K, m]) of each group, of its m samples that are
-    finite in all K `columns` [n]. weights: 1 / (size of the sample's set)."""
-    table = np.stack(columns)
-    finite = np.isfinite(table).all(axis=0)
-    for category, sets in groups(prompts).items():
-        weights = sum((members & finite) / max(1, (members & finite).sum()) for members in sets)
-        rows = np.flatnonzero(weights)
-        texts = [prompts[i].text for i in rows]
-        missing = sum(int((members & ~finite).sum()) for members in sets)
-        yield (category, len(rows), missing, len(set(texts))), weights[rows], texts, table[:, rows]
+        for group in finite_groups(before.prompts, before.values[metric], after.values[metric]):
+            old, new = group.columns
+            means = {"before": group.mean(old), "after": group.mean(new), "change": group.mean(new - old)}
+            p_value = paired_p_value(old, new, group.weights, group.texts)
+            rows.append(Difference(**group.describe(metric), **means, **group.interval(new - old), p_value=p_value))
+    return rows

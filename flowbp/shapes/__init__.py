@@ -6,24 +6,10 @@ CLIPModel folders with their tokenizer. `python -m flowbp.shapes.recipe all --ou
 
 from pathlib import Path
 
+from .checker import check, check_batch
 from .prompts import Prompt, prompts
 
 _WEIGHTS = Path(__file__).parent / "weights"
 PIPELINE, REWARD, MONITOR = (_WEIGHTS / name for name in ("pipeline", "reward", "monitor"))
-
-
-def check(image, caption: str) -> bool:
-    """Whether the image shows exactly what the caption says; see `flowbp.shapes.checker`."""
-    from .checker import check
-
-    return check(image, caption)
-
-
-def check_batch(images, captions: list[str]):
-    """`check` for each image and its caption: bool array [B]."""
-    from .checker import check_batch
-
-    return check_batch(images, captions)
-
 
 __all__ = ["MONITOR", "PIPELINE", "REWARD", "Prompt", "check", "check_batch", "prompts"]

@@ -1,18 +1,18 @@
 """Does an image show what its caption says? The programmatic judge of `shapes`, about 1 ms an image.
 
-Pixels with colour are grouped into blobs; each blob must have one hue and the outline of one of the four shapes
-    (template overlap with
-half-pixel offsets); the shapes found must be exactly those of the caption, in the relation it states. It plays the part
-    of GenEval's
-detector: the held-out metric. No training stage and no reward may call it.
+Pixels with colour are grouped into blobs. Each blob must have one hue and the outline of one of the four shapes, by the
+overlap with templates at half-pixel offsets. The shapes must be exactly those of the caption, in the relation that it
+states. This checker plays the part of GenEval's detector, the held-out metric: no training stage and no reward may call
+it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import product
 
 import numpy as np
-from scipy import ndimage
 
 from .world import HUES, SHAPES, SIZE, WINDOW, Object, parse, satisfies, stamp
 
@@ -30,13 +30,11 @@ def _templates() -> tuple[np.ndarray, list[tuple[str, float]]]:
     for shape in SHAPES:
         for radius in np.arange(3.25, 6.26, 0.25):
             mass = stamp(shape, radius, 0.0, 0.0)
-            fall = WINDOW / 2 - float(
-                (mass.sum(1) * middle).sum() / mass.sum()
-            )  # centre of mass below the centre, for triangles
-            for dy in (-0.25, 0.25):
-                for dx in (-0.25, 0.25):
-                    bank.append(stamp(shape, radius, dx, dy + fall).ravel())
-                    names.append((shape, float(radius)))
+            # A triangle's centre of mass lies below its centre.
+            fall = WINDOW / 2 - float((mass.sum(1) * middle).sum() / mass.sum())
+            for dy, dx in product((-0.25, 0.25), repeat=2):
+                bank.append(stamp(shape, radius, dx, dy + fall).ravel())
+                names.append((shape, float(radius)))
     return np.stack(bank), names
 
 
@@ -49,14 +47,14 @@ def _to_array(image) -> np.ndarray:
         return image.astype(np.float32) / 255
     if image.dtype.kind == "f" and image.shape == (3, SIZE, SIZE):
         return image.transpose(1, 2, 0).astype(np.float32).clip(0, 1)
-    raise ValueError(
-        f"image is {image.dtype} {image.shape}; pass uint8 [{SIZE}, {SIZE}, 3] or float [3, {SIZE}, {SIZE}] in [0, 1], "
-        "resize other sizes first"
-    )
+    forms = f"uint8 [{SIZE}, {SIZE}, 3] or float [3, {SIZE}, {SIZE}] in [0, 1]"
+    raise ValueError(f"image is {image.dtype} {image.shape}; pass {forms}, resize other sizes first")
 
 
 def find_objects(image) -> list[Object] | None:
-    """The objects of an image, or None where a blob is no clean shape of one colour. Image as for `check`."""
+    """The objects of an image, or None if any blob is no clean shape of one colour. image: as for `check`."""
+    from scipy import ndimage  # here, to keep `import flowbp.shapes` light
+
     rgb = _to_array(image)
     top, chroma = rgb.max(-1), np.ptp(rgb, -1)
     r, g, b = np.moveaxis(rgb, -1, 0)
@@ -64,7 +62,7 @@ def find_objects(image) -> list[Object] | None:
     hue = 60 * np.select([top == r, top == g], [(g - b) / safe % 6, (b - r) / safe + 2], (r - g) / safe + 4)
     labels, n = ndimage.label(chroma > COLOURED)
     bank, names = _templates()
-    pad, found = WINDOW // 2 + 1, []
+    pad, objects = WINDOW // 2 + 1, []
     for label in range(1, n + 1):
         blob = labels == label
         if blob.sum() < SPECK:
@@ -75,16 +73,16 @@ def find_objects(image) -> list[Object] | None:
         rows, cols = soft.sum(1), soft.sum(0)
         y, x = ((m * (np.arange(SIZE) + 0.5)).sum() / m.sum() for m in (rows, cols))
         top_row, left = int(np.floor(y)), int(np.floor(x))
-        window = np.pad(soft, pad)[top_row + 1 : top_row + 1 + WINDOW, left + 1 : left + 1 + WINDOW]
-        window = (window / np.percentile(chroma[blob], 80)).clip(0, 1).ravel()
-        if window.sum() < 0.95 * (soft / np.percentile(chroma[blob], 80)).clip(0, 1).sum():
+        soft = (soft / np.percentile(chroma[blob], 80)).clip(0, 1)
+        window = np.pad(soft, pad)[top_row + 1 : top_row + 1 + WINDOW, left + 1 : left + 1 + WINDOW].ravel()
+        if window.sum() < 0.95 * soft.sum():
             return None  # larger than any shape
         overlap = np.minimum(bank, window).sum(1) / np.maximum(bank, window).sum(1)
         best = int(overlap.argmax())
         if share.max() < PURITY or overlap[best] < OVERLAP:
             return None
-        found.append(Object(names[best][0], list(HUES)[int(share.argmax())], float(x), float(y), names[best][1]))
-    return found
+        objects.append(Object(names[best][0], list(HUES)[int(share.argmax())], float(x), float(y), names[best][1]))
+    return objects
 
 
 def check(image, caption: str) -> bool:
@@ -92,8 +90,8 @@ def check(image, caption: str) -> bool:
 
     image: uint8 [32, 32, 3], or float [3, 32, 32] in [0, 1], as a numpy array or a tensor.
     """
-    found = find_objects(image)
-    return found is not None and satisfies(found, parse(caption))
+    objects = find_objects(image)
+    return objects is not None and satisfies(objects, parse(caption))
 
 
 def check_batch(images, captions: list[str]) -> np.ndarray:
@@ -101,3 +99,19 @@ def check_batch(images, captions: list[str]) -> np.ndarray:
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images and {len(captions)} captions; one caption for each image is needed")
     return np.array([check(image, caption) for image, caption in zip(images, captions, strict=True)])
+
+
+def load_checker(captions: Iterable[str]) -> Callable:
+    """The scorer (images [B, 3, 32, 32] in [0, 1], captions) -> [B] float32, 1 or 0, of `flowbp.evaluation`.
+
+    captions: all that will be judged. Raises ValueError for a text that is no caption of this world.
+    """
+    import torch
+
+    for caption in captions:
+        try:
+            parse(caption)
+        except ValueError as error:
+            rule = "evaluation.checker=shapes judges captions of its world alone, others take null"
+            raise ValueError(f"{rule}: {error}") from error
+    return lambda images, texts: torch.from_numpy(check_batch(images.cpu(), texts).astype(np.float32))

@@ -31,9 +31,9 @@ LATENT = (8, 8, 8)  # channels, height, width
 def build_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer in which each word of the world is one token; other words fall apart into letters."""
     letters = "abcdefghijklmnopqrstuvwxyz"
-    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1}  # not 2: CLIP takes an eos id of 2 for an old checkpoint's
+    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1}  # not 2: CLIP takes an eos id of 2 for that of an old checkpoint
     merges = []
-    for word in sorted(WORDS, key=len, reverse=True):  # so that no merge of a short word breaks a longer one
+    for word in sorted(WORDS, key=len, reverse=True):  # long words first: no merge of a short one may break them
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:
             if tuple(pieces[:2]) not in merges:
@@ -49,32 +49,33 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     return tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
 
 
-def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> dict:
+def _tower(width: int, layers: int) -> dict:
+    """The sizes of an encoder, of text or of images."""
     return dict(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 32), projection_dim=width, max_position_embeddings=MAX_TOKENS,
-        hidden_act="gelu",
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, projection_dim=width,
+        num_attention_heads=max(1, width // 32), hidden_act="gelu",
     )  # fmt: skip
 
 
+def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> dict:
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return _tower(width, layers) | ends | dict(vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS)
+
+
 def build_vae() -> AutoencoderKL:
-    """8 latent channels at a quarter of the resolution: 3 x 32 x 32 -> 8 x 8 x 8. SD3's scaling is the identity
-    here.
-    """
+    """8 latent channels at a quarter of the resolution: 3 x 32 x 32 -> 8 x 8 x 8. SD3's scaling is the identity."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 16, 32),
-        layers_per_block=1, latent_channels=LATENT[0], norm_num_groups=4, sample_size=SIZE,
-        mid_block_add_attention=False,
-        scaling_factor=1.0, shift_factor=0.0, force_upcast=False,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1,
+        block_out_channels=(16, 16, 32), latent_channels=LATENT[0], norm_num_groups=4, sample_size=SIZE,
+        mid_block_add_attention=False, scaling_factor=1.0, shift_factor=0.0, force_upcast=False,
     )  # fmt: skip
 
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, latents: torch.Tensor) -> None:
-    """Fold mean 0 and deviation 1 of each latent channel (measured on `latents` [N, 8, 8, 8]) into the 1 x 1
-    convolutions.
+    """Make each latent channel have mean 0 and deviation 1, by a change of the VAE's 1 x 1 convolutions in place.
+
+    The mean and deviation now are measured on `latents` [N, 8, 8, 8]. Reconstructions stay as they are.
     """
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     c = len(mean)
@@ -90,9 +91,9 @@ class Flow(nn.Module):
     """What the flow stage trains: both text encoders and the transformer, called as StableDiffusion3Pipeline calls
     them.
 
-    Without a T5 the pipeline appends `max_sequence_length` (default 256) zero tokens to the text. Those tokens stay
-    equal to one another in every layer, so training feeds one of them and adds log n to its attention logits, which is
-    exactly n of them; n is drawn from 1 to 256, and the model works with any. Pass max_sequence_length=1 where speed
+    Without a T5 the pipeline appends `max_sequence_length` (default 256) zero tokens to the text. They stay equal to
+    one another in every layer. Training therefore feeds one of them and adds log n to its attention logits, which is
+    the same as n of them. n is drawn from 1 to 256, so the model works with any; pass max_sequence_length=1 where speed
     matters.
     """
 
@@ -103,9 +104,8 @@ class Flow(nn.Module):
         joint = TEXT_WIDTH + TEXT_WIDTH_2
         self.transformer = SD3Transformer2DModel(
             sample_size=LATENT[1], patch_size=2, in_channels=LATENT[0], out_channels=LATENT[0], num_layers=layers,
-            attention_head_dim=32, num_attention_heads=width // 32, joint_attention_dim=joint,
-            caption_projection_dim=width,
-            pooled_projection_dim=joint, pos_embed_max_size=LATENT[1] // 2, qk_norm="rms_norm",
+            attention_head_dim=32, num_attention_heads=width // 32, joint_attention_dim=joint, qk_norm="rms_norm",
+            caption_projection_dim=width, pooled_projection_dim=joint, pos_embed_max_size=LATENT[1] // 2,
         )  # fmt: skip
         self.transformer.set_attn_processor(BiasedJointAttention())
         modulations = [norm.linear for b in self.transformer.transformer_blocks for norm in (b.norm1, b.norm1_context)]
@@ -114,8 +114,8 @@ class Flow(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def encode(self, ids: torch.Tensor, zeros: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids [B, 12] -> what pipe.encode_prompt(max_sequence_length=zeros) gives: tokens [B, 12 + zeros, 160], pooled
-        [B, 160].
+        """ids [B, 12] -> tokens [B, 12 + zeros, 160], pooled [B, 160], as pipe.encode_prompt(max_sequence_length=zeros)
+        gives them.
         """
         outs = [encoder(ids, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
         tokens = torch.cat([out.hidden_states[-2] for out in outs], dim=-1)
@@ -155,29 +155,19 @@ class BiasedJointAttention:
 
 def build_scorer(tokenizer: CLIPTokenizer, width: int, patch: int, image_layers: int, text_layers: int) -> CLIPModel:
     """A CLIP of images [B, 3, 32, 32] and captions, embeddings of `width` numbers."""
-    vision = dict(
-        image_size=SIZE, patch_size=patch, hidden_size=width, intermediate_size=4 * width,
-        num_hidden_layers=image_layers,
-        num_attention_heads=max(1, width // 32), projection_dim=width, hidden_act="gelu",
-    )  # fmt: skip
-    text = _text_config(tokenizer, width, text_layers)
-    return CLIPModel(
-        CLIPConfig(text_config=text, vision_config=vision, projection_dim=width, logit_scale_init_value=3.0)
-    )
+    vision = _tower(width, image_layers) | dict(image_size=SIZE, patch_size=patch)
+    text, options = _text_config(tokenizer, width, text_layers), dict(projection_dim=width, logit_scale_init_value=3.0)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, **options))
 
 
 def build_image_processor() -> CLIPImageProcessor:
     """What a scorer expects of its images: 32 x 32 pixels in [-1, 1]."""
-    return CLIPImageProcessor(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3,
-        image_std=[0.5] * 3
-    )  # fmt: skip
+    size, crop = {"shortest_edge": SIZE}, {"height": SIZE, "width": SIZE}
+    return CLIPImageProcessor(size=size, crop_size=crop, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
 def score(model: CLIPModel, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity of each image and its caption: images [B, 3, 32, 32] in [-1, 1], ids [B, 12] -> [B] in [-1,
-    1].
-    """
+    """Cosine similarity [B] of each image and its caption. images: [B, 3, 32, 32] in [-1, 1]; ids: [B, 12]."""
     image = model.get_image_features(pixel_values=images).pooler_output
     text = model.get_text_features(input_ids=ids).pooler_output
     return F.cosine_similarity(image, text, dim=-1)

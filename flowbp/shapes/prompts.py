@@ -1,10 +1,9 @@
 """Captions of the `shapes` world, split into train, dev and test.
 
-Ten pools cover the six categories. A pool of 40 captions or more is cut 70 / 15 / 15 after sorting by hash, so its
-    three parts are
-disjoint: coloured counting (72), position (48 plain, 1440 coloured) and attribute binding (360). The small pools (4
-    single objects,
-24 colours, 12 two objects, 12 plain counts) are the same in all splits: there the images are new, the captions are not.
+Ten pools cover the six categories. A pool of 40 captions or more is sorted by hash and cut 70 / 15 / 15, so its three
+parts are disjoint: coloured counting (72), position (48 plain, 1440 coloured) and attribute binding (360). The small
+pools (4 single objects, 24 colours, 12 two objects, 12 plain counts) are the same in all splits: there the images are
+new, the captions are not.
 """
 
 from __future__ import annotations
@@ -34,15 +33,13 @@ def pools(split: str) -> dict[str, list[list[Spec]]]:
     """The captions of a split: category -> one list, or two (plain, coloured) for counting and position."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} does not exist; choose one of {SPLITS}")
-    coloured = [(c, s) for c in HUES for s in SHAPES]
-    plain_pairs = [((None, s), (None, t)) for s, t in permutations(SHAPES, 2)]
+    plain, coloured = [(None, s) for s in SHAPES], [(c, s) for c in HUES for s in SHAPES]
+    plain_pairs = list(permutations(plain, 2))
     coloured_pairs = [(p, q) for p, q in permutations(coloured, 2) if p[0] != q[0] and p[1] != q[1]]
     whole = {
-        "single object": [[Spec(((None, s),)) for s in SHAPES]],
+        "single object": [[Spec((o,)) for o in plain]],
         "colours": [[Spec((o,)) for o in coloured]],
-        "counting": [
-            [Spec((o,) * n) for n in NUMBERS.values() for o in kind] for kind in ([(None, s) for s in SHAPES], coloured)
-        ],
+        "counting": [[Spec((o,) * n) for n in NUMBERS.values() for o in kind] for kind in (plain, coloured)],
         "two objects": [[Spec(p) for p in plain_pairs]],
         "position": [[Spec(p, r) for p in pairs for r in RELATIONS] for pairs in (plain_pairs, coloured_pairs)],
         "attribute binding": [[Spec(p) for p in coloured_pairs]],
@@ -59,10 +56,10 @@ def pools(split: str) -> dict[str, list[list[Spec]]]:
 
 
 def prompts(split: str) -> list[Prompt]:
-    """The prompts of a split, the same at every call, categories in turn: any multiple of six from the front is
-    balanced.
+    """The prompts of a split: 1440 of "train", 288 each of "dev" and "test". They are the same at every call.
 
-    1440 prompts of "train", 288 each of "dev" and "test". Small pools repeat; plain and coloured captions alternate.
+    Categories come in turn, so the first 6 n prompts have n of each. Small pools repeat; plain and coloured captions
+    alternate.
     """
     out = []
     for i in range(PER_CATEGORY[split] if split in SPLITS else 1):
@@ -89,10 +86,10 @@ def texts(split: str) -> frozenset[str]:
 def sample_negative(
     spec: Spec, rng: np.random.Generator, true: frozenset[str] = frozenset(), known: bool = True
 ) -> Spec:
-    """A `corrupt` of `spec` whose text is not in `true`.
+    """A corrupted `spec` (see `corrupt`) whose text is not in `true`.
 
-    `known` admits train captions only, as pre-training must: else a held-out caption would be met, and always as a
-    wrong one.
+    `known` admits captions of the train split only. Pre-training needs that: otherwise it would see held-out captions,
+    and always as false ones.
     """
     while True:
         wrong = corrupt(spec, rng)

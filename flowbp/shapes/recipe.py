@@ -1,12 +1,12 @@
 """How the `shapes` model was made, from nothing, on 2 CPU cores:  python -m flowbp.shapes.recipe all --out DIR
 
-Stages, each of which reads what earlier ones left in DIR and saves before it evaluates:
+Each stage reads what earlier ones left in DIR, and saves its result before it evaluates it:
     data      draw captions and scenes, render them
     vae       autoencoder of the renderings; its latents are whitened and cached
     flow      text encoders and transformer by flow matching, in two data-parallel processes of one thread
     scorers   reward and monitor: CLIP models of renderings and captions, with hard negatives
     export    a StableDiffusion3Pipeline folder and two CLIPModel folders in half precision, under DIR/weights
-Seeds are fixed and schedules count steps, so a repeat gives the same model up to the order of floating-point sums.
+Seeds are fixed and schedules count steps, so a second run gives the same model up to the order of floating-point sums.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ def data(out: Path, recipe: Recipe) -> None:
 
 
 def vae(out: Path, recipe: Recipe) -> None:
-    """DIR/vae (whitened) and DIR/latents.npy float16 [N, 8, 8, 8]: squared error plus a light pull to the normal
-    prior.
+    """DIR/vae (whitened) and DIR/latents.npy float16 [N, 8, 8, 8].
+
+    The loss is the squared error plus a small weight on the divergence from the normal prior.
     """
     images = np.load(out / "images.npy", mmap_mode="r")
     torch.manual_seed(0)
@@ -136,8 +137,8 @@ class Captions:
         return torch.stack([self.ids(text) for text in texts])
 
     def noisy(self, index: np.ndarray, noise: float, rng: np.random.Generator) -> list[str]:
-        """Captions of images, a share `noise` of them false: half by one wrong attribute, half those of other
-        images.
+        """Captions of images, a share `noise` of them false: half of those have one wrong attribute, half are captions
+        of other images.
         """
         out = []
         for i, u in zip(index, rng.random(len(index)), strict=True):
@@ -158,7 +159,7 @@ def flow(out: Path, recipe: Recipe) -> None:
 def _flow_worker(rank: int, out: Path, recipe: Recipe) -> None:
     """Constant learning rate on true captions, then a cosine decay on captions of which a share is false.
 
-    So the renderings become clean first and the last part teaches what web captions teach: not to trust the text.
+    The first part makes the renderings clean. The second teaches what web captions teach: not to trust the text.
     """
     torch.set_num_threads(1)
     if recipe.processes > 1:
@@ -189,9 +190,8 @@ def _flow_worker(rank: int, out: Path, recipe: Recipe) -> None:
         torch.manual_seed(step * recipe.processes + rank)
         index = rng.integers(len(latents), size=batch)
         texts = captions.noisy(index, recipe.caption_noise if decay else 0.0, rng)
-        texts = [
-            "" if u < 0.1 else text for u, text in zip(rng.random(batch), texts, strict=True)
-        ]  # for classifier-free guidance
+        # classifier-free guidance needs the empty prompt
+        texts = ["" if u < 0.1 else text for u, text in zip(rng.random(batch), texts, strict=True)]
         z = latents[index].float()
         noise, sigma = torch.randn_like(z), torch.sigmoid(torch.randn(batch))
         x = torch.lerp(z, noise, sigma[:, None, None, None])
@@ -223,8 +223,8 @@ def _flow_worker(rank: int, out: Path, recipe: Recipe) -> None:
 
 
 def augment(images: np.ndarray, autoencoder, rng: np.random.Generator) -> torch.Tensor:
-    """Renderings as a scorer sees them in training, float32 [B, 3, 32, 32]: shifted, blurred, noised; an eighth through
-    the VAE.
+    """Renderings as a scorer sees them in training, float32 [B, 3, 32, 32]: shifted, blurred and noised. An eighth
+    passes through the VAE before.
     """
     b = len(images)
     line = np.arange(images.shape[1])
@@ -239,18 +239,18 @@ def augment(images: np.ndarray, autoencoder, rng: np.random.Generator) -> torch.
 
 
 def scorers(out: Path, recipe: Recipe) -> None:
-    """DIR/reward.pt and DIR/monitor.pt: different seeds, widths and patches, so that neither is fooled just as the
-    other is.
+    """DIR/reward.pt and DIR/monitor.pt. Their seeds, widths and patches differ, so that what fools one need not fool
+    the other.
     """
     for seed, (name, sizes) in enumerate(SCORERS.items(), start=1):
         scorer(out, recipe, name, seed, **sizes)
 
 
 def scorer(out: Path, recipe: Recipe, name: str, seed: int, **sizes: int) -> None:
-    """Contrastive training on renderings: each image against the batch's captions and a hard negative of each.
+    """Contrastive training on renderings: each image against all captions of the batch and a hard negative of each.
 
-    Any true caption of the training split may stand for an image; captions of others that may be true of it are left
-    out of its softmax. No generated image and no verdict of the checker is seen.
+    An image comes with any caption of the training split that is true of it. Captions of other images that may be true
+    of it too are left out of its softmax. Training sees no generated image and no verdict of the checker.
     """
     tokenizer = models.build_tokenizer()
     captions = Captions(out, tokenizer)
@@ -307,8 +307,8 @@ def scorer(out: Path, recipe: Recipe, name: str, seed: int, **sizes: int) -> Non
 
 @torch.inference_mode()
 def scorer_accuracy(model, tokenizer, n: int, split: str = "dev") -> dict[str, float]:
-    """On n new renderings of held-out captions: share scored above a hard negative, by category, and AUC over all
-    pairs.
+    """On n new renderings of held-out captions: the share that scores higher with its caption than with a hard
+    negative, in all and by category, and the AUC over all pairs.
     """
     rng = np.random.default_rng(4)
     specs = [sample_spec(rng, split) for _ in range(n)]
@@ -326,7 +326,7 @@ def scorer_accuracy(model, tokenizer, n: int, split: str = "dev") -> dict[str, f
 
 
 def pipeline(out: Path, recipe: Recipe) -> StableDiffusion3Pipeline:
-    """The pipeline of DIR/vae and of the moving average in DIR/flow.pt."""
+    """The pipeline made of DIR/vae and the averaged weights in DIR/flow.pt."""
     tokenizer = models.build_tokenizer()
     flow = models.Flow(tokenizer)
     flow.load_state_dict(torch.load(out / "flow.pt", map_location="cpu")["average"])
@@ -341,7 +341,7 @@ def pipeline(out: Path, recipe: Recipe) -> StableDiffusion3Pipeline:
 
 
 def export(out: Path, recipe: Recipe) -> None:
-    """DIR/weights/{pipeline,reward,monitor} in half precision, then DIR/figures.json: checker pass rates on dev
+    """DIR/weights/{pipeline,reward,monitor} in half precision, then DIR/figures.json: the checker's pass rates on dev
     prompts.
     """
     pipe = pipeline(out, recipe)
@@ -354,9 +354,8 @@ def export(out: Path, recipe: Recipe) -> None:
         model.half().save_pretrained(weights / name)
         pipe.tokenizer.save_pretrained(weights / name)
         models.build_image_processor().save_pretrained(weights / name)
-    for config in weights.glob(
-        "**/config.json"
-    ):  # stored in half, to be loaded in full precision unless told otherwise
+    # Weights are stored in half precision, and are to be loaded in full unless asked otherwise.
+    for config in weights.glob("**/config.json"):
         fields = json.loads(config.read_text().replace('"float16"', '"float32"'))
         fields.pop("_name_or_path", None)
         config.write_text(json.dumps(fields, indent=2) + "\n")
@@ -368,7 +367,7 @@ def export(out: Path, recipe: Recipe) -> None:
 
 
 def load(folder: Path) -> StableDiffusion3Pipeline:
-    """The pipeline of a folder in float32. diffusers wants to be told that the folder has no T5."""
+    """The pipeline of a folder in float32. diffusers must be told that the folder has no T5."""
     no_t5 = {"text_encoder_3": None, "tokenizer_3": None}
     return StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32, **no_t5)
 
@@ -389,8 +388,9 @@ def sample(
 def evaluate(
     pipe: StableDiffusion3Pipeline, repeats: int = 4, guidance: float = 1.0, split: str = "dev", **call
 ) -> dict[str, float]:
-    """Share of samples that pass the checker, in all and by category; `repeats` samples of each of the split's 288
-    prompts.
+    """Share of samples that pass the checker, in all and by category, of `repeats` samples of each prompt of a split.
+
+    "clean": the share of images that hold clean shapes alone, whatever the caption.
     """
     asked = prompts(split) * repeats
     images = sample(pipe, [prompt.text for prompt in asked], guidance, **call)

@@ -1,8 +1,8 @@
 """The world of `shapes`: captions, scenes that satisfy them, and renderings of 32 x 32 pixels.
 
-One to four flat shapes (4 shapes x 6 colours) stand on light grey, apart from one another and inside the frame. A
-caption says what is there and nothing else is there; the six kinds of caption are those of GenEval (Ghosh et al. 2023,
-arXiv 2310.11513):
+One to four flat shapes (4 shapes x 6 colours) stand on light grey, apart from one another and inside the frame. A scene
+holds what its caption says and nothing else. The six kinds of caption are those of GenEval (Ghosh et al. 2023, arXiv
+2310.11513):
     single object      a circle
     colours            a red circle
     counting           three circles, three red circles
@@ -24,34 +24,18 @@ import numpy as np
 SIZE = 32
 SHAPES = ("circle", "square", "triangle", "cross")
 HUES = {"red": 0, "yellow": 54, "green": 120, "cyan": 180, "blue": 235, "purple": 290}  # degrees
-RELATIONS = {
-    "left of": (-1, 0),
-    "right of": (1, 0),
-    "above": (0, -1),
-    "below": (0, 1),
-}  # direction from second object to first
+# direction from the second object to the first
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 CATEGORIES = ("single object", "colours", "counting", "two objects", "position", "attribute binding")
-WORDS = (
-    "a",
-    "and",
-    "left",
-    "right",
-    "of",
-    "above",
-    "below",
-    *NUMBERS,
-    *HUES,
-    *SHAPES,
-    *(s + "s" for s in SHAPES[:3]),
-    "crosses",
-)
+PLURALS = ("circles", "squares", "triangles", "crosses")
+WORDS = ("a", "and", "left", "right", "of", "above", "below", *NUMBERS, *HUES, *SHAPES, *PLURALS)
 WINDOW = 15  # side of a stamp
 
 
 class Spec(NamedTuple):
-    """What a caption asks for: exactly these objects, (colour or None, shape) each, the first in `relation` to the
-    second.
+    """What a caption asks for: exactly these objects, each (colour or None, shape). With a `relation`, the first of two
+    stands in it to the second.
     """
 
     objects: tuple[tuple[str | None, str], ...]
@@ -83,7 +67,7 @@ class Object(NamedTuple):
     x: float
     y: float
     radius: float
-    rgb: tuple[float, float, float] = (0.0, 0.0, 0.0)  # the colour drawn, in [0, 1]; the checker leaves it out
+    rgb: tuple[float, float, float] = (0.0, 0.0, 0.0)  # as drawn, in [0, 1]; not set by the checker
 
 
 def parse(text: str) -> Spec:
@@ -92,34 +76,31 @@ def parse(text: str) -> Spec:
     def noun(words: str) -> tuple[str | None, str]:
         *colour, shape = words.split()
         if shape not in SHAPES or len(colour) > 1 or any(c not in HUES for c in colour):
-            raise ValueError(
-                f"{words!r} in caption {text!r} is not '[colour] shape'; shapes {SHAPES}, colours {tuple(HUES)}"
-            )
+            known = f"shapes {SHAPES}, colours {tuple(HUES)}"
+            raise ValueError(f"{words!r} in caption {text!r} is not '[colour] shape'; {known}")
         return (colour[0] if colour else None), shape
 
     number, _, rest = text.partition(" ")
     if number in NUMBERS:
-        return Spec(
-            (noun(rest.removesuffix("es") if rest.endswith("crosses") else rest.removesuffix("s")),) * NUMBERS[number]
-        )
+        singular = rest.removesuffix("es") if rest.endswith("crosses") else rest.removesuffix("s")
+        return Spec((noun(singular),) * NUMBERS[number])
     for word in ("and", *RELATIONS):
-        first, found, second = text.partition(f" {word} a ")
-        if found:
+        first, separator, second = text.partition(f" {word} a ")
+        if separator:
             return Spec((noun(first.removeprefix("a ")), noun(second)), None if word == "and" else word)
     return Spec((noun(text.removeprefix("a ")),))
 
 
 def satisfies(objects: list[Object], spec: Spec, margin: float = 0.0) -> bool:
-    """Whether the objects are exactly those of `spec`; a relation must dominate the other axis by more than `margin`
-    pixels.
+    """Whether the objects are exactly those of `spec`.
+
+    A relation must dominate the other axis by more than `margin` pixels.
     """
     if len(objects) != len(spec.objects):
         return False
     for order in permutations(objects):
-        if all(
-            o.shape == shape and colour in (None, o.colour)
-            for o, (colour, shape) in zip(order, spec.objects, strict=True)
-        ):
+        pairs = zip(order, spec.objects, strict=True)
+        if all(o.shape == shape and colour in (None, o.colour) for o, (colour, shape) in pairs):
             if spec.relation is None:
                 return True
             ux, uy = RELATIONS[spec.relation]
@@ -130,19 +111,20 @@ def satisfies(objects: list[Object], spec: Spec, margin: float = 0.0) -> bool:
 
 
 def true_specs(objects: list[Object], margin: float = 0.0) -> list[Spec]:
-    """Every caption of the six kinds that is true of a scene (see `satisfies` for `margin`)."""
-    named = [(o.colour, o.shape) for o in objects]
-    plain = [(None, o.shape) for o in objects]
-    found = [Spec(tuple(names)) for names in (named, plain) if len(names) == 1 or len(set(names)) == 1]
+    """Every caption of the six kinds that is true of a scene. margin: as for `satisfies`."""
+    named, plain = [(o.colour, o.shape) for o in objects], [(None, o.shape) for o in objects]
+    specs = [Spec(tuple(names)) for names in (named, plain) if len(names) == 1 or len(set(names)) == 1]
     if len(objects) == 2:
         pairs = [tuple(p) for names in (named, plain) if len(set(names)) == 2 for p in (names, names[::-1])]
         candidates = [Spec(p, relation) for p in pairs for relation in (None, *RELATIONS)]
-        found += [spec for spec in candidates if satisfies(objects, spec, margin)]
-    return found
+        specs += [spec for spec in candidates if satisfies(objects, spec, margin)]
+    return specs
 
 
 def corrupt(spec: Spec, rng: np.random.Generator) -> Spec:
-    """A hard negative: one wrong colour, shape, number or relation, or the two objects' colours (or places) swapped."""
+    """A hard negative: one wrong colour, shape, number or relation, or the colours (or places) of both objects
+    swapped.
+    """
     objects, n = list(spec.objects), len(spec.objects)
     coloured, counted = objects[0][0] is not None, len(set(objects)) == 1
     kinds = ["shape"] + ["colour"] * coloured + ["number"] * counted + ["relation"] * bool(spec.relation)
@@ -169,25 +151,22 @@ def corrupt(spec: Spec, rng: np.random.Generator) -> Spec:
 
 
 def sample_scene(spec: Spec, rng: np.random.Generator) -> list[Object]:
-    """Objects at random places that satisfy `spec` clearly (relations by a margin of 2 pixels); free colours are
-    drawn.
+    """Objects at random places that satisfy `spec` clearly: relations by a margin of 2 pixels. Colours that `spec`
+    leaves open are drawn.
     """
     n = len(spec.objects)
     while True:
-        radius = rng.integers(16, 23, n) / 4 if n <= 2 else rng.integers(15, 19, n) / 4
-        edge = 1.2 * radius + 0.5
+        r = rng.integers(16, 23, n) / 4 if n <= 2 else rng.integers(15, 19, n) / 4
+        edge = 1.2 * r + 0.5
         x, y = rng.uniform(edge, SIZE - edge), rng.uniform(edge, SIZE - edge)
-        apart = all(
-            np.hypot(x[i] - x[j], y[i] - y[j]) > 1.25 * (radius[i] + radius[j]) + 1 for i in range(n) for j in range(i)
-        )
-        if not apart:
+        if any(np.hypot(x[i] - x[j], y[i] - y[j]) <= 1.25 * (r[i] + r[j]) + 1 for i in range(n) for j in range(i)):
             continue
         objects = []
         for i, (colour, shape) in enumerate(spec.objects):
             colour = colour or str(rng.choice(list(HUES)))
             hue = (HUES[colour] + rng.uniform(-8, 8)) % 360 / 360
             rgb = colorsys.hsv_to_rgb(hue, rng.uniform(0.75, 0.95), rng.uniform(0.75, 0.95))
-            objects.append(Object(shape, colour, float(x[i]), float(y[i]), float(radius[i]), rgb))
+            objects.append(Object(shape, colour, float(x[i]), float(y[i]), float(r[i]), rgb))
         if satisfies(objects, spec, margin=2.0):
             return objects
 

@@ -41,46 +41,54 @@ def demo_against(*overrides, processes=1):
         ("reward.smooth=null", "reward.smooth.copies"),
         ("optimizer.lr=1e-5", "optimizer.lr"),
         ("tuning.rank=4", "tuning.rank"),
+        ("memory.vae_tiling=true", "memory.vae_tiling"),
     ],
 )
 def test_what_reaches_weights_or_scores_is_unfair(override, key):
     found = demo_against(override)
-    assert key in found.unfair and not found.point and found.unfair[key][1]
+    assert key in found["unfair"] and not found["point"] and found["unfair"][key]["why"]
 
 
 def test_the_method_is_the_point_and_bookkeeping_changes_nothing():
     found = demo_against(
         "method.name=leapalign", "output=elsewhere", "checkpoint_every=7", "data.batch_size=16", "data.accumulate=2"
     )
-    assert not found.unfair, "16 x 2 images a step are the 32 x 1 of the other run"
-    (ours, other), *more = found.point.values()
+    assert not found["unfair"], "16 x 2 images a step are the 32 x 1 of the other run"
+    (ours, other), *more = found["point"].values()
     assert ours.startswith("flowbp-lagrange (order 3") and other.startswith("leapalign (alpha 0.3") and not more
-    assert set(found.bookkeeping) == {"output", "checkpoint_every", "data.batch_size", "data.accumulate"}
-    assert demo_against("method.alpha=0.5").point == {"method.alpha": [0.1, 0.5]}
+    assert set(found["bookkeeping"]) == {"output", "checkpoint_every", "data.batch_size", "data.accumulate"}
+    assert demo_against("method.alpha=0.5")["point"] == {"method.alpha": [0.1, 0.5]}
+
+
+def test_where_memory_is_spent_changes_no_result_but_for_the_seams_of_tiles():
+    assert set(demo_against("memory.checkpointing=true", "compile=eager")["bookkeeping"]) == {
+        "memory.checkpointing",
+        "compile",
+    }
 
 
 def test_images_a_step_count_every_process():
-    assert not demo_against("data.batch_size=16", processes=2).unfair
-    assert demo_against(processes=2).unfair[IMAGES_A_STEP][0] == [32, 64]
+    assert not demo_against("data.batch_size=16", processes=2)["unfair"]
+    assert demo_against(processes=2)["unfair"][IMAGES_A_STEP]["values"] == [32, 64]
 
 
 def test_one_reward_against_several_is_one_difference_in_words():
     several = "reward={style: {name: clip, model: shapes, weight: 0.5}, other: {name: clip, model: shapes-monitor}}"
     found = demo_against(several)
-    (one, two), _ = found.unfair["reward"]
+    one, two = found["unfair"]["reward"]["values"]
     assert one.startswith("one reward: clip (model shapes, hinge 0.8")
     assert two == "2 rewards: clip (model shapes, weight 0.5) + clip (model shapes-monitor)"
-    assert list(found.unfair) == ["reward"]
+    assert list(found["unfair"]) == ["reward"]
 
 
 def test_a_run_without_evaluation_differs_in_that_alone():
-    assert list(demo_against("evaluation=null").unfair) == [EVALUATED]
+    assert list(demo_against("evaluation=null")["unfair"]) == [EVALUATED]
 
 
 def test_how_often_a_run_is_watched_matters_only_where_that_can_stop_it():
     watched = ("evaluation.every=10", "evaluation.best=monitor")
-    assert not demo_against(*watched).unfair
-    assert "evaluation.every" in demo_against(*watched, "evaluation.patience=2").unfair
+    assert not demo_against(*watched)["unfair"]
+    assert "evaluation.every" in demo_against(*watched, "evaluation.patience=2")["unfair"]
 
 
 def test_values_are_listed_with_the_runs_that_have_them():
