@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import typer
 from typer.testing import CliRunner
@@ -241,7 +242,7 @@ CHECKS = {
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run a command of flowbp or a line of Python in this process and folder. Raises Wrong where it fails."""
+    """Run a command of flowbp, a line of Python or a script of the tests in this process and folder. Raises Wrong where it fails."""
     program, *rest = arguments
     if program == "python" and rest[:2] == ["-m", "flowbp"]:
         program, rest = "flowbp", rest[2:]
@@ -253,6 +254,9 @@ def run(arguments: Sequence[str]) -> None:
         exec(compile(rest[1], "python -c", "exec"), {})
     elif program == "python" and rest[0] == "-m":
         runpy.run_module(rest[1], run_name="__main__", alter_sys=True)
+    elif program == "python" and rest[0].startswith("tests/"):
+        with patch.object(sys, "argv", rest):
+            runpy.run_path(str(ROOT / rest[0]), run_name="__main__")
     else:
         raise Wrong(f"{' '.join(arguments)} cannot be run by a test: mark its block, such as ```bash takes=long")
 
