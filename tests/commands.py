@@ -242,7 +242,9 @@ CHECKS = {
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run a command of flowbp, a line of Python or a script of the tests in this process and folder. Raises Wrong where it fails."""
+    """Run a command of flowbp, a line of Python or a script of the tests, in this process and folder. Raises Wrong
+    where it fails.
+    """
     program, *rest = arguments
     if program == "python" and rest[:2] == ["-m", "flowbp"]:
         program, rest = "flowbp", rest[2:]
