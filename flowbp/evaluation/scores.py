@@ -228,7 +228,7 @@ class Group:
     columns: np.ndarray
 
     def describe(self, metric: str) -> dict[str, Any]:
-        """The first fields of a row on `metric`."""
+        """The fields of `Row`, for `metric`."""
         counts = {"count": len(self.texts), "missing": self.missing, "prompts": len(set(self.texts))}
         return {"metric": metric, "category": self.category} | counts
 
@@ -236,7 +236,7 @@ class Group:
         return weighted_mean(values, self.weights)
 
     def interval(self, values: np.ndarray) -> dict[str, float]:
-        """Of the mean of values [m]."""
+        """{"low", "high"} of the mean of values [m]."""
         return dict(zip(("low", "high"), interval(values, self.weights, self.texts), strict=True))
 
 
