@@ -74,7 +74,7 @@ class Run:
 
     @property
     def images(self) -> int:
-        """Of an optimizer step."""
+        """Images of an optimizer step."""
         return pages.images_a_step(self.config, self.rows)
 
     def pairs_with(self, other: Run) -> bool:
@@ -156,9 +156,10 @@ def within(key: str, prefix: str) -> bool:
 
 
 def with_evaluation(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Configs that say under one key whether they have an evaluation.
+    """The configs with one more key, which says whether they have an evaluation.
 
-    Those without get the settings of the first that has one, but its early stop: so they differ in that key alone.
+    Configs without one get the evaluation settings of the first config that has one, except for its early stop. So they
+    differ in the new key alone.
     """
     settings = next((config["evaluation"] for config in configs if config["evaluation"] is not None), None)
     none = {EVALUATED: "none", "evaluation": settings and settings | {"patience": None}}
@@ -172,8 +173,8 @@ def objective(rewards: Mapping[str, Any]) -> str:
 
 
 def grouped(values: Sequence[Any], names: Sequence[str]) -> list[tuple[str, str]]:
-    """(value, the runs that have it) for each value: readable however many runs there are. A dash stands for a key that
-    a run lacks.
+    """(value, the runs that have it) for each value, which stays readable with many runs. A dash stands for a key that a
+    run lacks.
     """
     runs: dict[str, list[str]] = {}
     for value, name in zip(values, names, strict=True):

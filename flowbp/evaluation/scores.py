@@ -83,12 +83,12 @@ def scorers(
 def load_checker(config: EvaluationConfig, device: str) -> Scorer:
     """The scorer that gives 1 to an image that shows what its prompt says, else 0.
 
-    A checker with a name is loaded from its "module:function" in `CHECKERS`. A mapping describes the object detector of
-    GenEval. Raises ValueError for prompts that the checker cannot judge.
+    config.checker is a name of `CHECKERS`, a loader's "module:function", or describes the object detector of GenEval.
+    Raises ValueError for prompts that the checker cannot judge.
     """
     sources = [source for source in (config.prompts, config.validation_prompts) if source is not None]
     if isinstance(config.checker, str):
-        module, _, function = CHECKERS[config.checker].partition(":")
+        module, _, function = CHECKERS.get(config.checker, config.checker).partition(":")
         load = getattr(importlib.import_module(module), function)
         return load([prompt.text for source in sources for prompt in load_prompts(source)])
     from flowbp.evaluation.geneval import load_geneval
@@ -228,7 +228,7 @@ class Group:
     columns: np.ndarray
 
     def describe(self, metric: str) -> dict[str, Any]:
-        """The first fields of a row on `metric`."""
+        """The fields of `Row`, for `metric`."""
         counts = {"count": len(self.texts), "missing": self.missing, "prompts": len(set(self.texts))}
         return {"metric": metric, "category": self.category} | counts
 
@@ -236,7 +236,7 @@ class Group:
         return weighted_mean(values, self.weights)
 
     def interval(self, values: np.ndarray) -> dict[str, float]:
-        """Of the mean of values [m]."""
+        """{"low", "high"} of the mean of values [m]."""
         return dict(zip(("low", "high"), interval(values, self.weights, self.texts), strict=True))
 
 

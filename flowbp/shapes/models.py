@@ -75,7 +75,7 @@ def build_vae() -> AutoencoderKL:
 def whiten(vae: AutoencoderKL, latents: torch.Tensor) -> None:
     """Make each latent channel have mean 0 and deviation 1, by a change of the VAE's 1 x 1 convolutions in place.
 
-    The mean and deviation now are measured on `latents` [N, 8, 8, 8]. Reconstructions stay as they are.
+    The present mean and deviation are measured on `latents` [N, 8, 8, 8]. Reconstructions stay as they are.
     """
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     c = len(mean)

@@ -9,6 +9,7 @@ from flowbp.evaluation.numbers import notes, number
 from flowbp.evaluation.scores import BALANCED, Samples, Scores, compare, draw_samples, join, scorers, split, summarise
 from flowbp.rewards import load_reward
 from flowbp.runtime.data import Prompt
+from flowbp.shapes.world import parse, render, sample_scene
 
 PROMPTS = [Prompt(f"prompt {i}", "even" if i % 2 == 0 else "odd") for i in range(8)]
 
@@ -81,3 +82,16 @@ def test_diversity_is_seen_by_a_held_out_encoder_before_the_one_that_is_trained_
     torch.testing.assert_close(embedded({"reward": reward}, {"blind": blind}), reward.embed(images))
     assert embedded({"blind": blind}, {}).shape == (3, 3 * 32 * 32)
     torch.testing.assert_close(monitor.embed(images).norm(dim=1), torch.ones(3))
+
+
+@pytest.mark.parametrize("checker", ["shapes", "flowbp.shapes.checker:load_checker"])
+def test_a_checker_is_loaded_by_name_and_judges_its_own_captions_alone(checker, tmp_path):
+    options, rng = config().model_copy(update={"checker": checker}), np.random.default_rng(0)
+    scene = sample_scene(parse("a red circle"), rng)
+    image = torch.from_numpy(render(scene, rng)).permute(2, 0, 1) / 255
+    judge = scorers(options, {}, {})["checker"]
+    verdicts = judge(torch.stack([image, image]), ["a red circle", "a blue circle"])
+    assert verdicts.tolist() == [1.0, 0.0] and verdicts.dtype == torch.float32
+    (tmp_path / "prompts.txt").write_text("a red circle\na red dog\n")
+    with pytest.raises(ValueError, match="captions of its world alone, others take null: 'red dog' in caption"):
+        scorers(options.model_copy(update={"prompts": str(tmp_path / "prompts.txt")}), {}, {})
