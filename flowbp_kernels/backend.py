@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from flowbp_kernels.arguments import COMPILED_DTYPES, is_traced
@@ -32,13 +34,21 @@ def needs_operator(*tensors: Tensor | None) -> bool:
     faked.
 
     Any other call runs its kernel at once, because on a small latent the operator (20 us) would cost more than all the
-    rest.
+    rest. Raises NotImplementedError within forward-mode differentiation and within the transforms of torch.func, of
+    which the kernels know nothing: they would return tangents of zero.
     """
     if is_traced():
         return True
-    recording = torch.is_grad_enabled()
+    recording, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in (Tensor, Parameter) or (recording and tensor.requires_grad)):
+        if tensor is None:
+            continue
+        if is_functorch_wrapped_tensor(tensor) or (forward and forward_ad.unpack_dual(tensor).tangent is not None):
+            raise NotImplementedError(
+                "the ops of flowbp_kernels have a gradient (torch.autograd), but no forward-mode derivative and no "
+                "rule for the transforms of torch.func (jvp, vmap, grad): use the formula of the op's docstring there"
+            )
+        if type(tensor) not in (Tensor, Parameter) or (recording and tensor.requires_grad):
             return True
     return False
 
