@@ -76,7 +76,7 @@ class GuidedVelocity:
             )
         self.network, self.positive, self.negative, self.guidance = network, positive, negative, guidance
         self.batched = batched
-        if guidance.active and batched:
+        if guidance.active and negative is not None and batched:
             self._both = {name: torch.cat([negative[name], positive[name]]) for name in positive}
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class GuidedVelocity:
             return positive, negative
         positive = self.network(x, sigma, self.positive)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.guidance.detach_negative):
-            return positive, self.network(x, sigma, self.negative)
+            return positive, self.network(x, sigma, self.negative)  # pyright: ignore[reportArgumentType]
 
     def replay(self, x: Tensor, sigma: Tensor) -> Tensor:
         """A tensor with the guided velocity's VJP. Its value differs from the velocity's when the negative branch is a
@@ -117,8 +117,9 @@ class GuidedVelocity:
 
     def _repeated(self, copies: int) -> GuidedVelocity:
         """The velocity of a batch that holds this one `copies` times."""
-        positive, negative = (
-            conditioning and {name: torch.cat([value] * copies) for name, value in conditioning.items()}
-            for conditioning in (self.positive, self.negative)
-        )
-        return GuidedVelocity(self.network, positive, negative, self.guidance, self.batched)
+
+        def repeated(conditioning):
+            return conditioning and {name: torch.cat([value] * copies) for name, value in conditioning.items()}
+
+        branches = repeated(self.positive), repeated(self.negative)
+        return GuidedVelocity(self.network, *branches, self.guidance, self.batched)

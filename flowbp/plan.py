@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["Bridge", "Leaps", "Node", "PlanBatch", "PosteriorMean", "Replay", "Similarity", "SurrogatePlan"]
 
@@ -221,22 +221,22 @@ class SurrogatePlan:
 
     def num_steps(self, total: int) -> int:
         """Network steps that the rollout must take: all `total`, or up to the node of the posterior mean."""
-        return total if self.reward_input is None else self.reward_input.at + 1
+        return total if self.reward_input is None else self.reward_input.at + 1  # pyright: ignore[reportOperatorIssue]
 
     @property
     def cached_latents(self) -> frozenset[int]:
         """Nodes whose latent the sweep, the reward input or the residuals read (x_N is always kept)."""
-        read = {replay.node for replay in self.sweep}
+        read: set[Any] = {replay.node for replay in self.sweep}
         if self.reward_input is not None:
             read.add(self.reward_input.at)
-        if self.similarity is not None:
+        if self.similarity is not None and self.bridge is not None:
             read |= {self.start, self.bridge.node}
         return frozenset(read)
 
     @property
     def cached_velocities(self) -> frozenset[int]:
         """Nodes whose velocity the reward input or the residuals read."""
-        read = {replay.node for replay in self.sweep if replay.output}
+        read: set[Any] = {replay.node for replay in self.sweep if replay.output}
         if self.reward_input is not None:
             read.add(self.reward_input.at)
         if self.similarity is not None:
@@ -307,7 +307,7 @@ class PlanBatch:
     @property
     def reward_input(self) -> PosteriorMean | None:
         first = self.plans[0].reward_input
-        return first and PosteriorMean(_shared(plan.reward_input.at for plan in self.plans))
+        return first and PosteriorMean(_shared(plan.reward_input and plan.reward_input.at for plan in self.plans))
 
     @property
     def similarity(self) -> Similarity | None:
@@ -346,7 +346,7 @@ class PlanBatch:
             plan.check(total)
 
 
-def _shared(values: Iterable) -> object:
+def _shared(values: Iterable) -> Any:
     """The value that all samples share, or the tuple of theirs."""
     values = tuple(values)
     return values[0] if len(set(values)) == 1 else values

@@ -76,7 +76,7 @@ class Recompute:
         return (forward(), True) if self.keeps(remaining) else (None, False)
 
     def _settle(self, budget: int, device: torch.device) -> None:
-        self.capacity = max(0, budget) // max(1, self.graph_bytes)
+        self.capacity = max(0, budget) // max(1, self.graph_bytes or 0)
         if (
             torch.distributed.is_available() and torch.distributed.is_initialized()
         ):  # every rank must run as many forward passes

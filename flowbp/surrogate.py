@@ -7,7 +7,8 @@ whose forward pass has already happened.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def backward(
     """
     passes = _passes(plan, trajectory, nodes_per_forward)
 
-    def forward(replays: list[Replay]) -> Graph:
+    def forward(replays: Sequence[Any]) -> Graph:
         graph = trajectory.graph([replay.node for replay in replays], velocity, requires_grad=replays[0].gated)
         if before_last is not None and replays is passes[-1]:
             before_last(graph.v)
@@ -72,12 +73,11 @@ def as_graph(plan: SurrogatePlan, trajectory: Trajectory, velocity: ReplayedVelo
     All active nodes' graphs live at once. The oracle of the sweep.
     """
     values = reward_input(plan, trajectory).split(len(trajectory.sample))
-    before, after = (
-        0.0,
-        [0.0] * len(values),
-    )  # sums of weight (v - v.detach()): zero in value, on either side of the bridge
+    # Sums of weight (v - v.detach()) on either side of the bridge: zero in value.
+    before: Any = 0.0
+    after: list[Any] = [0.0] * len(values)
     bridge = plan.active_bridge
-    for node, weight, gate, output in plan.sweep:
+    for node, weight, gate, output in cast(Any, plan.sweep):  # of one plan, so that each is a number
         x = trajectory.latents[node]
         v = velocity(straight_through(x, before, gate) if gate else x, trajectory.levels[node])
         if bridge is not None and node < bridge.node:
@@ -101,9 +101,8 @@ def residuals(plan: Plan, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
         )
     start, joint, nodes, first, second = plan.leaps
     x, velocities = trajectory.latents, trajectory.velocities
-    return tuple(
-        leap_residuals(x[start], x[joint], trajectory.sample, velocities.rows, velocities.slots(nodes), (first, second))
-    )
+    d = leap_residuals(x[start], x[joint], trajectory.sample, velocities.rows, velocities.slots(nodes), (first, second))
+    return d[0], d[1]
 
 
 def _passes(plan: Plan, trajectory: Trajectory, nodes_per_forward: int) -> list[list[Replay]]:

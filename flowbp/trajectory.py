@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class NodeCache:
 
     def __init__(self, what: str, nodes: Iterable[int], like: Tensor):
         self.what, self.nodes = what, tuple(sorted(nodes))
-        self._slot = {node: slot for slot, node in enumerate(self.nodes)}
+        self._slot: dict[Any, int] = {node: slot for slot, node in enumerate(self.nodes)}
         self.rows = like.new_empty(len(self.nodes), *like.shape)
 
     def row(self, node: int) -> Tensor | None:
@@ -72,7 +73,7 @@ class Trajectory:
     velocities: NodeCache
     sample: Tensor
     kept: dict[int, Graph] = field(default_factory=dict)
-    rng: dict[int, RngState] = field(default_factory=dict)
+    rng: dict[Any, RngState] = field(default_factory=dict)
     autocast: tuple[dict, ...] = ()
 
     def level(self, node: Node) -> Tensor:
@@ -142,14 +143,14 @@ def rollout(
     scale, last, steps = velocity.guidance.scale, sigmas[-2].item(), torch.diff(sigmas.double()).tolist()
 
     x = noise
-    if latents.row(0) is not None:
-        latents.row(0).copy_(noise)
+    if (first := latents.row(0)) is not None:
+        first.copy_(noise)
     for i in range(plan.num_steps(total) if plan else total):
         x, _ = cfg_euler_step(
             x, *keeper.branches(x, i), scale, steps[i], velocity_out=velocities.row(i), out=latents.row(i + 1)
         )
     for copy, eps in enumerate(renoise, start=total + 1):
-        noised = latents.row(copy).copy_((1 - last) * x + last * eps)
+        noised = latents[copy].copy_((1 - last) * x + last * eps)
         cfg_euler_step(noised, *keeper.branches(noised, copy), scale, -last, velocity_out=velocities.row(copy))
     return Trajectory(
         sigmas, levels, latents, velocities, x, keeper.kept, keeper.rng, autocast_state(noise.device.type)
@@ -185,7 +186,7 @@ class _Keeper:
             self.remaining, lambda: record(self.velocity, own, sigma, self.gated[node]), x.device
         )
         branches = self.velocity.branches(x, sigma, replayed=True) if graph is None else (graph.v.detach(), None)
-        if kept:
+        if kept and graph is not None:
             self.kept[node] = graph
         if RngState.capture(x.device) != before:
             self.rng[node] = before

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class Backbone(Protocol):
     """A text-to-image flow model in five verbs, and what the trainer must know of its network."""
 
     pipe: DiffusionPipeline  # for saving and loading weights in its own format
-    denoiser: nn.Module  # the network that gives the velocity: the trainable part
+    denoiser: ModelMixin  # the network that gives the velocity: the trainable part
     lora_targets: list[str]  # modules of the denoiser that LoRA adapts by default
     text_options: dict[str, Any]  # what its prompt embeddings depend on besides the text encoders
     guidance_branches: Literal[
@@ -116,7 +116,7 @@ class DiffusersBackbone(ABC):
                 module.eval().requires_grad_(False)
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> ModelMixin:
         return self.pipe.transformer
 
     @property

@@ -110,7 +110,7 @@ def load_checkpoint(folder: Path, model: TunedModel, optimizer: Optimizer, rewar
     return progress(folder)["step"]
 
 
-def damaged(folder: Path, error: Exception) -> OSError:
+def damaged(folder: Path, error: Exception | str) -> OSError:
     return OSError(
         f"the checkpoint {folder} is damaged ({error}): delete it to resume from the first step, or restore it from a "
         "copy"

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
@@ -87,7 +88,7 @@ class Ranks:
         if self.size > 1 and self.sharded is None:
             gradients = [p.grad.div_(self.size) for p in self.trained if p.grad is not None]
             for work in [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
-                work.wait()
+                work.wait()  # pyright: ignore[reportOptionalMemberAccess]
 
     def reduce_with(self, v: Tensor) -> None:
         """The next backward pass, that of `v`, is the last of the step: it reduces sharded gradients."""
@@ -103,7 +104,7 @@ class Ranks:
         return dict(zip(values, (table / self.size).tolist(), strict=True))
 
 
-def shard_weights(denoiser: nn.Module, device: torch.device) -> nn.Module:
+def shard_weights(denoiser: ModelMixin, device: torch.device) -> Any:
     """FSDP2, in place, on `device`: the weights of a transformer block are gathered when it runs, and dropped after.
 
     Gradients add up and are reduced in float32 (or wider), as the released trainers reduce them, and then rounded to

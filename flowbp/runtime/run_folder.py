@@ -129,7 +129,7 @@ class RunFolder:
         before, now = last and progress(last)["processes"], process_state().num_processes
         if last and before != now:
             raise ValueError(
-                f"{last} is of {before} process{'es' if before > 1 else ''}, and this run has {now}: a step's samples "
+                f"{last} is of {before} process{'es' if before != 1 else ''}, and this run has {now}: a step's samples "
                 "are processes x "
                 f"batch_size x accumulate, and a resumed run keeps them. Start {before}"
             )
@@ -200,7 +200,7 @@ class RunFolder:
     def validations(self) -> dict[int, Values]:
         """All scores that were kept, by step; the main process reads them for all."""
         found = [{step: load_file(file) for step, file in self._validations().items()} if self.writes else None]
-        return broadcast_object_list(found)[0]
+        return broadcast_object_list(found)[0]  # pyright: ignore[reportReturnType]
 
     def _validations(self) -> dict[int, Path]:
         files = sorted((self.path / VALIDATION).glob("step-*.safetensors"))
