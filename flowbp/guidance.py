@@ -73,7 +73,7 @@ class GuidedVelocity:
             )
         self.network, self.positive, self.negative, self.guidance = network, positive, negative, guidance
         self.batched = batched
-        if guidance.active and batched:
+        if guidance.active and negative is not None and batched:
             self._both = {name: torch.cat([negative[name], positive[name]]) for name in positive}
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class GuidedVelocity:
             return positive, negative
         positive = self.network(x, sigma, self.positive)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.guidance.detach_negative):
-            return positive, self.network(x, sigma, self.negative)
+            return positive, self.network(x, sigma, self.negative)  # pyright: ignore[reportArgumentType]
 
     def replay(self, x: Tensor, sigma: Tensor) -> Tensor:
         """A tensor with the guided velocity's VJP. Its value is not the velocity's when the negative branch is a

@@ -76,7 +76,7 @@ def reward_gradient(
         rewards.append(scores.detach())
         loss = loss + part_loss.detach()
         del scores, part_loss
-    return torch.cat(rewards), loss, g
+    return torch.cat(rewards), loss, g  # pyright: ignore[reportReturnType]
 
 
 def clip_samples(g: Tensor, largest: float | None) -> Tensor:

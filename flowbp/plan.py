@@ -224,7 +224,7 @@ class SurrogatePlan:
 
     def num_steps(self, total: int) -> int:
         """Network steps that the rollout must take: all `total`, or up to the node of the posterior mean."""
-        return total if self.reward_input is None else self.reward_input.at + 1
+        return total if self.reward_input is None else self.reward_input.at + 1  # pyright: ignore[reportOperatorIssue]
 
     @property
     def cached_latents(self) -> frozenset[Place]:
@@ -232,7 +232,7 @@ class SurrogatePlan:
         read = {replay.node for replay in self.replays}
         if self.reward_input is not None:
             read.add(self.reward_input.at)
-        if self.similarity is not None:
+        if self.similarity is not None and self.bridge is not None:
             read |= {self.start, self.bridge.node}
         return frozenset(read)
 
@@ -308,7 +308,7 @@ class PlanBatch:
     @property
     def reward_input(self) -> PosteriorMean | None:
         first = self.plans[0].reward_input
-        return first and PosteriorMean(_shared(plan.reward_input.at for plan in self.plans))
+        return first and PosteriorMean(_shared(plan.reward_input and plan.reward_input.at for plan in self.plans))
 
     @property
     def similarity(self) -> Similarity | None:

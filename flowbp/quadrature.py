@@ -37,8 +37,8 @@ def euler(sigmas: np.ndarray, nodes: Sequence[int]) -> np.ndarray:
     """The solver's own step at each node, h_i = sigma_{i+1} - sigma_i. Exact for the Euler rollout when the nodes are
     all its steps.
     """
-    nodes = np.asarray(nodes, dtype=int)
-    return sigmas[nodes + 1] - sigmas[nodes]
+    at = np.asarray(nodes, dtype=int)
+    return sigmas[at + 1] - sigmas[at]
 
 
 def leap(sigmas: np.ndarray, start: int, stop: int) -> float:

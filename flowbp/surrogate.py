@@ -51,7 +51,7 @@ def backward(
     """
     passes = _passes(plan, trajectory, nodes_per_forward)
 
-    def forward(replays: list[Replay]) -> Graph:
+    def forward(replays: Sequence[Any]) -> Graph:
         graph = trajectory.graph([replay.node for replay in replays], velocity, requires_grad=replays[0].gated)
         if before_last is not None and replays is passes[-1]:
             before_last(graph.v)

@@ -4,6 +4,7 @@ reads, and those graphs that `recompute` keeps.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,8 +129,8 @@ def rollout(
     scale, last = velocity.guidance.scale, sigmas[-2].item()
 
     x = noise
-    if latents.row(0) is not None:
-        latents.row(0).copy_(noise)
+    if (first := latents.row(0)) is not None:
+        first.copy_(noise)
     for i in range(plan.num_steps(total) if plan else total):
         v, v_neg = recorder.branches(x, levels[i], i)
         # One pass over the latent: guide v_neg and v, where there are two; step; write the rows of both caches.

@@ -120,7 +120,7 @@ def check_nodes(nodes: Tensor, velocities: Tensor) -> None:
 
 
 def check_out(
-    name: str, out: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype], inputs: Sequence[Tensor | None]
+    name: str, out: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype], inputs: Sequence
 ) -> None:
     """`out` can be written into: it is contiguous, of this shape, of one of these dtypes and on the inputs' device, and
     no gradient is recorded.

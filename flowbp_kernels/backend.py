@@ -80,6 +80,7 @@ def select(op: str, num_nodes: int = 0, **tensors: Tensor | None) -> str:
     """The backend that runs `op` on these tensors, named as in its contract, with a rule of num_nodes rows."""
     wanted = requested()
     label, first = next(iter(tensors.items()))
+    assert first is not None
     for name in BACKENDS if wanted == "auto" else (wanted,):
         if not _reaches(name, first):
             cause = f"{label} is on {first.device}" if name == wanted else "elsewhere"
@@ -182,7 +183,7 @@ def _unsuited(name: str, op: str, num_nodes: int, tensors: dict[str, Tensor | No
     """What keeps a backend that reaches these tensors from running `op` on them; "" if nothing does."""
     if name == "reference":
         return ""
-    cause = unavailable(name, next(iter(tensors.values())).device.index)
+    cause = unavailable(name, next(iter(tensors.values())).device.index)  # pyright: ignore[reportOptionalMemberAccess]
     if cause:
         return cause
     if name == "triton" and importlib.util.find_spec(f"flowbp_kernels._triton.{op}") is None:

@@ -15,8 +15,8 @@ from flowbp_kernels.operators import register
 def bridge_cotangents(
     g: Tensor,
     g_x: Tensor,
-    weights: Tensor | Sequence[float],
-    alphas: Tensor | Sequence[float],
+    weights: Tensor | Sequence,
+    alphas: Tensor | Sequence,
     *,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,

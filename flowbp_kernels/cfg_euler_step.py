@@ -1,5 +1,7 @@
 """One Euler step of classifier-free guidance, and both cache writes, in one pass."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,15 +55,15 @@ def cfg_euler_step(
 
     by_operator = backend.needs_operator(*inputs, velocity_out, out)
     if by_operator or isinstance(guidance, Tensor) or isinstance(h, Tensor):
-        coefficients = scalar_table(x, guidance=guidance, h=h)
+        coefficients: Any = scalar_table(x, guidance=guidance, h=h)
     else:
         coefficients = guidance, h
     if v_uncond is None and velocity_out is None and out is None:  # a quadrature of one node
         node = [0] if isinstance(coefficients, tuple) else torch.zeros(1, dtype=torch.long, device=coefficients.device)
         return quadrature_update(x, v_cond.contiguous()[None], node, coefficients[1:]), v_cond
-    arguments = *(None if t is None else t.contiguous() for t in inputs), coefficients
+    arguments: Any = *(None if t is None else t.contiguous() for t in inputs), coefficients
     if not by_operator:
-        x_next, velocity = _run(*arguments, velocity_out, out)
+        x_next, velocity = _run(*arguments, velocity=velocity_out, out=out)
     elif out is None and velocity_out is None:
         x_next, velocity = _op.of(coefficients)(*arguments)
     else:
@@ -88,7 +90,7 @@ def _run(x, v_cond, v_uncond, coefficients, velocity=None, out=None) -> tuple[Te
     runs = backend.select("cfg_euler_step", x=x, v_cond=v_cond, v_uncond=v_uncond, velocity_out=velocity)
     if runs == "reference":
         dtype = v_cond.dtype if velocity is None else velocity.dtype
-        x_next, v = reference.cfg_euler_step(x, v_cond, v_uncond, *coefficients, dtype)
+        x_next, v = reference.cfg_euler_step(x, v_cond, v_uncond, *coefficients, velocity_dtype=dtype)
         out.copy_(x_next)
         if velocity is not None:
             velocity.copy_(v)
@@ -106,7 +108,7 @@ def _into(
 
 
 def _new(x: Tensor, v_cond: Tensor, v_uncond: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    return _run(x, v_cond, v_uncond, coefficients)
+    return _run(x, v_cond, v_uncond, coefficients)  # pyright: ignore[reportReturnType]
 
 
 def _fake(x, v_cond, v_uncond, coefficients):

@@ -28,7 +28,7 @@ def leap_residuals(
     x_end: Tensor,
     velocities: Tensor,
     nodes: Tensor | Sequence[int],
-    weights: Sequence[Tensor | Sequence[float]],
+    weights: Sequence[Tensor | Sequence],
     *,
     scales: Tensor | None = None,
     predictions_out: Tensor | None = None,
@@ -91,7 +91,7 @@ def _run(x_k, x_j, x_end, velocities, nodes, first, second, scales, predictions=
         "leap_residuals", nodes.shape[0], **latents, velocities=velocities, predictions_out=predictions
     )
     if runs == "reference":
-        residuals, landings = reference.leap_residuals(*latents.values(), velocities, nodes, (first, second), scales)
+        residuals, landings = reference.leap_residuals(x_k, x_j, x_end, velocities, nodes, (first, second), scales)
         if predictions is not None:
             predictions.copy_(landings)
         return residuals

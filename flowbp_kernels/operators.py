@@ -13,10 +13,10 @@ from torch import Tensor, library
 
 
 class Operators(NamedTuple):
-    by_value: library.CustomOpDef
-    on_device: library.CustomOpDef
+    by_value: library.CustomOpDef  # pyright: ignore[reportPrivateImportUsage]
+    on_device: library.CustomOpDef  # pyright: ignore[reportPrivateImportUsage]
 
-    def of(self, rule: Tensor) -> library.CustomOpDef:
+    def of(self, rule: Tensor) -> library.CustomOpDef:  # pyright: ignore[reportPrivateImportUsage]
         """The operator for a rule of which `rule` is a part."""
         return self.by_value if rule.is_cpu else self.on_device
 

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ def _gradients(call: _Call, latents: tuple[Tensor, ...], g: Tensor) -> list[Tens
             "a parameter has a gradient hook (Tensor.register_hook), which would run once a node and again on the sum: "
             "use register_post_accumulate_grad_hook, which runs once."
         )
-    totals: list[Tensor | None] = [None] * len(params)
+    totals: list[Any] = [None] * len(params)  # a Tensor from the first gradient on
 
     def add_to(k: int, gradient: Tensor) -> Tensor:
         """Add a node's gradient to the parameter's sum, and give autograd zeros that take no memory to keep instead."""
@@ -146,7 +147,7 @@ def _gradients(call: _Call, latents: tuple[Tensor, ...], g: Tensor) -> list[Tens
         ((i, _, gate, _),) = replays
         rng = None if call.rng_states is None else call.rng_states[i]
         with as_in_the_rollout(g.device, call.autocast, rng):
-            return record(call.velocity, latents[i], call.sigmas[i], requires_grad=gate > 0)
+            return record(call.velocity, latents[i], call.sigmas[i], requires_grad=gate != 0)
 
     def pull(x: Tensor, v: Tensor, seed: Tensor) -> Tensor | None:
         wanted = (*params, x) if x.requires_grad else params
@@ -211,7 +212,7 @@ def _world_size() -> int:
 # The wrappers that a thread's sweep has entered. All sweeps share one hook under one name, because torch.compile traces
 # anew whenever the names of the hooks change.
 _ENTERED: dict[int, list[DistributedDataParallel]] = {}
-_HOOKS = torch.nn.modules.module._global_forward_pre_hooks
+_HOOKS: Any = torch.nn.modules.module._global_forward_pre_hooks
 
 
 def _look_at(module: torch.nn.Module, _) -> None:

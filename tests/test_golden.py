@@ -206,10 +206,10 @@ def check_single_precision(case):
     case.check_gradients(tolerance=SINGLE)
 
 
-ON_GPU = [pytest.param(kernels, "cuda", marks=pytest.mark.gpu) for kernels in ("cuda", "triton")]
+BACKENDS = [("cpu", "cpu"), ("reference", "cpu"), ("cuda", "cuda"), ("triton", "cuda")]
 
 
-@pytest.mark.parametrize(("kernels", "device"), [("cpu", "cpu"), ("reference", "cpu"), *ON_GPU])
+@pytest.mark.parametrize(("kernels", "device"), BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_every_backend_matches_the_released_code_in_float32(name, kernels, device, monkeypatch):
     if backend.unavailable(kernels):

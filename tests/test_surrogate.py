@@ -348,15 +348,13 @@ def tiny_transformer(overrides, checkpointing):
 
 
 def peak_bytes(run, num_active, velocity, noise, recompute="always"):
-    sigmas = torch.linspace(1, 0, 13)
-    plan = FlowBPSparse(num_active, rescale=0.0).at(
-        sigmas.double().numpy(), np.linspace(0, 11, num_active).round().astype(int)
-    )
+    sigmas = torch.linspace(1, 0, 9)
+    nodes = np.linspace(0, 7, num_active).astype(int)
+    plan = FlowBPSparse(num_active, rescale=0.0).at(sigmas.double().numpy(), nodes)
     network = velocity.network if isinstance(velocity.network, torch.nn.Module) else velocity.network.__self__.denoiser
     parameters = list(network.parameters())
     for p in parameters:
         p.grad = torch.zeros_like(p)
-    gc.collect()
     with LiveBytes([*parameters, *(p.grad for p in parameters)]) as live:
         trajectory = rollout(velocity, noise, sigmas, plan, recompute=Recompute(recompute))
         run(plan, trajectory, velocity.replay)
@@ -372,6 +370,7 @@ def run_graph(plan, trajectory, velocity):
 
 
 def check_peak_memory(capsys, velocity, noise, graphs_grow=2.0):
+    gc.collect()
     sweep, graph = (
         [peak_bytes(run, num_active, velocity, noise) for num_active in (1, 8)] for run in (run_sweep, run_graph)
     )

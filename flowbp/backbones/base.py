@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ class DiffusersBackbone(ABC):
                 module.eval().requires_grad_(False)
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> ModelMixin:
         return self.pipe.transformer
 
     @property

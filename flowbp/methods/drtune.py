@@ -37,7 +37,8 @@ class DRTune:
 
     def at(self, sigmas, stop: int, active) -> SurrogatePlan:
         sigmas = check_sigmas(sigmas)
-        nodes, chosen = np.arange(stop + 1), is_active(stop + 1, active)
+        nodes, chosen = tuple(range(stop + 1)), is_active(stop + 1, active)
         weights = euler(sigmas, nodes)
         weights[stop] = leap(sigmas, stop, -1)
-        return SurrogatePlan(nodes, weights, np.where(chosen, weights, 0.0), reward_input=PosteriorMean(stop))
+        gradients = np.where(chosen, weights, 0.0)
+        return SurrogatePlan(nodes, tuple(weights), tuple(gradients), reward_input=PosteriorMean(stop))

@@ -37,9 +37,9 @@ class FlowBPSparse:
 def sparse_euler(sigmas, active, rescale: float, tail_ratio: float, min_window: int):
     """All nodes of a rollout, their Euler weights, and their gradient weights: rescaled on `active`, zero elsewhere."""
     sigmas = check_sigmas(sigmas)
-    nodes = np.arange(len(sigmas) - 1)
+    nodes = tuple(range(len(sigmas) - 1))
     weights = euler(sigmas, nodes)
     chosen = is_active(len(nodes), active)
     window = slice(*train_window(len(nodes), tail_ratio, min_window))
     rho = rescale_factor(np.abs(weights[window]).sum(), np.abs(weights[chosen]).sum(), rescale)
-    return nodes, weights, np.where(chosen, rho * weights, 0.0)
+    return nodes, tuple(weights), tuple(np.where(chosen, rho * weights, 0.0))

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
@@ -79,7 +80,7 @@ class Ranks:
         if self.size > 1 and self.sharded is None:
             gradients = [p.grad.div_(self.size) for p in self.trained if p.grad is not None]
             for work in [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
-                work.wait()
+                work.wait()  # pyright: ignore[reportOptionalMemberAccess]
 
     def reduce_with(self, v: Tensor) -> None:
         """To be called before the last backward pass of the step, that of `v`: it must reduce sharded gradients."""

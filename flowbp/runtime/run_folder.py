@@ -193,7 +193,7 @@ class RunFolder:
     def validations(self) -> dict[int, Values]:
         """All scores that were kept, by step. The main process reads them for all."""
         found = [{step: load_file(file) for step, file in self._validations().items()} if self.writes else None]
-        return broadcast_object_list(found)[0]
+        return broadcast_object_list(found)[0]  # pyright: ignore[reportReturnType]
 
     def _validations(self) -> dict[int, Path]:
         files = sorted((self.path / VALIDATION).glob("step-*.safetensors"))

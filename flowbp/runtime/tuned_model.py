@@ -68,7 +68,7 @@ class TunedModel:
                 f"never change, such as {missing[0]}: name other modules in tuning.targets"
             )
         for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
+            if self.masters[name] is not parameter and parameter.grad is not None:
                 self.masters[name].grad, parameter.grad = parameter.grad.to(self.masters[name].dtype), None
 
     def follow_masters(self) -> None:

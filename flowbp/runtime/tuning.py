@@ -61,7 +61,8 @@ def moving_average(masters: Mapping[str, Tensor], decay: float) -> Any:
     """
     from diffusers.training_utils import EMAModel
 
-    return EMAModel(master_weights(masters).values(), decay=decay, min_decay=decay, update_after_step=-1)
+    shadows: Any = master_weights(masters).values()
+    return EMAModel(shadows, decay=decay, min_decay=decay, update_after_step=-1)
 
 
 def build_optimizer(parameters: Iterable[Tensor], options: OptimizerConfig) -> torch.optim.Optimizer:
@@ -69,7 +70,7 @@ def build_optimizer(parameters: Iterable[Tensor], options: OptimizerConfig) -> t
     kind = torch.optim.AdamW
     if options.name == "adamw8bit":
         try:
-            from bitsandbytes.optim import AdamW8bit as kind
+            from bitsandbytes.optim import AdamW8bit as kind  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             way_out = "pip install bitsandbytes, or use adamw"
             raise ConfigError(f"optimizer.name=adamw8bit needs bitsandbytes ({error}): {way_out}") from error

@@ -37,7 +37,9 @@ def carry(device: torch.device, nodes: Tensor | None, *weights: Tensor) -> list[
             padded = *some, *[0.0] * (CARRIED - len(some))
             write[(1,)](words[first:], padded, len(some), integers - first, **OPTIONS)
     places = words.split([table.numel() for table in tables])
-    carried = [place.view(table.dtype).view(table.shape) for place, table in zip(places, tables, strict=True)]
+    carried: list[Tensor | None] = [
+        place.view(table.dtype).view(table.shape) for place, table in zip(places, tables, strict=True)
+    ]
     return carried if nodes is not None else [None, *carried]
 
 

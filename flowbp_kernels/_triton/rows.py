@@ -43,8 +43,8 @@ def add_rows(
             weight = entry(weights, weight_columns, first + k, b, exists).to(tl.float32)
             terms += ((node, weight),)
         for k in tl.static_range(GROUP):
-            node, weight = terms[k]
-            takes_part, cached = weight != 0, node >= 0
+            node, weight = terms[k]  # pyright: ignore[reportAssignmentType]
+            takes_part, cached = weight != 0, node >= 0  # pyright: ignore[reportOperatorIssue]
             row = tl.maximum(node, 0).to(tl.int64) * count + b
             weight = tl.where(cached, weight, float("nan"))
             if scales is not None:

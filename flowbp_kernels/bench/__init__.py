@@ -27,6 +27,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -196,14 +197,14 @@ def _name(row: dict) -> str:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    about = __doc__.split("\n\n")
+    about = (__doc__ or "").split("\n\n")
     parser = argparse.ArgumentParser(
         "flowbp bench",
         description=about[0],
         epilog="\n\n".join(about[1:]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    several = {"nargs": "+", "metavar": ""}
+    several: dict[str, Any] = {"nargs": "+", "metavar": ""}
     parser.add_argument("--op", **several, choices=OPS, default=list(OPS), help=f"ops (all): {', '.join(OPS)}")
     parser.add_argument(
         "--latent",

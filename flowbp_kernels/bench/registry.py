@@ -166,7 +166,8 @@ def cfg_euler_step(case: Case, device: str) -> Problem:
         v = v_uncond + guidance * (v_cond - v_uncond)
         x_next = x + h * v
         if not v.requires_grad:
-            velocity_slot.copy_(v), latent_slot.copy_(x_next)  # the two caches
+            velocity_slot.copy_(v)
+            latent_slot.copy_(x_next)
         return x_next, v
 
     def fused(x, v_cond, v_uncond):
@@ -175,9 +176,9 @@ def cfg_euler_step(case: Case, device: str) -> Problem:
 
     return Problem(
         inputs=(x, v_cond, v_uncond),
-        ours=lambda *tensors: flowbp_kernels.cfg_euler_step(*tensors, guidance, h),
+        ours=lambda *tensors: flowbp_kernels.cfg_euler_step(*tensors, guidance=guidance, h=h),
         ours_into=lambda *tensors: flowbp_kernels.cfg_euler_step(
-            *tensors, guidance, h, velocity_out=velocity_slot, out=latent_slot
+            *tensors, guidance=guidance, h=h, velocity_out=velocity_slot, out=latent_slot
         ),
         to_compile=fused,
         baselines={"eager": eager},

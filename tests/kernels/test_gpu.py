@@ -8,14 +8,12 @@ from kernels.cases import DTYPES, OPS, SHAPES, draw, rule
 
 from flowbp_kernels import backend, bridge_cotangents, cfg_euler_step, leap_residuals, quadrature_update
 
-pytestmark = pytest.mark.gpu
 SIZES = [shape for shape in SHAPES if 0 not in shape] + [(2, 16, 64, 64), (1, 16, 21, 90, 160)]
 
 
 @pytest.fixture(autouse=True)
-def with_a_gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
+def needs_a_gpu(gpu):
+    """Every test of this file does."""
 
 
 def run(monkeypatch, name, choice, arguments):
