@@ -9,7 +9,7 @@ and input, so the VJP of v is scale times the VJP of v_pos, and a replay does no
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,10 +110,10 @@ class GuidedVelocity:
             return self.guidance.scale * self.network(x, sigma, self.positive)
         return self(x, sigma)
 
-    def _repeated(self, copies: int) -> Self:
+    def _repeated(self, copies: int) -> "GuidedVelocity":
         """The velocity of a batch that holds this one `copies` times."""
 
-        def repeat(conditioning: Conditioning | None) -> Conditioning | None:
+        def repeat(conditioning: Conditioning | None) -> Any:
             return conditioning and {name: torch.cat([value] * copies) for name, value in conditioning.items()}
 
         positive, negative = repeat(self.positive), repeat(self.negative)

@@ -16,7 +16,7 @@ neither NumPy nor torch.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, order=True)
@@ -27,8 +27,9 @@ class Copy:
 
 
 Place = int | Copy  # one latent of a trajectory: x_i of the rollout, or a copy
-Node = Place | tuple[int, ...]  # one for the whole batch, or one a sample
-Number = float | tuple[float, ...]
+# Of the whole batch, or a tuple of one a sample: type checkers cannot know which of the two a plan holds.
+Node = Any  # Place | tuple[int, ...]
+Number = Any  # float | tuple[float, ...]
 
 
 def in_order(places: Iterable[Place]) -> list[Place]:
@@ -117,7 +118,7 @@ class Leaps(NamedTuple):
     first: tuple[Number, ...]
     second: tuple[Number, ...]
 
-    def padded(self, length: int) -> Self:
+    def padded(self, length: int) -> "Leaps":
         """The same leaps of one sample on `length` nodes: the first node is repeated with weight 0."""
         idle = length - len(self.nodes)
         nodes, zeros = self.nodes + self.nodes[:1] * idle, (0.0,) * idle
@@ -224,7 +225,7 @@ class SurrogatePlan:
 
     def num_steps(self, total: int) -> int:
         """Network steps that the rollout must take: all `total`, or up to the node of the posterior mean."""
-        return total if self.reward_input is None else self.reward_input.at + 1  # pyright: ignore[reportOperatorIssue]
+        return total if self.reward_input is None else self.reward_input.at + 1
 
     @property
     def cached_latents(self) -> frozenset[Place]:
@@ -239,7 +240,7 @@ class SurrogatePlan:
     @property
     def cached_velocities(self) -> frozenset[Place]:
         """Nodes and copies whose velocity the reward input or the residuals read."""
-        read = set(map(Copy, range(self.num_renoised)))
+        read: set[Place] = set(map(Copy, range(self.num_renoised)))
         if self.reward_input is not None:
             read.add(self.reward_input.at)
         if self.similarity is not None:
@@ -292,7 +293,7 @@ class PlanBatch:
                 "latent"
             )
 
-    def rows(self, samples: slice) -> Self:
+    def rows(self, samples: slice) -> "PlanBatch":
         """The plans of some samples, padded to as many replays as the whole batch makes."""
         return PlanBatch(self.plans[samples], self.num_active)
 
@@ -345,7 +346,7 @@ class PlanBatch:
             plan.check(total)
 
 
-def _shared(values: Iterable) -> object:
+def _shared(values: Iterable) -> Any:
     """The value on which all samples agree, or else the tuple of their values."""
     values = tuple(values)
     return values[0] if len(set(values)) == 1 else values

@@ -5,7 +5,8 @@ g is known before any network graph exists. A graph that the rollout kept (`flow
 pass has already happened.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,8 @@ def as_graph(plan: SurrogatePlan, trajectory: Trajectory, velocity: ReplayedVelo
     """
     values = reward_input(plan, trajectory).split(len(trajectory.sample))
     # Sums of weight (v - v.detach()), zero in value: over the nodes before the bridge, and over the others by output.
-    before, after = 0.0, [0.0] * len(values)
+    before: Any = 0.0
+    after: list[Any] = [0.0] * len(values)
     bridge = plan.active_bridge
     for node, weight, gate, output in plan.replays:
         x = trajectory.latents[node]
@@ -99,7 +101,8 @@ def residuals(plan: Plan, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
         )
     start, joint, nodes, first, second = plan.leaps
     x, v = trajectory.latents, trajectory.velocities
-    return tuple(leap_residuals(x[start], x[joint], trajectory.sample, v.rows, v.slots(nodes), (first, second)))
+    d_j, d_0 = leap_residuals(x[start], x[joint], trajectory.sample, v.rows, v.slots(nodes), (first, second))
+    return d_j, d_0
 
 
 def _passes(plan: Plan, trajectory: Trajectory, nodes_per_forward: int) -> list[list[Replay]]:

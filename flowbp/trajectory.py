@@ -4,7 +4,6 @@ reads, and those graphs that `recompute` keeps.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +135,7 @@ def rollout(
         # One pass over the latent: guide v_neg and v, where there are two; step; write the rows of both caches.
         x, _ = cfg_euler_step(x, v, v_neg, scale, steps[i], velocity_out=velocities.row(i), out=latents.row(i + 1))
     for m, eps in enumerate(renoise):
-        noised = latents.row(Copy(m)).copy_((1 - last) * x + last * eps)
+        noised = latents[Copy(m)].copy_((1 - last) * x + last * eps)
         v, v_neg = recorder.branches(noised, levels[-2], Copy(m))
         cfg_euler_step(noised, v, v_neg, scale, -last, velocity_out=velocities.row(Copy(m)))
     autocast = autocast_state(noise.device.type)
@@ -185,7 +184,7 @@ class _Recorder:
 
         graph, keep = self.recompute.record(self.remaining, forward, x.device)
         v, v_neg = self.velocity.branches(x, sigma, replayed=True) if graph is None else (graph.v.detach(), None)
-        if keep:
+        if keep and graph is not None:
             self.kept[node] = graph
         if RngState.capture(x.device) != before:
             self.rng[node] = before

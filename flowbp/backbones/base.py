@@ -40,7 +40,7 @@ class Backbone(Protocol):
     """
 
     pipe: DiffusionPipeline
-    denoiser: nn.Module
+    denoiser: ModelMixin
     lora_targets: list[str]
     text_options: dict[str, Any]
     guidance_branches: Literal["batched", "separate", "none"]

@@ -39,6 +39,7 @@ class Method(Protocol):
         """A plan for the noise levels `sigmas` [N + 1], strictly decreasing to 0. Raises ValueError when N is too small
         for the method.
         """
+        ...
 
 
 METHODS: dict[str, type] = {

@@ -96,7 +96,7 @@ class Ranks:
         return dict(zip(values, (table / self.size).tolist(), strict=True))
 
 
-def shard_weights(denoiser: nn.Module, device: torch.device) -> nn.Module:
+def shard_weights(denoiser: ModelMixin, device: torch.device) -> Any:
     """Apply FSDP2 in place, on `device`: a transformer block's weights are gathered when it runs, and dropped after.
 
     Gradients are accumulated and reduced in float32 (or wider), as the released trainers do, and then rounded to the

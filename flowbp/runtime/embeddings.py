@@ -153,7 +153,7 @@ class EmbeddingCache:
             )
 
 
-def text_encoders(backbone: Backbone) -> dict[str, nn.Module]:
+def text_encoders(backbone: Backbone) -> dict[str, Any]:
     """The text encoders that the pipeline has, by name."""
     parts = sorted(backbone.pipe.components.items())
     return {name: part for name, part in parts if name.startswith("text_encoder") and part is not None}

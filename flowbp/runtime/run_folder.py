@@ -121,8 +121,8 @@ class RunFolder:
                 f"{path}, or choose another output="
             )
         last = latest_checkpoint(path)
-        before, now = last and progress(last)["processes"], process_state().num_processes
-        if last and before != now:
+        now = process_state().num_processes
+        if last is not None and (before := progress(last)["processes"]) != now:
             raise ValueError(
                 f"{last} is of {before} process{'es' if before > 1 else ''}, and this run has {now}: a step's samples "
                 f"are processes x batch_size x accumulate, and a resumed run keeps them. Start {before}"
