@@ -1,4 +1,5 @@
 # make demo: from a fresh checkout to a trained model and its report in runs/demo. No GPU, no root.
+# make check: style, types and the fast tests, in under a minute.     make test: all tests.     CONTRIBUTING.md has more.
 #
 #   make install PYTHON=python3.12                   another interpreter (3.11 to 3.13), for a new .venv
 #   make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"      another build of torch
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint builds wheel wheel-check clean
+.PHONY: install check lint types fast test demo builds wheel wheel-check clean
 
 install: $(INSTALLED)
 
@@ -33,23 +34,39 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Nothing is downloaded at run time.
-demo test: export HF_HUB_OFFLINE = 1
+check fast test demo: export HF_HUB_OFFLINE = 1
+
+# pytest: one process a core, each with whole files, the slow ones first, so that none is left alone at the end.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 8
+BY_FILE := --dist loadfile --no-loadscope-reorder
+
+# What every commit passes: three jobs side by side, each with its output in one piece.
+check: install
+	$(MAKE) --no-print-directory --jobs 3 --output-sync lint types fast
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# pyright runs on the node that its package brings, and does not ask for a newer version.
+types: export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
+types: install
+	$(BIN)/python -m pyright --pythonpath $(BIN)/python
+
+fast: install
+	$(PYTEST) --dist worksteal -m fast
+
+# The compiled CPU ops run in the best instruction set of this processor, then in each of its others, side by side, but
+# for the tests that take every set themselves. What is slow among the kernels' tests compiles or starts something,
+# whatever the set.
+test: install
+	$(PYTEST) $(BY_FILE)
+	$(BIN)/python -c 'from flowbp_kernels import backend; print(*backend.isas()[1:])' | xargs -r -n 1 -P 2 sh -c \
+	  'FLOWBP_ISA=$$0 $(BIN)/python -m pytest -q -m "not slow" tests/kernels --ignore tests/kernels/test_compiled_ops.py'
 
 # Processes of one thread: threads would wait for each other in every operation as soon as another program takes a core.
 demo: install
 	$(BIN)/flowbp train demo --processes 2 data.batch_size=16 --overwrite
-
-# A process a core, each with the files it takes. The compiled CPU ops run in the best instruction set of this processor,
-# then in each of its others; what is slow among the kernels' tests compiles something, whatever the instruction set.
-PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
-test: install
-	$(PYTEST)
-	for isa in $$($(BIN)/python -c 'from flowbp_kernels import backend; print(*backend.isas()[1:])'); do \
-	  echo "FLOWBP_ISA=$$isa"; FLOWBP_ISA=$$isa $(PYTEST) -m "not slow" tests/kernels || exit 1; \
-	done
-
-lint: install
-	$(BIN)/ruff check .
 
 builds:
 	PYTHON=$(PYTHON) TORCH="$(TORCH)" .ci/builds

@@ -1,8 +1,8 @@
-"""The decay of the moving average: one training run of the demo a seed, scored with several averages of its weights at
-the end.
+"""Which decay the moving average of the weights should have. The demo is trained once for each seed, and at the end it
+is scored with averages of several decays.
 
-An average does not change the training, so one run serves all decays. Scores on 576 images of the dev prompts, changes
-from the base model; the deviation is between training runs.
+An average does not change the training, so one run serves all decays. Scores are on 576 images of the dev prompts and
+given as changes from the base model. The deviation is that between training runs.
 
     python benchmarks/averages.py --seeds 42 43 44 45 46 --json docs/averages.json
 """
@@ -37,13 +37,9 @@ def main() -> None:
     for decay in DECAYS:
         changes = np.array([[run[decay][name] - run["base"][name] for name in METRICS] for run in runs.values()])
         mean, deviation = changes.mean(axis=0), changes.std(axis=0, ddof=1)
-        rows.append(
-            {"decay": decay} | {name: [float(m), float(d)] for name, m, d in zip(METRICS, mean, deviation, strict=True)}
-        )
-        print(
-            f"{decay:5}  "
-            + "  ".join(f"{name} {m:+.3f} ± {d:.3f}" for name, m, d in zip(METRICS, mean, deviation, strict=True))
-        )
+        row = {name: [float(m), float(d)] for name, m, d in zip(METRICS, mean, deviation, strict=True)}
+        rows.append({"decay": decay} | row)
+        print(f"{decay:5}  " + "  ".join(f"{name} {m:+.3f} ± {d:.3f}" for name, (m, d) in row.items()))
     if arguments.json:
         about = {"environment": environment(), "seeds": arguments.seeds, "base": next(iter(runs.values()))["base"]}
         arguments.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")

@@ -2,9 +2,9 @@
 
     python benchmarks/busy_cores.py [--rounds 12] [--busy 1] [--priority -20] [--json FILE]
 
-Every variant takes one step in turn, so that all meet the same machine. A busy program is a loop of one thread in a
-session of its own, as a browser is. --priority (root, Linux) gives variants and busy programs that share of the cores
-against all else that runs.
+The variants take steps in turn, so that all meet the machine in the same state. A busy program is an endless loop on
+one thread, in a session of its own, as a browser is. --priority (root, Linux) sets the priority of variants and busy
+programs against everything else that runs.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def set_priority(pid: int, priority: int) -> None:
-    """Of a process's session, where programs of other sessions run too."""
+    """Set the priority of a process's session against the other sessions."""
     if priority:
         Path(f"/proc/{pid}/autogroup").write_text(str(priority))
 
@@ -77,7 +77,7 @@ def start(count: int, threads: int, mode: str) -> list[subprocess.Popen]:
 
 
 def measure(workers: dict[str, list[subprocess.Popen]], rounds: int, busy: int) -> list[dict]:
-    """One row a variant. A variant whose steps take above 10 s takes two of them."""
+    """One row a variant. A variant whose steps take more than 10 s takes two of them."""
     seconds = {name: [] for name in workers}
     for _ in range(rounds):
         for name, ranks in workers.items():

@@ -1,7 +1,7 @@
 """The table of docs/estimate.md:  python benchmarks/estimates.py
 
-Gigabytes that a process takes at the peak of a step, by `flowbp estimate`, for every published preset, and before the
-first step, when the text encoders are on the device. Needs no GPU.
+For every published preset, by `flowbp estimate`: the gigabytes that a process takes at the peak of a step, and while it
+embeds the prompts before the first step, with the text encoders on the device. Needs no GPU.
 """
 
 import os
@@ -28,14 +28,12 @@ def main() -> None:
         found = [estimate(full), *(estimate(run, processes=8) for run in (full, whole, narrow)), estimate(lora)]
         cells = " | ".join(step_peak(each) for each in found)
         embedding = found[1].peaks["embedding"] / 1e9
-        print(
-            f"| {name} | {full.data.batch_size} | {cells} | {embedding:.1f} | {found[0].relative_cost:.1f} |",
-            flush=True,
-        )
+        cost = found[0].relative_cost
+        print(f"| {name} | {full.data.batch_size} | {cells} | {embedding:.1f} | {cost:.1f} |", flush=True)
 
 
 def step_peak(found: Estimate) -> str:
-    """The most that a part of a step takes, and which."""
+    """The most that a part of a step takes, and which part."""
     part = max((name for name in found.peaks if name != "embedding"), key=found.peaks.get)
     return f"{found.peaks[part] / 1e9:.1f} ({part})"
 

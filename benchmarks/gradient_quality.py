@@ -1,7 +1,7 @@
 """How close each method's gradient comes to full backpropagation, on the embedded model.
 
-For the same prompts, noise and reward: the cosine of one draw with the true gradient of the whole Euler chain (mean and
-deviation over draws), and the network calls that a step costs.
+Prompts, noise and reward are the same for all. Reported are the cosine of one draw of a method with the true gradient
+of the whole Euler chain (mean and deviation over draws), and the network calls that a step costs.
 
     python benchmarks/gradient_quality.py --draws 20 --json docs/gradient_quality.json
 """
@@ -49,9 +49,8 @@ def main() -> None:
         return gradient
 
     def noise_of(draw: int) -> torch.Tensor:
-        return backbone.noise(
-            32, 32, [torch.Generator().manual_seed(s) for s in sample_seeds(0, draw, count=len(texts))]
-        )
+        seeds = sample_seeds(0, draw, count=len(texts))
+        return backbone.noise(32, 32, [torch.Generator().manual_seed(seed) for seed in seeds])
 
     rows = []
     for name, make in METHODS.items():

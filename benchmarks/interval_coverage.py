@@ -1,7 +1,9 @@
-"""How often a 95 % interval holds the true mean, by the number of prompts: `python benchmarks/interval_coverage.py
-[--evaluations 400]`.
+"""How often a 95 % interval holds the true mean, by the number of prompts.
 
-The scores of a prompt are drawn from a normal law, an exponential one, and as successes of probability .2 (a checker).
+    python benchmarks/interval_coverage.py [--evaluations 400]
+
+The scores of a prompt are drawn from a normal law, from an exponential law, and as successes of probability .2 (as
+those of a checker).
 """
 
 from __future__ import annotations

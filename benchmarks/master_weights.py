@@ -1,10 +1,11 @@
-"""What bfloat16 does to small steps: all weights of the embedded model trained in float32, and in bfloat16 with and
+"""What bfloat16 does to small steps: all weights of the embedded model are trained in float32, and in bfloat16 with and
 without master weights.
 
     python benchmarks/master_weights.py --steps 50
 
-Same prompts, noise and plans in the three runs. Of the weights that the optimizer steps, after the last step: the share
-that never left its place, the length of the way from there, and the cosine of that way with the float32 run's.
+The three runs have the same prompts, noise and plans. Reported of the weights that the optimizer steps: the share that
+is unchanged after the last step, the length of the whole change, and the cosine of the change with that of the float32
+run.
 """
 
 import argparse
@@ -25,15 +26,10 @@ RUNS = {
 def way(overrides: list[str], steps: int, lr: float) -> torch.Tensor:
     """The change of all stepped weights, flat, in float64."""
     with tempfile.TemporaryDirectory() as folder:
-        small = [
-            f"output={folder}",
-            "tuning.mode=full",
-            f"optimizer.lr={lr}",
-            "data.batch_size=8",
-            "evaluation=null",
-            f"steps={steps}",
-        ]
-        trainer = Trainer(load("demo", [*small, *overrides]))
+        small = ["tuning.mode=full", "data.batch_size=8", "evaluation=null"]
+        trainer = Trainer(
+            load("demo", [f"output={folder}", f"optimizer.lr={lr}", f"steps={steps}", *small, *overrides])
+        )
         start = [p.detach().double() for p in trainer.model.masters.values()]
         for step in range(steps):
             trainer.step(step)

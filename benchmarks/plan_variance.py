@@ -1,17 +1,17 @@
 """Variance of the gradient over draws of the plan: one plan a batch, one a sample, or one a sample stratified over the
 batch.
 
-FlowBP-Sparse on the embedded model, with prompts, noise and weights held fixed, so that only the plans differ. There
-the gradient is a sum, over samples b and their active nodes i, of weight_i J_{b,i}^T g_b; the sweep gives each of these
-terms once, and the gradient of any draw is a sum of them, checked against the sweep of one draw. Reported for a
-gradient G with mean m over the plans:
+FlowBP-Sparse on the embedded model, with prompts, noise and weights held fixed, so that only the plans differ. The
+gradient is then a sum, over samples b and their active nodes i, of weight_i J_{b,i}^T g_b. The sweep computes each of
+these terms once. The gradient of any draw is a sum of them, which is checked against the sweep of one draw. Reported
+for a gradient G with mean m over the plans:
 
-    gain       Var(G . m) / |m|^4          what a small step along G gains in reward is proportional to G . m
-    gradient   E|G - m|^2 / |m|^2          the trace of the covariance: all directions, most of which are a single
-    sample's own
+    gain       Var(G . m) / |m|^4     what a small step along G gains in reward is proportional to G . m
+    gradient   E|G - m|^2 / |m|^2     trace of the covariance, over all directions: most are a single sample's own
 
-and the mean cosine of two samples' gradients: where that is near 0, the second cannot tell whether samples share a
-plan. A batch size is measured on each of the groups of samples that it cuts the largest into, and the mean is reported.
+Reported too is the mean cosine of two samples' gradients. Where it is near 0, the variance of the gradient is the same
+whether samples share a plan or not. For each batch size the samples are divided into groups of that size, and the mean
+over the groups is reported.
 
     python benchmarks/plan_variance.py --json docs/plan_variance.json --png docs/plan_variance.png
 """
@@ -58,9 +58,8 @@ def main() -> None:
 
     flat = terms.reshape(len(terms) * arguments.steps, -1)
     gram = (flat @ flat.T).reshape(len(terms), arguments.steps, len(terms), arguments.steps)
-    whole = np.einsum(
-        "i,bicj,j->bc", np.diff(sigmas), gram, np.diff(sigmas)
-    )  # products of the samples' dense gradients
+    # Inner products of the samples' whole gradients, each summed over all nodes.
+    whole = np.einsum("i,bicj,j->bc", np.diff(sigmas), gram, np.diff(sigmas))
     norms = np.sqrt(np.diag(whole))
     cosine = float((whole / np.outer(norms, norms))[~np.eye(len(terms), dtype=bool)].mean())
     print(f"mean cosine of two samples' gradients {cosine:.4f}", flush=True)
@@ -100,8 +99,8 @@ def main() -> None:
 
 
 def relative_variances(draws: np.ndarray, products: np.ndarray) -> tuple[float, float]:
-    """(gain, gradient) over gradients with the coefficients `draws` [D, B N] of terms whose inner products are
-    `products` [B N, B N].
+    """(gain, gradient) of D gradients, which are sums of B N terms. draws: their coefficients [D, B N].  products: the
+    inner products of the terms [B N, B N].
     """
     mean = draws.mean(axis=0)
     deviation = draws - mean
@@ -112,8 +111,8 @@ def relative_variances(draws: np.ndarray, products: np.ndarray) -> tuple[float, 
 
 
 def sample_gradients(batch: int, steps: int):
-    """(J_{b,i}^T g_b for each sample and node [B, N, P], the sweep's gradient of a plan times the batch [P],
-    sigmas).
+    """(terms, sweep, sigmas). terms: J_{b,i}^T g_b for each sample and node [B, N, P].  sweep(plan): the sweep's
+    gradient times the batch size [P].
     """
     backbone, reward = load_backbone("shapes", max_sequence_length=1), load_reward("clip", "shapes")
     blocks = backbone.denoiser.transformer_blocks.requires_grad_(True)
@@ -151,7 +150,7 @@ def coefficients(plan, batch: int, steps: int) -> np.ndarray:
 
 
 def draw(rows: list[dict], arguments: argparse.Namespace):
-    """Both relative variances over the batch size, a line a kind."""
+    """A plot of both relative variances over the batch size, with one line for each kind of draw."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")

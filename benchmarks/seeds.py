@@ -1,10 +1,10 @@
-"""Several runs of the same settings as one row: mean change over training seeds, and its standard deviation.
+"""Several runs of the same settings as one row: the mean change over training seeds, and its standard deviation.
 
     for seed in 42 43 44; do flowbp train demo seed=$seed output=runs/demo-$seed; done
     python benchmarks/seeds.py runs/demo-* --json docs/demo/seeds.json
 
-A run is one of flowbp's, evaluated; runs that differ in their seed and output alone share a row. The interval inside
-one run is over its prompts and images; the deviation here is between training runs, which is the larger one.
+Runs that differ in their seed and output alone share a row; each must have been evaluated. The interval that one run
+reports is over its prompts and images. The deviation here is that between training runs, which is larger.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def read(folder: Path) -> dict:
-    """What a run changed, and what it was."""
+    """A run's settings, and how its scores changed."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     overall = {

@@ -1,10 +1,11 @@
-"""The share of a whole training step that the kernel package's ops take:  python benchmarks/step_share.py [--device
-cuda] [--json FILE]
+"""The share of a whole training step that the ops of flowbp_kernels take.
+
+    python benchmarks/step_share.py [--device cuda] [--json FILE]
 
 One step of FlowBP-Lagrange on a plain transformer: rollout with guidance, reward gradient, residuals, sweep. The ops
-are timed inside the step, each call between two clock readings (synchronised on a GPU, so a step with clocks is slower
-than one without; both are given). The network is small. Behind a network of billions of parameters the share is smaller
-still: this is an upper bound.
+are timed inside the step, each call between two clock readings. On a GPU the readings wait for the device, so that a
+step with clocks is slower than one without; both times are given. The network is small, so the share is an upper bound:
+with a network of billions of parameters it is smaller.
 """
 
 import argparse
@@ -31,7 +32,7 @@ OPS = ("cfg_euler_step", "quadrature_update", "leap_residuals", "bridge_cotangen
 
 
 class Transformer(nn.Module):
-    """v(x, sigma, c) on a latent [B, tokens, 64], the shape in which FLUX packs its own."""
+    """v(x, sigma, c) on a latent [B, tokens, 64], the shape into which FLUX.1 packs its latents."""
 
     def __init__(self, width: int, depth: int):
         super().__init__()
@@ -74,8 +75,8 @@ def main() -> None:
 
 
 def share(kernels: str, options: argparse.Namespace) -> dict:
-    """Medians over training steps: a step without clocks, and inside a step with them the ops in all and one by one, in
-    milliseconds.
+    """Milliseconds of a step without clocks (the median), and of the ops inside a step with clocks, together and one by
+    one: those of the step whose share is the median.
     """
     with measure.kernels(kernels):
         step = training_step(options)
@@ -123,7 +124,7 @@ def training_step(options: argparse.Namespace):
 
 @contextmanager
 def clocks(device: str):
-    """Replaces the ops that the engine calls by ones that add their seconds to the dict it yields."""
+    """Yields a dict, to which every op that the engine calls adds its seconds."""
     spent = {}
     modules = (trajectory, surrogate, sweep)
     replaced = [(module, op, getattr(module, op)) for module in modules for op in OPS if hasattr(module, op)]

@@ -1,8 +1,9 @@
 """The benchmark table of docs/kernels.md, from the committed results:  python benchmarks/table.py [--check]
 
-One line for each op, latent, dtype and kernel backend: the forward pass (forward and backward, where a file holds none
-alone) at the largest batch and the fewest steps of its file. Files of step_share.py and train_step.py give a sentence a
-row. --check changes nothing, and fails if the page's table is not the one that the results give.
+One line for each op, latent, dtype and kernel backend, at the largest batch and the fewest steps of its file. It shows
+the forward pass, or forward and backward together where a file has no forward pass alone. Files of step_share.py and
+train_step.py give one sentence a row. --check changes nothing, and fails if the page's table is not the one that the
+results give.
 """
 
 import argparse
@@ -74,8 +75,7 @@ def _share(case: dict, row: dict) -> str:
     )
     return (
         f"- `{row['kernels']}`: of a training step of {row['step_ms']:.3g} ms ({network}; {case['steps']} steps of "
-        "rollout) the ops take "
-        f"{row['ops_ms']:.3g} ms, {row['percent']:.2g} %."
+        f"rollout) the ops take {row['ops_ms']:.3g} ms, {row['percent']:.2g} %."
     )
 
 

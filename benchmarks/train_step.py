@@ -1,12 +1,12 @@
 """Seconds and memory of whole training steps:  python benchmarks/train_step.py [--backbone flux.1-dev] [--json FILE]
 
-The trainer's own step, on backbones of full size with random weights: nothing is downloaded, and no text encoder is
-built. Every row gives the parts of a step (rollout, reward, sweep, update): seconds, median of --repeats steps after
-one for warming up, and peak memory, which holds what lies there between steps (`at rest`: weights, optimizer). Memory
-is what the allocator of the GPU handed out; on a CPU it is the resident set of this process, and sizes are tiny unless
---size full is given.
+The step is the trainer's own, on backbones of full size with random weights: nothing is downloaded, and no text encoder
+is built. Every row gives the parts of a step (rollout, reward, sweep, update): their seconds, the median of --repeats
+steps after one for warming up, and their peak memory. The peak includes what lies in memory between steps (`at rest`:
+weights, optimizer). On a GPU, memory is what the allocator handed out. On a CPU it is the resident set of this process,
+and sizes are tiny unless --size full is given.
 
-mode sweep replays each active node (memory.recompute=always), mode graph keeps every node's graph (never). --active
+Mode sweep replays each active node (memory.recompute=always), mode graph keeps every node's graph (never). --active
 sets num_active of the methods that have it.
 """
 
@@ -26,10 +26,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import CLIPVisionConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from tiny_pipelines import tiny_pipeline  # noqa: E402
 
 from flowbp.backbones import BACKBONES  # noqa: E402
-from flowbp.backbones.tiny import tiny_pipeline  # noqa: E402
 from flowbp.config import RunConfig, build_method  # noqa: E402
 from flowbp.estimate.architectures import ARCHITECTURES, IMAGE_TOWERS, ImageTower, build_backbone, image_tower  # noqa: E402
 from flowbp.methods import METHODS  # noqa: E402

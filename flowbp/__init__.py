@@ -31,28 +31,19 @@ if TYPE_CHECKING:  # for editors and type checkers
     from flowbp.trajectory import Trajectory, rollout, rollout_with_graph  # noqa: F401
 
 _MODULES = {
-    "flowbp.backbones": ("load_backbone",),
-    "flowbp.config": ("RunConfig",),
-    "flowbp.guidance": ("Guidance", "GuidedVelocity"),
-    "flowbp.methods": (
-        "METHODS",
-        "DRaFTLV",
-        "DRTune",
-        "FlowBPBridge",
-        "FlowBPLagrange",
-        "FlowBPSparse",
-        "LeapAlign",
-        "ReFL",
-    ),
-    "flowbp.plan": ("Bridge", "PosteriorMean", "SurrogatePlan"),
-    "flowbp.rewards": ("load_reward",),
-    "flowbp.surrogate": ("backward", "reward_input"),
-    "flowbp.training.run": ("train",),
-    "flowbp.trajectory": ("Trajectory", "rollout", "rollout_with_graph"),
+    "flowbp.backbones": ["load_backbone"],
+    "flowbp.config": ["RunConfig"],
+    "flowbp.guidance": ["Guidance", "GuidedVelocity"],
+    "flowbp.methods": "METHODS DRaFTLV DRTune FlowBPBridge FlowBPLagrange FlowBPSparse LeapAlign ReFL".split(),
+    "flowbp.plan": ["Bridge", "PosteriorMean", "SurrogatePlan"],
+    "flowbp.rewards": ["load_reward"],
+    "flowbp.surrogate": ["backward", "reward_input"],
+    "flowbp.training.run": ["train"],
+    "flowbp.trajectory": ["Trajectory", "rollout", "rollout_with_graph"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

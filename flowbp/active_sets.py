@@ -1,11 +1,9 @@
-"""Draw the active nodes of a plan, and the pairs (k, j) that split a trajectory in two, from a NumPy generator.
+"""Random active nodes of a plan, and random pairs (k, j) that split a trajectory in two, from a NumPy generator.
 
 Nodes count from the noise end: node i is the i-th network call of a rollout of N steps. The published methods count
-from the clean end with the reverse index N - i (1 is the last step); pair samplers keep their bounds in that unit,
-because the papers give them so.
+from the clean end, with the reverse index N - i (1 is the last step). Pair samplers take their bounds as reverse
+indices, because the papers give them so.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,30 +12,11 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-__all__ = [
-    "PAIR_SAMPLERS",
-    "DirichletPair",
-    "MidpointJPair",
-    "MidpointPair",
-    "PairSampler",
-    "UniformPair",
-    "bridge_allocation",
-    "equally_spaced",
-    "is_active",
-    "late_biased",
-    "stratified",
-    "stratified_draws",
-    "train_window",
-]
-
-
 Drawn = TypeVar("Drawn")
 
 
 def train_window(num_steps: int, tail_ratio: float, min_length: int = 1) -> tuple[int, int]:
-    """Steps [start, num_steps) open to gradients: the last ceil(num_steps tail_ratio) of them, and at least
-    `min_length`.
-    """
+    """Steps [start, num_steps) that may carry gradient: the last ceil(num_steps tail_ratio), at least `min_length`."""
     if not 0.0 < tail_ratio <= 1.0:
         raise ValueError(f"tail_ratio must lie in (0, 1], got {tail_ratio}: 1 trains on the whole trajectory")
     if num_steps < min_length:
@@ -55,9 +34,8 @@ def check_count(num_active: int, available: int) -> None:
 
 
 def is_active(num_steps: int, active: Sequence[int]) -> np.ndarray:
-    """[num_steps] bool: which nodes of a rollout are in the active set; ValueError for one that is no node."""
-    outside = [int(i) for i in active if not 0 <= i < num_steps]
-    if outside:
+    """[num_steps] bool: which nodes of a rollout are in the active set. Raises ValueError for one that is no node."""
+    if outside := [int(i) for i in active if not 0 <= i < num_steps]:
         raise ValueError(f"active nodes must lie in [0, {num_steps - 1}], got {outside}")
     return np.isin(np.arange(num_steps), active)
 
@@ -65,10 +43,8 @@ def is_active(num_steps: int, active: Sequence[int]) -> np.ndarray:
 def late_biased(
     nodes: Sequence[int], num_active: int, bias: float, rng: np.random.Generator, first_weight: int = 1
 ) -> tuple[int, ...]:
-    """`num_active` of the consecutive `nodes`, drawn without replacement with probability ~ (offset +
-    first_weight)^bias.
-
-    bias 0 is uniform; a larger bias favours the clean end. Returned in increasing order.
+    """`num_active` of the consecutive `nodes`, in increasing order, drawn without replacement with probability
+    ~ (offset + first_weight)^bias. Bias 0 is uniform; a larger bias favours the clean end.
     """
     check_count(num_active, len(nodes))
     mass = (np.arange(len(nodes)) + float(first_weight)) ** bias
@@ -79,11 +55,11 @@ def late_biased(
 def stratified(
     nodes: Sequence[int], num_active: int, rng: np.random.Generator
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """One node drawn uniformly from each of `num_active` consecutive, nearly equal strata; and each node's inclusion
-    probability.
+    """(nodes, inclusion probability of each): one node drawn uniformly from each of `num_active` consecutive strata of
+    nearly equal size.
 
-    Dividing a node's weight by its probability makes the sum over the drawn nodes an unbiased estimate of the sum over
-    all of them.
+    Where a node's weight is divided by its probability, the sum over the drawn nodes is an unbiased estimate of the sum
+    over all nodes.
     """
     check_count(num_active, len(nodes))
     strata = np.array_split(np.asarray(nodes), num_active)
@@ -100,9 +76,9 @@ def stratified_draws(
     """`count` draws in random order, each distributed as `draw(rng)` alone, that together cover the range of `position`
     evenly.
 
-    Systematic sampling: count * pool independent draws are sorted by position, and every pool-th is taken from a random
-    offset. Every draw of the pool is as likely to be taken, so the mean over the chosen is an unbiased estimate; their
-    strata keep it from clumping.
+    Systematic sampling: count * pool independent draws are sorted by position, and from a random offset on every
+    pool-th is taken. All draws are equally likely to be taken, so the mean over those taken is an unbiased estimate.
+    They cannot clump, because each is from a stratum of its own.
     """
     drawn = sorted((draw(rng) for _ in range(count * pool)), key=position)
     chosen = drawn[int(rng.integers(pool)) :: pool]
@@ -110,8 +86,8 @@ def stratified_draws(
 
 
 def equally_spaced(length: int, num_active: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """`num_active` of the first `length` nodes, a stride of length // num_active apart from a random start; all if too
-    few.
+    """`num_active` of the first `length` nodes, length // num_active apart, from a random start; all nodes if there are
+    no more than that.
     """
     if num_active >= length:
         return tuple(range(length))
@@ -121,8 +97,8 @@ def equally_spaced(length: int, num_active: int, rng: np.random.Generator) -> tu
 
 
 def bridge_allocation(num_active: int, pre_length: int, post_length: int) -> tuple[int, int]:
-    """How many of `num_active` nodes fall before the bridge and how many from it on: in proportion to the lengths, at
-    least one.
+    """How many of `num_active` nodes lie before the bridge, and how many from the bridge on: in proportion to the
+    lengths of the two sides, and at least one each.
     """
     if not 2 <= num_active <= pre_length + post_length:
         raise ValueError(
@@ -142,8 +118,8 @@ class PairSampler(Protocol):
 
 @dataclass(frozen=True)
 class UniformPair:
-    """Two distinct reverse indices from [min_rev, max_rev), the larger is k. With max_j_rev: j uniform among at most
-    it, then k beyond.
+    """Two distinct reverse indices drawn from [min_rev, max_rev); the larger is k. With max_j_rev, j is drawn first,
+    from the reverse indices up to max_j_rev, and then k from those beyond j.
     """
 
     min_rev: int = 1
@@ -151,25 +127,22 @@ class UniformPair:
     max_j_rev: int | None = None
 
     def __call__(self, num_steps, start, rng):
-        lo, hi = reverse_bounds(self, num_steps, start, fewest=2)
-        if self.max_j_rev is None:
+        (lo, hi), last = reverse_bounds(self, num_steps, start, fewest=2), self.max_j_rev
+        if last is None:
             k_rev, j_rev = sorted(rng.choice(np.arange(lo, hi), size=2, replace=False), reverse=True)
-        elif self.max_j_rev < lo:
-            raise ValueError(
-                f"max_j_rev must be at least {lo}, the first reverse index open to j, got {self.max_j_rev}"
-            )
+        elif last < lo:
+            raise ValueError(f"max_j_rev must be at least {lo}, the first reverse index open to j, got {last}")
         else:
-            j_rev = rng.integers(lo, min(self.max_j_rev, hi - 2) + 1)
+            j_rev = rng.integers(lo, min(last, hi - 2) + 1)
             k_rev = rng.integers(j_rev + 1, hi)
         return int(num_steps - k_rev), int(num_steps - j_rev)
 
 
 @dataclass(frozen=True)
 class DirichletPair:
-    """The window cut in three lengths (clean end | j ... k | noise end) by a Dirichlet draw, each at least one step
-    long.
+    """The window cut into three lengths (clean end | j ... k | noise end) by a Dirichlet draw, each of at least a step.
 
-    max_j_rev caps the clean-end part and hands the overflow to the noise end, so that the gap between k and j is kept.
+    max_j_rev caps the length at the clean end. The overflow goes to the noise end, which keeps the gap between k and j.
     """
 
     alpha: tuple[float, float, float] = (2.5, 6.0, 2.0)
@@ -198,7 +171,7 @@ class DirichletPair:
 
 @dataclass(frozen=True)
 class MidpointPair:
-    """k uniform in the window, j halfway between k and the clean end."""
+    """k drawn uniformly in the window, j halfway between k and the clean end."""
 
     min_rev: int = 1
     max_rev: int | None = None
@@ -211,7 +184,7 @@ class MidpointPair:
 
 @dataclass(frozen=True)
 class MidpointJPair:
-    """j uniform in the window, k halfway between the noise end of the rollout and j (the window does not bound k)."""
+    """j drawn uniformly in the window, k halfway between the rollout's noise end and j. The window does not bound k."""
 
     min_rev: int = 1
     max_rev: int | None = None
@@ -223,14 +196,13 @@ class MidpointJPair:
 
 
 def reverse_bounds(pairs, num_steps: int, start: int, fewest: int) -> tuple[int, int]:
-    """Reverse indices [lo, hi) open to a pair sampler; ValueError when fewer than `fewest` are left."""
+    """Reverse indices [lo, hi) open to a pair sampler. Raises ValueError when fewer than `fewest` are left."""
     lo, hi = max(pairs.min_rev, 1), num_steps - start + 1
     hi = hi if pairs.max_rev is None else min(pairs.max_rev, hi)
     if hi - lo < fewest:
         raise ValueError(
             f"{type(pairs).__name__} needs at least {fewest} reverse indices, but min_rev = {pairs.min_rev}, max_rev = "
-            f"{pairs.max_rev} "
-            f"and a window of {num_steps - start} steps leave [{lo}, {hi}): widen them"
+            f"{pairs.max_rev} and a window of {num_steps - start} steps leave [{lo}, {hi}): widen them"
         )
     return lo, hi
 

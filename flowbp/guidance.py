@@ -2,15 +2,14 @@
 
     v = v_neg + scale (v_pos - v_neg)          scale > 1; otherwise v = v_pos alone
 
-It owns the gradient policy of the negative branch. Detached (the default), v_neg is a constant for parameters and
-input, so the VJP of v is scale times the VJP of v_pos, and a replay does not run the negative branch at all.
+Whether the negative branch carries gradient is decided here. Detached (the default), v_neg is a constant for parameters
+and input, so the VJP of v is scale times the VJP of v_pos, and a replay does not run the negative branch at all.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +17,8 @@ from torch import Tensor
 __all__ = ["Conditioning", "Guidance", "GuidedVelocity", "NetworkVelocity"]
 
 Conditioning = Mapping[str, Tensor]  # named tensors, each [B, ...]
-NetworkVelocity = Callable[
-    [Tensor, Tensor, Conditioning], Tensor
-]  # (x [B, *S], sigma [] or [B], conditioning) -> velocity [B, *S]
+# (x [B, *S], sigma [] or [B], conditioning) -> velocity [B, *S]
+NetworkVelocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,8 @@ class Guidance:
     scale             weight of the positive branch; 1 or less runs the positive branch alone
     detach_negative   the negative branch is a constant in the backward pass
     compensate        divide the gradient by `scale`, which otherwise multiplies it
-    embedded          guidance scale fed to a guidance-distilled network as an input (FLUX.1-dev: 3.5); None for every
-    other network
+    embedded          guidance scale that a guidance-distilled network takes as an input (FLUX.1-dev: 3.5); None for
+                      every other network
     """
 
     scale: float = 1.0
@@ -55,10 +53,9 @@ class Guidance:
 
 
 class GuidedVelocity:
-    """The velocity of one batch: (x [B, *S], sigma [] or [B]) -> [B, *S], its conditioning bound, value and gradient as
-    `guidance` says.
+    """The velocity of one batch under `guidance`, with its conditioning bound: (x [B, *S], sigma [] or [B]) -> [B, *S].
 
-    batched: whether the two branches share a network call where both record a graph or neither does.
+    batched: run the two branches in one network call, wherever both record a graph or neither does.
     """
 
     def __init__(
@@ -76,7 +73,7 @@ class GuidedVelocity:
             )
         self.network, self.positive, self.negative, self.guidance = network, positive, negative, guidance
         self.batched = batched
-        if guidance.active and batched:
+        if guidance.active and negative is not None and batched:
             self._both = {name: torch.cat([negative[name], positive[name]]) for name in positive}
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -86,8 +83,8 @@ class GuidedVelocity:
     def branches(self, x: Tensor, sigma: Tensor, replayed: bool = False) -> tuple[Tensor, Tensor | None]:
         """(v_pos, v_neg); v_neg is None without guidance, and records no graph when it is detached.
 
-        replayed: `replay` will be called here too, so v_pos comes from the very call that it makes, with the same
-            random numbers.
+        replayed: `replay` will repeat this x and sigma. A detached v_neg then gets a network call of its own, so that
+            v_pos draws the random numbers (dropout) that the replay draws.
         """
         if not self.guidance.active:
             return self.network(x, sigma, self.positive), None
@@ -98,27 +95,26 @@ class GuidedVelocity:
             return positive, negative
         positive = self.network(x, sigma, self.positive)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.guidance.detach_negative):
-            return positive, self.network(x, sigma, self.negative)
+            return positive, self.network(x, sigma, self.negative)  # pyright: ignore[reportArgumentType]
 
     def replay(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """A tensor with the guided velocity's VJP. Its value differs from the velocity's when the negative branch is a
+        """A tensor with the guided velocity's VJP. Its value is not the velocity's when the negative branch is a
         constant.
 
         x may hold the batch at several nodes, [n B, *S] with sigma [n B].
         """
-        copies = (
-            len(x) // len(next(iter(self.positive.values()))) if self.positive else 1
-        )  # nothing to repeat without conditioning
+        copies = len(x) // len(next(iter(self.positive.values()))) if self.positive else 1
         if copies > 1:
             return self._repeated(copies).replay(x, sigma)
         if self.guidance.active and self.guidance.detach_negative:
             return self.guidance.scale * self.network(x, sigma, self.positive)
         return self(x, sigma)
 
-    def _repeated(self, copies: int) -> GuidedVelocity:
+    def _repeated(self, copies: int) -> "GuidedVelocity":
         """The velocity of a batch that holds this one `copies` times."""
-        positive, negative = (
-            conditioning and {name: torch.cat([value] * copies) for name, value in conditioning.items()}
-            for conditioning in (self.positive, self.negative)
-        )
+
+        def repeat(conditioning: Conditioning | None) -> Any:
+            return conditioning and {name: torch.cat([value] * copies) for name, value in conditioning.items()}
+
+        positive, negative = repeat(self.positive), repeat(self.negative)
         return GuidedVelocity(self.network, positive, negative, self.guidance, self.batched)

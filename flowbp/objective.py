@@ -1,8 +1,6 @@
-"""From rewards to a loss and its gradient: hinge, trajectory-similarity weights, the filter on residuals, and a batch
-scored in parts.
+"""From rewards to a loss and its gradient: the hinge, the weights and the filter by trajectory similarity, and a batch
+that is scored in parts.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +14,8 @@ __all__ = ["Objective", "clip_samples", "loss_factors", "reward_gradient", "samp
 
 
 def sample_weights(similarity: Similarity, d_j: Tensor, d_0: Tensor) -> tuple[Tensor, Tensor]:
-    """(weights [B], keep [B] bool) from the residuals [B]: weight 1 / (max(d_j, tau) + max(d_0, tau)); keep where d <=
-    its maximum.
+    """(weights [B], keep [B] bool) from the residuals [B]. Weight: 1 / (max(d_j, tau) + max(d_0, tau)). Keep: where
+    each residual is at most its maximum.
     """
     weights = 1.0 / (d_j.clamp(min=similarity.tau) + d_0.clamp(min=similarity.tau))
     keep = torch.ones_like(d_j, dtype=torch.bool)
@@ -28,11 +26,11 @@ def sample_weights(similarity: Similarity, d_j: Tensor, d_0: Tensor) -> tuple[Te
 
 
 def loss_factors(weights: Tensor, keep: Tensor, copies: int = 1, kept: float | None = None) -> Tensor:
-    """What each of R = copies * B losses is multiplied by in the mean over the kept samples: weight / R_kept, 0 if
-    dropped. [R]
+    """[R] factor of each of the R = copies * B losses in the mean over the kept samples: weight / (copies * kept), and
+    0 for a dropped sample.
 
-    weights, keep (bool): [B]; re-noised copies follow the batch. kept: number of kept samples that the mean counts,
-    keep.sum() by default; where ranks average their gradients, the mean of that number over ranks.
+    weights, keep (bool): [B]. The losses are those of the batch, then of the batch's re-noised copies.
+    kept: number of kept samples, keep.sum() by default. Where ranks average their gradients, pass the mean over ranks.
     """
     kept = keep.sum().item() if kept is None else kept
     return torch.where(keep, weights / (copies * kept), 0.0).repeat(copies)
@@ -42,14 +40,14 @@ def loss_factors(weights: Tensor, keep: Tensor, copies: int = 1, kept: float | N
 class Objective:
     """Mean over the kept samples of  weight * max(hinge - reward, 0),  or of  -weight * reward  when hinge is None.
 
-    A sample whose reward reached the hinge has no gradient: the target is met.
+    The hinge is a target: a sample whose reward has reached it gets no gradient.
     """
 
     hinge: float | None = None
 
     def loss(self, rewards: Tensor, factors: Tensor | None = None) -> Tensor:
-        """rewards [R] -> scalar, sum of factor times loss; the plain mean without factors. A factor of 0 drops even a
-        NaN.
+        """rewards [R] -> scalar: the sum of factor times loss, or without factors the plain mean. A factor of 0 drops
+        the sample, even if its reward is NaN.
         """
         losses = -rewards if self.hinge is None else torch.relu(self.hinge - rewards)
         return losses.mean() if factors is None else torch.where(factors != 0, factors * losses, 0.0).sum()
@@ -58,12 +56,12 @@ class Objective:
 def reward_gradient(
     objective: Objective, score: Callable[[Tensor, slice], Tensor], z: Tensor, factors: Tensor, rows: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(rewards [R], loss [], g = dloss/dz [R, *S]), `rows` samples at a time: one part's graph is freed before the next
-    is made.
+    """(rewards [R], loss [], g = dloss/dz [R, *S]), taken `rows` samples at a time: the graph of one part is freed
+    before the next is made.
 
     score(z_part, slice of the R samples) -> their rewards, differentiable in z_part: the VAE's decoder and the reward
-    model. The loss is a sum over samples and `factors` are constants, so that g is the same for any `rows`; None takes
-    all at once.
+    model. rows: None takes all at once. g is the same for any `rows`, because the loss is a sum over samples and
+    `factors` are constants.
     """
     rows = len(z) if rows is None else rows
     if rows < 1:
@@ -78,7 +76,7 @@ def reward_gradient(
         rewards.append(scores.detach())
         loss = loss + part_loss.detach()
         del scores, part_loss
-    return torch.cat(rewards), loss, g
+    return torch.cat(rewards), loss, g  # pyright: ignore[reportReturnType]
 
 
 def clip_samples(g: Tensor, largest: float | None) -> Tensor:

@@ -9,27 +9,38 @@ et al. 2026, arXiv 2606.11075):
     integration weights  `weights` give the surrogate its value, `grad_weights` scale each active node's VJP
     bridge coupling      at most one node j whose network input also carries gradient, through a gate alpha
 
-A method draws a plan from the noise levels and a random generator; `flowbp.surrogate` runs any plan. NumPy and torch
-are not needed here.
+A method draws a plan from the noise levels and a random generator. `flowbp.surrogate` runs any plan. This module needs
+neither NumPy nor torch.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
-
-__all__ = ["Bridge", "Leaps", "Node", "PlanBatch", "PosteriorMean", "Replay", "Similarity", "SurrogatePlan"]
+from typing import Any, NamedTuple
 
 
-Node = int | tuple[int, ...]  # one for the whole batch, or one a sample
-Number = float | tuple[float, ...]
+@dataclass(frozen=True, order=True)
+class Copy:
+    """Number of a re-noised copy of the sample, from 0. It takes the place of a node's index."""
+
+    index: int
+
+
+Place = int | Copy  # one latent of a trajectory: x_i of the rollout, or a copy
+# Of the whole batch, or a tuple of one a sample: type checkers cannot know which of the two a plan holds.
+Node = Any  # Place | tuple[int, ...]
+Number = Any  # float | tuple[float, ...]
+
+
+def in_order(places: Iterable[Place]) -> list[Place]:
+    """Nodes from the noise end to the clean end, then the copies."""
+    return sorted(places, key=lambda place: (isinstance(place, Copy), place))
 
 
 @dataclass(frozen=True)
 class Bridge:
-    """Two quadratures joined at `node` j: the latent x_j that the first one predicts is fed again to the network.
+    """Two quadratures joined at `node` j. The first one ends at the latent x_j; the network reads x_j, and the second
+    one goes on from there.
 
     alpha in [0, 1] scales the gradient that enters the network's input at j, never a value. alpha = 0 cuts that path
     (no input gradient is computed), alpha = 1 keeps it whole. The identity path into x_j is never damped.
@@ -54,10 +65,10 @@ class PosteriorMean:
 
 @dataclass(frozen=True)
 class Similarity:
-    """Per-sample weight 1 / (max(d_j, tau) + max(d_0, tau)) from the residuals of the plan's two quadratures
-    (LeapAlign, FlowBP-Lagrange).
+    """Per-sample weight 1 / (max(d_j, tau) + max(d_0, tau)) from the residuals d_j and d_0 of the plan's two
+    quadratures (LeapAlign, FlowBP-Lagrange).
 
-    Samples whose raw residual exceeds `max_dj` or `max_d0` are dropped from the loss (None keeps all).
+    Samples whose residual exceeds `max_dj` or `max_d0` are dropped from the loss (None keeps all).
     """
 
     tau: float
@@ -77,10 +88,10 @@ class Similarity:
 class Replay(NamedTuple):
     """One forward pass of the sweep, with gradient. Node, weight and gate: one for the whole batch, or one a sample.
 
-    node    whose latent the network is fed; re-noised copy m is filed under N + 1 + m, past the sample's N
-    weight  of its VJP
+    node    the latent that the network is fed: that of a node, or of a re-noised copy of the sample
+    weight  factor of the VJP
     gate    alpha where gradient enters the network's input (an active bridge), 0 elsewhere
-    output  the block of the reward input it feeds: 0 the sample, m + 1 copy m
+    output  the block of the reward input that the velocity contributes to: 0 the sample, m + 1 copy m
     """
 
     node: Node
@@ -95,10 +106,10 @@ class Replay(NamedTuple):
 
 
 class Leaps(NamedTuple):
-    """The two quadratures that a bridge joins: from x_start to x_joint by the weights `first` of `nodes`, and on to x_N
-    by `second`.
+    """The two quadratures that a bridge joins, both on `nodes`: from x_start to x_joint with the weights `first`, from
+    x_joint to x_N with the weights `second`.
 
-    nodes, first, second: K entries, each one for the whole batch or one a sample; a weight of 0 skips.
+    nodes, first, second: K entries, each one for the whole batch or one a sample; a weight of 0 skips the node.
     """
 
     start: Node
@@ -107,24 +118,29 @@ class Leaps(NamedTuple):
     first: tuple[Number, ...]
     second: tuple[Number, ...]
 
+    def padded(self, length: int) -> "Leaps":
+        """The same leaps of one sample on `length` nodes: the first node is repeated with weight 0."""
+        idle = length - len(self.nodes)
+        nodes, zeros = self.nodes + self.nodes[:1] * idle, (0.0,) * idle
+        return self._replace(nodes=nodes, first=self.first + zeros, second=self.second + zeros)
+
 
 @dataclass(frozen=True)
 class SurrogatePlan:
     """Nodes and weights of a surrogate backward trajectory. All sequences run from the noise end to the clean end.
 
     nodes         indices into the rollout, strictly increasing: active nodes and the supports of the quadrature
-    weights       value weights, signed, in sigma units: x_hat = x_start + sum_k weights[k] v_{nodes[k]} approximates
-    the reward input
-    grad_weights  weight of each node's VJP (rescaling and damping folded in); 0 means the node is only read from the
-    cache
+    weights       value weights, signed, in sigma units; the reward input is approximated by
+                  x_hat = x_start + sum_k weights[k] v_{nodes[k]}
+    grad_weights  weight of each node's VJP (rescaling and damping folded in); a node of weight 0 is read from the cache
+                  and not replayed
     start         the latent that the quadrature starts from
-    reward_input  None: the sampled image x_N, value exact and gradient the surrogate's (straight-through); or a
-    PosteriorMean
+    reward_input  None: the sampled image x_N, with the surrogate's gradient (straight-through); or a PosteriorMean
     bridge        the node where the quadrature is split in two, with its gradient gate
     similarity    how residuals weigh the samples; None weighs them equally
     num_renoised  extra copies of the sample, re-noised to the last noise level and denoised in one step (DRaFT-LV)
 
-    Its gradient, with g = dR/dx_hat and every node input detached:
+    Gradient, with g = dR/dx_hat and every network input detached:
 
         dR/dtheta = sum_i grad_weights_i (dv_i/dtheta)^T c_i
         c_i = g                                          i >= j, or no bridge
@@ -141,39 +157,30 @@ class SurrogatePlan:
     num_renoised: int = 0
 
     def __post_init__(self):
-        for name in (
-            "nodes",
-            "weights",
-            "grad_weights",
-        ):  # accept any sequence, NumPy scalars included; store hashable Python numbers
-            convert = int if name == "nodes" else float
-            object.__setattr__(self, name, tuple(convert(value) for value in getattr(self, name)))
-        sizes = (len(self.nodes), len(self.weights), len(self.grad_weights))
-        if len(set(sizes)) != 1 or not self.nodes:
+        # Any sequence is accepted, NumPy scalars included. Hashable Python numbers are stored.
+        for name, number in (("nodes", int), ("weights", float), ("grad_weights", float)):
+            object.__setattr__(self, name, tuple(map(number, getattr(self, name))))
+        nodes, sizes = self.nodes, (len(self.nodes), len(self.weights), len(self.grad_weights))
+        if len(set(sizes)) != 1 or not nodes:
             raise ValueError(
                 f"a plan needs as many weights and grad_weights as nodes, and at least one node; got {sizes}"
             )
-        if any(a >= b for a, b in zip(self.nodes, self.nodes[1:], strict=False)) or self.nodes[0] < 0:
+        if any(a >= b for a, b in zip(nodes, nodes[1:], strict=False)) or nodes[0] < 0:
             raise ValueError(
-                f"plan nodes must be non-negative and strictly increasing, got {self.nodes}: sort them, drop repeats"
+                f"plan nodes must be non-negative and strictly increasing, got {nodes}: sort them, drop repeats"
             )
         for name in ("weights", "grad_weights"):
             if not all(map(math.isfinite, getattr(self, name))):
                 raise ValueError(f"plan {name} must be finite, got {getattr(self, name)}")
         if not self.active:
-            raise ValueError(
-                f"no node of {self.nodes} has a gradient weight: give at least one node a non-zero grad_weight"
-            )
-        if not 0 <= self.start <= self.nodes[0]:
-            raise ValueError(
-                f"plan start must lie in [0, {self.nodes[0]}], at or before the first node, got {self.start}"
-            )
-        if self.bridge is not None and self.bridge.node not in self.nodes:
-            raise ValueError(f"bridge node {self.bridge.node} must be a node of the plan; its nodes are {self.nodes}")
-        if self.reward_input is not None and self.reward_input.at != self.nodes[-1]:
-            raise ValueError(
-                f"the posterior mean must be taken at the plan's last node {self.nodes[-1]}, got {self.reward_input.at}"
-            )
+            raise ValueError(f"no node of {nodes} has a gradient weight: give at least one node a non-zero grad_weight")
+        if not 0 <= self.start <= nodes[0]:
+            raise ValueError(f"plan start must lie in [0, {nodes[0]}], at or before the first node, got {self.start}")
+        if self.bridge is not None and self.bridge.node not in nodes:
+            raise ValueError(f"bridge node {self.bridge.node} must be a node of the plan; its nodes are {nodes}")
+        seen = self.reward_input
+        if seen is not None and seen.at != nodes[-1]:
+            raise ValueError(f"the posterior mean must be taken at the plan's last node {nodes[-1]}, got {seen.at}")
         if self.similarity is not None and self.bridge is None:
             raise ValueError(
                 "similarity weights compare two joined quadratures: give the plan a bridge, or similarity=None"
@@ -188,28 +195,25 @@ class SurrogatePlan:
 
     @property
     def active_bridge(self) -> Bridge | None:
-        """The bridge if any gradient crosses it: its gate is open, its node is active, and an earlier active node
-        receives it.
+        """The bridge if gradient crosses it, else None. Gradient crosses if the gate is open, the node is active, and
+        an earlier active node receives the gradient.
         """
-        active = dict(self.active)
-        crosses = (
-            self.bridge and self.bridge.alpha > 0 and self.bridge.node in active and min(active) < self.bridge.node
-        )
-        return self.bridge if crosses else None
+        bridge, active = self.bridge, dict(self.active)
+        crosses = bridge and bridge.alpha > 0 and bridge.node in active and min(active) < bridge.node
+        return bridge if crosses else None
 
     @property
-    def sweep(self) -> tuple[Replay, ...]:
-        """The active nodes, then the re-noised copies, as the backward pass reads them: from the last to the first."""
-        bridge, num_steps = self.active_bridge, self.nodes[-1] + 1
-        nodes = (Replay(i, w, bridge.alpha if bridge and i == bridge.node else 0.0) for i, w in self.active)
-        return (
-            *nodes,
-            *(Replay(num_steps + 1 + m, self.grad_weights[-1], output=m + 1) for m in range(self.num_renoised)),
-        )
+    def replays(self) -> tuple[Replay, ...]:
+        """The active nodes in rollout order, then the re-noised copies. The sweep takes them in reverse."""
+        bridge = self.active_bridge
+        gates = {bridge.node: bridge.alpha} if bridge else {}
+        nodes = [Replay(i, weight, gates.get(i, 0.0)) for i, weight in self.active]
+        copies = [Replay(Copy(m), self.grad_weights[-1], output=m + 1) for m in range(self.num_renoised)]
+        return (*nodes, *copies)
 
     @property
     def leaps(self) -> Leaps:
-        """The plan's quadrature, split at its bridge. ValueError without one."""
+        """The plan's quadrature, split at its bridge. Raises ValueError for a plan without a bridge."""
         if self.bridge is None:
             raise ValueError(
                 "a plan without a bridge has one quadrature, not two leaps: give it a bridge, or do not ask for its "
@@ -224,27 +228,27 @@ class SurrogatePlan:
         return total if self.reward_input is None else self.reward_input.at + 1
 
     @property
-    def cached_latents(self) -> frozenset[int]:
-        """Nodes whose latent the sweep, the reward input or the residuals read (x_N is always kept)."""
-        read = {replay.node for replay in self.sweep}
+    def cached_latents(self) -> frozenset[Place]:
+        """Nodes and copies whose latent the sweep, the reward input or the residuals read (x_N is always kept)."""
+        read = {replay.node for replay in self.replays}
         if self.reward_input is not None:
             read.add(self.reward_input.at)
-        if self.similarity is not None:
+        if self.similarity is not None and self.bridge is not None:
             read |= {self.start, self.bridge.node}
         return frozenset(read)
 
     @property
-    def cached_velocities(self) -> frozenset[int]:
-        """Nodes whose velocity the reward input or the residuals read."""
-        read = {replay.node for replay in self.sweep if replay.output}
+    def cached_velocities(self) -> frozenset[Place]:
+        """Nodes and copies whose velocity the reward input or the residuals read."""
+        read: set[Place] = set(map(Copy, range(self.num_renoised)))
         if self.reward_input is not None:
             read.add(self.reward_input.at)
         if self.similarity is not None:
             read |= set(self.nodes)
         return frozenset(read)
 
-    def check(self, total: int) -> None:
-        """Raise ValueError unless every index exists in a rollout of `total` steps."""
+    def check(self, total: int, batch: int | None = None) -> None:
+        """Raise ValueError unless every index exists in a rollout of `total` steps. One plan serves any `batch`."""
         if self.nodes[-1] >= total:
             raise ValueError(
                 f"plan node {self.nodes[-1]} lies outside a rollout of {total} steps: nodes run from 0 to {total - 1}"
@@ -257,12 +261,12 @@ class SurrogatePlan:
 
 @dataclass(frozen=True)
 class PlanBatch:
-    """One plan a sample, from one method: what `flowbp.surrogate` sweeps is a table [K, B] instead of [K].
+    """One plan a sample, all from one method: the table that `flowbp.surrogate` sweeps is [K, B] instead of [K].
 
-    Sample b's last active node is replayed with every other sample's last, and so on towards the noise end. A sample
-    with fewer active nodes than the largest (or than `num_active`, for ranks that share a batch) sits out the last
-    replays with weight 0. Raises ValueError when the plans differ in what one batch cannot mix: the kind of reward
-    input, the number of copies, or the similarity.
+    Replays are aligned at the clean end: pass k from the end holds each sample's k-th-last active node. Shorter plans
+    are padded at the noise end with replays of weight 0, up to `num_active` or the longest plan, so that all samples,
+    and all ranks that share a batch, run equally many passes. Raises ValueError when the plans differ in what one batch
+    cannot mix: the kind of reward input, the number of copies, or the similarity.
     """
 
     plans: tuple[SurrogatePlan, ...]
@@ -272,8 +276,7 @@ class PlanBatch:
         object.__setattr__(self, "plans", tuple(self.plans))
         if not self.plans:
             raise ValueError("a batch of plans needs at least one plan")
-        most = max(len(plan.active) for plan in self.plans)
-        object.__setattr__(self, "num_active", max(self.num_active, most))
+        object.__setattr__(self, "num_active", max(self.num_active, *(len(plan.active) for plan in self.plans)))
         kinds = {
             "reward_input": {plan.reward_input is None for plan in self.plans},
             "num_renoised": {plan.num_renoised for plan in self.plans},
@@ -290,24 +293,23 @@ class PlanBatch:
                 "latent"
             )
 
-    def rows(self, part: slice) -> PlanBatch:
-        """The plans of a part of the batch, with as many replays as the whole."""
-        return PlanBatch(self.plans[part], self.num_active)
+    def rows(self, samples: slice) -> "PlanBatch":
+        """The plans of some samples, padded to as many replays as the whole batch makes."""
+        return PlanBatch(self.plans[samples], self.num_active)
 
     @property
-    def sweep(self) -> tuple[Replay, ...]:
-        """As SurrogatePlan.sweep, each entry one for the batch where all samples agree, else one a sample."""
-        idle = [(Replay(plan.sweep[0].node, 0.0),) * (self.num_active - len(plan.active)) for plan in self.plans]
-        columns = [wait + plan.sweep for wait, plan in zip(idle, self.plans, strict=True)]
-        return tuple(
-            Replay(*(_shared(replay[k] for replay in row) for k in range(3)), output=row[0].output)
-            for row in zip(*columns, strict=True)
-        )
+    def replays(self) -> tuple[Replay, ...]:
+        """As SurrogatePlan.replays; each field is one value where all samples agree, else one a sample."""
+        columns = []
+        for plan in self.plans:
+            idle = Replay(plan.replays[0].node, weight=0.0)
+            columns.append((idle,) * (self.num_active - len(plan.active)) + plan.replays)
+        return tuple(Replay(*map(_shared, zip(*row, strict=True))) for row in zip(*columns, strict=True))
 
     @property
     def reward_input(self) -> PosteriorMean | None:
         first = self.plans[0].reward_input
-        return first and PosteriorMean(_shared(plan.reward_input.at for plan in self.plans))
+        return first and PosteriorMean(_shared(plan.reward_input and plan.reward_input.at for plan in self.plans))
 
     @property
     def similarity(self) -> Similarity | None:
@@ -319,34 +321,32 @@ class PlanBatch:
 
     @property
     def leaps(self) -> Leaps:
-        leaps = [plan.leaps for plan in self.plans]
-        longest = max(len(leap.nodes) for leap in leaps)
-        tables = []
-        for name, filler in (("nodes", None), ("first", 0.0), ("second", 0.0)):
-            columns = [
-                getattr(leap, name) + (leap.nodes[0] if filler is None else filler,) * (longest - len(leap.nodes))
-                for leap in leaps
-            ]
-            tables.append(tuple(zip(*columns, strict=True)))
-        return Leaps(_shared(leap.start for leap in leaps), _shared(leap.joint for leap in leaps), *tables)
+        longest = max(len(plan.nodes) for plan in self.plans)
+        start, joint, *tables = zip(*(plan.leaps.padded(longest) for plan in self.plans), strict=True)
+        return Leaps(_shared(start), _shared(joint), *(tuple(zip(*columns, strict=True)) for columns in tables))
 
     def num_steps(self, total: int) -> int:
         return max(plan.num_steps(total) for plan in self.plans)
 
     @property
-    def cached_latents(self) -> frozenset[int]:
+    def cached_latents(self) -> frozenset[Place]:
         return frozenset().union(*(plan.cached_latents for plan in self.plans))
 
     @property
-    def cached_velocities(self) -> frozenset[int]:
+    def cached_velocities(self) -> frozenset[Place]:
         return frozenset().union(*(plan.cached_velocities for plan in self.plans))
 
-    def check(self, total: int) -> None:
+    def check(self, total: int, batch: int | None = None) -> None:
+        """As SurrogatePlan.check, for every plan; and raise ValueError unless each sample of `batch` has one."""
+        if batch not in (None, len(self.plans)):
+            raise ValueError(
+                f"there are {len(self.plans)} plans for a batch of {batch} samples: pass one plan, or one a sample"
+            )
         for plan in self.plans:
             plan.check(total)
 
 
-def _shared(values: Iterable) -> object:
-    """The value that all samples share, or the tuple of theirs."""
+def _shared(values: Iterable) -> Any:
+    """The value on which all samples agree, or else the tuple of their values."""
     values = tuple(values)
     return values[0] if len(set(values)) == 1 else values

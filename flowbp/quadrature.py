@@ -6,8 +6,6 @@ Weights are in sigma units and signed (sigma decreases towards the clean end, so
 and always sum to sigma_stop - sigma_start. Everything is computed in float64.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -36,11 +34,11 @@ def check_sigmas(sigmas: Sequence[float]) -> np.ndarray:
 
 
 def euler(sigmas: np.ndarray, nodes: Sequence[int]) -> np.ndarray:
-    """The solver's own step at each node, h_i = sigma_{i+1} - sigma_i: exact for the Euler rollout when the nodes are
+    """The solver's own step at each node, h_i = sigma_{i+1} - sigma_i. Exact for the Euler rollout when the nodes are
     all its steps.
     """
-    nodes = np.asarray(nodes, dtype=int)
-    return sigmas[nodes + 1] - sigmas[nodes]
+    at = np.asarray(nodes, dtype=int)
+    return sigmas[at + 1] - sigmas[at]
 
 
 def leap(sigmas: np.ndarray, start: int, stop: int) -> float:
@@ -57,8 +55,8 @@ def lagrange(sigmas: np.ndarray, nodes: Sequence[int], start: int, stop: int) ->
     """Interpolatory quadrature: w_m = integral from sigma_start to sigma_stop of the m-th Lagrange basis polynomial on
     the nodes' sigmas.
 
-    Exact for velocities polynomial in sigma of degree < K. On uneven nodes a weight may take the sign opposite to the
-    interval's; its node's gradient then points away from that of the full chain. `uniform` never does. Source:
+    Exact for velocities polynomial in sigma of degree < K. On uneven nodes a weight may have the sign opposite to the
+    interval's; its node's gradient then points away from that of the full chain. `uniform` has no such weights. Source:
     FlowBP-Lagrange, arXiv 2606.11075.
     """
     x = sigmas[np.asarray(nodes, dtype=int)]
@@ -74,11 +72,10 @@ def lagrange(sigmas: np.ndarray, nodes: Sequence[int], start: int, stop: int) ->
 
 
 def lagrange_supports(start: int, stop: int, order: int) -> tuple[int, ...]:
-    """At most `order` nodes spread evenly over the steps [start, stop), the first and the last step included; `stop`
-    never is one.
+    """At most `order` nodes spread evenly over the steps [start, stop), the first and the last step included.
 
-    start + round(m (L - 1) / (order - 1)), m = 0 ... order - 1, rounding half to even; all steps when L = stop - start
-    <= order.
+    start + round(m (L - 1) / (order - 1)) for m = 0 ... order - 1, rounding half to even, with L = stop - start; all
+    steps when L <= order.
     """
     if order < 1:
         raise ValueError(f"quadrature order must be at least 1, got {order}")
@@ -91,16 +88,15 @@ def lagrange_supports(start: int, stop: int, order: int) -> tuple[int, ...]:
 
 
 def rescale_factor(total: float, active: float, strength: float) -> float:
-    """rho = 1 + strength (total / active - 1): makes up for the share of the interval that the active nodes do not
-    cover.
+    """rho = 1 + strength (total / active - 1), which makes up for the share of the interval that the active nodes do
+    not cover. It multiplies gradients, never a value.
 
     total and active are sums of absolute weights. strength 0 leaves the gradient as it is, 1 restores the full length,
-    more than 1 extrapolates beyond it. The factor multiplies gradients only, never a value.
+    more than 1 extrapolates beyond it.
     """
     if not 0.0 <= strength < math.inf:  # also refuses NaN
         raise ValueError(
             f"rescale must be a finite number of 0 or more, got {strength}: 0 leaves the gradient as it is, 1 restores "
-            "the full length, "
-            "more extrapolates beyond it"
+            "the full length, more extrapolates beyond it"
         )
     return 1.0 + strength * (total / active - 1.0) if strength > 0 and active > 1e-8 else 1.0

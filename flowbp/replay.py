@@ -2,13 +2,13 @@
 
     always   replay every active node: one graph in memory, one more forward pass a node
     never    keep every graph: no second forward pass, memory grows with the active set
-    auto     keep as many graphs as memory holds, the clean end's, which the sweep frees first; replay the others
+    auto     keep as many graphs as memory holds and replay the other nodes; the kept ones are those at the clean end,
+             which the sweep frees first
 
 All give the same gradient.
 """
 
-from __future__ import annotations
-
+import math
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -23,18 +23,16 @@ __all__ = ["Recompute"]
 
 
 class Recompute:
-    """Decides, node by node while a rollout runs, which graphs are kept. Hold on to it from step to step: `auto`
-    learns.
+    """How many graphs a rollout keeps, counted from the clean end: none, all, or as many as fit.
 
-    mode      "always", "never" or "auto"
-    budget    bytes that kept graphs may take in mode "auto". None measures it: the first rollout weighs one graph, the
-    first step keeps
-              none, and from the second on kept graphs get what was still free when memory use was at its peak (reward
-              graph, replays and optimizer included), less one graph's worth of slack. Ranks agree on the smallest
-              count.
+    mode      "always" keeps none, "never" keeps all, "auto" as many as fit into memory
+    budget    bytes that kept graphs may take in mode "auto". None: measure. Step 1 records one graph to learn its size
+              and keeps none. From step 2 on, floor((memory free at the peak of step 1 - one graph) / graph size) graphs
+              are kept. The peak holds the reward's graph, replays and the optimizer. Ranks agree on the smallest count.
     rollouts  in a step
 
-    Raises ValueError for an unknown mode, or for a budget outside of "auto".
+    Use one object for all steps: what "auto" has measured stays in it. Raises ValueError for an unknown mode, or for a
+    budget outside of "auto".
     """
 
     def __init__(
@@ -48,41 +46,43 @@ class Recompute:
                 "more"
             )
         self.mode, self.budget = mode, budget
-        self.unmeasured = rollouts  # that are still to pass before memory is measured
-        self.graph_bytes: int | None = None  # what one node's graph holds, once weighed
-        self.capacity: int | None = None  # graphs that fit, once known
+        self.capacity: float | None = {"always": 0, "never": math.inf}.get(mode)  # graphs to keep; None: not known yet
+        self.graph_bytes: int | None = None  # size of one node's graph in mode "auto", once recorded
+        self.rollouts_left = rollouts  # of step 1, after which free memory is measured
 
     def begin(self, device: torch.device) -> None:
-        """A rollout starts: in "auto" without a budget, the first of the second step settles how many graphs fit."""
-        if self.graph_bytes is not None and self.capacity is None and self.unmeasured <= 0:
-            self._settle(spare_bytes(device) - self.graph_bytes, device)
-        self.unmeasured -= 1
-
-    def keeps(self, remaining: int) -> bool:
-        """Whether the graph of a node is recorded and kept; `remaining` counts the active nodes from this one to the
-        clean end.
-        """
-        if self.mode != "auto":
-            return self.mode == "never"
-        return self.capacity is not None and remaining <= self.capacity
+        """A rollout starts. The first one of step 2 measures how many graphs fit, unless that is known."""
+        if self.capacity is None and self.graph_bytes is not None and self.rollouts_left <= 0:
+            self.capacity = fitting(spare_bytes(device) - self.graph_bytes, self.graph_bytes, device)
+        self.rollouts_left -= 1
 
     def record(self, remaining: int, forward: Callable[[], Graph], device: torch.device) -> tuple[Graph | None, bool]:
-        """(forward() if it is recorded at all, whether it is kept)."""
+        """(the node's graph, whether to keep it). The graph is None where it is not wanted: forward() did not run.
+
+        remaining: active nodes from this one to the clean end.
+        """
+        graph = None
         if self.mode == "auto" and self.graph_bytes is None:
             graph, self.graph_bytes = weigh(forward, device)
             if self.budget is not None:
-                self._settle(self.budget, device)
-            return graph, self.keeps(remaining)
-        return (forward(), True) if self.keeps(remaining) else (None, False)
+                self.capacity = fitting(self.budget, self.graph_bytes, device)
+        keep = self.capacity is not None and remaining <= self.capacity
+        return (forward() if keep and graph is None else graph), keep
 
-    def _settle(self, budget: int, device: torch.device) -> None:
-        self.capacity = max(0, budget) // max(1, self.graph_bytes)
-        if (
-            torch.distributed.is_available() and torch.distributed.is_initialized()
-        ):  # every rank must run as many forward passes
-            smallest = torch.tensor(self.capacity, device=device)
-            torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
-            self.capacity = int(smallest)
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def fitting(available: int, graph_bytes: int, device: torch.device) -> int:
+    """How many graphs fit into the available bytes. Ranks agree on the smallest count, because all of them must run
+    equally many forward passes.
+    """
+    count = max(0, available) // max(1, graph_bytes)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        smallest = torch.tensor(count, device=device)
+        torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
+        count = int(smallest)
+    return count
 
 
 def weigh(forward: Callable[[], Graph], device: torch.device) -> tuple[Graph, int]:
@@ -97,9 +97,8 @@ def weigh(forward: Callable[[], Graph], device: torch.device) -> tuple[Graph, in
 
     def note(tensor: Tensor) -> Tensor:
         owner = tensor if tensor._base is None else tensor._base
-        if not isinstance(owner, nn.Parameter) and not (
-            owner.is_leaf and owner.requires_grad
-        ):  # weights are there anyway
+        is_weight = isinstance(owner, nn.Parameter) or (owner.is_leaf and owner.requires_grad)
+        if not is_weight:  # weights are in memory anyway
             storage = tensor.untyped_storage()
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()
@@ -117,8 +116,7 @@ def spare_bytes(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
         raise ValueError(f"free memory cannot be measured on {device} here: give recompute='auto' a budget")
-    available = next(
-        int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")
-    )
+    lines = meminfo.read_text().splitlines()
+    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     return 1024 * (available - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) + resident

@@ -1,18 +1,17 @@
 """The surrogate backward trajectory: pulls a reward gradient through the active nodes of a cached rollout.
 
-One engine for every plan: `flowbp_kernels.sweep`, which has the formula. The reward's input is read from the cache, so
-its gradient g is known before anything is re-forwarded. A graph that the rollout kept (`flowbp.replay`) is a replay
-whose forward pass has already happened.
+`flowbp_kernels.sweep` has the formula and runs every plan. The reward's input is read from the cache, so its gradient
+g is known before any network graph exists. A graph that the rollout kept (`flowbp.replay`) is a replay whose forward
+pass has already happened.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowbp.plan import Node, PlanBatch, Replay, SurrogatePlan
+from flowbp.plan import Copy, Node, PlanBatch, Replay, SurrogatePlan
 from flowbp.trajectory import Trajectory
 from flowbp_kernels import leap_residuals, quadrature_update, straight_through
 from flowbp_kernels.sweep import Graph, sweep
@@ -20,18 +19,16 @@ from flowbp_kernels.sweep import Graph, sweep
 __all__ = ["as_graph", "backward", "residuals", "reward_input"]
 
 Plan = SurrogatePlan | PlanBatch  # one for the batch, or one a sample
-ReplayedVelocity = Callable[
-    [Tensor, Tensor], Tensor
-]  # (x [n B, *S], sigma [] or [n B]) -> a tensor [n B, *S] with the velocity's VJP
+# (x [n B, *S], sigma [] or [n B]) -> a tensor [n B, *S] with the velocity's VJP
+ReplayedVelocity = Callable[[Tensor, Tensor], Tensor]
 
 
 def reward_input(plan: Plan, trajectory: Trajectory) -> Tensor:
     """What the reward model sees, [(1 + num_renoised) B, *S]: the sample or a posterior mean, then the denoised copies.
-    No gradient.
+    It carries no gradient.
     """
     base = trajectory.sample if plan.reward_input is None else _posterior_mean(trajectory, plan.reward_input.at)
-    copies = [_posterior_mean(trajectory, replay.node) for replay in plan.sweep if replay.output]
-    return torch.cat([base, *copies])
+    return torch.cat([base, *(_posterior_mean(trajectory, Copy(m)) for m in range(plan.num_renoised))])
 
 
 def backward(
@@ -45,14 +42,17 @@ def backward(
 ) -> None:
     """Pull dR/d(reward_input) back into the parameters' .grad, by the sweep over the plan's active nodes.
 
-    One network graph is alive at a time, beside those that the rollout kept. grad_reward: shaped as `reward_input`.
-    nodes_per_forward: nodes that one batched replay takes together; a bridge node is replayed alone. before_last:
-    called with the last velocity before its backward, the moment to let a distributed wrapper reduce gradients.
-    Raises RuntimeError when a replay records no graph.
+    grad_reward        shaped as `reward_input`
+    nodes_per_forward  nodes that one batched replay takes together; a bridge node is replayed alone
+    before_last        is called with the last velocity before its backward pass: from then on a distributed wrapper may
+                       reduce gradients
+
+    One network graph is alive at a time, beside those that the rollout kept. Raises RuntimeError when a replay records
+    no graph.
     """
     passes = _passes(plan, trajectory, nodes_per_forward)
 
-    def forward(replays: list[Replay]) -> Graph:
+    def forward(replays: Sequence[Any]) -> Graph:
         graph = trajectory.graph([replay.node for replay in replays], velocity, requires_grad=replays[0].gated)
         if before_last is not None and replays is passes[-1]:
             before_last(graph.v)
@@ -67,19 +67,19 @@ def backward(
 
 def as_graph(plan: SurrogatePlan, trajectory: Trajectory, velocity: ReplayedVelocity) -> Tensor:
     """The reward input as one ordinary autograd graph of one plan: the value of `reward_input`, the gradient of
-    `backward`.
+    `backward`. All active nodes' graphs live at once. The tests judge the sweep by it.
 
-    All active nodes' graphs live at once. The oracle of the sweep.
+    Nodes are taken from the noise end, against the order of the sweep, because the graph of the bridge is built on the
+    velocities before it.
     """
     values = reward_input(plan, trajectory).split(len(trajectory.sample))
-    before, after = (
-        0.0,
-        [0.0] * len(values),
-    )  # sums of weight (v - v.detach()): zero in value, on either side of the bridge
+    # Sums of weight (v - v.detach()), zero in value: over the nodes before the bridge, and over the others by output.
+    before: Any = 0.0
+    after: list[Any] = [0.0] * len(values)
     bridge = plan.active_bridge
-    for node, weight, gate, output in plan.sweep:
+    for node, weight, gate, output in plan.replays:
         x = trajectory.latents[node]
-        v = velocity(straight_through(x, before, gate) if gate else x, trajectory.levels[node])
+        v = velocity(straight_through(x, before, gate) if gate else x, trajectory.level(node))
         if bridge is not None and node < bridge.node:
             before = before + weight * (v - v.detach())
         else:
@@ -92,29 +92,28 @@ def residuals(plan: Plan, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
     """(d_j, d_0), each [B]: per-sample mean absolute gap between the plan's two quadratures and the cached latents x_j
     and x_N.
 
-    d_j: from x_start by the nodes before the bridge j;  d_0: from x_j by the nodes from j on. The plan must have a
-        similarity.
+    d_j: from x_start by the nodes before the bridge j.  d_0: from x_j by the nodes from j on.
+    Raises ValueError for a plan without similarity, whose rollout does not cache the velocities.
     """
     if plan.similarity is None:
         raise ValueError(
             "residuals need a plan with similarity: without it the rollout does not cache the velocities they read"
         )
     start, joint, nodes, first, second = plan.leaps
-    x, velocities = trajectory.latents, trajectory.velocities
-    return tuple(
-        leap_residuals(x[start], x[joint], trajectory.sample, velocities.rows, velocities.slots(nodes), (first, second))
-    )
+    x, v = trajectory.latents, trajectory.velocities
+    d_j, d_0 = leap_residuals(x[start], x[joint], trajectory.sample, v.rows, v.slots(nodes), (first, second))
+    return d_j, d_0
 
 
 def _passes(plan: Plan, trajectory: Trajectory, nodes_per_forward: int) -> list[list[Replay]]:
-    """The forward passes of the sweep, in its order: runs of at most nodes_per_forward replays; a kept or gated node
-    stands alone.
+    """The forward passes of the sweep, clean end first, of at most nodes_per_forward replays each. A node with a kept
+    graph or an open gate has a pass of its own.
     """
     if nodes_per_forward < 1:
         raise ValueError(f"nodes_per_forward must be at least 1, got {nodes_per_forward}")
     passes: list[list[Replay]] = []
     alone = True  # whether the last pass takes no other node
-    for replay in reversed(plan.sweep):
+    for replay in reversed(plan.replays):
         single = replay.gated or replay.node in trajectory.kept
         if alone or single or len(passes[-1]) == nodes_per_forward:
             passes.append([replay])

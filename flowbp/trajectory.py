@@ -1,8 +1,6 @@
-"""The rollout: Euler steps from noise to sample, caching only what the plan will read: latents, velocities, and graphs
-if they are kept.
+"""The rollout: Euler steps from noise to sample without gradient. It caches the latents and velocities that the plan
+reads, and those graphs that `recompute` keeps.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowbp.guidance import GuidedVelocity
-from flowbp.plan import Node, PlanBatch, SurrogatePlan
+from flowbp.plan import Copy, Node, Place, PlanBatch, SurrogatePlan, in_order
 from flowbp.replay import Recompute
 from flowbp_kernels import RngState, cfg_euler_step
 from flowbp_kernels.sweep import Graph, as_in_the_rollout, autocast_state, record
@@ -20,26 +18,26 @@ __all__ = ["NodeCache", "Trajectory", "rollout", "rollout_with_graph"]
 
 
 class NodeCache:
-    """One tensor [n, B, *S] that holds a row for each cached node of a trajectory."""
+    """One tensor [n, B, *S] with a row for each cached node and each copy of the sample."""
 
-    def __init__(self, what: str, nodes: Iterable[int], like: Tensor):
-        self.what, self.nodes = what, tuple(sorted(nodes))
+    def __init__(self, what: str, nodes: Iterable[Place], like: Tensor):
+        self.what, self.nodes = what, tuple(in_order(nodes))
         self._slot = {node: slot for slot, node in enumerate(self.nodes)}
         self.rows = like.new_empty(len(self.nodes), *like.shape)
 
-    def row(self, node: int) -> Tensor | None:
+    def row(self, node: Place) -> Tensor | None:
         """Where to write this node's value; None if the plan does not read it."""
         return self.rows[self._slot[node]] if node in self._slot else None
 
     def slots(self, nodes: Sequence[Node]) -> list:
-        """Rows of `nodes` in `self.rows`, in the same nesting."""
+        """Which of `self.rows` belongs to each of `nodes`: an int, or one a sample where a node of `nodes` is a tuple.
+
+        As soon as one entry is a tuple, all are spelled out for each sample.
+        """
         if any(isinstance(node, tuple) for node in nodes):
-            return [
-                self.slots(node) if isinstance(node, tuple) else self.slots([node]) * self.rows.shape[1]
-                for node in nodes
-            ]
-        missing = [node for node in nodes if node not in self._slot]
-        if missing:
+            batch = self.rows.shape[1]
+            return [self.slots(node) if isinstance(node, tuple) else self.slots([node]) * batch for node in nodes]
+        if missing := [node for node in nodes if node not in self._slot]:
             raise KeyError(
                 f"the {self.what} of nodes {missing} are not cached (cached: {self.nodes}); roll out with the plan "
                 "that reads them"
@@ -54,29 +52,29 @@ class NodeCache:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What is left of a rollout of N steps. Re-noised copy m of the sample is filed under node N + 1 + m.
+    """What is left of a rollout of N steps.
 
-    sigmas       [N + 1] noise levels, on the CPU
-    levels       [N + 1 + M] `sigmas`, then the noise level of each of M copies, on the latents' device
-    latents      x_i of the nodes that the plan reads; [B, *S] each
-    velocities   v_i of the nodes that the plan reads, guided
+    levels       [N + 1] noise levels, on the latents' device
+    latents      x_i of the nodes and copies that the plan reads; [B, *S] each
+    velocities   v_i of the nodes and copies that the plan reads, guided
     sample       [B, *S] x_N, or the latent after the last step taken when the plan stops early
     kept         graphs that the rollout kept, by node; each is given away once
     rng          random state before the forward pass of each active node that drew random numbers (dropout)
     autocast     state of autocast during the rollout
     """
 
-    sigmas: Tensor
     levels: Tensor
     latents: NodeCache
     velocities: NodeCache
     sample: Tensor
-    kept: dict[int, Graph] = field(default_factory=dict)
-    rng: dict[int, RngState] = field(default_factory=dict)
+    kept: dict[Place, Graph] = field(default_factory=dict)
+    rng: dict[Place, RngState] = field(default_factory=dict)
     autocast: tuple[dict, ...] = ()
 
     def level(self, node: Node) -> Tensor:
-        """The noise level of `node`, [] or one a sample [B]."""
+        """The noise level of `node`, [] or one a sample [B]. Copies are at the last level before 0."""
+        if isinstance(node, Copy):
+            return self.levels[-2]
         return self.levels[list(node)] if isinstance(node, tuple) else self.levels[node]
 
     def graph(self, nodes: Sequence[Node], velocity: Callable[[Tensor, Tensor], Tensor], requires_grad: bool) -> Graph:
@@ -90,9 +88,9 @@ class Trajectory:
         visited = {i for node in nodes for i in (node if isinstance(node, tuple) else (node,))}
         if len(visited) > 1 and not self.rng.keys().isdisjoint(visited):
             raise ValueError(
-                f"the network draws random numbers (dropout), and one forward pass at nodes {sorted(visited)} cannot "
-                "repeat what the rollout drew at each: use nodes_per_forward=1 and one plan for the batch, or put the "
-                "network in eval()"
+                "the network draws random numbers (dropout), and one forward pass at nodes "
+                f"{in_order(visited)} cannot repeat what the rollout drew at each: use nodes_per_forward=1 and one "
+                "plan for the batch, or put the network in eval()"
             )
         if len(nodes) == 1:
             x, sigma = self.latents[nodes[0]], self.level(nodes[0])
@@ -116,81 +114,82 @@ def rollout(
 
     Without a plan nothing is cached: plain sampling. With one, the rollout stops where the plan's reward input is
     known. `renoise` holds the standard normal noise [B, *S] of each of the plan's re-noised copies. `recompute` says
-    which active nodes keep their graph; None keeps none, as must a batch of plans.
+    which active nodes keep their graph; None keeps none, and a batch of plans must keep none.
     """
-    total, recompute = len(sigmas) - 1, recompute or Recompute()
+    total, copies = len(sigmas) - 1, plan.num_renoised if plan else 0
     if plan is not None:
-        plan.check(total)
-    if isinstance(plan, PlanBatch):
-        if len(plan.plans) != len(noise):
-            raise ValueError(
-                f"there are {len(plan.plans)} plans for a batch of {len(noise)} samples: pass one plan, or one a sample"
-            )
-        if recompute.mode != "always":
-            raise ValueError(
-                f"recompute={recompute.mode!r} keeps the graph of a node as the whole batch passes it, but with one "
-                "plan a sample each "
-                "sample has nodes of its own: use recompute='always', or one plan for the batch"
-            )
-    wanted = plan.num_renoised if plan is not None else 0
-    if len(renoise) != wanted:
-        raise ValueError(f"the plan re-noises {wanted} copies, but renoise holds noise for {len(renoise)}")
+        plan.check(total, len(noise))
+    if len(renoise) != copies:
+        raise ValueError(f"the plan re-noises {copies} copies, but renoise holds noise for {len(renoise)}")
     latents = NodeCache("latents", plan.cached_latents if plan else (), noise)
     velocities = NodeCache("velocities", plan.cached_velocities if plan else (), noise)
-    levels = torch.cat([sigmas, sigmas[-2].expand(wanted)]).to(noise.device)
-    keeper = _Keeper(velocity, levels, plan, recompute)
-    scale, last, steps = velocity.guidance.scale, sigmas[-2].item(), torch.diff(sigmas.double()).tolist()
+    levels, steps = sigmas.to(noise.device), torch.diff(sigmas.double()).tolist()
+    recorder = _Recorder(velocity, plan, recompute or Recompute(), noise.device)
+    scale, last = velocity.guidance.scale, sigmas[-2].item()
 
     x = noise
-    if latents.row(0) is not None:
-        latents.row(0).copy_(noise)
+    if (first := latents.row(0)) is not None:
+        first.copy_(noise)
     for i in range(plan.num_steps(total) if plan else total):
-        x, _ = cfg_euler_step(
-            x, *keeper.branches(x, i), scale, steps[i], velocity_out=velocities.row(i), out=latents.row(i + 1)
-        )
-    for copy, eps in enumerate(renoise, start=total + 1):
-        noised = latents.row(copy).copy_((1 - last) * x + last * eps)
-        cfg_euler_step(noised, *keeper.branches(noised, copy), scale, -last, velocity_out=velocities.row(copy))
-    return Trajectory(
-        sigmas, levels, latents, velocities, x, keeper.kept, keeper.rng, autocast_state(noise.device.type)
-    )
+        v, v_neg = recorder.branches(x, levels[i], i)
+        # One pass over the latent: guide v_neg and v, where there are two; step; write the rows of both caches.
+        x, _ = cfg_euler_step(x, v, v_neg, scale, steps[i], velocity_out=velocities.row(i), out=latents.row(i + 1))
+    for m, eps in enumerate(renoise):
+        noised = latents[Copy(m)].copy_((1 - last) * x + last * eps)
+        v, v_neg = recorder.branches(noised, levels[-2], Copy(m))
+        cfg_euler_step(noised, v, v_neg, scale, -last, velocity_out=velocities.row(Copy(m)))
+    autocast = autocast_state(noise.device.type)
+    return Trajectory(levels, latents, velocities, x, recorder.kept, recorder.rng, autocast)
 
 
-class _Keeper:
-    """Runs the network along a rollout, and keeps what the sweep needs of each active node: its graph or its random
-    state.
+class _Recorder:
+    """Runs the network along a rollout. Of each active node it keeps what the sweep will need: the graph, where
+    `recompute` says so, or the random state from which a replay draws the same numbers.
     """
 
     def __init__(
-        self, velocity: GuidedVelocity, levels: Tensor, plan: SurrogatePlan | PlanBatch | None, recompute: Recompute
+        self,
+        velocity: GuidedVelocity,
+        plan: SurrogatePlan | PlanBatch | None,
+        recompute: Recompute,
+        device: torch.device,
     ):
-        self.velocity, self.levels, self.recompute = velocity, levels, recompute
-        self.gated: dict[int, bool] = {}  # active node -> whether its input collects a gradient
-        for replay in plan.sweep if plan else ():
-            for node in replay.node if isinstance(replay.node, tuple) else (replay.node,):
-                self.gated[node] = replay.gated
-        self.remaining = len(self.gated)
-        self.kept: dict[int, Graph] = {}
-        self.rng: dict[int, RngState] = {}
-        recompute.begin(levels.device)
+        if isinstance(plan, PlanBatch) and recompute.mode != "always":
+            raise ValueError(
+                f"recompute={recompute.mode!r} keeps the graph of a node as the whole batch passes it, but with one "
+                "plan a sample each sample has nodes of its own: use recompute='always', or one plan for the batch"
+            )
+        self.velocity, self.recompute = velocity, recompute
+        self.gated: dict[Place, bool] = {}  # active node -> whether its input collects a gradient
+        for replay in plan.replays if plan else ():
+            nodes = replay.node if isinstance(replay.node, tuple) else (replay.node,)
+            self.gated |= dict.fromkeys(nodes, replay.gated)
+        self.remaining = len(self.gated)  # active nodes from here to the clean end
+        self.kept: dict[Place, Graph] = {}
+        self.rng: dict[Place, RngState] = {}
+        recompute.begin(device)
 
-    def branches(self, x: Tensor, node: int) -> tuple[Tensor, Tensor | None]:
-        """(v_pos, v_neg) at `node`, or (v, None) where a graph was recorded."""
-        sigma = self.levels[node]
+    def branches(self, x: Tensor, sigma: Tensor, node: Place) -> tuple[Tensor, Tensor | None]:
+        """(v_pos, v_neg), still to be guided; or (v, None) with the whole velocity, where there is no guidance or where
+        a graph was recorded: the sweep differentiates the guided velocity, so that is what is recorded.
+        """
         if node not in self.gated:
             return self.velocity.branches(x, sigma)
         before = RngState.capture(x.device)
-        own = x.clone()  # later rows of the cache are written in place, which a graph on a view of it would refuse
-        graph, kept = self.recompute.record(
-            self.remaining, lambda: record(self.velocity, own, sigma, self.gated[node]), x.device
-        )
-        branches = self.velocity.branches(x, sigma, replayed=True) if graph is None else (graph.v.detach(), None)
-        if kept:
+
+        def forward() -> Graph:
+            # A copy of x: x may be a row of the cache, and autograd refuses a graph on a tensor whose other rows are
+            # written later.
+            return record(self.velocity, x.clone(), sigma, self.gated[node])
+
+        graph, keep = self.recompute.record(self.remaining, forward, x.device)
+        v, v_neg = self.velocity.branches(x, sigma, replayed=True) if graph is None else (graph.v.detach(), None)
+        if keep and graph is not None:
             self.kept[node] = graph
         if RngState.capture(x.device) != before:
             self.rng[node] = before
         self.remaining -= 1
-        return branches
+        return v, v_neg
 
 
 def rollout_with_graph(velocity: GuidedVelocity, noise: Tensor, sigmas: Tensor) -> Tensor:

@@ -1,24 +1,21 @@
 """Fused low-level operations for training flow-matching models through a cached rollout. Needs torch, nothing else.
 
-op                                 formula                                            gradient to       kernels
-quadrature_update                  x + sum_k w_k v_{n_k}                              x, velocities     cuda, triton,
-cpu
-leap_residuals                     mean |x + sum_k w_k v_{n_k} - x'|, both leaps      nothing           cuda, triton,
-cpu
-cfg_euler_step                     v = v_u + s (v_c - v_u);  x + h v                  x, v_c, v_u       cuda, triton,
-cpu
-bridge_cotangents                  c_k = w_k (g + a_k g_x)                            g, g_x            cuda, triton,
-cpu
-straight_through                   value of one tensor, scaled gradient of another    surrogate         PyTorch's copy
-selective_recompute                cached value; backward replays the active nodes    parameters        PyTorch autograd
+op                    formula                                            gradient to      kernels
+quadrature_update     x + sum_k w_k v_{n_k}                              x, velocities    cuda, triton, cpu
+leap_residuals        mean |x + sum_k w_k v_{n_k} - x'|, both leaps      nothing          cuda, triton, cpu
+cfg_euler_step        v = v_u + s (v_c - v_u);  x + h v                  x, v_c, v_u      cuda, triton, cpu
+bridge_cotangents     c_k = w_k (g + a_k g_x)                            g, g_x           cuda, triton, cpu
+straight_through      value of one tensor, scaled gradient of another    surrogate        PyTorch's copy
+selective_recompute   cached value; backward replays the active nodes    parameters       PyTorch autograd
 
-Every op has a reference in plain PyTorch, which runs any device and dtype; the kernels take float32, bfloat16 and
-float16, and a float8_e4m3fn cache. Sums accumulate in float32 (float64 where a tensor is float64) and are rounded once.
-A zero weight skips: it does not poison a sum with 0 * NaN. Each function's docstring is its contract, with the
-equivalent PyTorch. Input outside it raises ValueError.
+Every op has a reference in plain PyTorch, which runs on any device and in any dtype; the kernels take float32, bfloat16
+and float16, and a float8_e4m3fn cache. Sums accumulate in float32 (float64 where a tensor is float64) and are rounded
+once. A zero weight skips its term, so that 0 * NaN does not poison a sum. Each function's docstring is its contract,
+with the equivalent PyTorch. Input outside the contract raises ValueError.
 
-A rule (nodes, weights, guidance, step) of numbers or CPU tensors travels by value, as part of a launch. One of tensors
-on the device is read when the kernel runs, so that one captured CUDA graph serves every plan. Both give the same bits.
+The nodes, weights, guidance and step of a call are its rule. A rule of numbers or CPU tensors travels by value, as part
+of a launch. A rule of tensors on the device is read when the kernel runs, so that one captured CUDA graph serves every
+plan. Both give the same bits.
 
 FLOWBP_KERNELS=auto | cuda | triton | cpu | reference chooses the backend; `python -m flowbp_kernels` prints what runs
 here, and why. Without the compiled extension (FLOWBP_BUILD=0 at installation) and Triton, the reference runs.

@@ -12,7 +12,7 @@ def main() -> None:
     print(f"{'backend':<12}{'runs':<6}why")
     for name, runs, why in backend.report():
         print(f"{name:<12}{'yes' if runs else 'no':<6}{why}")
-    print("\n" + flowbp_kernels.__doc__.split("\n\n")[1])
+    print("\n" + (flowbp_kernels.__doc__ or "").split("\n\n")[1])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The gradients of the two sums: each is the other with its arrows turned.
+"""The gradients of quadrature_update and bridge_cotangents. Each op computes the gradient of the other.
 
-quadrature_update   x, v_n        ->  x + sum_n w_n v_n      gradient  g  ->  w_n g for every n: bridge_cotangents
-bridge_cotangents   g, g_x        ->  w_n (g + a_n g_x)      gradient  c_n  ->  sum_n w_n c_n, sum_n w_n a_n c_n:
-quadrature_update
+quadrature_update   x, v_n  ->  x + sum_n w_n v_n    its gradient, by bridge_cotangents:   g    ->  w_n g for every n
+bridge_cotangents   g, g_x  ->  w_n (g + a_n g_x)    its gradient, by quadrature_update:   c_n  ->  sum_n w_n c_n and
+                                                                                                    sum_n w_n a_n c_n
 """
 
 import torch
@@ -20,7 +20,9 @@ def _keep_rule(ctx, inputs, output):
 
 
 def _spread(ctx, g):
-    """Velocity n of sample b gets g times the sum of the weights with which that sample's rule reads it."""
+    """The gradient of quadrature_update: velocity n of sample b gets g times the sum of all weights with which the
+    sample's rule reads that velocity.
+    """
     of_velocities = None
     if ctx.needs_input_grad[1]:
         nodes, weights, scales = ctx.saved_tensors
@@ -39,7 +41,7 @@ def _keep_weights(ctx, inputs, output):
 
 
 def _sum(ctx, gradients):
-    """The adjoint of spreading one tensor over K nodes is the weighted sum over them."""
+    """The gradient of bridge_cotangents: weighted sums over the K nodes, over which it spread g and g_x."""
     weights, alphas = ctx.saved_tensors
     nodes, gradients = torch.arange(len(weights), device=weights.device), gradients.contiguous()
     of_g, of_g_x = (

@@ -58,7 +58,7 @@ def check_cache(velocities: Tensor, x: Tensor, scales: Tensor | None) -> None:
 
 
 def node_table(nodes: Tensor | Sequence, x: Tensor) -> Tensor:
-    """Integers as an int64 tensor [K, 1] or [K, B]: on the CPU, or where they lie if that is x's device."""
+    """Integers as an int64 tensor [K, 1] or [K, B]. A tensor on x's device stays there; all else is on the CPU."""
     table = _placed("nodes", nodes, x) if isinstance(nodes, Tensor) else _numbers(nodes, "q")
     if table.dtype.is_floating_point and table.numel():
         raise ValueError(f"nodes must be integers, not {table.dtype}")
@@ -66,16 +66,16 @@ def node_table(nodes: Tensor | Sequence, x: Tensor) -> Tensor:
 
 
 def weight_table(name: str, weights: Tensor | Sequence, x: Tensor) -> Tensor:
-    """Numbers as a float64 tensor [K, 1] or [K, B] without gradient: on the CPU, or where they lie if that is x's
-    device.
+    """Numbers as a float64 tensor [K, 1] or [K, B] without gradient. A tensor on x's device stays there; all else is on
+    the CPU.
     """
     table = _placed(name, weights, x) if isinstance(weights, Tensor) else _numbers(weights, "d")
     return _columns(name, table.double(), x.shape[0])
 
 
 def scalar_table(x: Tensor, **scalars: float | Tensor) -> Tensor:
-    """Numbers and tensors [] as one float64 tensor without gradient: on the CPU, or on x's device if a tensor lies
-    there.
+    """Numbers and tensors [] as one float64 tensor without gradient: on x's device if one of the tensors is there, else
+    on the CPU.
     """
     tensors = [(name, value) for name, value in scalars.items() if isinstance(value, Tensor)]
     for name, value in tensors:
@@ -83,7 +83,7 @@ def scalar_table(x: Tensor, **scalars: float | Tensor) -> Tensor:
             raise ValueError(f"{name} must be a number or a 0-dimensional tensor, not of shape {tuple(value.shape)}")
         _placed(name, value, x)
         check_together(name, value, tensors[0][1], tensors[0][0])
-    # Sums, for a float that torch.compile adds to a tensor needs no graph for each of its values.
+    # Sums, because torch.compile needs no graph for each value of a float that is added to a tensor.
     zero = torch.zeros((), dtype=torch.float64, device=tensors[0][1].device if tensors else None)
     return torch.stack([zero + value for value in scalars.values()]).detach()
 
@@ -97,7 +97,7 @@ def check_rows(name: str, table: Tensor, other: Tensor, other_name: str) -> None
 
 
 def check_together(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
-    """The parts of one rule travel by value, or all of them lie on the device."""
+    """Either all parts of one rule travel by value, or all of them lie on the device."""
     if tensor.device != other.device:
         raise ValueError(
             f"{name} comes from {tensor.device} and {other_name} from {other.device}: "
@@ -106,8 +106,8 @@ def check_together(name: str, tensor: Tensor, other: Tensor, other_name: str) ->
 
 
 def check_nodes(nodes: Tensor, velocities: Tensor) -> None:
-    """Every node that travels by value is a row of the cache. Reads values, so it belongs where an op runs, not where
-    it is traced.
+    """Every node that travels by value is a row of the cache. This reads values, so it can be called where an op runs
+    and not where it is traced.
     """
     if not nodes.is_cpu and nodes.shape[0] and not velocities.shape[0]:
         raise ValueError(f"there are {nodes.shape[0]} nodes and no velocities")
@@ -120,10 +120,10 @@ def check_nodes(nodes: Tensor, velocities: Tensor) -> None:
 
 
 def check_out(
-    name: str, out: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype], inputs: Sequence[Tensor | None]
+    name: str, out: Tensor | None, shape: Sequence[int], dtypes: Sequence[torch.dtype], inputs: Sequence
 ) -> None:
-    """`out` can be written into: contiguous, of this shape, one of these dtypes, where the inputs are, and no gradient
-    is asked for.
+    """`out` can be written into: it is contiguous, of this shape, of one of these dtypes and on the inputs' device, and
+    no gradient is recorded.
     """
     if out is None:
         return
@@ -146,8 +146,8 @@ def check_out(
 
 
 def _numbers(values: Sequence, typecode: str) -> Tensor:
-    """float64 ("d") or int64 ("q") of a list of numbers, at a third of torch.tensor's cost, which makes a tensor of
-    anything else.
+    """A list of numbers as float64 ("d") or int64 ("q"), at a third of the cost of torch.tensor. Any other values go to
+    torch.tensor.
     """
     dtype = torch.float64 if typecode == "d" else None
     if is_traced() or len(values) == 0:  # a buffer can be neither traced nor empty

@@ -1,11 +1,11 @@
-"""Which backend runs an op, and why: the fastest that can take the tensors at hand, or the one FLOWBP_KERNELS names.
+"""Which backend runs an op, and why: the fastest that takes the tensors at hand, or the one that FLOWBP_KERNELS names.
 
 FLOWBP_KERNELS=auto (default) | cuda | cpu (compiled, from csrc/) | triton | reference (plain PyTorch, runs everything).
 A backend named there runs or raises with the cause; only `auto` falls back. The extension is loaded at the first call.
 FLOWBP_ISA=avx512 | avx2 | baseline names the instruction set of the compiled CPU ops; unset, the best there is.
 FLOWBP_ROWS=few | all says how many rows of a cache the compiled CPU ops read side by side, which changes their speed
-and no bit of a result; unset, what is fastest here: measured at the first large call of a process, which then takes
-about 50 ms longer. The choice is made whenever an op runs, also inside a graph of torch.compile.
+and no bit of a result. Unset, the faster one is measured at the first large call of a process, which then takes about
+50 ms longer. The choice is made whenever an op runs, also inside a graph of torch.compile.
 """
 
 import functools
@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from flowbp_kernels.arguments import COMPILED_DTYPES, is_traced
@@ -28,26 +30,35 @@ MAX_NODES = 256  # rows of a rule that a compiled kernel takes: kMaxTerms in csr
 
 
 def needs_operator(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through its registered operator: a gradient is recorded, or it is traced, compiled or
+    """Whether a call must go through its registered operator: it records a gradient, or it is traced, compiled or
     faked.
 
-    Any other call runs its kernel at once: on a small latent the operator (20 us) would cost more than all the rest.
+    Any other call runs its kernel at once, because on a small latent the operator (20 us) would cost more than all the
+    rest. Raises NotImplementedError within forward-mode differentiation and within the transforms of torch.func, of
+    which the kernels know nothing: they would return tangents of zero.
     """
     if is_traced():
         return True
-    recording = torch.is_grad_enabled()
+    recording, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in (Tensor, Parameter) or (recording and tensor.requires_grad)):
+        if tensor is None:
+            continue
+        if is_functorch_wrapped_tensor(tensor) or (forward and forward_ad.unpack_dual(tensor).tangent is not None):
+            raise NotImplementedError(
+                "the ops of flowbp_kernels have a gradient (torch.autograd), but no forward-mode derivative and no "
+                "rule for the transforms of torch.func (jvp, vmap, grad): use the formula of the op's docstring there"
+            )
+        if type(tensor) not in (Tensor, Parameter) or (recording and tensor.requires_grad):
             return True
     return False
 
 
 def written(name: str, out: Tensor, others: dict[str, Tensor | None], in_place_of: str = "") -> None:
-    """`out`, which a kernel is about to write while it reads the others: apart from them in memory, except that `out`
-    may be the one that it replaces in place. Autograd learns that the old value is gone.
+    """Call before a kernel writes `out` while it reads the others. Raises ValueError where `out` overlaps one of them
+    in memory, except `in_place_of`, which `out` may be. Tells autograd that the old value of `out` is gone.
 
-    Reads addresses, so it belongs where an op runs. Only contiguous tensors count: a strided one was copied, or runs on
-    the reference, which reads everything before it writes.
+    This reads addresses, so it can be called where an op runs and not where it is traced. Only contiguous tensors are
+    compared: a strided one was copied, or runs on the reference, which reads everything before it writes.
     """
     start = out.data_ptr()
     end = start + out.nbytes if start else 0  # a meta tensor lies nowhere
@@ -66,9 +77,10 @@ def written(name: str, out: Tensor, others: dict[str, Tensor | None], in_place_o
 
 
 def select(op: str, num_nodes: int = 0, **tensors: Tensor | None) -> str:
-    """The backend that runs `op` on these tensors (by the names of its contract), with a rule of num_nodes rows."""
+    """The backend that runs `op` on these tensors, named as in its contract, with a rule of num_nodes rows."""
     wanted = requested()
     label, first = next(iter(tensors.items()))
+    assert first is not None
     for name in BACKENDS if wanted == "auto" else (wanted,):
         if not _reaches(name, first):
             cause = f"{label} is on {first.device}" if name == wanted else "elsewhere"
@@ -108,16 +120,14 @@ def triton_op(op: str) -> Callable:
 
 
 def triton_tables(x: Tensor, nodes: Tensor | None, *weights: Tensor) -> Sequence[Tensor | None]:
-    """The tables of a rule where x lies, as a Triton launcher takes them: those of the CPU are carried there by
-    value.
-    """
+    """The tables of a rule on x's device, as a Triton launcher takes them. Tables of the CPU travel by value."""
     if not weights[0].is_cpu:
         return nodes, *weights
     return importlib.import_module("flowbp_kernels._triton").carry(x.device, nodes, *weights)
 
 
 def report() -> list[tuple[str, bool, str]]:
-    """(backend, whether it runs here, why not or what it is) for every backend, in the order in which `auto` tries
+    """(backend, whether it runs here, what it is or why not) for every backend, in the order in which `auto` tries
     them.
     """
     good = {
@@ -143,8 +153,8 @@ def isas() -> list[str]:
 
 
 def rows() -> str:
-    """How many rows of a large cache the compiled CPU ops read side by side, `few` or `all`: FLOWBP_ROWS, or what is
-    fastest here.
+    """How many rows of a large cache the compiled CPU ops read side by side, `few` or `all`: FLOWBP_ROWS, or else what
+    is fastest here.
     """
     return _compiled("rows")
 
@@ -173,7 +183,7 @@ def _unsuited(name: str, op: str, num_nodes: int, tensors: dict[str, Tensor | No
     """What keeps a backend that reaches these tensors from running `op` on them; "" if nothing does."""
     if name == "reference":
         return ""
-    cause = unavailable(name, next(iter(tensors.values())).device.index)
+    cause = unavailable(name, next(iter(tensors.values())).device.index)  # pyright: ignore[reportOptionalMemberAccess]
     if cause:
         return cause
     if name == "triton" and importlib.util.find_spec(f"flowbp_kernels._triton.{op}") is None:

@@ -1,4 +1,6 @@
-"""The seeds of a sweep: what each replayed node's VJP starts from, all in one pass over the two gradients they mix."""
+"""The seeds of a sweep: the cotangent from which each replayed node's VJP starts, for all nodes in one pass over the
+two gradients that they are mixed from.
+"""
 
 from collections.abc import Sequence
 
@@ -13,8 +15,8 @@ from flowbp_kernels.operators import register
 def bridge_cotangents(
     g: Tensor,
     g_x: Tensor,
-    weights: Tensor | Sequence[float],
-    alphas: Tensor | Sequence[float],
+    weights: Tensor | Sequence,
+    alphas: Tensor | Sequence,
     *,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,

@@ -1,5 +1,7 @@
 """One Euler step of classifier-free guidance, and both cache writes, in one pass."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,20 +24,19 @@ def cfg_euler_step(
 ) -> tuple[Tensor, Tensor]:
     """v = v_uncond + guidance (v_cond - v_uncond),  x_next = x + h v, in float32 (float64 if a tensor is float64).
 
-    x, v_cond, v_uncond: [B, *S], any float dtype; v_cond and v_uncond share one. v_uncond None: no guidance, v =
-        v_cond.
+    x, v_cond, v_uncond: [B, *S], any float dtype; v_cond and v_uncond share one. v_uncond None: no guidance, v is
+    v_cond.
     guidance, h = sigma_next - sigma (negative): numbers or 0-dimensional tensors. Numbers and CPU tensors travel by
-        value; a
-    tensor on x's device is read by the kernel whenever it runs (a number beside it joins it there), so that one
-        captured
-    CUDA graph serves every step. Compiled, 0-dimensional tensors share one graph and floats at most two.
-    velocity_out: [B, *S] contiguous, any dtype of v_cond, x, float32, bfloat16, float16: a slot of the velocity
-    cache.  out: [B, *S] contiguous, x.dtype: a slot of the latent cache. Written and returned, without gradient.
+    value. A tensor on x's device is read by the kernel whenever it runs (a number beside it joins it there), so that
+    one captured CUDA graph serves every step. Under torch.compile, 0-dimensional tensors share one graph and floats
+    take at most two.
+    velocity_out: [B, *S] contiguous, any dtype of v_cond, x, float32, bfloat16, float16: a slot of the velocity cache.
+    out: [B, *S] contiguous, x.dtype: a slot of the latent cache. Both are written and returned, without gradient.
     In place: velocity_out may be v_cond itself, out may be x itself. They overlap no other argument in memory, nor each
-        other.
+    other.
     Returns (x_next in x.dtype, v in velocity_out's dtype, else v_cond's). x_next uses v as rounded to that dtype, so
-        that
-    a replay which reads v from the cache meets the same x_next. Without guidance and velocity_out, v is v_cond itself.
+    that a replay which reads v from the cache meets the same x_next. Without guidance and velocity_out, v is v_cond
+    itself.
     Gradient: 1 to x, guidance and 1 - guidance (times h, for x_next) to v_cond and v_uncond; none to guidance and h.
     Strided inputs are made contiguous. Raises ValueError for shapes, dtypes, devices or memory outside this contract.
     Equivalent to  v = (v_u.float() + guidance * (v_c.float() - v_u.float())).to(v_c.dtype);  x_next = x + h * v
@@ -54,15 +55,15 @@ def cfg_euler_step(
 
     by_operator = backend.needs_operator(*inputs, velocity_out, out)
     if by_operator or isinstance(guidance, Tensor) or isinstance(h, Tensor):
-        coefficients = scalar_table(x, guidance=guidance, h=h)
+        coefficients: Any = scalar_table(x, guidance=guidance, h=h)
     else:
         coefficients = guidance, h
     if v_uncond is None and velocity_out is None and out is None:  # a quadrature of one node
         node = [0] if isinstance(coefficients, tuple) else torch.zeros(1, dtype=torch.long, device=coefficients.device)
         return quadrature_update(x, v_cond.contiguous()[None], node, coefficients[1:]), v_cond
-    arguments = *(None if t is None else t.contiguous() for t in inputs), coefficients
+    arguments: Any = *(None if t is None else t.contiguous() for t in inputs), coefficients
     if not by_operator:
-        x_next, velocity = _run(*arguments, velocity_out, out)
+        x_next, velocity = _run(*arguments, velocity=velocity_out, out=out)
     elif out is None and velocity_out is None:
         x_next, velocity = _op.of(coefficients)(*arguments)
     else:
@@ -73,7 +74,7 @@ def cfg_euler_step(
 
 
 def _run(x, v_cond, v_uncond, coefficients, velocity=None, out=None) -> tuple[Tensor, Tensor | None]:
-    """(x + h v, v) for coefficients (guidance, h); v is not written, and None, where it is v_cond."""
+    """(x + h v, v) for coefficients (guidance, h). v is None, and not written, where it is v_cond."""
     if isinstance(coefficients, Tensor) and coefficients.is_cpu:
         coefficients = tuple(coefficients.tolist())
     on_device = coefficients if isinstance(coefficients, Tensor) else None
@@ -89,7 +90,7 @@ def _run(x, v_cond, v_uncond, coefficients, velocity=None, out=None) -> tuple[Te
     runs = backend.select("cfg_euler_step", x=x, v_cond=v_cond, v_uncond=v_uncond, velocity_out=velocity)
     if runs == "reference":
         dtype = v_cond.dtype if velocity is None else velocity.dtype
-        x_next, v = reference.cfg_euler_step(x, v_cond, v_uncond, *coefficients, dtype)
+        x_next, v = reference.cfg_euler_step(x, v_cond, v_uncond, *coefficients, velocity_dtype=dtype)
         out.copy_(x_next)
         if velocity is not None:
             velocity.copy_(v)
@@ -107,7 +108,7 @@ def _into(
 
 
 def _new(x: Tensor, v_cond: Tensor, v_uncond: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    return _run(x, v_cond, v_uncond, coefficients)
+    return _run(x, v_cond, v_uncond, coefficients)  # pyright: ignore[reportReturnType]
 
 
 def _fake(x, v_cond, v_uncond, coefficients):
@@ -121,7 +122,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, of_x_next, of_velocity):
-    """v's cotangent is of_velocity + h of_x_next, shared out between the branches."""
+    """The cotangent of v is of_velocity + h of_x_next. v_cond gets guidance times it, v_uncond 1 - guidance times."""
     guidance, h = ctx.saved_tensors[0]
     shares = torch.stack([guidance, 1 - guidance])
     of_cond, of_uncond = bridge_cotangents(of_velocity, of_x_next, shares, h.expand(2), dtype=ctx.dtype).unbind()

@@ -1,4 +1,4 @@
-"""How far a surrogate's two leaps land from the trajectory that they stand for, in one pass over the cache."""
+"""How far the two leaps of a surrogate trajectory land from the cached one, in one pass over the cache."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ def leap_residuals(
     x_end: Tensor,
     velocities: Tensor,
     nodes: Tensor | Sequence[int],
-    weights: Sequence[Tensor | Sequence[float]],
+    weights: Sequence[Tensor | Sequence],
     *,
     scales: Tensor | None = None,
     predictions_out: Tensor | None = None,
@@ -39,18 +39,16 @@ def leap_residuals(
 
     with v_i = scales[nodes[i]] velocities[nodes[i]], summed in float32 (float64 if a tensor is float64).
     x_k, x_j, x_end: [B, *S], one float dtype, S not empty.  velocities, nodes, scales: as in quadrature_update.
-    weights: two rows [K] or [K, B] in sigma units, by value or on the device as the nodes are. A weight of zero skips:
-        each
-    leap reads its own nodes, and a node outside both is not read.
+    weights: two rows [K] or [K, B] in sigma units, by value or on the device as the nodes are. A weight of zero skips
+    its node, so that each leap reads its own nodes; a node of neither leap is not read.
     predictions_out: [2, B, *S] contiguous, float32, bfloat16 or float16 (float64 with float64): gets both landings. It
     overlaps no other argument in memory.
     Returns [2, B] float32 (float64), whose sums run in one fixed order: equal inputs give equal bits.
     Gradient: none. A residual weights a loss and is not part of one; backward raises RuntimeError.
     Strided latents are made contiguous; a strided cache runs on the reference.
     Raises ValueError for shapes, dtypes, devices, nodes or memory outside this contract.
-    Equivalent to  (quadrature_update(x_k, velocities, nodes, weights[0]).float() -
-        x_j.float()).abs().flatten(1).mean(1), and
-    the same from x_j to x_end
+    Equivalent to  landed = quadrature_update(x_k, velocities, nodes, weights[0]);
+    (landed.float() - x_j.float()).abs().flatten(1).mean(1)  and the same from x_j to x_end
     """
     check_float("x_k", x_k)
     check_like("x_j", x_j, x_k, "x_k")
@@ -93,7 +91,7 @@ def _run(x_k, x_j, x_end, velocities, nodes, first, second, scales, predictions=
         "leap_residuals", nodes.shape[0], **latents, velocities=velocities, predictions_out=predictions
     )
     if runs == "reference":
-        residuals, landings = reference.leap_residuals(*latents.values(), velocities, nodes, (first, second), scales)
+        residuals, landings = reference.leap_residuals(x_k, x_j, x_end, velocities, nodes, (first, second), scales)
         if predictions is not None:
             predictions.copy_(landings)
         return residuals

@@ -1,8 +1,8 @@
 """How an op is registered with torch: once for a rule that travels by value, once for a rule that lies on the device.
 
-The two compute the same. A CUDA graph that captured the first would replay the first plan's numbers for every later
-plan, so it carries the tag that keeps torch.compile(mode="reduce-overhead") from capturing it; the second reads its
-rule anew at each replay.
+Both compute the same. A CUDA graph that captured the operator by value would replay the first plan's numbers for every
+later plan. So that operator carries the tag which keeps torch.compile(mode="reduce-overhead") from capturing it. The
+operator on the device reads its rule anew at each replay.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from torch import Tensor, library
 
 
 class Operators(NamedTuple):
-    by_value: library.CustomOpDef
-    on_device: library.CustomOpDef
+    by_value: library.CustomOpDef  # pyright: ignore[reportPrivateImportUsage]
+    on_device: library.CustomOpDef  # pyright: ignore[reportPrivateImportUsage]
 
-    def of(self, rule: Tensor) -> library.CustomOpDef:
+    def of(self, rule: Tensor) -> library.CustomOpDef:  # pyright: ignore[reportPrivateImportUsage]
         """The operator for a rule of which `rule` is a part."""
         return self.by_value if rule.is_cpu else self.on_device
 
@@ -33,8 +33,8 @@ def register(
     mutates: tuple[str, ...] = (),
     fake: Callable | None = None,
 ) -> Operators:
-    """flowbp_kernels::NAME and flowbp_kernels::NAME_on_device, which run `function`; its annotations are their
-    schema.
+    """flowbp_kernels::NAME and flowbp_kernels::NAME_on_device, which run `function`. The function's annotations are the
+    schema of both.
     """
     operators = Operators(
         library.custom_op(

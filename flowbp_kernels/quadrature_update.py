@@ -31,21 +31,19 @@ def quadrature_update(
     float64).
 
     x: [B, *S], any float dtype.  velocities: [N, B, *S], any float dtype (float8_e4m3fn too), on x's device.
-    nodes: [K] or [K, B] integers in [0, N), repeats allowed.  weights: [K] or [K, B], sigma units. [K, B]: one rule a
-        sample.
+    nodes: [K] or [K, B] integers in [0, N), repeats allowed.
+    weights: [K] or [K, B], sigma units. With [K, B] each sample has a rule of its own.
     A rule of numbers or CPU tensors travels by value, as part of the launch. A rule of tensors on x's device (best
-        int64 and
-    float64: others are converted there) is read by the kernel whenever it runs, and never by the host: one captured
-        CUDA
-    graph serves every plan. Fill up a plan of fewer nodes with weights of zero. Both forms give the same bits.
+    int64 and float64: others are converted there) is read by the kernel whenever it runs, and never by the host, so
+    that one captured CUDA graph serves every plan: fill up a plan of fewer nodes with weights of zero. Both forms give
+    the same bits.
     scales: [N, B] float32 on x's device, what each cached sample was divided by when it was stored; None for ones.
     out: [B, *S] contiguous, x.dtype: written and returned, without gradient. It may be x itself; it overlaps no other
     argument in memory.
-    Returns [B, *S] in x.dtype, rounded once. A velocity of weight zero is not read: it may hold NaN. A node outside [0,
-        N)
-    raises; on the device, where nobody can, its sample becomes NaN (with a weight of zero it is not looked at).
-    Gradient: 1 to x, weights[k] scales[nodes[k]] to velocities[nodes[k]] (not to float8); none to nodes, weights,
-        scales.
+    Returns [B, *S] in x.dtype, rounded once. A velocity of weight zero is not read: it may hold NaN. A node outside
+    [0, N) raises. On the device nothing can raise: the sample of such a node becomes NaN, unless its weight is zero.
+    Gradient: 1 to x, weights[k] scales[nodes[k]] to velocities[nodes[k]] (not to float8); none to nodes, weights and
+    scales.
     A strided x is made contiguous; a strided cache runs on the reference.
     Raises ValueError for shapes, dtypes, devices, nodes or memory outside this contract.
     Equivalent to  (x.float() + torch.einsum("k,k...->...", weights, velocities[nodes].float())).to(x.dtype)

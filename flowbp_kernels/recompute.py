@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,10 +49,11 @@ def selective_recompute(
 
     Gradient: sum_i w_i (dv_i/dparams)^T c_i (see flowbp_kernels.sweep) to params, summed in float32 (float64 for a
     float64 value) and cast to each parameter's dtype; none to value, latents and weights. The replay runs under the
-    autocast state of this call and leaves the random state as it finds it. retain_graph replays again. Under
-    torch.compile this call is a graph break (an error with fullgraph=True); a compiled velocity is fine, though torch
-    warns of the hook through which backward sees which modules it enters, unless the network was compiled in place
-    (network.compile()).
+    autocast state of this call and leaves the random state as it finds it. With retain_graph, a second backward replays
+    again.
+    Under torch.compile this call is a graph break (an error with fullgraph=True). A compiled velocity is fine; torch
+    then warns of the hook through which backward sees the modules that it enters, unless the network was compiled in
+    place (network.compile()).
     Memory beside one node's graph: the float32 sums of the gradients, which become the parameters' dtype one by one.
     Raises ValueError for inputs outside this contract; RuntimeError, in backward, for create_graph=True, a parameter
     changed since this call, left without gradient or with a gradient hook, random numbers drawn without rng_states, a
@@ -130,14 +132,13 @@ def _gradients(call: _Call, latents: tuple[Tensor, ...], g: Tensor) -> list[Tens
             "a parameter has a gradient hook (Tensor.register_hook), which would run once a node and again on the sum: "
             "use register_post_accumulate_grad_hook, which runs once."
         )
-    totals: list[Tensor | None] = [None] * len(params)
+    totals: list[Any] = [None] * len(params)  # a Tensor from the first gradient on
 
     def add_to(k: int, gradient: Tensor) -> Tensor:
-        """Adds a node's gradient to its sum. What autograd keeps in its place takes no memory, so none pile up."""
+        """Add a node's gradient to the parameter's sum, and give autograd zeros that take no memory to keep instead."""
         if totals[k] is None:
-            totals[k] = gradient.to(
-                accumulation_dtype(gradient), copy=True
-            )  # autograd may give one tensor to two parameters
+            # A copy, because autograd may give one tensor to two parameters.
+            totals[k] = gradient.to(accumulation_dtype(gradient), copy=True)
         else:
             totals[k] += gradient
         return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
@@ -146,7 +147,7 @@ def _gradients(call: _Call, latents: tuple[Tensor, ...], g: Tensor) -> list[Tens
         ((i, _, gate, _),) = replays
         rng = None if call.rng_states is None else call.rng_states[i]
         with as_in_the_rollout(g.device, call.autocast, rng):
-            return record(call.velocity, latents[i], call.sigmas[i], requires_grad=gate > 0)
+            return record(call.velocity, latents[i], call.sigmas[i], requires_grad=gate != 0)
 
     def pull(x: Tensor, v: Tensor, seed: Tensor) -> Tensor | None:
         wanted = (*params, x) if x.requires_grad else params
@@ -163,7 +164,7 @@ def _gradients(call: _Call, latents: tuple[Tensor, ...], g: Tensor) -> list[Tens
             f"{missing[0]}. Pass only parameters that velocity uses; a sharded or copied parameter is not in its graph."
         )
     for k, p in enumerate(params):
-        totals[k] = totals[k].to(p.dtype)  # in its place, so that wide and narrow sums never all lie there together
+        totals[k] = totals[k].to(p.dtype)  # one by one: memory never holds all sums in both dtypes
     return totals
 
 
@@ -208,14 +209,14 @@ def _world_size() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-# The wrappers that a thread's sweep has entered. One hook serves all sweeps under one name: what torch.compile traces
-# while a hook is there, it traces again when the name is another.
+# The wrappers that a thread's sweep has entered. All sweeps share one hook under one name, because torch.compile traces
+# anew whenever the names of the hooks change.
 _ENTERED: dict[int, list[DistributedDataParallel]] = {}
-_HOOKS = torch.nn.modules.module._global_forward_pre_hooks
+_HOOKS: Any = torch.nn.modules.module._global_forward_pre_hooks
 
 
 def _look_at(module: torch.nn.Module, _) -> None:
-    """What a replay does with a module that it enters; compiled modules are looked at from outside."""
+    """The hook: runs whenever a replay enters a module. The parts of a compiled module are looked at from outside."""
     if torch.compiler.is_compiling() or threading.get_ident() not in _ENTERED:
         return
     if isinstance(module, DistributedDataParallel):
@@ -224,15 +225,14 @@ def _look_at(module: torch.nn.Module, _) -> None:
         if isinstance(part, _NormBase) and part.training and part.track_running_stats:
             raise RuntimeError(
                 f"{type(part).__name__} in training mode would count each replay in its running statistics, which the "
-                "rollout "
-                "has counted already: put it in eval() for both, or build it with track_running_stats=False."
+                "rollout has counted already: put it in eval() for both, or build it with track_running_stats=False."
             )
 
 
 @contextlib.contextmanager
 def _watch_modules(needs_ddp: bool):
-    """Refuses what a replay must not enter, and, where gradients need it, a sweep that entered no wrapper which reduces
-    them.
+    """Raise RuntimeError where a replay enters a module that it must not enter. With needs_ddp, also raise where the
+    sweep entered no DistributedDataParallel, which would reduce the gradients.
     """
     entered = _ENTERED[threading.get_ident()] = []
     _HOOKS["flowbp_kernels.selective_recompute"] = _look_at
@@ -251,7 +251,6 @@ def _watch_modules(needs_ddp: bool):
     if needs_ddp and any(wrapper.static_graph for wrapper in entered):
         raise RuntimeError(
             "DistributedDataParallel(static_graph=True) waits for the gradients of its first graph, and a replay's "
-            "graphs are gone "
-            "before any gradient reaches a parameter: nothing would be reduced and the ranks would drift apart. Leave "
-            "static_graph out."
+            "graphs are gone before any gradient reaches a parameter: nothing would be reduced and the ranks would "
+            "drift apart. Leave static_graph out."
         )

@@ -2,9 +2,9 @@
 
 Sums run in float32, or in float64 when a tensor is float64, one node after the other; the result is rounded once.
 Shapes: B samples [B, *S]; N cached velocities [N, B, *S], of which a rule reads K. nodes and weights: [K, 1] or [K, B].
-A coefficient of zero cuts: what it would multiply takes no part, so that 0 * NaN is 0. Any other makes NaN of a node
-    that is not cached.
-The contracts, and the gradients, are in the file of each op, which checks what arrives here.
+A coefficient of zero cuts: what it would multiply takes no part, so that 0 * NaN is 0. With any other coefficient, a
+node that is not cached gives NaN.
+The file of each op has its contract and its gradient, and checks what arrives here.
 """
 
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ def leap_residuals(
     weights: Sequence[Tensor],
     scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """mean |x_k + sum_k weights[0][k] v_k - x_j| and mean |x_j + sum_k weights[1][k] v_k - x_end|   [2, B]; their sums
-    [2, B, *S]
+    """mean |x_k + sum_k weights[0][k] v_k - x_j| and mean |x_j + sum_k weights[1][k] v_k - x_end|   [2, B]; then where
+    both leaps land   [2, B, *S]
     """
     predictions = torch.stack(
         [_integrate(x, velocities, nodes, w, scales) for x, w in zip((x_k, x_j), weights, strict=True)]
@@ -76,9 +76,9 @@ def _integrate(x: Tensor, velocities: Tensor, nodes: Tensor, weights: Tensor, sc
     for node, weight in zip(nodes, weights, strict=True):  # each [1] or [B]
         node = node.expand_as(samples)
         velocity = velocities[node, samples].to(dtype)
-        total = total + _scale(
-            velocity, weight if scales is None else torch.where(weight == 0, 0, weight * scales[node, samples])
-        )
+        if scales is not None:
+            weight = torch.where(weight == 0, 0, weight * scales[node, samples])
+        total = total + _scale(velocity, weight)
     return total
 
 

@@ -1,4 +1,4 @@
-"""The straight-through estimator: what the forward pass sees is not what the backward pass differentiates."""
+"""The straight-through estimator: the value of one tensor with the gradient of another."""
 
 import torch
 from torch import Tensor

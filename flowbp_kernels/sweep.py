@@ -1,10 +1,10 @@
 """The sweep: pulls a gradient at the end of a cached rollout back through its nodes, one network graph at a time.
 
 A rollout without gradient has cached its latents x_i, and g = dR/dx_hat is the gradient at its end. Backpropagation
-through the whole rollout would hold all its graphs. The sweep replays one node after the other, clean end first: the
+through the whole rollout would hold all its graphs. The sweep replays one node after the other, clean end first. The
 network runs on x_i once more, with a graph; the cotangent c_i is pulled back through that graph to the parameters
-theta; and the graph is freed. At most one node j is a bridge: its graph also gives g_x, the gradient of the input x_j,
-and the nodes before j start from both.
+theta; and the graph is freed. At most one node j is a bridge. The bridge's graph also gives g_x, the gradient of the
+input x_j, and the cotangents of the nodes before j are made of both g and g_x.
 
     dR/dtheta = sum_i w_i (dv_i/dtheta)^T c_i
           c_i = g                            i >= j, or no bridge
@@ -30,7 +30,7 @@ Replay = tuple[Any, Number, Number, int]  # (node, weight, gate, output): see sw
 
 
 class Graph(NamedTuple):
-    """A forward pass that waits for its backward: x [B, *S] is a leaf, v [B, *S] the output with its graph."""
+    """A forward pass that waits for its backward pass: x [B, *S] is a leaf, v [B, *S] the output with its graph."""
 
     x: Tensor
     v: Tensor
@@ -57,7 +57,7 @@ def sweep(
     cuts, NaN included. Raises RuntimeError if v does not depend on the input of a bridge.
     """
     grads = [g.detach() for g in grads]
-    g_x, alpha = grads[0], 0.0  # nothing has come back through a bridge yet, and alpha = 0 cuts
+    g_x, alpha = grads[0], 0.0  # nothing has come back through a bridge yet: with alpha = 0, g_x takes no part
     for replays in passes:
         x, v = forward(replays)
         # The seeds of this pass alone: those of all nodes at once would hold K latents beside the network's graph.
@@ -68,12 +68,12 @@ def sweep(
         if x.requires_grad:
             if pulled is None:
                 raise RuntimeError("velocity at the bridge node does not depend on its input x: is x detached in it?")
-            if alpha:  # samples whose bridge was in an earlier pass: what came back there joins their g
+            if alpha:  # the bridge of other samples was in an earlier pass: what came back through it joins their g
                 dtype = accumulation_dtype(grads[0], g_x)
                 grads[0] = bridge_cotangents(grads[0], g_x, [1.0], [alpha], dtype=dtype)[0]
             ((_, _, gate, _),) = replays
             g_x, alpha = pulled, gate
-        del x, v, seed  # the next graph finds this one gone
+        del x, v, seed  # free this graph before the next is recorded
 
 
 def record(velocity: Callable[[Tensor, Any], Tensor], x: Tensor, sigma: Any, requires_grad: bool) -> Graph:
@@ -130,7 +130,7 @@ class RngState:
 
 
 def autocast_state(device_type: str) -> tuple[dict, ...]:
-    """Arguments of the `torch.autocast` blocks that restore the current state, of the device's and of the CPU's."""
+    """Arguments of the `torch.autocast` blocks that restore the current autocast, of the device and of the CPU."""
     return tuple(
         {
             "device_type": kind,
@@ -144,9 +144,11 @@ def autocast_state(device_type: str) -> tuple[dict, ...]:
 
 @contextmanager
 def as_in_the_rollout(device: torch.device, autocast: Sequence[dict], rng: RngState | None) -> Iterator[None]:
-    """A replay inside runs under the rollout's autocast and draws its random numbers. Leaves both as it finds them.
+    """A replay in this context runs under the rollout's autocast and draws the rollout's random numbers. Autocast and
+    random state are afterwards as they were before.
 
-    rng: the random state before the node's forward pass in the rollout; None if that drew nothing or was not recorded.
+    rng: the random state before the node's forward pass in the rollout; None if that pass drew nothing, or if its state
+        was not recorded.
     Raises RuntimeError if the replay draws although rng is None: value and gradient would disagree.
     """
     found = RngState.capture(device)

@@ -1,9 +1,64 @@
+"""Which tests are fast, which are slow, and what all of them share."""
+
+from pathlib import Path
+
 import pytest
 
 from flowbp.runtime.reproducible import TOO_LATE, one_thread, request_equal_bytes
 
 if not request_equal_bytes():  # the first import of a test run; the processes that tests start inherit it
     raise pytest.UsageError(f"tests compare bytes. {TOO_LATE}")
+
+# A test is slow if it lies in one of these places, or asks for one of these fixtures; else it is fast. What is slow
+# trains, draws pictures, compiles, or starts programs: seconds a test. What is fast is arithmetic: engine, kernels,
+# configs and statistics, in tenths of a second.
+SLOW_PLACES = (
+    "backbones",
+    "distributed",
+    "rewards",
+    "shapes",
+    "evaluation/test_evaluation.py",
+    "evaluation/test_geneval.py",
+    "evaluation/test_sentinel.py",
+    "test_cli.py",
+    "test_docs.py",
+    "test_embeddings.py",
+    "test_estimate.py",
+    "test_performance.py",
+    "test_random_cases.py",
+    "test_readme.py",
+    "test_reproducible.py",
+    "test_train_step.py",
+    "test_trainer.py",
+    "test_tuning.py",
+)
+SLOW_FIXTURES = {
+    "backbone_overrides",  # a pipeline of every class
+    "compile_emulated",
+    "compiler",
+    "emulated",
+    "cuobjdump",
+    "new_process",
+    "nvcc",
+    "process",
+    "run",
+    "triton_cache",
+    "two_processes",
+}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark every test `fast` or `slow`, and `gpu` what needs one: by its place, its fixtures and its device. The slow
+    ones go first.
+    """
+    for item in items:
+        place = item.path.relative_to(Path(__file__).parent).as_posix()
+        slow = place.startswith(SLOW_PLACES) or not SLOW_FIXTURES.isdisjoint(item.fixturenames)
+        item.add_marker("slow" if slow else "fast")
+        device = item.callspec.params.get("device") if hasattr(item, "callspec") else None
+        if "gpu" in item.fixturenames or str(device).startswith("cuda"):
+            item.add_marker("gpu")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,7 +84,7 @@ def backbone_overrides(request, tmp_path_factory):
     """The config of the embedded model, then of a tiny random pipeline of every class."""
     if request.param == "shapes":
         return ["backbone.name=shapes", "backbone.max_sequence_length=1"]
-    from flowbp.backbones.tiny import tiny_pipeline
+    from tiny_pipelines import tiny_pipeline
 
     folder = tmp_path_factory.mktemp("pipelines") / request.param
     tiny_pipeline(request.param).save_pretrained(folder)

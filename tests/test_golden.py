@@ -177,7 +177,7 @@ def test_every_way_to_recompute_matches_the_released_code(case, recompute, nodes
     policy = Recompute(recompute, budget=4000 if recompute == "auto" else None)  # bytes: one or two graphs
     trajectory = case.rollout(recompute=policy)
     if recompute == "never":
-        assert trajectory.kept.keys() == {replay.node for replay in case.plan.sweep}
+        assert trajectory.kept.keys() == {replay.node for replay in case.plan.replays}
     z = reward_input(case.plan, trajectory)
     _, loss, g = reward_gradient(
         case.objective, lambda part, _: case.reward(part), z, case.factors(trajectory), nodes_per_forward
@@ -206,10 +206,10 @@ def check_single_precision(case):
     case.check_gradients(tolerance=SINGLE)
 
 
-ON_GPU = [pytest.param(kernels, "cuda", marks=pytest.mark.gpu) for kernels in ("cuda", "triton")]
+BACKENDS = [("cpu", "cpu"), ("reference", "cpu"), ("cuda", "cuda"), ("triton", "cuda")]
 
 
-@pytest.mark.parametrize(("kernels", "device"), [("cpu", "cpu"), ("reference", "cpu"), *ON_GPU])
+@pytest.mark.parametrize(("kernels", "device"), BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_every_backend_matches_the_released_code_in_float32(name, kernels, device, monkeypatch):
     if backend.unavailable(kernels):
@@ -251,8 +251,7 @@ def test_the_plan_has_the_stored_indices_and_factors(case):
         assert all(w == pytest.approx(meta["grad_rescale_factor"] * h[i], rel=1e-12) for i, w in plan.active)
 
 
-# -- index sampling
-# ------------------------------------------------------------------------------------------------------------------
+# -- index sampling ----------------------------------------------------------------------------------------------------
 # Tables hold exactly. Draws come from another generator than the released code's, so they are compared in distribution:
 # every frequency within 6 standard errors of a two-sample difference (fixed seed; a false alarm has probability below
 # 1e-5 over the file).
@@ -318,9 +317,8 @@ def test_sparse_nodes_are_drawn_with_the_released_inclusion_frequencies(rule):
     sigmas = 1.0 - np.arange(stop + 1) / stop
     draws = [[i for i, _ in method.plan(sigmas, rng).active] for _ in range(DRAWS)]
     assert all(len(set(draw)) == rule["K"] for draw in draws)
-    if (
-        None in rule["exact_inclusion_probability"]
-    ):  # too many subsets to enumerate: frequencies of at least 5000 draws instead
+    if None in rule["exact_inclusion_probability"]:
+        # There were too many subsets to enumerate: these are frequencies of at least 5000 draws.
         expected, count = rule["freq_included"], 5000
     else:
         expected, count = rule["exact_inclusion_probability"], 1e12

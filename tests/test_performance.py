@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.utils import logging
+from tiny_pipelines import tiny_pipeline
 
 from flowbp.backbones import BACKBONES, bind_velocity
-from flowbp.backbones.tiny import tiny_pipeline
 from flowbp.config import ConfigError, MemoryConfig, OptimizerConfig, TuningConfig
 from flowbp.guidance import Guidance
 from flowbp.methods import FlowBPBridge
@@ -100,17 +100,14 @@ def test_checkpointing_keeps_fewer_activations(name):
 def test_tiling_is_differentiable(name):
     backbone = tiny_backbone(name, torch.float64)
     save_memory(backbone, MemoryConfig(vae_tiling=True, vae_checkpointing=True))
-    backbone.pipe.vae.tile_latent_min_size, backbone.pipe.vae.tile_sample_min_size = (
-        4,
-        32,
-    )  # 3 x 3 tiles of a 64 x 64 image
+    vae = backbone.pipe.vae
+    vae.tile_latent_min_size, vae.tile_sample_min_size = 4, 32  # 3 x 3 tiles of a 64 x 64 image
     x = backbone.noise(64, 64, [torch.Generator().manual_seed(0)]).double()
     pixels = torch.rand(1, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def score(x):
-        return (
-            backbone.pipe.vae.decode(backbone.vae_latents(x), return_dict=False)[0] * pixels
-        ).sum()  # not clamped as images are
+        image = vae.decode(backbone.vae_latents(x), return_dict=False)[0]  # not clamped as images are
+        return (image * pixels).sum()
 
     (g,) = torch.autograd.grad(score(x.requires_grad_()), x)
     direction = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

@@ -206,8 +206,7 @@ def test_residuals_vanish_when_every_step_is_a_support():
         assert d.shape == (3,) and d.max() < 1e-14
 
 
-# -- one plan a sample
-# -------------------------------------------------------------------------------------------------------------
+# -- one plan a sample -------------------------------------------------------------------------------------------------
 
 
 def batch_gradient(plan, guidance=Guidance(), field=None, only=None, nodes_per_forward=1):
@@ -246,7 +245,7 @@ def test_a_batch_of_plans_sums_the_gradients_of_its_samples(name, guidance):
 
 def test_a_batch_of_equal_plans_is_a_shared_plan():
     plan = METHODS["flowbp-bridge"]().plan(toy_sigmas(12).numpy(), np.random.default_rng(5))
-    assert PlanBatch([plan] * 3).sweep == plan.sweep
+    assert PlanBatch([plan] * 3).replays == plan.replays
     torch.testing.assert_close(
         batch_gradient(PlanBatch([plan] * 3))[0], batch_gradient(plan)[0], rtol=1e-12, atol=1e-14
     )
@@ -256,14 +255,14 @@ def test_samples_with_fewer_active_nodes_sit_out_the_last_replays():
     sigmas = toy_sigmas(12).numpy()
     plans = [FlowBPSparse(len(nodes), rescale=0.0).at(sigmas, nodes) for nodes in ([2], [1, 5, 9], [0, 11])]
     batch = PlanBatch(plans)
-    assert [replay.weight[0] for replay in batch.sweep] == [0.0, 0.0, plans[0].sweep[0].weight]
+    assert [replay.weight[0] for replay in batch.replays] == [0.0, 0.0, plans[0].replays[0].weight]
     field = ToyField()
     together, _ = batch_gradient(batch, field=field)
     torch.testing.assert_close(
         together, sum(batch_gradient(plan, only=b)[0] for b, plan in enumerate(plans)), rtol=1e-12, atol=1e-14
     )
     assert field.rows_with_graph == 3 * 3
-    assert len(batch.rows(slice(0, 1)).sweep) == 3  # a rank's part makes as many replays as the whole
+    assert len(batch.rows(slice(0, 1)).replays) == 3  # a rank's part makes as many replays as the whole
 
 
 def test_plans_that_one_batch_cannot_mix_are_refused_by_name():
@@ -314,8 +313,7 @@ def test_plans_drawn_for_each_sample_leave_the_expected_gradient_as_it_is():
     assert variance["stratified"] < variance["per_sample"] < variance["shared"]
 
 
-# -- memory
-# --------------------------------------------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 class DeepField(torch.nn.Module):
@@ -350,15 +348,13 @@ def tiny_transformer(overrides, checkpointing):
 
 
 def peak_bytes(run, num_active, velocity, noise, recompute="always"):
-    sigmas = torch.linspace(1, 0, 13)
-    plan = FlowBPSparse(num_active, rescale=0.0).at(
-        sigmas.double().numpy(), np.linspace(0, 11, num_active).round().astype(int)
-    )
+    sigmas = torch.linspace(1, 0, 9)
+    nodes = np.linspace(0, 7, num_active).astype(int)
+    plan = FlowBPSparse(num_active, rescale=0.0).at(sigmas.double().numpy(), nodes)
     network = velocity.network if isinstance(velocity.network, torch.nn.Module) else velocity.network.__self__.denoiser
     parameters = list(network.parameters())
     for p in parameters:
         p.grad = torch.zeros_like(p)
-    gc.collect()
     with LiveBytes([*parameters, *(p.grad for p in parameters)]) as live:
         trajectory = rollout(velocity, noise, sigmas, plan, recompute=Recompute(recompute))
         run(plan, trajectory, velocity.replay)
@@ -374,6 +370,7 @@ def run_graph(plan, trajectory, velocity):
 
 
 def check_peak_memory(capsys, velocity, noise, graphs_grow=2.0):
+    gc.collect()
     sweep, graph = (
         [peak_bytes(run, num_active, velocity, noise) for num_active in (1, 8)] for run in (run_sweep, run_graph)
     )
@@ -427,8 +424,7 @@ def test_free_memory_is_measured():
     assert 0 < spare_bytes(torch.device("cpu")) < 1 << 50
 
 
-# -- dropout and autocast
-# ----------------------------------------------------------------------------------------------------------
+# -- dropout and autocast ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -485,8 +481,7 @@ def test_peak_memory_of_the_sweep_does_not_grow_on_any_backbone(capsys, backbone
     )
 
 
-# -- refusals
-# ----------------------------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_replay_without_gradient_raises():
@@ -536,8 +531,7 @@ def test_guidance_without_a_negative_prompt_is_refused():
         GuidedVelocity(ToyField(), {"text": torch.zeros(3, 6)}, None, Guidance(2.0))
 
 
-# -- objective
-# ---------------------------------------------------------------------------------------------------------------------
+# -- objective ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_hinge_has_no_gradient_from_the_target_on():

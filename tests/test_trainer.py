@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from flowbp.backbones import bind_velocity, load_backbone
 from flowbp.cli import app
 from flowbp.config import MemoryConfig, dump, load
+from flowbp.config.schema import LOGGED
 from flowbp.evaluation import scores as evaluation
 from flowbp.evaluation.scores import Scores, compare
 from flowbp.guidance import Guidance
@@ -51,9 +52,8 @@ def test_every_method_trains_the_embedded_model(name, tmp_path):
     assert np.isfinite(row["grad_norm"]) and row["grad_norm"] > 0 and not row["skipped"]
     trained, base = trainer.model.parameters, trainer.model.base
     still = [key for key in trained if "lora_B" in key and torch.equal(trained[key], base[key])]
-    assert all(
-        "transformer_blocks.3.attn.add_q_proj" in key for key in still
-    )  # the last block drops what the text queries attend to
+    # the last block drops what the text queries attend to
+    assert all("transformer_blocks.3.attn.add_q_proj" in key for key in still)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0], ids=["unguided", "guided"])
@@ -100,9 +100,8 @@ def test_a_resumed_run_equals_an_unbroken_one(backbone_overrides, tmp_path):
     stopped_at = 2
     RunFolder(broken.output).open(broken)
     rows = [{"step": s + 1} | stopped.step(s) for s in range(stopped_at)]
-    lines = [json.dumps(row) for row in rows] + [
-        '{"step": 3, "lost": true}'
-    ]  # logged after the checkpoint, before the kill
+    # the last row was logged after the checkpoint, before the kill
+    lines = [json.dumps(row) for row in rows] + ['{"step": 3, "lost": true}']
     (broken.output / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     save_checkpoint(broken.output, stopped_at, stopped.model, stopped.optimizer, stopped.rewards)
     train(broken, resume=True)
@@ -196,6 +195,11 @@ def test_a_step_tells_where_its_time_went(tmp_path):
     row = Trainer(tiny(tmp_path)).step(0)
     parts = [row[f"{name}_seconds"] for name in ("rollout", "reward", "sweep", "update")]
     assert min(parts) > 0 and sum(parts) <= row["seconds"]
+
+
+def test_the_columns_of_a_step_are_reserved_names(tmp_path):
+    row = Trainer(tiny(tmp_path)).step(0)
+    assert {"step", *row} - {"reward"} - {name for name in row if name.endswith("_seconds")} == set(LOGGED)
 
 
 def test_a_broken_gradient_changes_nothing(tmp_path):
@@ -322,8 +326,7 @@ def test_clipping_bounds_each_sample_and_leaves_small_ones():
     assert clip_samples(g, None) is g
 
 
-# -- folders
-# --------------------------------------------------------------------------------------------------------------------
+# -- folders ---------------------------------------------------------------------------------------------------------
 
 
 def run_folder(config):
@@ -468,8 +471,7 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
         load_backbone(str(tmp_path))
 
 
-# -- evaluation and report
-# ---------------------------------------------------------------------------------------------------------
+# -- evaluation and report -------------------------------------------------------------------------------------------
 
 
 def test_a_paired_interval_excludes_zero_only_for_a_real_change():
@@ -485,9 +487,8 @@ def test_a_paired_interval_excludes_zero_only_for_a_real_change():
     real, none = (row for row in compare(before, after) if row.category == "all")
     assert 0 < real.low < real.change < real.high and real.p_value < 0.001
     assert none.low < 0 < none.high and none.p_value > 0.05
-    assert real.high - real.low == pytest.approx(
-        2 * 1.96 * 0.1 / 500**0.5, rel=0.1
-    )  # the luck of a seed cancels in pairs
+    # the luck of a seed cancels in pairs
+    assert real.high - real.low == pytest.approx(2 * 1.96 * 0.1 / 500**0.5, rel=0.1)
     with pytest.raises(ValueError, match="same prompts and seeds"):
         compare(before, Scores(prompts, seeds[::-1], after.values))
 

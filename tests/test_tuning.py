@@ -82,8 +82,10 @@ def test_a_resumed_bfloat16_run_takes_the_step_of_an_unbroken_one(masters, tmp_p
     assert load_checkpoint(latest_checkpoint(tmp_path), *states[1]) == 1
     rows = [{key: run.step(1)[key] for key in ("loss", "grad_norm")} for run in runs]
     assert rows[0] == rows[1]
-    for name, p in runs[0].model.masters.items():
-        assert torch.equal(p, runs[1].masters[name]) and torch.equal(runs[0].parameters[name], runs[1].parameters[name])
+    for one, other in zip(
+        *((*run.model.masters.values(), *run.model.parameters.values()) for run in runs), strict=True
+    ):
+        assert torch.equal(one, other)
     averages = list(zip(*(run.model.ema.shadow_params for run in runs), strict=True))
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in averages)
 

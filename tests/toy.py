@@ -73,9 +73,9 @@ def as_recompute(plan, trajectory, velocity, params=None):
     params = params or tuple(velocity.__self__.network.parameters())
     values, blocks, bridge = reward_input(plan, trajectory).split(len(trajectory.sample)), [], plan.active_bridge
     for output, value in enumerate(values):
-        replays = [replay for replay in plan.sweep if replay.output == output]
+        replays = [replay for replay in plan.replays if replay.output == output]
         nodes, weights = [replay.node for replay in replays], [replay.weight for replay in replays]
-        latents, levels = ([of[node] for node in nodes] for of in (trajectory.latents, trajectory.levels))
+        latents, levels = [trajectory.latents[node] for node in nodes], [trajectory.level(node) for node in nodes]
         crossing = (nodes.index(bridge.node), bridge.alpha) if bridge and not output else None
         blocks.append(selective_recompute(value, velocity, latents, levels, weights, crossing, params=params))
     return torch.cat(blocks)

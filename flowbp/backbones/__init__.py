@@ -1,14 +1,14 @@
-"""Backbones: diffusers pipelines behind one protocol. They talk diffusers and never see a method.
+"""Backbones: diffusers pipelines behind one protocol. They know diffusers and no method.
 
-A backbone is chosen by the pipeline class that a checkpoint names in its model_index.json; adding one is one file and
-one line here.
+The pipeline class that a checkpoint names in its model_index.json chooses the backbone. To add a backbone, add one file
+and one line of BACKBONES.
 """
 
-from __future__ import annotations
-
 import difflib
-import os
 from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
 
 from flowbp.backbones.base import Backbone, DiffusersBackbone, Precision, bind_velocity, check_guidance
 from flowbp.backbones.flux import FluxBackbone
@@ -16,16 +16,8 @@ from flowbp.backbones.flux2 import Flux2Backbone
 from flowbp.backbones.sd3 import SD3Backbone
 from flowbp.backbones.zimage import ZImageBackbone
 
-__all__ = [
-    "BACKBONES",
-    "KNOWN_MODELS",
-    "Backbone",
-    "DiffusersBackbone",
-    "Precision",
-    "bind_velocity",
-    "check_guidance",
-    "load_backbone",
-]
+__all__ = ["BACKBONES", "KNOWN_MODELS", "load_backbone", "locate"]
+__all__ += ["Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "check_guidance"]
 
 BACKBONES: dict[str, type[DiffusersBackbone]] = {
     "StableDiffusion3Pipeline": SD3Backbone,
@@ -53,15 +45,12 @@ def load_backbone(
 ) -> Backbone:
     """The backbone of `name`: "shapes" (the embedded model), a known model, a local pipeline folder, or a Hub id.
 
-    dtype: of the weights, "float32", "bfloat16" or "float16". precision, max_sequence_length: see `DiffusersBackbone`.
-    Raises ValueError for an unknown name, a folder that is no pipeline or a class without a backbone; OSError for a
-        model out of reach.
+    dtype: of the weights, "float32", "bfloat16" or "float16".  precision, max_sequence_length: see `DiffusersBackbone`.
+    Raises ValueError for an unknown name, a folder that is no pipeline, or a class without a backbone; OSError for a
+    model that can be neither read nor downloaded.
     """
-    import torch
-    from diffusers import DiffusionPipeline
-
     location = locate(name)
-    offline = os.path.isdir(location)
+    offline = Path(location).is_dir()
     try:
         index = DiffusionPipeline.load_config(location, local_files_only=offline)
     except OSError as error:
@@ -69,18 +58,15 @@ def load_backbone(
         raise OSError(
             f"{location} is neither on this disk nor within reach ({cause}). If its page on huggingface.co asks to "
             f"accept a licence, do so and run `hf auth login`. To work offline, run `hf download {location} "
-            "--local-dir FOLDER` where "
-            "there is a network, and set backbone.name=FOLDER"
+            "--local-dir FOLDER` where there is a network, and set backbone.name=FOLDER"
         ) from error
     class_name = index["_class_name"]
     if class_name not in BACKBONES:
         raise ValueError(f"no backbone for {class_name} ({location}); there is one for {', '.join(BACKBONES)}")
-    left_out = {
-        part: None for part, value in index.items() if value in ([None, None], (None, None))
-    }  # an SD3 without T5 says so
-    pipe = DiffusionPipeline.from_pretrained(
-        location, dtype=getattr(torch, dtype), local_files_only=offline, **left_out
-    )
+    # model_index.json lists a part that was left out, such as the T5 of an SD3, as [null, null].
+    options = {part: None for part, value in index.items() if value in ([None, None], (None, None))}
+    options |= {"dtype": getattr(torch, dtype), "local_files_only": offline}
+    pipe = DiffusionPipeline.from_pretrained(location, **options)
     return BACKBONES[class_name](pipe.to(device), precision, max_sequence_length)
 
 
@@ -91,13 +77,13 @@ def locate(name: str) -> str:
 
         return str(PIPELINE)
     location = KNOWN_MODELS.get(name, name)
-    if not os.path.isdir(location) and "/" not in location:
+    if not Path(location).is_dir() and "/" not in location:
         near = difflib.get_close_matches(location, KNOWN_MODELS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"unknown backbone {name!r}; {hint}known: shapes, {', '.join(KNOWN_MODELS)}, a local folder, a Hub id "
             "owner/name"
         )
-    if os.path.isdir(location) and not Path(location, "model_index.json").is_file():
+    if Path(location).is_dir() and not Path(location, "model_index.json").is_file():
         raise ValueError(f"{location} holds no model_index.json: pass the folder of a diffusers pipeline")
     return location

@@ -1,11 +1,9 @@
 """What the engine asks of a backbone, and what the pipelines of diffusers share.
 
-The state of a trajectory is always spatial, [B, C, h, w]; that a network reads it as a sequence of patches is known to
-`velocity` alone. Packing permutes entries and an Euler step acts on each by itself, so a rollout of spatial states is
-the pipeline's own, bit for bit.
+Latents are always spatial, [B, C, h, w]. Where a network reads a sequence of patches, only `velocity` knows of it. The
+rollout nevertheless equals the pipeline's bit for bit: packing into patches permutes the entries of a latent, and an
+Euler step acts on each entry by itself.
 """
-
-from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
@@ -13,28 +11,17 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from flowbp.guidance import Conditioning, Guidance, GuidedVelocity, NetworkVelocity
 
-__all__ = [
-    "Backbone",
-    "DiffusersBackbone",
-    "JOINT_ATTENTION",
-    "NoiseLevels",
-    "Precision",
-    "bind_velocity",
-    "check_guidance",
-    "grid_ids",
-]
-
 Precision = Literal["pipeline", "float32"]
 NoiseLevels = Literal["published", "pipeline"]
 
-# the attention of a block that joins image and text, as SD3 and FLUX name its layers
+# Layers of the attention in a block that joins image and text, as SD3 and FLUX name them.
 JOINT_ATTENTION = [
     f"attn.{name}"
     for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -42,51 +29,49 @@ JOINT_ATTENTION = [
 
 
 class Backbone(Protocol):
-    """A text-to-image flow model in five verbs, and what the trainer must know of its network."""
+    """A text-to-image flow model in five verbs, and what the trainer must know of its network.
 
-    pipe: DiffusionPipeline  # for saving and loading weights in its own format
-    denoiser: nn.Module  # the network that gives the velocity: the trainable part
-    lora_targets: list[str]  # modules of the denoiser that LoRA adapts by default
-    text_options: dict[str, Any]  # what its prompt embeddings depend on besides the text encoders
-    guidance_branches: Literal[
-        "batched", "separate", "none"
-    ]  # how classifier-free guidance calls the network; none: distilled away
-    embeds_guidance: bool  # the network reads conditioning["guidance"] [B] float32, a guidance scale
+    pipe               the pipeline, for saving and loading weights in its own format
+    denoiser           the network that gives the velocity: the trainable part
+    lora_targets       modules of the denoiser that LoRA adapts by default
+    text_options       what prompt embeddings depend on besides the text encoders
+    guidance_branches  how classifier-free guidance calls the network; "none": the guidance was distilled away
+    embeds_guidance    whether the network reads conditioning["guidance"] [B] float32, a guidance scale
+    """
+
+    pipe: DiffusionPipeline
+    denoiser: ModelMixin
+    lora_targets: list[str]
+    text_options: dict[str, Any]
+    guidance_branches: Literal["batched", "separate", "none"]
+    embeds_guidance: bool
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Text conditioning of `prompts`, without gradient. `embed_once` puts files in the place of the text
-        encoders.
-        """
-        ...
+        """Text conditioning of `prompts`, without gradient."""
 
     def sigmas(self, num_steps: int, height: int, width: int, levels: NoiseLevels = "published") -> Tensor:
         """[num_steps + 1] float32 noise levels on the CPU, decreasing to 0, for images of height x width pixels.
 
-        levels: "published", linspace(1, 1 / N, N) under the pipeline's shift: what the paper's released trainers roll
-            out on. "pipeline",
-        the sampler's own: on these a user of the model draws. They differ for SD3 alone, whose sampler ends next to 0.
+        levels: "published" is linspace(1, 1 / N, N) under the pipeline's shift, on which the paper's released trainers
+            roll out. "pipeline" is the sampler's own, on which a user of the model draws. They differ for SD3 alone,
+            whose sampler ends next to 0.
         """
-        ...
 
     def noise(self, height: int, width: int, generators: list[torch.Generator]) -> Tensor:
         """Standard normal latents [B, C, h, w] at the first noise level, one generator a sample."""
-        ...
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """dx/dsigma at latents x [B, C, h, w] and noise level sigma, [] or one a sample [B], in x.dtype."""
-        ...
 
     def decode(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], float32 (or wider), differentiable in the clean latents x."""
-        ...
 
 
 class DiffusersBackbone(ABC):
     """A text-to-image pipeline of diffusers whose scheduler takes plain Euler steps of flow matching.
 
-    precision            of the latents between network calls. "pipeline": in the network's dtype, rounded after every
-    step, as the pipeline
-                         keeps them. "float32": not rounded; only the network's input is.
+    precision            of the latents between network calls. "pipeline": the network's dtype, so that they are rounded
+                         after every step, as the pipeline does. "float32": only the network's input is rounded
     max_sequence_length  tokens of the prompt embedding; None means the pipeline's default
     """
 
@@ -102,9 +87,8 @@ class DiffusersBackbone(ABC):
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.stochastic_sampling:
             raise ValueError(
                 f"{type(pipe).__name__} samples by {type(scheduler).__name__}; a rollout takes the deterministic steps "
-                "of "
-                "FlowMatchEulerDiscreteScheduler: give the pipeline one made from its config, with stochastic_sampling "
-                "off"
+                "of FlowMatchEulerDiscreteScheduler: give the pipeline one made from its config, with "
+                "stochastic_sampling off"
             )
         if precision not in ("pipeline", "float32"):
             raise ValueError(f"precision must be 'pipeline' or 'float32', not {precision!r}")
@@ -116,12 +100,12 @@ class DiffusersBackbone(ABC):
                 module.eval().requires_grad_(False)
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> ModelMixin:
         return self.pipe.transformer
 
     @property
     def text_tokens(self) -> int:
-        """Tokens of a prompt for T5 or Qwen; shorter ones are padded. CLIP has a length of its own."""
+        """Tokens to which T5 or Qwen pads a prompt. CLIP has a length of its own."""
         return self.text_options.get("max_sequence_length", self.default_text_tokens)
 
     @property
@@ -144,16 +128,16 @@ class DiffusersBackbone(ABC):
     @property
     @abstractmethod
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of one prompt's conditioning by name, at its full length; told by the configs, without text
-        encoders.
+        """The shape of one prompt's conditioning by name, at its full length. It is read from the configs, because the
+        text encoders may not be loaded.
         """
 
     @abstractmethod
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
 
     def pipeline_levels(self, num_steps: int) -> dict[str, Any]:
-        """What the pipeline tells `set_timesteps` of the noise levels before their shift. Most pipelines sample on the
-        published ones.
+        """The arguments by which the pipeline names its noise levels, before their shift, to `set_timesteps`. Most
+        pipelines sample on the published levels.
         """
         return {"sigmas": published_levels(num_steps)}
 
@@ -161,23 +145,18 @@ class DiffusersBackbone(ABC):
         """mu of the scheduler's dynamic shift, linear in the number of image tokens: larger images stay noisy for
         longer.
         """
-        config = self.pipe.scheduler.config
-        return calculate_shift(
-            num_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-        )
+        of = self.pipe.scheduler.config
+        return calculate_shift(num_tokens, of.base_image_seq_len, of.max_image_seq_len, of.base_shift, of.max_shift)
 
     def sigmas(self, num_steps: int, height: int, width: int, levels: NoiseLevels = "published") -> Tensor:
         rows, columns = self.token_grid(height, width)
         scheduler = self.pipe.scheduler
-        arguments = (
-            {"sigmas": published_levels(num_steps)} if levels == "published" else self.pipeline_levels(num_steps)
-        )
+        published = levels == "published"
+        arguments = {"sigmas": published_levels(num_steps)} if published else self.pipeline_levels(num_steps)
         if scheduler.config.use_dynamic_shifting:
             arguments["mu"] = self.shift(num_steps, rows * columns)
-        scheduler.set_timesteps(**arguments)
-        return (
-            scheduler.sigmas.cpu().clone()
-        )  # the scheduler counts the steps it takes: its levels are read, and it is never stepped
+        scheduler.set_timesteps(**arguments)  # never scheduler.step, which counts the steps it takes
+        return scheduler.sigmas.cpu().clone()
 
     def noise(self, height: int, width: int, generators: list[torch.Generator]) -> Tensor:
         rows, columns = self.token_grid(height, width)
@@ -200,7 +179,7 @@ class DiffusersBackbone(ABC):
         return x / vae.config.scaling_factor + vae.config.shift_factor
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Image tokens along each side. Raises ValueError for a size that they do not tile."""
+        """Rows and columns of image tokens. Raises ValueError for a size that the tokens do not tile."""
         side = self.pipe.vae_scale_factor * self.patch
         if height % side or width % side:
             raise ValueError(
@@ -216,7 +195,7 @@ def published_levels(num_steps: int) -> np.ndarray:
 
 
 def grid_ids(*sizes: int, device: torch.device) -> Tensor:
-    """Every position of a grid, the last coordinate fastest: [product of sizes, number of sizes] int64."""
+    """[product of sizes, number of sizes] int64: every position of a grid, the last coordinate fastest."""
     return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
 
 
@@ -242,26 +221,23 @@ def bind_velocity(
 ) -> GuidedVelocity:
     """The guided velocity of a batch of prompts; the negative prompt is empty.
 
-    timesteps: the dtype in which the network is told 1000 sigma; the rollout's own steps are not rounded.
-    Raises ValueError where the network cannot be guided so.
+    timesteps: the dtype to which the network's input 1000 sigma is rounded. The rollout's own steps are not rounded.
+    Raises ValueError when the network cannot be guided as `guidance` says.
     """
     check_guidance(backbone, guidance)
-    embedded = {}
+    embedded, negative = {}, None
     if guidance.embedded is not None:
         embedded["guidance"] = torch.full((len(prompts),), guidance.embedded, device=backbone.denoiser.device)
-    negative = None
     if guidance.active:
-        negative = {
-            name: value.expand(len(prompts), *value.shape[1:]) for name, value in backbone.encode([""]).items()
-        } | embedded
-    network = backbone.velocity if timesteps == "float32" else told_in_bfloat16(backbone.velocity)
-    return GuidedVelocity(
-        network, backbone.encode(prompts) | embedded, negative, guidance, backbone.guidance_branches == "batched"
-    )
+        empty = backbone.encode([""]).items()
+        negative = {name: value.expand(len(prompts), *value.shape[1:]) for name, value in empty} | embedded
+    network = backbone.velocity if timesteps == "float32" else with_bfloat16_timesteps(backbone.velocity)
+    positive, batched = backbone.encode(prompts) | embedded, backbone.guidance_branches == "batched"
+    return GuidedVelocity(network, positive, negative, guidance, batched)
 
 
-def told_in_bfloat16(network: NetworkVelocity) -> NetworkVelocity:
-    """`network`, told a noise level whose 1000-fold is a bfloat16 number, the nearest one."""
+def with_bfloat16_timesteps(network: NetworkVelocity) -> NetworkVelocity:
+    """`network` at a noise level sigma for which 1000 sigma is rounded to bfloat16."""
 
     @functools.wraps(network)
     def velocity(x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:

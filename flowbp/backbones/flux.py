@@ -1,10 +1,8 @@
-"""FLUX.1: latents [B, 16, H/8, W/8], which the network reads as 2 x 2 patches; a guidance scale may be an input of the
-network.
+"""FLUX.1: latents [B, 16, H/8, W/8], which the network reads as 2 x 2 patches.
 
-FLUX.1-dev was distilled from a guided model and takes the scale as `guidance.embedded`; FLUX.1-schnell takes none.
+FLUX.1-dev was distilled from a guided model: its network takes a guidance scale as input, `guidance.embedded`.
+FLUX.1-schnell takes none.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -45,7 +43,8 @@ class FluxBackbone(DiffusersBackbone):
         patches = F.pixel_unshuffle(x.to(dtype), 2)  # [B, 4 C, h / 2, w / 2]
         rows, columns = patches.shape[2:]
         v = self.denoiser(
-            hidden_states=patches.flatten(2).mT.contiguous(),  # strides choose the kernel of a bfloat16 matrix product
+            # Contiguous as the pipeline's are: in bfloat16, the strides decide which matrix product is run.
+            hidden_states=patches.flatten(2).mT.contiguous(),
             timestep=(sigma * 1000).expand(len(x)).to(dtype) / 1000,  # the pipeline rounds 1000 sigma, not sigma
             img_ids=grid_ids(1, rows, columns, device=x.device),
             txt_ids=torch.zeros(text.shape[1], 3, dtype=torch.int64, device=x.device),

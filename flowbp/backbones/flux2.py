@@ -1,11 +1,8 @@
-"""FLUX.2 [klein]: latents [B, 128, H/16, W/16], one token each; classifier-free guidance in two calls, or none when
-distilled.
+"""FLUX.2 [klein]: latents [B, 128, H/16, W/16], one token a position; classifier-free guidance in two network calls, or
+none for a distilled model.
 
-The VAE's 32 channels are cut into 2 x 2 patches and whitened by running statistics, so the flow lives on 128 whitened
-channels.
+The VAE's 32 channels are cut into 2 x 2 patches and whitened by running statistics: these are the 128 channels.
 """
-
-from __future__ import annotations
 
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
@@ -27,11 +24,12 @@ class Flux2Backbone(DiffusersBackbone):
 
     @property
     def lora_targets(self) -> list[str]:
-        """Attention of the double blocks, and both fused projections of the single blocks, where most of the network
-        is.
+        """Attention of the double blocks, and both fused projections of the single blocks, which hold most of the
+        weights.
         """
+        # Each single block is named in full: "attn.to_out" would match the ModuleLists of the double blocks too.
         single = [f"single_transformer_blocks.{i}.attn.to_out" for i in range(self.denoiser.config.num_single_layers)]
-        return [*JOINT_ATTENTION, "attn.to_qkv_mlp_proj", *single]  # "attn.to_out" would also match a ModuleList
+        return [*JOINT_ATTENTION, "attn.to_qkv_mlp_proj", *single]
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:

@@ -2,8 +2,6 @@
 batched call.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -39,14 +37,12 @@ class SD3Backbone(DiffusersBackbone):
         }
 
     def pipeline_levels(self, num_steps: int) -> dict:
-        """The scheduler's default. It shifts an already shifted range: its last level of 25 is .0089, the published one
-        .111 (shift 3).
+        """The scheduler's default, which shifts an already shifted range: of 25 levels under shift 3, the last is .0089
+        where the published one is .111.
         """
         return {"num_inference_steps": num_steps}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        timestep = (sigma * 1000).expand(len(x))
-        v = self.denoiser(
-            hidden_states=x.to(self.denoiser.dtype), timestep=timestep, return_dict=False, **conditioning
-        )[0]
+        latents, timestep = x.to(self.denoiser.dtype), (sigma * 1000).expand(len(x))
+        v = self.denoiser(hidden_states=latents, timestep=timestep, return_dict=False, **conditioning)[0]
         return v.to(x.dtype)

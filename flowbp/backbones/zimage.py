@@ -1,12 +1,9 @@
-"""Z-Image: latents [B, 16, H/8, W/8] in float32, prompts of their own lengths, classifier-free guidance in one batched
+"""Z-Image: latents [B, 16, H/8, W/8] in float32, prompts of different lengths, classifier-free guidance in one batched
 call.
 
-The network tells time from noise (0) to image (1) and predicts minus the velocity. The pipeline's own guidance_scale w
-multiplies
-v_pos - v_neg in  v_pos + w (v_pos - v_neg),  so it is `guidance.scale` less 1.
+The network's time runs from noise (0) to image (1), and its output is minus the velocity. The pipeline guides by
+v_pos + w (v_pos - v_neg): its guidance_scale w is `guidance.scale` less 1.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -19,8 +16,8 @@ __all__ = ["ZImageBackbone"]
 
 
 class ZImageBackbone(DiffusersBackbone):
-    """`ZImagePipeline`: `ZImageTransformer2DModel`, `AutoencoderKL` and Qwen3, whose last hidden state but one is
-    read.
+    """`ZImagePipeline`: `ZImageTransformer2DModel`, `AutoencoderKL` and Qwen3, of which it reads the last hidden state
+    but one.
     """
 
     guidance_branches = "batched"
@@ -32,15 +29,10 @@ class ZImageBackbone(DiffusersBackbone):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Embeddings [B, max_sequence_length, D], zeros from each prompt's own length [B] on."""
-        options = {
-            "device": self.text_device,
-            "do_classifier_free_guidance": False,
-            "max_sequence_length": self.text_tokens,
-        }
-        embeds, _ = self.pipe.encode_prompt(
-            list(prompts), **options
-        )  # a copy: the pipeline writes its chat template into the list
+        """Embeddings [B, max_sequence_length, D], which are 0 from each prompt's length on, and the lengths [B]."""
+        options = {"device": self.text_device, "max_sequence_length": self.text_tokens}
+        prompts = list(prompts)  # a copy, because the pipeline writes its chat template into the list
+        embeds, _ = self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **options)
         lengths = [len(embed) for embed in embeds]
         padded = [F.pad(embed, (0, 0, 0, self.text_tokens - len(embed))) for embed in embeds]
         return {"embeds": torch.stack(padded), "lengths": torch.tensor(lengths, device=embeds[0].device)}
@@ -50,16 +42,14 @@ class ZImageBackbone(DiffusersBackbone):
         return {"embeds": (self.text_tokens, self.denoiser.config.cap_feat_dim), "lengths": ()}
 
     def pipeline_levels(self, num_steps: int) -> dict:
-        """The published levels, rounded to float32 step by step."""
+        """The published levels, as torch computes them in float32."""
         return {"sigmas": torch.linspace(1.0, 1 / num_steps, num_steps).tolist()}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         images = x.to(self.denoiser.dtype).unsqueeze(2).unbind()  # [C, 1, h, w] each: one frame
         time = ((1000 - sigma * 1000) / 1000).expand(len(x))
-        texts = [
-            embed[:length]
-            for embed, length in zip(conditioning["embeds"], conditioning["lengths"].tolist(), strict=True)
-        ]
+        lengths = conditioning["lengths"].tolist()
+        texts = [embed[:length] for embed, length in zip(conditioning["embeds"], lengths, strict=True)]
         v = self.denoiser(list(images), time, texts, return_dict=False)[0]
         return -torch.stack(v).squeeze(2).to(x.dtype)
 

@@ -1,4 +1,4 @@
-"""Where a config comes from: files, runs and presets, with overrides laid over them; and how two configs differ."""
+"""Where a config comes from (files, runs and presets, with overrides laid over them), and how two configs differ."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from flowbp import presets
 from flowbp.config.registry import ConfigError, nearest
 from flowbp.config.schema import RunConfig, is_one_reward
 
-__all__ = ["changed", "dump", "flatten", "load", "merge", "parse_overrides", "read"]
+__all__ = ["changed", "dump", "flatten", "load", "parse_overrides"]
+
+CONFIG = "config.yaml"  # in the folder of a run
 
 
 def load(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """The config of a YAML file, a run's folder or a preset, with `key.path=value` overrides applied. Raises
-    ConfigError.
-    """
+    """The config of a YAML file, a run's folder or a preset, with overrides `key.path=value`. Raises ConfigError."""
     values: dict[str, Any] = {}
     for layer in read(name):
         merge(values, layer)
@@ -32,19 +32,15 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def read(name: str | Path) -> list[dict[str, Any]]:
-    """The mappings that make up a config file, that of a run's folder, or a preset, each to be laid over those before
-    it.
-    """
+    """The mappings that make up a config, each to be laid over those before it. A preset can have several."""
     path = Path(name)
     if str(name) in presets.names() and not path.is_file():
         return presets.layers(str(name))
     if path.is_dir():
-        path = path / "config.yaml"
+        path = path / CONFIG
     if not path.is_file():
-        hint = nearest(str(name), presets.names())
-        raise ConfigError(
-            f"no config file {str(path)!r}, and unknown preset {str(name)!r}; {hint}flowbp presets lists them"
-        )
+        hint = f"{nearest(str(name), presets.names())}flowbp presets lists them"
+        raise ConfigError(f"no config file {str(path)!r}, and unknown preset {str(name)!r}; {hint}")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -65,25 +61,22 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             try:
                 value = {part: value if isinstance(value, dict) else _number_or_yaml(value)}
             except yaml.YAMLError as error:
-                raise ConfigError(
-                    f"override {override!r}: the value is not YAML ({error.problem or error}); quote it"
-                ) from None
+                cause = error.problem or error
+                raise ConfigError(f"override {override!r}: the value is not YAML ({cause}); quote it") from None
         merge(values, value)
     return values
 
 
 def merge(base: dict[str, Any], extra: Mapping[str, Any]) -> None:
-    """Merge nested mappings in place. A method, pair sampler or reward of another name starts afresh: its fields are
-    those of another.
-    """
+    """Merge nested mappings in place. A method, pair sampler or reward of another name drops the old one's fields."""
     for key, value in extra.items():
         old = base.get(key)
-        both = isinstance(value, Mapping) and isinstance(old, dict)
-        renamed = (
-            both and key in ("method", "pairs", "reward") and value.get("name", old.get("name")) != old.get("name")
-        )
-        regrouped = both and key == "reward" and is_one_reward(value) != is_one_reward(old)
-        if both and not renamed and not regrouped:
+        nested = isinstance(value, Mapping) and isinstance(old, dict)
+        if nested and key in ("method", "pairs", "reward"):
+            nested = value.get("name", old.get("name")) == old.get("name")
+        if nested and key == "reward":
+            nested = is_one_reward(value) == is_one_reward(old)
+        if nested:
             merge(old, value)
         else:
             base[key] = copy.deepcopy(value)
@@ -98,9 +91,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """key.path -> (before, after) of what differs between two configs, sorted; None stands for a key that is not
-    there.
-    """
+    """key.path -> (before, after) of what differs between two configs, sorted; None where a config lacks the key."""
     before, after = flatten(old), flatten(new)
     keys = sorted(before.keys() | after.keys())
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
@@ -112,10 +103,9 @@ def dump(config: RunConfig) -> str:
 
 
 def _number_or_yaml(text: str) -> Any:
+    """The YAML value of `text`, but 1e-4 is a number: YAML itself reads a string where there is no point."""
     try:
-        return (
-            float(text) if "e" in text.lower() and "." not in text else yaml.safe_load(text)
-        )  # YAML reads 1e-4 as a string
+        return float(text) if "e" in text.lower() and "." not in text else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
         return yaml.safe_load(text)
 

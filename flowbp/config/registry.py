@@ -13,17 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from flowbp.active_sets import PAIR_SAMPLERS, PairSampler
 from flowbp.methods import METHODS
 
-__all__ = [
-    "FINITE",
-    "ConfigError",
-    "build",
-    "build_method",
-    "build_named",
-    "describe",
-    "from_mapping",
-    "nearest",
-    "unknown",
-]
+__all__ = ["ConfigError", "build_method", "describe"]
 
 FINITE = ConfigDict(allow_inf_nan=False)
 
@@ -46,17 +36,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def build(cls: type, values: Mapping[str, Any]) -> Any:
     """cls(**values) for a dataclass, each value validated against its field's type."""
-    hints, names = get_type_hints(cls), [field.name for field in dataclasses.fields(cls)]
+    hints, fields = get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
     arguments = {}
     for key, value in values.items():
-        if key not in names:
-            raise unknown(f"{cls.__name__} key", key, names)
+        if key not in fields:
+            raise unknown(f"{cls.__name__} key", key, fields)
         if hints[key] is PairSampler:
-            default = next(field.default for field in dataclasses.fields(cls) if field.name == key)
-            named = describe(default, PAIR_SAMPLERS)["name"] if dataclasses.is_dataclass(default) else None
-            arguments[key] = build_named(
-                "pair sampler", PAIR_SAMPLERS, {"name": named} | value if isinstance(value, Mapping) else value
-            )
+            arguments[key] = _build_pairs(value, fields[key].default)
         elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
             arguments[key] = build(hints[key], value)
         else:
@@ -67,14 +53,20 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
     return cls(**arguments)
 
 
+def _build_pairs(spec: Any, default: Any) -> Any:
+    """A pair sampler. Fields without a name are those of the method's own default."""
+    if isinstance(spec, Mapping) and dataclasses.is_dataclass(default):
+        spec = {"name": describe(default, PAIR_SAMPLERS)["name"]} | spec
+    return build_named("pair sampler", PAIR_SAMPLERS, spec)
+
+
 def build_named(kind: str, registry: Mapping[str, type], spec: Any) -> Any:
     """Build from "name" or {name: ..., **fields}. A name "module:Class" imports a class of your own."""
     if dataclasses.is_dataclass(spec):
         return spec  # already built
     if not isinstance(spec, (str, Mapping)):
-        raise ConfigError(
-            f"{spec!r} is no {kind}: give a name, or a mapping of name and fields; known: {', '.join(sorted(registry))}"
-        )
+        known = ", ".join(sorted(registry))
+        raise ConfigError(f"{spec!r} is no {kind}: give a name, or a mapping of name and fields; known: {known}")
     fields = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = fields.pop("name", None)
     if isinstance(name, str) and ":" in name:
@@ -94,11 +86,11 @@ def build_named(kind: str, registry: Mapping[str, type], spec: Any) -> Any:
 def describe(built: Any, registry: Mapping[str, type]) -> dict[str, Any]:
     """The inverse of `build_named`: {name: ..., **fields}."""
     names = {cls: name for name, cls in registry.items()}
-    name = names.get(type(built), f"{type(built).__module__}:{type(built).__qualname__}")
-    fields = {field.name: getattr(built, field.name) for field in dataclasses.fields(built)}
-    return {"name": name} | {
-        k: describe(v, PAIR_SAMPLERS) if dataclasses.is_dataclass(v) else v for k, v in fields.items()
-    }
+    described = {"name": names.get(type(built), f"{type(built).__module__}:{type(built).__qualname__}")}
+    for field in dataclasses.fields(built):
+        value = getattr(built, field.name)
+        described[field.name] = describe(value, PAIR_SAMPLERS) if dataclasses.is_dataclass(value) else value
+    return described
 
 
 def build_method(spec: Any) -> Any:
@@ -110,4 +102,5 @@ def build_method(spec: Any) -> Any:
 
 
 def from_mapping(cls: type) -> BeforeValidator:
+    """For a field of type `cls`: lets a config give it as a mapping of its fields."""
     return BeforeValidator(lambda value: build(cls, value) if isinstance(value, Mapping) else value)

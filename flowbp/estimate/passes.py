@@ -1,15 +1,14 @@
 """The passes of a run over its micro-batch, on PyTorch's meta device: what `flowbp estimate` adds up.
 
-Each is run by the code that a training run runs, at the run's own resolution, batch and prompt length, without weights
-and without a GPU. Every tensor that it makes and frees is counted in bytes, its operations in FLOPs.
+A pass runs the code that training runs, at the run's own resolution, batch and prompt length, but without weights and
+without a GPU. Bytes are counted for every tensor that it makes and frees, FLOPs for every operation.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -42,16 +41,16 @@ __all__ = ["NetworkPass", "RewardPass", "TextPass", "draw_plan", "network_pass",
 class NetworkPass:
     """The network, and its passes over one micro-batch.
 
-    parameters, trained             how many. trained_bytes, frozen_bytes: as many bytes. largest: elements of the
-    largest trained tensor
-    block_bytes                     what FSDP2 holds whole at a time of all weights; of the trained ones alone:
-    trained_block_bytes
-    vae_bytes                       weights of the VAE
-    latent_bytes                    one latent of the micro-batch
-    forward_bytes, forward_flops    forward pass without gradient, both branches of guidance; FLOPs: of one branch
-    graph_bytes                     the graph of a replay of `memory.nodes_per_forward` nodes
-    replay_bytes                    most of a replay, forward and backward
-    sigmas                          [N + 1] noise levels of the rollout
+    parameters, trained   numbers of parameters; largest: elements of the largest trained tensor
+    trained_bytes         what is trained; frozen_bytes: the rest of the network
+    block_bytes           the most weights that FSDP2 holds unsharded at a time; trained_block_bytes: trained ones alone
+    vae_bytes             weights of the VAE
+    latent_bytes          one latent of the micro-batch
+    forward_bytes         peak of a forward pass without gradient, with both branches of guidance
+    forward_flops         FLOPs of one branch of it
+    graph_bytes           the graph of a replay of `memory.nodes_per_forward` nodes
+    replay_bytes          peak of such a replay, forward and backward
+    sigmas                [N + 1] noise levels of the rollout
     """
 
     parameters: int
@@ -72,8 +71,9 @@ class NetworkPass:
 
 @dataclass(frozen=True)
 class RewardPass:
-    """Weights of rewards and monitors; the most that decoder and rewards add, forward and backward; what could not be
-    counted.
+    """Bytes of the rewards' and monitors' weights, and the peak that decoder and rewards add, forward and backward.
+
+    notes: a line for each part that could not be counted.
     """
 
     weight_bytes: int
@@ -83,56 +83,51 @@ class RewardPass:
 
 @dataclass(frozen=True)
 class TextPass:
-    """Weights of the text encoders, and the most that embedding one batch of prompts adds."""
+    """Bytes of the text encoders' weights, and the peak that embedding one batch of prompts adds."""
 
     weight_bytes: int
     peak_bytes: int
 
 
+@dataclass(frozen=True)
+class Case:
+    """A config, and the part of it that a pass depends on. The cache of a pass compares that part alone."""
+
+    config: RunConfig = field(compare=False)
+    relevant: str
+
+
+# `suggest` tries many configs, and most of them leave a pass as it is. The keys that can change one, as pydantic's
+# `include` takes them:
+PLAN = dict.fromkeys(("seed", "backbone", "rollout", "method", "plans"), True) | {"data": {"batch_size"}}
+NETWORK = {"guidance": True, "tuning": {"mode", "rank", "dropout", "targets"}}
+NETWORK |= PLAN | {"memory": {"checkpointing", "nodes_per_forward"}}
+REWARD = {"reward": True, "evaluation": {"watch", "monitors"}}
+REWARD |= PLAN | {"memory": {"reward_batch", "vae_checkpointing", "vae_slicing", "vae_tiling"}}
+
+
 def network_pass(config: RunConfig) -> NetworkPass:
-    """Forward pass and replay of the run. Raises ValueError or OSError where the backbone's architecture is not
-    known.
-    """
-    decoder_alone = {"reward_batch", "vae_checkpointing", "vae_slicing", "vae_tiling"}
-    return _network_pass(_relevant(config, decoder_alone, {"evaluation"}))
+    """Forward pass and replay of the run. Raises ValueError or OSError if the backbone's architecture is unknown."""
+    return _network_pass(Case(config, config.model_dump_json(include=NETWORK)))
 
 
 def reward_pass(config: RunConfig) -> RewardPass:
     """Decoder and rewards of the run, forward and backward."""
-    return _reward_pass(_relevant(config, {"checkpointing", "nodes_per_forward"}, {"tuning"}))
-
-
-def text_pass(config: RunConfig) -> TextPass:
-    """The run's text encoders, embedding as many prompts as `flowbp.runtime.embeddings` does at a time."""
-    return _text_pass(config.backbone.model_dump_json())
+    return _reward_pass(Case(config, config.model_dump_json(include=REWARD)))
 
 
 def draw_plan(config: RunConfig, draw: int, sigmas: np.ndarray) -> SurrogatePlan | PlanBatch:
     """A plan of the run's batch."""
-    return draw_plans(
-        config.method, sigmas, np.random.default_rng((config.seed, draw)), config.data.batch_size, config.plans
-    )
+    rng = np.random.default_rng((config.seed, draw))
+    return draw_plans(config.method, sigmas, rng, config.data.batch_size, config.plans)
 
 
-def _relevant(config: RunConfig, ignored: set[str], sections: set[str]) -> str:
-    """The config as JSON, less what does not change a pass: these keys of `memory`, these sections, and what changes
-    none.
-    """
-    values = config.model_dump(mode="json", exclude=sections | {"optimizer", "ema", "steps", "checkpoint_every"})
-    for key in ignored | {"recompute", "budget_gb", "shard", "shard_gradients"}:
-        del values["memory"][key]
-    del values["data"]["accumulate"], values["data"]["embeddings"]
-    values.get("tuning", {}).pop("master_weights", None)
-    return json.dumps(values)
-
-
-# -- network
-# --------------------------------------------------------------------------------------------------------------------
+# -- network ---------------------------------------------------------------------------------------------------------
 
 
 @cache
-def _network_pass(relevant: str) -> NetworkPass:
-    config = RunConfig.model_validate(json.loads(relevant))
+def _network_pass(case: Case) -> NetworkPass:
+    config, size = case.config, case.config.rollout
     backbone = _backbone(config)
     denoiser, parameters = backbone.denoiser, sum(p.numel() for p in backbone.denoiser.parameters())
     with torch.device("meta"):
@@ -140,7 +135,8 @@ def _network_pass(relevant: str) -> NetworkPass:
     denoiser.train(config.tuning.dropout > 0)
     for p in trained:
         p.grad = torch.zeros_like(p)
-    latents, sigmas = _latents(backbone, config, config.data.batch_size), _sigmas(backbone, config)
+    latents = _latents(backbone, config, config.data.batch_size)
+    sigmas = backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas).double().numpy()
     with fused_attention(), LiveBytes([*tensors(denoiser), *(p.grad for p in trained)]) as live:
         before = live.alive
         velocity = bind_velocity(backbone, [""] * config.data.batch_size, config.guidance)
@@ -167,9 +163,11 @@ def _network_pass(relevant: str) -> NetworkPass:
     )
 
 
-def _sigmas(backbone: Backbone, config: RunConfig) -> np.ndarray:
-    size = config.rollout
-    return backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas).double().numpy()
+def _backbone(config: RunConfig) -> Backbone:
+    """The run's backbone on the meta device with the run's memory switches."""
+    backbone, _ = read_backbone(config.backbone)
+    save_memory(backbone, config.memory)
+    return backbone
 
 
 def _latents(backbone: Backbone, config: RunConfig, rows: int) -> Tensor:
@@ -180,15 +178,13 @@ def _latents(backbone: Backbone, config: RunConfig, rows: int) -> Tensor:
 def _replay(
     velocity: GuidedVelocity, latents: Tensor, plan: SurrogatePlan | PlanBatch, nodes_per_forward: int, live: LiveBytes
 ) -> int:
-    """Replay, forward and backward, as many of the plan's nodes as one forward pass takes; returns the bytes of their
-    graph.
-    """
-    nodes = min(nodes_per_forward, len(plan.sweep))
+    """Replay as many of the plan's nodes as one forward pass takes, and back; returns the bytes of the graph."""
+    nodes = min(nodes_per_forward, len(plan.replays))
     x, sigma = latents, torch.empty((), device="meta")
     if nodes > 1:
         x, sigma = torch.cat([latents] * nodes), sigma.expand(nodes * len(latents))
     before = live.alive
-    graph = record(velocity.replay, x, sigma, any(replay.gated for replay in plan.sweep))
+    graph = record(velocity.replay, x, sigma, any(replay.gated for replay in plan.replays))
     graph_bytes = live.alive - before
     graph.v.backward(torch.empty_like(graph.v))
     return graph_bytes
@@ -202,29 +198,27 @@ def _forward_flops(backbone: Backbone, velocity: GuidedVelocity, latents: Tensor
 
 
 def block_bytes(denoiser: nn.Module, counts: Callable[[nn.Parameter], bool]) -> int:
-    """What FSDP2 holds whole at a time of the parameters that count: two blocks, for one is fetched ahead, and what
-    belongs to none.
+    """The most bytes that FSDP2 holds unsharded at a time, of the parameters that count.
+
+    These are two blocks, because the next one is fetched ahead, and all parameters outside of blocks.
     """
     blocks = [module for module in denoiser.modules() if type(module).__name__ in denoiser._no_split_modules]
     sizes = sorted(bytes_of(filter(counts, block.parameters())) for block in blocks)
     return bytes_of(filter(counts, denoiser.parameters())) - sum(sizes[:-2])
 
 
-# -- decoder and rewards
-# -------------------------------------------------------------------------------------------------------------
+# -- decoder and rewards ---------------------------------------------------------------------------------------------
 
 
 @cache
-def _reward_pass(relevant: str) -> RewardPass:
-    config = RunConfig.model_validate(json.loads(relevant))
+def _reward_pass(case: Case) -> RewardPass:
+    config, evaluation, batch = case.config, case.config.evaluation, case.config.data.batch_size
     backbone = _backbone(config)
     rewards = {name: _reward(spec) for name, spec in config.reward.items()}
-    watching = config.evaluation is not None and config.evaluation.watch
-    monitors = [_reward(spec) for spec in (config.evaluation.monitors if watching else {}).values()]
+    monitors = [_reward(spec) for spec in evaluation.monitors.values()] if evaluation and evaluation.watch else []
     weighted = WeightedRewards({name: spec.term(reward=rewards[name].reward) for name, spec in config.reward.items()})
-    samples = config.data.batch_size * (
-        1 + draw_plan(config, 0, np.linspace(1, 0, config.rollout.num_steps + 1)).num_renoised
-    )
+    plan = draw_plan(config, 0, np.linspace(1, 0, config.rollout.num_steps + 1))
+    samples = batch * (1 + plan.num_renoised)
     z = _latents(backbone, config, min(samples, config.memory.reward_batch or samples))
 
     def score(part: Tensor, which: slice) -> Tensor:
@@ -236,13 +230,12 @@ def _reward_pass(relevant: str) -> RewardPass:
         reward_gradient(weighted, score, z, torch.ones(len(z), device="meta"))
         peak_bytes = live.peak - before
     loaded = [*rewards.values(), *monitors]
-    return RewardPass(
-        sum(each.weight_bytes for each in loaded), peak_bytes, tuple(each.note for each in loaded if each.note)
-    )
+    notes = tuple(each.note for each in loaded if each.note)
+    return RewardPass(sum(each.weight_bytes for each in loaded), peak_bytes, notes)
 
 
 class MetaReward(NamedTuple):
-    """A stand-in for a reward, on the meta device; the bytes of its weights; what of it could not be counted."""
+    """A stand-in for a reward on the meta device, the bytes of the reward's weights, and a note of what is missing."""
 
     reward: Reward
     weight_bytes: int
@@ -251,23 +244,19 @@ class MetaReward(NamedTuple):
 
 def _reward(spec: ScorerConfig) -> MetaReward:
     if ":" in spec.name:
-        return MetaReward(
-            _no_graph, 0, f"the reward {spec.name} is code of your own: its weights and its graph are not counted"
-        )
-    source = find_source(spec.name)
-    parameters, tower = source.parameters, IMAGE_TOWERS.get(spec.name)
-    dtype = getattr(torch, spec.dtype or ("float32" if tower is not None else "bfloat16"))
+        note = f"the reward {spec.name} is code of your own: its weights and its graph are not counted"
+        return MetaReward(_no_graph, 0, note)
+    source, tower = find_source(spec.name), IMAGE_TOWERS.get(spec.name)
+    parameters, dtype = source.parameters, getattr(torch, spec.dtype or ("float32" if tower else "bfloat16"))
     if tower is not None and (spec.model in EMBEDDED or (spec.model is not None and Path(spec.model).is_dir())):
         folder = find_folders(spec.name, source, spec.model, None)["model"]
         if (folder / "config.json").is_file():
             parameters, tower = _read_clip(folder)
+    weight_bytes = parameters * dtype.itemsize
     if tower is None:
-        return MetaReward(
-            _no_graph,
-            parameters * dtype.itemsize,
-            f"the graph of the reward {spec.name} is not counted, its weights are",
-        )
-    return MetaReward(ImageTower(tower, "meta", dtype), parameters * dtype.itemsize)
+        note = f"the graph of the reward {spec.name} is not counted, its weights are"
+        return MetaReward(_no_graph, weight_bytes, note)
+    return MetaReward(ImageTower(tower, "meta", dtype), weight_bytes)
 
 
 def _read_clip(folder: Path) -> tuple[int, CLIPVisionConfig]:
@@ -283,8 +272,7 @@ def _no_graph(images: Tensor, prompts: list[str]) -> Tensor:
     return images.flatten(1).mean(dim=1)
 
 
-# -- text encoders
-# -------------------------------------------------------------------------------------------------------------------
+# -- text encoders ---------------------------------------------------------------------------------------------------
 
 ENCODE = {  # how the pipelines of diffusers call a class of text encoders
     "CLIPTextModelWithProjection": {"output_hidden_states": True},
@@ -294,11 +282,9 @@ ENCODE = {  # how the pipelines of diffusers call a class of text encoders
 
 
 @cache
-def _text_pass(relevant: str) -> TextPass:
-    options = BackboneConfig.model_validate_json(relevant)
-    backbone, encoders = read_backbone(
-        options.name, getattr(torch, options.dtype), options.precision, options.max_sequence_length
-    )
+def text_pass(options: BackboneConfig) -> TextPass:
+    """The backbone's text encoders, embedding as many prompts as `flowbp.runtime.embeddings` does at a time."""
+    backbone, encoders = read_backbone(options)
     with torch.no_grad(), fused_attention(), LiveBytes(t for encoder in encoders for t in tensors(encoder)) as live:
         weight_bytes = live.alive
         for encoder in encoders:
@@ -308,35 +294,24 @@ def _text_pass(relevant: str) -> TextPass:
 
 def _encode(encoder: PreTrainedModel, tokens: int) -> None:
     """One batch of prompts, as long as the encoder pads them."""
-    calls, masks = ENCODE.get(type(encoder).__name__, {}), {}
+    options, at = dict(ENCODE.get(type(encoder).__name__, {})), {"device": "meta"}
     if isinstance(encoder.config, CLIPTextConfig):
         tokens = encoder.config.max_position_embeddings
     if isinstance(encoder.config, Qwen3Config):
-        masks["attention_mask"] = torch.ones(BATCH, 1, tokens, tokens, dtype=torch.bool, device="meta")
-    encoder(input_ids=torch.zeros(BATCH, tokens, dtype=torch.int64, device="meta"), **calls, **masks)
+        options["attention_mask"] = torch.ones(BATCH, 1, tokens, tokens, dtype=torch.bool, **at)
+    encoder(input_ids=torch.zeros(BATCH, tokens, dtype=torch.int64, **at), **options)
 
 
-# -- counting
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _backbone(config: RunConfig) -> Backbone:
-    """The run's backbone on the meta device with the run's memory switches."""
-    options = config.backbone
-    backbone, _ = read_backbone(
-        options.name, getattr(torch, options.dtype), options.precision, options.max_sequence_length
-    )
-    save_memory(backbone, config.memory)
-    return backbone
-
+# -- counting --------------------------------------------------------------------------------------------------------
 
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Let attention on the meta device save what fused kernels save, not the matrices [B, heads, tokens, tokens] of the
-    plain formula.
+    """Let attention on the meta device save for its backward pass what fused kernels save.
+
+    The plain formula would save matrices [B, heads, tokens, tokens] instead.
     """
     plain = F.scaled_dot_product_attention
 

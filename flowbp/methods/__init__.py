@@ -1,5 +1,4 @@
-"""The methods: each a small frozen dataclass whose fields are its hyperparameters and whose `plan` draws a
-SurrogatePlan.
+"""The methods. Each is a small frozen dataclass: its fields are the hyperparameters, its `plan` draws a SurrogatePlan.
 
 | name            | reward-model input       | active set                    | weights            | bridge      |
 |-----------------|--------------------------|-------------------------------|--------------------|-------------|
@@ -11,11 +10,9 @@ SurrogatePlan.
 | flowbp-bridge   | sampled image            | K late-biased on both sides   | Euler, rescaled    | j, alpha    |
 | flowbp-lagrange | sampled image            | first supports of each leap   | Lagrange, rescaled | j, alpha    |
 
-Besides `plan(sigmas, rng)`, which draws the indices, every method has `at(sigmas, ...)`, which takes them: any
-published case can be rebuilt exactly.
+`plan(sigmas, rng)` draws the indices. `at(sigmas, ...)` takes them as arguments, so that any published case can be
+rebuilt exactly.
 """
-
-from __future__ import annotations
 
 from typing import Literal, Protocol
 
@@ -31,24 +28,12 @@ from flowbp.methods.leapalign import LeapAlign
 from flowbp.methods.refl import ReFL
 from flowbp.plan import PlanBatch, SurrogatePlan
 
-__all__ = [
-    "METHODS",
-    "DRTune",
-    "DRaFTLV",
-    "FlowBPBridge",
-    "FlowBPLagrange",
-    "FlowBPSparse",
-    "LeapAlign",
-    "Method",
-    "ReFL",
-    "draw_plans",
-]
+__all__ = ["METHODS", "Method", "draw_plans"]
+__all__ += ["DRTune", "DRaFTLV", "FlowBPBridge", "FlowBPLagrange", "FlowBPSparse", "LeapAlign", "ReFL"]
 
 
 class Method(Protocol):
-    """Anything that draws a plan. Write your own as a frozen dataclass and add it to METHODS to use it from a
-    config.
-    """
+    """Anything that draws a plan. To use your own from a config, write a frozen dataclass and add it to METHODS."""
 
     def plan(self, sigmas: np.ndarray, rng: np.random.Generator) -> SurrogatePlan:
         """A plan for the noise levels `sigmas` [N + 1], strictly decreasing to 0. Raises ValueError when N is too small
@@ -75,12 +60,15 @@ def draw_plans(
     batch: int,
     plans: Literal["shared", "per_batch", "per_sample", "stratified"],
 ) -> SurrogatePlan | PlanBatch:
-    """The plan of a batch: one for all its samples, one drawn for each, or one for each that together cover the
-    trajectory.
+    """The plan of a batch, or one plan a sample.
 
-    "shared" and "per_batch" both give one: a trainer draws the first with the same generator for every micro-batch of a
-    step. The expected gradient is the same whichever is chosen; its variance is not. Stratified plans are spread by the
-    mean position of their active nodes, weighted by their share of the gradient.
+    shared, per_batch  one plan for all samples. The two differ in the trainer alone: for "shared" it gives all
+                       micro-batches of a step the same generator, for "per_batch" each its own
+    per_sample         one plan a sample, drawn independently
+    stratified         one plan a sample, spread evenly over the trajectory. A plan's position is the mean of its active
+                       nodes, weighted by their absolute gradient weights
+
+    The expected gradient is the same whichever is chosen; its variance is not.
     """
     if plans in ("shared", "per_batch"):
         return method.plan(sigmas, rng)

@@ -1,7 +1,5 @@
 """DRTune: a few equally spaced steps, network inputs detached, with an early stop."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +13,9 @@ from flowbp.quadrature import check_sigmas, euler, leap
 class DRTune:
     """Deep reward tuning (Wu et al. 2024, arXiv 2405.00760): K equally spaced nodes up to an early stop e.
 
-    The stop is drawn among the last m nodes, and its posterior mean is rewarded. m is `early_stop_steps`, or where that
-    is None round(N early_stop_ratio); m = 0 always stops at the last node. The sum of Euler steps carries gradient, the
-    network's inputs do not.
+    e is drawn among the last m nodes, and the reward sees its posterior mean. m is `early_stop_steps`, or where that is
+    None round(N early_stop_ratio); with m = 0, e is always the last node. Gradient flows through the sum of Euler steps
+    and not through the network's inputs.
     """
 
     num_active: int = 3
@@ -39,7 +37,8 @@ class DRTune:
 
     def at(self, sigmas, stop: int, active) -> SurrogatePlan:
         sigmas = check_sigmas(sigmas)
-        nodes, chosen = np.arange(stop + 1), is_active(stop + 1, active)
+        nodes, chosen = tuple(range(stop + 1)), is_active(stop + 1, active)
         weights = euler(sigmas, nodes)
         weights[stop] = leap(sigmas, stop, -1)
-        return SurrogatePlan(nodes, weights, np.where(chosen, weights, 0.0), reward_input=PosteriorMean(stop))
+        gradients = np.where(chosen, weights, 0.0)
+        return SurrogatePlan(nodes, tuple(weights), tuple(gradients), reward_input=PosteriorMean(stop))

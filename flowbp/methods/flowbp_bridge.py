@@ -1,7 +1,5 @@
 """FlowBP-Bridge: sparse Euler steps on both sides of a gated bridge."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from flowbp.active_sets import PairSampler, UniformPair, bridge_allocation, check_count, late_biased, train_window
@@ -14,7 +12,7 @@ class FlowBPBridge:
     """FlowBP-Sparse with one Jacobian factor (Wang et al. 2026, arXiv 2606.11075): the gradient at node j also flows
     into its input, through the gate alpha, and on to the active nodes before j.
 
-    j comes from `pairs`; the other num_active - 1 nodes are shared out in proportion to the lengths of the two sides.
+    `pairs` draws j. The other num_active - 1 nodes are divided between the two sides in proportion to their lengths.
     """
 
     num_active: int = 5

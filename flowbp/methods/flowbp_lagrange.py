@@ -1,16 +1,15 @@
 """FlowBP-Lagrange: two higher-order leaps joined by a gated bridge."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from flowbp import quadrature
 from flowbp.active_sets import DirichletPair, PairSampler, train_window
 from flowbp.plan import Bridge, Similarity, SurrogatePlan
-from flowbp.quadrature import check_sigmas, lagrange_supports, leap, rescale_factor
+from flowbp.quadrature import check_sigmas, lagrange, lagrange_supports, leap, rescale_factor, uniform
+
+RULES = {"lagrange": lagrange, "uniform": uniform}
 
 
 @dataclass(frozen=True)
@@ -19,12 +18,12 @@ class FlowBPLagrange:
     arXiv 2606.11075).
 
     order          supports of each leap; 1 is LeapAlign
-    active         which supports carry gradient: none, start, midpoint (the first two), all; at most `max_active` of
-    them (0: no cap)
+    active         which supports carry gradient: none, start, midpoint (the first two) or all
+    max_active     at most so many of them in each leap; 0: no cap
     support_scale  factor on the gradient of active supports other than the leap's start
-    weights        lagrange (exact to its order; single weights may change sign) or uniform (never changes sign)
+    weights        lagrange (exact to its order; a weight may have the wrong sign) or uniform (no weight does)
     anchor         share lambda of the quadrature in the first leap; the rest, 1 - lambda, is a plain leap from x_k
-    rescale        as in FlowBP-Sparse, per leap
+    rescale        as in FlowBP-Sparse, for each leap
     tau, max_dj, max_d0   similarity weights and filter, see `flowbp.plan.Similarity`
     """
 
@@ -58,19 +57,14 @@ class FlowBPLagrange:
         plain_leap = np.where(np.array(first_nodes) == k, leap(sigmas, k, j), 0.0)
         first = self.anchor * first + (1.0 - self.anchor) * plain_leap
         first_grad = self.anchor * first_grad + (1.0 - self.anchor) * plain_leap
-        return SurrogatePlan(
-            nodes=first_nodes + second_nodes,
-            weights=(*first, *second),
-            grad_weights=(*first_grad, *second_grad),
-            start=k,
-            bridge=Bridge(j, self.alpha),
-            similarity=Similarity(self.tau, self.max_dj, self.max_d0),
-        )
+        nodes, weights, grad_weights = first_nodes + second_nodes, (*first, *second), (*first_grad, *second_grad)
+        bridge, similarity = Bridge(j, self.alpha), Similarity(self.tau, self.max_dj, self.max_d0)
+        return SurrogatePlan(nodes, weights, grad_weights, start=k, bridge=bridge, similarity=similarity)
 
     def _segment(self, sigmas, start: int, stop: int):
         """Supports, value weights and gradient weights of one leap."""
         nodes = lagrange_supports(start, stop, self.order)
-        weights = getattr(quadrature, self.weights)(sigmas, nodes, start, stop)
+        weights = RULES[self.weights](sigmas, nodes, start, stop)
         num_active = {"none": 0, "start": 1, "midpoint": 2, "all": len(nodes)}[self.active]
         num_active = min(num_active, self.max_active or len(nodes), len(nodes))
         is_active = np.arange(len(nodes)) < num_active

@@ -1,7 +1,5 @@
 """FlowBP-Sparse: a late-biased random subset of the solver's own steps."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +13,10 @@ from flowbp.quadrature import check_sigmas, euler, rescale_factor
 class FlowBPSparse:
     """The Euler sum over all steps, of which `num_active` carry gradient (Wang et al. 2026, arXiv 2606.11075).
 
-    Nodes are drawn without replacement from the last `tail_ratio` of the trajectory, with probability ~ (i +
-    1)^late_bias. `rescale` >= 0 makes up for the steps that are left out, by the factor 1 + rescale (T / A - 1) on
-    every gradient: 1 restores the full length, and more extrapolates beyond it.
+    Nodes are drawn without replacement from the last `tail_ratio` of the trajectory, with probability
+    ~ (i + 1)^late_bias. `rescale` >= 0 makes up for the steps that are left out: every gradient is multiplied by
+    1 + rescale (T / A - 1), with T and A the length of the train window and of the active steps. 1 restores the full
+    length, more extrapolates beyond it.
     """
 
     num_active: int = 4
@@ -27,9 +26,8 @@ class FlowBPSparse:
 
     def plan(self, sigmas, rng) -> SurrogatePlan:
         start, stop = train_window(len(sigmas) - 1, self.tail_ratio)
-        return self.at(
-            sigmas, late_biased(range(start, stop), self.num_active, self.late_bias, rng, first_weight=start + 1)
-        )
+        active = late_biased(range(start, stop), self.num_active, self.late_bias, rng, first_weight=start + 1)
+        return self.at(sigmas, active)
 
     def at(self, sigmas, active) -> SurrogatePlan:
         nodes, weights, grad_weights = sparse_euler(sigmas, active, self.rescale, self.tail_ratio, min_window=1)
@@ -37,13 +35,11 @@ class FlowBPSparse:
 
 
 def sparse_euler(sigmas, active, rescale: float, tail_ratio: float, min_window: int):
-    """Nodes, Euler weights and gradient weights (rescaled on `active`, zero elsewhere) of a rollout; T is summed over
-    the train window.
-    """
+    """All nodes of a rollout, their Euler weights, and their gradient weights: rescaled on `active`, zero elsewhere."""
     sigmas = check_sigmas(sigmas)
-    nodes = np.arange(len(sigmas) - 1)
+    nodes = tuple(range(len(sigmas) - 1))
     weights = euler(sigmas, nodes)
     chosen = is_active(len(nodes), active)
     window = slice(*train_window(len(nodes), tail_ratio, min_window))
     rho = rescale_factor(np.abs(weights[window]).sum(), np.abs(weights[chosen]).sum(), rescale)
-    return nodes, weights, np.where(chosen, rho * weights, 0.0)
+    return nodes, tuple(weights), tuple(np.where(chosen, rho * weights, 0.0))

@@ -1,7 +1,5 @@
 """LeapAlign: two one-node leaps joined by a gated bridge."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from flowbp.active_sets import PairSampler, UniformPair, train_window
@@ -13,8 +11,8 @@ from flowbp.quadrature import check_sigmas, leap
 class LeapAlign:
     """Two leaps x_k -> x_j -> x_N, joined at x_j by a gated bridge (Liang et al. 2026, arXiv 2604.15311).
 
-    It is FlowBP-Lagrange of order 1. Samples that the leaps predict well weigh more, through `tau`; alpha = 0 cuts the
-    cross-step path, alpha = 1 keeps it whole.
+    FlowBP-Lagrange of order 1 is this method. Samples that the leaps predict well weigh more; `tau` bounds how much.
+    alpha = 0 cuts the cross-step path, alpha = 1 keeps it whole.
     """
 
     alpha: float = 0.3
@@ -29,7 +27,5 @@ class LeapAlign:
 
     def at(self, sigmas, k: int, j: int) -> SurrogatePlan:
         sigmas = check_sigmas(sigmas)
-        leaps = (leap(sigmas, k, j), leap(sigmas, j, -1))
-        return SurrogatePlan(
-            (k, j), leaps, leaps, start=k, bridge=Bridge(j, self.alpha), similarity=Similarity(self.tau)
-        )
+        leaps, bridge = (leap(sigmas, k, j), leap(sigmas, j, -1)), Bridge(j, self.alpha)
+        return SurrogatePlan((k, j), leaps, leaps, start=k, bridge=bridge, similarity=Similarity(self.tau))

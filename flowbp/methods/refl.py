@@ -1,7 +1,5 @@
 """ReFL: reward the one-step prediction from a late node."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from flowbp.plan import PosteriorMean, SurrogatePlan
@@ -11,9 +9,7 @@ from flowbp.quadrature import check_sigmas, leap
 @dataclass(frozen=True)
 class ReFL:
     """Reward feedback learning (Xu et al. 2023, arXiv 2304.05977): the posterior mean of one node among the last
-    `last_n`.
-
-    One leap to the clean end, one VJP, and a rollout that stops at the node.
+    `last_n`. The rollout stops at that node, and one VJP is taken there.
     """
 
     last_n: int = 11

@@ -20,13 +20,9 @@ PUBLISHED = FOLDER / "published.yaml"
 def names() -> list[str]:
     """Every preset, the whole configs first."""
     whole = sorted(path.stem for path in FOLDER.glob("*.yaml") if path != PUBLISHED)
-    methods = published()["methods"]
-    return whole + [
-        f"{backbone}/{method}"
-        for backbone in published()["backbones"]
-        for method in methods
-        if backbone in methods[method]
-    ]
+    runs = published()
+    pairs = ((backbone, method) for backbone in runs["backbones"] for method in runs["methods"])
+    return whole + [f"{backbone}/{method}" for backbone, method in pairs if backbone in runs["methods"][method]]
 
 
 def layers(name: str) -> list[dict[str, Any]]:

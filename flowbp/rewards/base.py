@@ -1,7 +1,5 @@
 """What the trainer asks of a reward, and a wrapper that smooths its gradient."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,7 +14,6 @@ class Reward(Protocol):
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1] -> [B] float32, higher is better, differentiable in `images`."""
-        ...
 
 
 @runtime_checkable
@@ -24,18 +21,16 @@ class ImageEncoder(Protocol):
     """A reward that can also say how much images resemble each other."""
 
     def embed(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] -> unit vectors [B, d] float32, whose cosine is their likeness."""
-        ...
+        """images [B, 3, H, W] in [0, 1] -> unit vectors [B, d] float32; their cosine is the likeness of two images."""
 
 
 @dataclass(frozen=True)
 class Smoothing:
     """Averages a score over `copies` of each image, shifted by up to `shift` pixels (edges replicated) and with
-    Gaussian noise added.
+    Gaussian noise of standard deviation `noise` added, in units of the [0, 1] range.
 
-    Such changes do not alter what an image shows: the mean gradient points where the whole neighbourhood improves, and
-    adversarial pixel patterns, which they destroy, earn little. noise: standard deviation, in units of the [0, 1]
-    range.
+    Such changes do not alter what an image shows. The mean gradient points where the whole neighbourhood improves.
+    Adversarial pixel patterns earn little, because shift and noise destroy them.
     """
 
     copies: int = 2
@@ -50,16 +45,15 @@ class Smoothing:
 class Smoothed:
     """The mean score of `reward` under `smoothing`.
 
-    generators: one an image, so that an image's perturbations do not depend on the batch that it comes in.
+    generators: one an image, so that an image's perturbations do not depend on the rest of its batch.
     """
 
     def __init__(self, reward: Reward, smoothing: Smoothing, generators: list[torch.Generator]):
         self.reward, self.smoothing, self.generators = reward, smoothing, generators
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return torch.stack([self.reward(self._perturb(images), prompts) for _ in range(self.smoothing.copies)]).mean(
-            dim=0
-        )
+        scores = [self.reward(self._perturb(images), prompts) for _ in range(self.smoothing.copies)]
+        return torch.stack(scores).mean(dim=0)
 
     def _perturb(self, images: Tensor) -> Tensor:
         shift, (height, width) = self.smoothing.shift, images.shape[-2:]

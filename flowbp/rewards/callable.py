@@ -1,6 +1,4 @@
-"""A reward of your own: any Python function of images and prompts, named "module:function" in the config."""
-
-from __future__ import annotations
+"""A reward of your own: any Python function of images and prompts. A config names it as "module:function"."""
 
 import importlib
 
@@ -14,8 +12,8 @@ __all__ = ["CallableReward"]
 class CallableReward:
     """Calls `module:attribute` and checks what it returns: [B] scores, differentiable wherever the images are.
 
-    attribute: a function (images [B, 3, H, W] in [0, 1], prompts) -> [B], or a class that is called with `device` and
-        gives one.
+    attribute: a function (images [B, 3, H, W] in [0, 1], prompts) -> [B], or a class; a class is called with `device`
+        and gives the function.
     """
 
     def __init__(self, name: str, device: str = "cpu"):

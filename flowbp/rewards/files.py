@@ -1,23 +1,24 @@
-"""Where a reward's files are: a local folder first, else the Hub at a pinned revision; read without running any code of
-theirs.
+"""Where a reward's files are: in a local folder, or else on the Hub at a pinned revision. They are read without running
+code that is in them.
 """
 
-from __future__ import annotations
-
 import hashlib
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["HubFiles", "check_sha256", "find_file", "frozen_model", "locate", "pin", "read_state_dict"]
+__all__ = ["HubFiles", "check_sha256", "find_file", "locate", "pin", "read_state_dict"]
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
 class HubFiles:
-    """Files of one Hub repository: names or glob patterns, each of which must be there. revision: a commit, None for
+    """Files of one Hub repository, by names or glob patterns, each of which must find one. revision: a commit; None is
     the newest.
     """
 
@@ -26,7 +27,7 @@ class HubFiles:
     revision: str | None = None
 
     def missing(self, folder: Path) -> list[str]:
-        """The names of which `folder` holds nothing. A checkpoint may stand in another format: x.safetensors for
+        """The names for which `folder` holds no file. Another format of a checkpoint serves too: x.safetensors for
         x.pt.
         """
         return [name for name in self.names if not any(any(folder.glob(other)) for other in _formats(name))]
@@ -40,8 +41,8 @@ class HubFiles:
 
 
 def locate(files: HubFiles) -> Path:
-    """The folder of the Hub cache that holds `files`, downloaded if need be. Raises OSError when they are neither here
-    nor reachable.
+    """The folder of the Hub cache that holds `files`, downloaded if need be. Raises OSError when they are neither in
+    the cache nor within reach.
     """
     from huggingface_hub import snapshot_download
 
@@ -61,11 +62,6 @@ def find_file(folder: str | Path, stem: str) -> Path:
 
 def read_state_dict(folder: str | Path, stem: str) -> dict[str, Tensor]:
     """The tensors of `stem` in `folder`: safetensors, or a torch file read with weights_only (no code is run)."""
-    import pickle
-
-    import torch
-    from safetensors.torch import load_file
-
     path = find_file(folder, stem)
     if path.suffix == ".safetensors":
         return load_file(path)
@@ -77,34 +73,15 @@ def read_state_dict(folder: str | Path, stem: str) -> dict[str, Tensor]:
         ) from error
 
 
-def frozen_model(cls, config, state: dict[str, Tensor], dtype, checkpoint: str, **options):
-    """A transformers model of class `cls` with exactly the weights of `state`, in eval mode, its parameters frozen.
-
-    Raises ValueError, naming `checkpoint`, when a weight is missing, left over or of another shape.
-    """
-    try:
-        model, report = cls.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **options
-        )
-    except RuntimeError as error:  # another shape
-        raise ValueError(f"these are not the weights of {checkpoint}: {error}") from error
-    if report["missing_keys"] or report["unexpected_keys"]:
-        missing, left_over = (sorted(report[keys])[:3] for keys in ("missing_keys", "unexpected_keys"))
-        raise ValueError(f"these are not the weights of {checkpoint}: missing {missing}, left over {left_over}")
-    return model.eval().requires_grad_(False)
-
-
 def pin(folder: Path, name: str) -> str:
-    """What a config says to have these files and no others: the commit of a folder of the Hub's cache, else the digest
-    of the one file.
+    """What a config must say to get these files and no others: the commit for a folder of the Hub's cache, or else the
+    digest of the one file.
     """
     if folder.parent.name == "snapshots":
         return f"revision: {folder.name}"
-    return (
-        f"sha256: {sha256_of(find_file(folder, Path(name).stem))}"
-        if "*" not in name
-        else f"a revision of the Hub, in place of {folder}"
-    )
+    if "*" in name:
+        return f"a revision of the Hub, in place of {folder}"
+    return f"sha256: {sha256_of(find_file(folder, Path(name).stem))}"
 
 
 def sha256_of(path: Path) -> str:

@@ -1,33 +1,30 @@
 """HPSv2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine of a ViT-H/14 CLIP fine-tuned on human preferences.
 
-The checkpoint is open_clip's; it is renamed into transformers' `CLIPModel` on load, so that neither open_clip nor hpsv2
-is needed. Key names and transform are from the published source; the real checkpoint was not loaded here.
+The checkpoint is open_clip's. Its weights are renamed into transformers' `CLIPModel` when it is loaded, so that neither
+open_clip nor hpsv2 is needed. Key names and transform are from the published source; the real checkpoint was not loaded
+here.
 """
 
-from __future__ import annotations
-
-import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from flowbp.rewards.clip import cosine_similarity, image_features
-from flowbp.rewards.files import frozen_model, read_state_dict
+from flowbp.rewards.clip import CLIPEncoder
+from flowbp.rewards.files import read_state_dict
 from flowbp.rewards.preprocessing import fit_long_side, normalise
+from flowbp.rewards.weights import count_layers, frozen_model, renamed
 
 __all__ = ["HPSv2", "clip_from_open_clip"]
 
 
-class HPSv2:
+class HPSv2(CLIPEncoder):
     """Cosine similarity of image and prompt, about .2 to .4; images of current models lie near .29.
 
-    model: a folder with HPS_v2.1_compressed.pt (or .safetensors); tokenizer: a folder with CLIP's tokenizer.
-    The transform is HPSv2's own: the LONG side is resized to the model's size and the rest padded with black before
-        normalising, so that
-    nothing of a wide image is cropped away. (Its mask-aware normalisation leaves a fourth channel alone; for RGB it is
-        the ordinary one.)
+    model: a folder with HPS_v2.1_compressed.pt (or .safetensors).  tokenizer: a folder with CLIP's tokenizer.
+    The transform is HPSv2's own. The LONG side is resized to the model's size and the rest is padded with black before
+    normalising, so that nothing of a wide image is cropped away. (Its mask-aware normalisation spares a fourth channel;
+    for RGB it is the ordinary one.)
     """
 
     HEADS = 16  # of ViT-H/14, image and text alike; the one size that the weights' shapes do not tell
@@ -36,26 +33,22 @@ class HPSv2:
         from transformers import AutoTokenizer
 
         state = read_state_dict(model, "HPS_v2.1_compressed")
-        self.model = clip_from_open_clip(state.get("state_dict", state), self.HEADS, getattr(torch, dtype)).to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        clip = clip_from_open_clip(state.get("state_dict", state), self.HEADS, getattr(torch, dtype))
+        super().__init__(clip.to(device), AutoTokenizer.from_pretrained(tokenizer, local_files_only=True))
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return cosine_similarity(self.model, self.tokenizer, self.preprocess(images), prompts)
-
-    def embed(self, images: Tensor) -> Tensor:
-        return F.normalize(image_features(self.model, self.preprocess(images)), dim=-1)
+        return self.cosine(images, prompts)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, 3, size, size], normalised."""
-        return normalise(fit_long_side(images, self.model.config.vision_config.image_size))
+        return normalise(fit_long_side(images, self.size))
 
 
 RENAMED = (  # open_clip -> transformers, applied in order
     (r"^module\.", ""),
     (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
     (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
-    (r"\.ln_1\.", ".layer_norm1."),
-    (r"\.ln_2\.", ".layer_norm2."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
     (r"\.attn\.", ".self_attn."),
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
@@ -80,46 +73,39 @@ def clip_from_open_clip(state: dict[str, Tensor], heads: int, dtype: torch.dtype
     """
     from transformers import CLIPConfig, CLIPModel
 
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in RENAMED:
-            key = re.sub(pattern, replacement, key)
+    weights = {}
+    for key, value in renamed(state, RENAMED).items():
         if key in ("visual_projection.weight", "text_projection.weight"):
-            renamed[key] = value.T.contiguous()  # stored as [width, embedding]
+            weights[key] = value.T.contiguous()  # stored as [width, embedding]
         elif ".in_proj_" in key:  # q, k and v in one
             for name, part in zip("qkv", value.chunk(3), strict=True):
-                renamed[key.replace(".in_proj_", f".{name}_proj.")] = part.contiguous()
+                weights[key.replace(".in_proj_", f".{name}_proj.")] = part.contiguous()
         else:
-            renamed[key] = value
+            weights[key] = value
 
-    vision, text = (_sizes(renamed, tower, heads) for tower in ("vision_model", "text_model"))
     try:
-        vocabulary, context = (
-            len(renamed[f"text_model.embeddings.{name}_embedding.weight"]) for name in ("token", "position")
-        )
-        patch = renamed["vision_model.embeddings.patch_embedding.weight"].shape[-1]
-        patches = len(renamed["vision_model.embeddings.position_embedding.weight"]) - 1
-        embedding = len(renamed["visual_projection.weight"])
+        vision, text = (_sizes(weights, tower, heads) for tower in ("vision_model", "text_model"))
+        places = weights["text_model.embeddings.position_embedding.weight"]
+        vocabulary = len(weights["text_model.embeddings.token_embedding.weight"])
+        patch = weights["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+        patches = len(weights["vision_model.embeddings.position_embedding.weight"]) - 1
+        embedding = len(weights["visual_projection.weight"])
     except KeyError as error:
         raise ValueError(f"these are not the weights of an open_clip ViT: there is no {error}") from None
-    config = CLIPConfig(
-        vision_config=vision | dict(patch_size=patch, image_size=patch * round(patches**0.5)),
-        text_config=text | dict(vocab_size=vocabulary, max_position_embeddings=context, eos_token_id=vocabulary - 1),
-        projection_dim=embedding,
-    )
-    return frozen_model(CLIPModel, config, renamed, dtype, "an open_clip ViT")
+    vision |= {"patch_size": patch, "image_size": patch * round(patches**0.5)}
+    text |= {"vocab_size": vocabulary, "max_position_embeddings": len(places), "eos_token_id": vocabulary - 1}
+    config = CLIPConfig(vision_config=vision, text_config=text, projection_dim=embedding)
+    return frozen_model(CLIPModel, config, weights, dtype, "an open_clip ViT")
 
 
-def _sizes(state: dict[str, Tensor], tower: str, heads: int) -> dict:
+def _sizes(weights: dict[str, Tensor], tower: str, heads: int) -> dict:
     """The settings that both towers share, from the shapes of their weights."""
-    layers = [key for key in state if re.fullmatch(rf"{tower}\.encoder\.layers\.\d+\.mlp\.fc1\.weight", key)]
-    if not layers:
-        raise ValueError(f"these are not the weights of an open_clip ViT: there is no {tower}")
-    intermediate, width = state[layers[0]].shape
-    return dict(
-        hidden_size=width,
-        intermediate_size=intermediate,
-        num_hidden_layers=len(layers),
-        num_attention_heads=heads,
-        hidden_act="gelu",
-    )
+    layers = f"{tower}.encoder.layers."
+    intermediate, width = weights[f"{layers}0.mlp.fc1.weight"].shape
+    return {
+        "hidden_size": width,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": count_layers(weights, layers),
+        "num_attention_heads": heads,
+        "hidden_act": "gelu",
+    }

@@ -1,33 +1,34 @@
-"""HPSv3 (Ma et al. 2025, arXiv 2508.03789): Qwen2-VL-7B reads instruction, prompt and image; a head rates them at a
-special token.
+"""HPSv3 (Ma et al. 2025, arXiv 2508.03789): Qwen2-VL-7B reads instruction, prompt and image, and a head reads the score
+off the model's state at a special token.
 
 Key names and head shape are from the published source; the real checkpoint was not loaded here.
 """
 
-from __future__ import annotations
-
-import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from flowbp.rewards.files import frozen_model, read_state_dict
+from flowbp.rewards.files import read_state_dict
 from flowbp.rewards.qwen import inputs, instruction
+from flowbp.rewards.weights import below, frozen_head, frozen_model, renamed
 
 __all__ = ["HPSv3"]
+
+RENAMED = (  # Qwen2VLForConditionalGeneration, as saved by transformers 4.45 or later -> Qwen2VLModel
+    (r"^model\.(visual|language_model)\.", r"\1."),
+    (r"^model\.", "language_model."),
+)
 
 
 class HPSv3:
     """The mean mu of the head's (mu, sigma), about 0 to 15.
 
-    model: a folder with HPSv3.safetensors and instruction.txt (see `qwen.instruction`); base: a folder with config and
-        tokenizer of
-    Qwen2-VL-7B-Instruct. The picture is resized to about 448 x 448 pixels (256 tokens). Positions count up through text
-        and
-    image alike, since the published code, which trained the model, hands none to the language model; Qwen2-VL's own
-        would be
-    two-dimensional inside the image.
+    model: a folder with HPSv3.safetensors and instruction.txt (see `qwen.instruction`).
+    base: a folder with config and tokenizer of Qwen2-VL-7B-Instruct.
+    The picture is resized to about 448 x 448 pixels (256 tokens). Positions count up through text and image alike,
+    because the published code, which trained the model, hands none to the language model; Qwen2-VL's own positions
+    would be two-dimensional inside the image.
     """
 
     PIXELS = 256 * 28 * 28
@@ -38,11 +39,12 @@ class HPSv3:
 
         self.instruction = instruction(model, "the code of HPSv3 (github.com/MizzenAI/HPSv3)", self.REWARD_TOKEN)
         state, dtype = read_state_dict(model, "HPSv3"), getattr(torch, dtype)
-        self.head = reward_head(state, dtype).to(device)
-        renamed = {rename(key): value for key, value in state.items() if not key.startswith(("lm_head.", "rm_head."))}
+        self.head = reward_head(below(state, "rm_head.", "HPSv3"), dtype).to(device)
+        qwen = {key: value for key, value in state.items() if not key.startswith(("lm_head.", "rm_head."))}
+        qwen = renamed(qwen, RENAMED)
         config = AutoConfig.from_pretrained(base, local_files_only=True)
-        config.text_config.vocab_size = len(renamed["language_model.embed_tokens.weight"])
-        self.model = frozen_model(Qwen2VLModel, config, renamed, dtype, "HPSv3").to(device)
+        config.text_config.vocab_size = len(qwen["language_model.embed_tokens.weight"])
+        self.model = frozen_model(Qwen2VLModel, config, qwen, dtype, "HPSv3").to(device)
 
         self.tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
         self.tokenizer.add_tokens([AddedToken(self.REWARD_TOKEN, special=True)])
@@ -67,20 +69,8 @@ class HPSv3:
         return self.head(at_token)[:, 0]
 
 
-def rename(key: str) -> str:
-    """A key of Qwen2VLForConditionalGeneration, as saved by transformers 4.45 or later, under Qwen2VLModel."""
-    key = re.sub(r"^model\.(visual|language_model)\.", r"\1.", key)
-    return re.sub(r"^model\.", "language_model.", key)
-
-
-def reward_head(state: dict[str, Tensor], dtype: torch.dtype) -> nn.Sequential:
-    """width -> 1024 -> 16 -> 2 with ReLUs, frozen, in float32 at least. Dropout held place 2."""
-    weights = {key.removeprefix("rm_head."): value for key, value in state.items() if key.startswith("rm_head.")}
-    if not weights:
-        raise ValueError("these are not the weights of HPSv3: nothing is named rm_head.*")
-    width = weights["0.weight"].shape[1]
-    head = nn.Sequential(
-        nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
-    )
-    head.load_state_dict(weights)
-    return head.to(torch.promote_types(dtype, torch.float32)).eval().requires_grad_(False)
+def reward_head(weights: dict[str, Tensor], dtype: torch.dtype) -> nn.Sequential:
+    """width -> 1024 -> 16 -> 2 with ReLUs, in float32 at least. Layer 2 was dropout."""
+    wide, narrow = nn.Linear(weights["0.weight"].shape[1], 1024), nn.Linear(1024, 16)
+    layers = {"0": wide, "1": nn.ReLU(), "3": narrow, "4": nn.ReLU(), "5": nn.Linear(16, 2)}
+    return frozen_head(layers, weights, dtype)

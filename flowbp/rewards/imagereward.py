@@ -1,20 +1,19 @@
-"""ImageReward (Xu et al. 2023, arXiv 2304.05977): BLIP reads prompt and image together, a linear head rates them.
+"""ImageReward (Xu et al. 2023, arXiv 2304.05977): BLIP reads prompt and image together, and a linear head rates them.
 
-ImageReward.pt is renamed into transformers' `BlipVisionModel` and `BlipTextModel` on load. Key names and constants are
-from the published source; the real checkpoint was not loaded here.
+The weights of ImageReward.pt are renamed into transformers' `BlipVisionModel` and `BlipTextModel` when they are loaded.
+Key names and constants are from the published source; the real checkpoint was not loaded here.
 """
 
-from __future__ import annotations
-
-import re
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flowbp.rewards.aesthetic import rating_head
-from flowbp.rewards.files import frozen_model, read_state_dict
+from flowbp.rewards.files import read_state_dict
 from flowbp.rewards.preprocessing import fit_short_side, normalise
+from flowbp.rewards.weights import below, count_layers, frozen_model, renamed
 
 __all__ = ["ImageReward"]
 
@@ -22,8 +21,8 @@ __all__ = ["ImageReward"]
 class ImageReward:
     """Standardised human preference, about -2 to 2; mean 0 and deviation 1 over the training data.
 
-    model: a folder with ImageReward.pt (or .safetensors); tokenizer: a folder with that of bert-base-uncased. Prompts
-        are cut at 35 tokens.
+    model: a folder with ImageReward.pt (or .safetensors).  tokenizer: a folder with that of bert-base-uncased.
+    Prompts are cut at 35 tokens.
     """
 
     MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score
@@ -34,22 +33,20 @@ class ImageReward:
         from transformers import BertTokenizer
 
         state, dtype = read_state_dict(model, "ImageReward"), getattr(torch, dtype)
-        self.vision = vision_model(_below(state, "blip.visual_encoder."), self.VISION_HEADS, dtype).to(device)
-        self.text = text_model(_below(state, "blip.text_encoder."), self.TEXT_HEADS, dtype).to(device)
-        self.head = rating_head(_below(state, "mlp.layers."), dtype).to(device)
+        part = partial(below, state, checkpoint="ImageReward")
+        self.vision = vision_model(part("blip.visual_encoder."), self.VISION_HEADS, dtype).to(device)
+        self.text = text_model(part("blip.text_encoder."), self.TEXT_HEADS, dtype).to(device)
+        self.head = rating_head(part("mlp.layers."), dtype).to(device)
         self.tokenizer = BertTokenizer.from_pretrained(tokenizer, local_files_only=True)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         pixels = normalise(fit_short_side(images, self.vision.config.image_size))
         image = self.vision(pixel_values=pixels.to(self.vision.dtype)).last_hidden_state
-        tokens = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=self.MAX_TOKENS, return_tensors="pt"
-        )
-        tokens = tokens.to(self.text.device)
-        read = self.text(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=image
-        ).last_hidden_state
-        score = self.head(read[:, 0].to(self.head[0].weight.dtype)).squeeze(-1)
+        padding = {"padding": "max_length", "truncation": True, "max_length": self.MAX_TOKENS}
+        tokens = self.tokenizer(prompts, return_tensors="pt", **padding).to(self.text.device)
+        text = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+        states = self.text(**text, encoder_hidden_states=image).last_hidden_state
+        score = self.head(states[:, 0].to(self.head[0].weight.dtype)).squeeze(-1)
         return (score - self.MEAN) / self.STD
 
 
@@ -69,27 +66,23 @@ def vision_model(state: dict[str, Tensor], heads: int, dtype: torch.dtype):
     """BLIP's image encoder, frozen; sizes are read off the weights."""
     from transformers import BlipVisionConfig, BlipVisionModel
 
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in VISION_RENAMED:
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = value
-    width, _, _, patch = renamed["embeddings.patch_embedding.weight"].shape
-    patches = renamed["embeddings.position_embedding"].shape[1] - 1
+    state = renamed(state, VISION_RENAMED)
+    width, _, _, patch = state["embeddings.patch_embedding.weight"].shape
+    patches = state["embeddings.position_embedding"].shape[1] - 1
     config = BlipVisionConfig(
         hidden_size=width,
-        intermediate_size=len(renamed["encoder.layers.0.mlp.fc1.weight"]),
-        num_hidden_layers=_count(renamed, "encoder.layers."),
+        intermediate_size=len(state["encoder.layers.0.mlp.fc1.weight"]),
+        num_hidden_layers=count_layers(state, "encoder.layers."),
         num_attention_heads=heads,
         image_size=patch * round(patches**0.5),
         patch_size=patch,
         layer_norm_eps=1e-6,
     )
-    return frozen_model(BlipVisionModel, config, renamed, dtype, "ImageReward")
+    return frozen_model(BlipVisionModel, config, state, dtype, "ImageReward")
 
 
 def text_model(state: dict[str, Tensor], heads: int, dtype: torch.dtype):
-    """BLIP's text encoder with cross-attention to the image, frozen. Its names are transformers' already."""
+    """BLIP's text encoder with cross-attention to the image, frozen. Its weights have transformers' names already."""
     from transformers import BlipTextConfig, BlipTextModel
 
     state.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
@@ -99,19 +92,8 @@ def text_model(state: dict[str, Tensor], heads: int, dtype: torch.dtype):
         hidden_size=width,
         encoder_hidden_size=state["encoder.layer.0.crossattention.self.key.weight"].shape[1],
         intermediate_size=len(state["encoder.layer.0.intermediate.dense.weight"]),
-        num_hidden_layers=_count(state, "encoder.layer."),
+        num_hidden_layers=count_layers(state, "encoder.layer."),
         num_attention_heads=heads,
         max_position_embeddings=len(state["embeddings.position_embeddings.weight"]),
     )
     return frozen_model(BlipTextModel, config, state, dtype, "ImageReward", add_pooling_layer=False)
-
-
-def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if not found:
-        raise ValueError(f"these are not the weights of ImageReward: nothing is named {prefix}*")
-    return found
-
-
-def _count(state: dict[str, Tensor], prefix: str) -> int:
-    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})

@@ -1,13 +1,11 @@
 """Differentiable image preprocessing: what reward models do to 8-bit pictures, on tensors, with a gradient to every
 pixel.
 
-Images are [B, 3, H, W] in [0, 1]. Resizing is bicubic, antialiased, in float32 (float64 stays): a bfloat16 resize is
-too coarse, and not implemented on every device. Beside Pillow, which rounds to 8 bits and clips after each of its two
-passes, a reduced picture differs by at most .02 in normalised units where it is smooth and .08 where it is pixel noise;
-enlarged pixel noise, by up to .25.
+Images are [B, 3, H, W] in [0, 1]. Resizing is bicubic, antialiased, in float32 (float64 stays), because a bfloat16
+resize is too coarse and not implemented on every device. Pillow rounds to 8 bits and clips after each of its two
+passes. The difference to Pillow, in normalised units, is at most .02 for a reduced smooth picture, .08 for reduced
+pixel noise, and .25 for enlarged pixel noise.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -20,8 +18,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """[B, 3, H, W] -> [B, 3, height, width], float32 or float64. Not clamped: bicubic overshoots [0, 1] a little at
-    edges.
+    """[B, 3, H, W] -> [B, 3, height, width], float32 or float64. Bicubic resizing overshoots [0, 1] a little at edges;
+    the result is not clamped.
     """
     images = images if images.dtype == torch.float64 else images.float()
     if images.shape[-2:] == (height, width):

@@ -1,11 +1,9 @@
-"""What a Qwen2-VL or Qwen2.5-VL reads, from image tensors: patches with a gradient to every pixel, and the conversation
-around them.
+"""What a Qwen2-VL or Qwen2.5-VL reads, made from image tensors: patches with a gradient to every pixel, and the
+conversation around them.
 
-The processor of transformers takes pictures, not tensors, and cuts the gradient. Sizes: patches of 14 x 14 pixels,
-merged 2 x 2 into one token of the language model; a still image stands for two equal frames.
+The processor of transformers cannot serve here, because it takes pictures and cuts the gradient. Patches are 14 x 14
+pixels; 2 x 2 of them are merged into one token of the language model. A still image is given as two equal frames.
 """
-
-from __future__ import annotations
 
 import math
 from pathlib import Path
@@ -23,7 +21,7 @@ IMAGE_TOKEN = "<|image_pad|>"
 
 
 def smart_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width in multiples of 28, near the picture's own shape, of min_pixels to max_pixels in all."""
+    """(height, width) in multiples of 28, near the picture's own shape, with min_pixels to max_pixels pixels."""
     rounded = [max(CELL, round(side / CELL) * CELL) for side in (height, width)]
     if math.prod(rounded) > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -35,25 +33,24 @@ def smart_size(height: int, width: int, min_pixels: int, max_pixels: int) -> tup
 
 
 def patchify(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [B, 3, H, W], normalised, H and W multiples of 28 -> patches [B * H/14 * W/14, 3 * 2 * 14 * 14] and their
-    grid [B, 3].
+    """Normalised images [B, 3, H, W], H and W multiples of 28 -> patches [B * H/14 * W/14, 3 * 2 * 14 * 14], grid [B,
+    3].
 
-    The four patches of a token follow one another, token by token in reading order. grid: frames, rows and columns of
+    The four patches of a token follow one another; tokens are in reading order. grid: frames, rows and columns of
     patches.
     """
     batch, channels, height, width = images.shape
     rows, columns = height // PATCH, width // PATCH
     x = images.reshape(batch, channels, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
-    x = x.permute(
-        0, 2, 5, 3, 6, 1, 4, 7
-    )  # batch, token row, token column, row and column in it, channel, pixel row, pixel column
+    # Batch, token row, token column, row and column within the token, channel, pixel row, pixel column.
+    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)
     x = x.unsqueeze(6).expand(*x.shape[:6], FRAMES, *x.shape[6:])
     patches = x.reshape(batch * rows * columns, channels * FRAMES * PATCH * PATCH)
     return patches, torch.tensor([[1, rows, columns]] * batch, device=images.device)
 
 
 def conversation(text: str, image_tokens: int, answer: str = "") -> str:
-    """One user turn of an image and `text` in Qwen's chat format, and the beginning of the assistant's answer."""
+    """A user's turn of an image and `text` in Qwen's chat format, then the beginning of the assistant's answer."""
     image = f"<|vision_start|>{IMAGE_TOKEN * image_tokens}<|vision_end|>"
     return (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -62,20 +59,18 @@ def conversation(text: str, image_tokens: int, answer: str = "") -> str:
 
 
 def instruction(folder: str | Path, published: str, *needed: str) -> str:
-    """The text of instruction.txt in `folder`: what the model was trained to be asked, {prompt} in place of the
-    caption.
+    """The text of instruction.txt in `folder`: what the model was trained to be asked, with {prompt} for the caption.
 
-    Wording and blanks are part of the model as its weights are, and belong to its authors: the file is the user's to
-    fetch from where it is published. Raises FileNotFoundError when it is absent, ValueError when {prompt} or one of
-    `needed` does not stand in it once.
+    Wording and blanks matter as the weights do, and the text belongs to the model's authors. So it is not part of this
+    package: the user fetches it from where it is published. Raises FileNotFoundError when the file is absent, and
+    ValueError unless {prompt} and each of `needed` occur in it exactly once.
     """
     path = Path(folder, "instruction.txt")
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: the text that the model was trained to be asked, with {{prompt}} where the caption "
-            "goes. It is published "
-            f"in {published}; save it there, blanks and line ends included (not in the Hub's cache: name a folder of "
-            "your own as model=)"
+            f"goes. It is published in {published}; save it there, blanks and line ends included (not in the Hub's "
+            "cache: name a folder of your own as model=)"
         )
     text = path.read_text(encoding="utf-8")
     for mark in ("{prompt}", *needed):
@@ -87,14 +82,12 @@ def instruction(folder: str | Path, published: str, *needed: str) -> str:
 def inputs(
     tokenizer, dtype: torch.dtype, images: Tensor, texts: list[str], min_pixels: int, max_pixels: int, answer: str = ""
 ) -> dict[str, Tensor]:
-    """The model's arguments for images [B, 3, H, W] in [0, 1] and one text each, padded on the right."""
+    """The model's arguments for images [B, 3, H, W] in [0, 1] with one text each. Texts are padded on the right."""
     height, width = smart_size(*images.shape[-2:], min_pixels, max_pixels)
     patches, grid = patchify(normalise(resize(images, height, width).clamp(0, 1)))
     tokens = (height // CELL) * (width // CELL)
-    encoded = tokenizer(
-        [conversation(text, tokens, answer) for text in texts], padding=True, padding_side="right", return_tensors="pt"
-    )
-    encoded = encoded.to(images.device)
+    turns = [conversation(text, tokens, answer) for text in texts]
+    encoded = tokenizer(turns, padding=True, padding_side="right", return_tensors="pt").to(images.device)
     return {
         "input_ids": encoded.input_ids,
         "attention_mask": encoded.attention_mask,

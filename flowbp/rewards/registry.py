@@ -1,10 +1,8 @@
-"""The published rewards: where each is, what its score means, and how to load it.
+"""The published rewards: where their checkpoints are, what their scores mean, and how to load them.
 
-A reward is a class in a file of its own, imported when chosen; what is known about its checkpoint stands here. `flowbp
-rewards` prints it.
+A reward is a class in a file of its own, imported when it is chosen. What is known about its checkpoint stands in
+`published.yaml`; `flowbp rewards` prints it.
 """
-
-from __future__ import annotations
 
 import difflib
 import importlib
@@ -12,6 +10,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Self
+
+import yaml
 
 from flowbp.rewards.base import Reward
 from flowbp.rewards.callable import CallableReward
@@ -21,11 +22,6 @@ __all__ = ["REWARDS", "RewardSource", "load_reward"]
 
 log = logging.getLogger(__name__)
 
-LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-CLIP_FOLDER = ("model.safetensors", "config.json", "preprocessor_config.json", *TOKENIZER)
-
-
 EMBEDDED = {"shapes": "REWARD", "shapes-monitor": "MONITOR"}
 
 
@@ -33,14 +29,15 @@ EMBEDDED = {"shapes": "REWARD", "shapes-monitor": "MONITOR"}
 class RewardSource:
     """A published reward.
 
-    target: "module:Class" of `flowbp.rewards`; the class is called with one folder for each key of `files`, `device`
-        and `dtype`.
-    files: constructor argument -> files on the Hub; "model" comes first, and its first name is the checkpoint that
-        sha256 is of.
-    parameters: of the model. scores: where scores usually lie. hinge: a published target, None where there is none.
-    revision and sha256 are None where no value could be confirmed: then the files are not pinned, and the loader says
-        so.
-    instruction: where the text is published that a language model was trained to be asked (see `qwen.instruction`).
+    target       "module:Class" of `flowbp.rewards`; the class is called with one folder for each key of `files`, with
+                 `device` and with `dtype`
+    files        constructor argument -> files on the Hub. "model" comes first; its first name is the checkpoint
+    parameters   of the model
+    scores       where scores usually lie
+    hinge        a published target, None where there is none
+    sha256       of the checkpoint. None where no digest could be confirmed: unless the Hub's revision is given, the
+                 files are then not pinned, and the loader says so
+    instruction  where the text is published that a language model was trained to be asked (see `qwen.instruction`)
     """
 
     target: str
@@ -53,80 +50,15 @@ class RewardSource:
     sha256: str | None = None
     instruction: str | None = None
 
+    @classmethod
+    def read(cls, entry: dict[str, Any]) -> Self:
+        """From an entry of `published.yaml`."""
+        files = {key: HubFiles(part["repository"], tuple(part["names"])) for key, part in entry["files"].items()}
+        return cls(**entry | {"files": files})
 
-REWARDS: dict[str, RewardSource] = {
-    "clip": RewardSource(
-        target="clip:CLIPReward",
-        files={"model": HubFiles("openai/clip-vit-large-patch14", CLIP_FOLDER)},
-        parameters=427_616_513,
-        licence="MIT",
-        scores="-1 to 1, mostly .15 to .35",
-        paper="arXiv 2104.08718",
-    ),
-    "pickscore": RewardSource(
-        target="clip:PickScore",
-        files={"model": HubFiles("yuvalkirstain/PickScore_v1", CLIP_FOLDER)},
-        parameters=986_109_441,
-        licence="see its card",
-        scores="mostly 17 to 25",
-        hinge=40.0,
-        paper="arXiv 2305.01569",
-    ),
-    "hpsv2": RewardSource(
-        target="hpsv2:HPSv2",
-        files={"model": HubFiles("xswu/HPSv2", ("HPS_v2.1_compressed.pt",)), "tokenizer": HubFiles(LAION_H, TOKENIZER)},
-        parameters=986_109_441,
-        licence="Apache-2.0",
-        scores="-1 to 1, mostly .2 to .4",
-        hinge=0.55,
-        paper="arXiv 2306.09341",
-    ),
-    "aesthetic": RewardSource(
-        target="aesthetic:AestheticReward",
-        files={
-            "model": HubFiles("camenduru/improved-aesthetic-predictor", ("sac+logos+ava1-l14-linearMSE.pth",)),
-            "clip": HubFiles("openai/clip-vit-large-patch14", ("model.safetensors", "config.json")),
-        },
-        parameters=428_544_482,
-        licence="Apache-2.0",
-        scores="1 to 10, mostly 4 to 7",
-        sha256="21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
-        paper="LAION-Aesthetics v2",
-    ),
-    "imagereward": RewardSource(
-        target="imagereward:ImageReward",
-        files={
-            "model": HubFiles("THUDM/ImageReward", ("ImageReward.pt",)),
-            "tokenizer": HubFiles("google-bert/bert-base-uncased", TOKENIZER),
-        },
-        parameters=446_206_689,
-        licence="Apache-2.0",
-        scores="mostly -2 to 2",
-        paper="arXiv 2304.05977",
-    ),
-    "hpsv3": RewardSource(
-        target="hpsv3:HPSv3",
-        files={
-            "model": HubFiles("MizzenAI/HPSv3", ("HPSv3.safetensors",)),
-            "base": HubFiles("Qwen/Qwen2-VL-7B-Instruct", ("config.json", *TOKENIZER)),
-        },
-        parameters=8_292_152_882,
-        licence="MIT",
-        scores="mostly 0 to 15",
-        hinge=13.5,
-        paper="arXiv 2508.03789",
-        instruction="github.com/MizzenAI/HPSv3",
-    ),
-    "unifiedreward": RewardSource(
-        target="unifiedreward:UnifiedReward",
-        files={"model": HubFiles("CodeGoat24/UnifiedReward-2.0-qwen-7b", ("model*.safetensors", "*.json"))},
-        parameters=8_292_166_656,
-        licence="MIT",
-        scores="1 to 5",
-        paper="arXiv 2503.05236",
-        instruction="github.com/CodeGoat24/UnifiedReward",
-    ),
-}
+
+PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
+REWARDS = {name: RewardSource.read(entry) for name, entry in PUBLISHED.items()}
 
 
 def load_reward(
@@ -141,11 +73,10 @@ def load_reward(
 
     model: a local folder that holds all its files; a Hub id; "shapes" or "shapes-monitor" (embedded); None is the
         published checkpoint.
-    dtype: of the weights, "float32" or "bfloat16"; None is the reward's own. revision: commit of a Hub checkpoint.
-        sha256: digest of the
-    checkpoint file, checked before it is read. Raises ValueError for an unknown name or a wrong digest,
-        FileNotFoundError with the commands
-    that fetch the files.
+    dtype: of the weights, "float32" or "bfloat16"; None is the reward's own.
+    revision: commit of a Hub checkpoint.  sha256: digest of the checkpoint file, checked before the file is read.
+    Raises ValueError for an unknown name or a wrong digest, and FileNotFoundError, with the commands that fetch the
+    files, where they are missing.
     """
     check_options(name, model, dtype, revision, sha256)
     if ":" in name:
@@ -158,17 +89,15 @@ def load_reward(
     elif source.sha256 is not None and Path(folders["model"], checkpoint).is_file():
         check_sha256(Path(folders["model"], checkpoint), source.sha256)
     elif model not in EMBEDDED and revision is None and source.files["model"].revision is None:
-        found = pin(folders["model"], checkpoint)
-        log.warning(
-            "reward %s: nothing pins %s; to read the same again, put into its config  %s", name, checkpoint, found
-        )
+        line = pin(folders["model"], checkpoint)
+        log.warning(f"reward {name}: nothing pins {checkpoint}; to read the same again, put into its config  {line}")
     options = {} if dtype is None else {"dtype": dtype}
     module, _, attribute = source.target.partition(":")
     return getattr(importlib.import_module(f"flowbp.rewards.{module}"), attribute)(**folders, device=device, **options)
 
 
 def check_options(name: str, model: str | None, dtype: str | None, revision: str | None, sha256: str | None) -> None:
-    """Raises ValueError for an unknown reward, and for options that it does not take; reads nothing."""
+    """Raise ValueError for an unknown reward, and for options that it does not take. No file is read."""
     if ":" in name:
         if any(value is not None for value in (model, dtype, revision, sha256)):
             raise ValueError(f"{name} is code of your own: model, dtype, revision and sha256 are not for it")
@@ -181,7 +110,7 @@ def check_options(name: str, model: str | None, dtype: str | None, revision: str
 
 
 def find_source(name: str) -> RewardSource:
-    """The entry of `REWARDS`. Raises ValueError that names the nearest one."""
+    """The entry of `REWARDS`. Raises ValueError for an unknown name, and suggests the nearest."""
     if name not in REWARDS:
         near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -192,7 +121,7 @@ def find_source(name: str) -> RewardSource:
 
 
 def find_folders(name: str, source: RewardSource, model: str | None, revision: str | None) -> dict[str, Path]:
-    """The folder of each of the reward's files: `model` where it is a folder or embedded, else of the Hub cache."""
+    """A folder for each of the reward's files: `model` if that is a folder or embedded, else one of the Hub cache."""
     if model in EMBEDDED:
         from flowbp import shapes
 
@@ -219,7 +148,7 @@ def find_folders(name: str, source: RewardSource, model: str | None, revision: s
 
 
 def how_to_fetch(name: str, files: Mapping[str, HubFiles], folder: str | Path) -> str:
-    """What to type to have the reward in a local folder, and the config key that names it."""
+    """The commands that fetch the reward into a local folder, and the config key that names the folder."""
     commands = "\n".join(f"  {part.download_command(folder)}" for part in files.values())
     if (published := REWARDS[name].instruction) is not None:
         question = f"{{prompt}} for the caption (in the code at {published})"

@@ -1,9 +1,8 @@
-"""UnifiedReward 2.0 (Wang et al. 2025, arXiv 2503.05236): a Qwen2.5-VL that writes ratings; here, their expected value.
+"""UnifiedReward 2.0 (Wang et al. 2025, arXiv 2503.05236): a Qwen2.5-VL that writes ratings. The reward is the expected
+value of the rating.
 
 The answer format is from the published source; the real checkpoint was not loaded here.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowbp.rewards.qwen import inputs, instruction
+from flowbp.rewards.weights import load_frozen
 
 __all__ = ["UnifiedReward"]
 
@@ -18,9 +18,10 @@ __all__ = ["UnifiedReward"]
 class UnifiedReward:
     """The expected alignment rating, 1 to 5.
 
-    The model answers "Alignment Score (1-5): 2.69...", which has no gradient. This reward writes the answer up to the
-    number and returns sum_d d p(d) over the first digits d = 1 ... 5, renormalised: differentiable, and less fine than
-    the written number. Alignment comes first in the answer, so nothing has to be made up before it.
+    The model answers "Alignment Score (1-5): 2.69...", which has no gradient. This reward puts the answer up to the
+    number into the model's mouth and returns sum_d d p(d) over the digits d = 1 ... 5 that may come next, with p
+    renormalised over them. That is differentiable, and coarser than the written number. Alignment is the first score of
+    the answer, so no other text has to be supplied before it.
 
     model: a folder with a Qwen2-VL or Qwen2.5-VL checkpoint, its tokenizer, and instruction.txt (see
         `qwen.instruction`).
@@ -36,23 +37,16 @@ class UnifiedReward:
         kind = AutoConfig.from_pretrained(model, local_files_only=True).model_type
         if kind not in ("qwen2_vl", "qwen2_5_vl"):
             raise ValueError(f"{model} is a {kind}; this reward reads a qwen2_vl or qwen2_5_vl")
-        self.model = AutoModelForImageTextToText.from_pretrained(
-            model, local_files_only=True, dtype=getattr(torch, dtype)
-        )
-        self.model.to(device).eval().requires_grad_(False)
+        self.model = load_frozen(AutoModelForImageTextToText, model, getattr(torch, dtype)).to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         self.digits = self.tokenizer.convert_tokens_to_ids(list("12345"))
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         texts = [self.instruction.replace("{prompt}", prompt) for prompt in prompts]
-        arguments = inputs(
-            self.tokenizer, self.model.dtype, images, texts, self.MIN_PIXELS, self.MAX_PIXELS, self.ANSWER
-        )
+        pixels = self.MIN_PIXELS, self.MAX_PIXELS
+        arguments = inputs(self.tokenizer, self.model.dtype, images, texts, *pixels, self.ANSWER)
         states = self.model.model(**arguments, use_cache=False).last_hidden_state
-        last = arguments["attention_mask"].sum(dim=1) - 1
         precision = torch.promote_types(states.dtype, torch.float32)
-        logits = (
-            states[torch.arange(len(states)), last].to(precision)
-            @ self.model.lm_head.weight[self.digits].to(precision).T
-        )
+        last = states[torch.arange(len(states)), arguments["attention_mask"].sum(dim=1) - 1].to(precision)
+        logits = last @ self.model.lm_head.weight[self.digits].to(precision).T
         return logits.softmax(dim=-1) @ torch.arange(1, 6, device=logits.device, dtype=precision)

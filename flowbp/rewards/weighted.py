@@ -1,9 +1,7 @@
-"""Several rewards at once: one loss, and a running scale that puts rewards of different units side by side.
+"""Several rewards at once: one loss, in which a running scale makes rewards of different units comparable.
 
 loss = sum_k  weight_k / scale_k * mean(max(hinge_k - r_k, 0))        scale_k = 1, or the running deviation of r_k
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, field
 
@@ -17,14 +15,15 @@ __all__ = ["WeightedRewards", "RunningScale", "Term"]
 
 
 class RunningScale:
-    """The standard deviation of a reward over recent batches: an exponential average of its first two moments.
+    """The standard deviation of a reward over recent batches, from exponential averages of its first two moments.
 
-    decay: of a batch's share. Batches that hold a score that is not finite are left out.
+    decay: a batch's share shrinks by this factor with every later batch. A batch with a score that is not finite is
+        left out.
     """
 
     def __init__(self, decay: float = 0.99):
         self.decay = decay
-        self.moments = torch.zeros(3, dtype=torch.float64)  # weight so far, and weighted mean of r and of r squared
+        self.moments = torch.zeros(3, dtype=torch.float64)  # sums over batches of share, share r and share r^2
 
     def update(self, scores: Tensor) -> None:
         """Add a batch of scores [R]."""
@@ -35,7 +34,7 @@ class RunningScale:
 
     @property
     def value(self) -> float:
-        """The deviation; at least a thousandth of the root mean square, and 1 while nothing is known."""
+        """The deviation, at least a thousandth of the root mean square. It is 1 before the first batch."""
         weight, first, second = self.moments.tolist()
         if second == 0:
             return 1.0
@@ -45,7 +44,7 @@ class RunningScale:
 
 @dataclass
 class Term:
-    """One reward of several. objective: its hinge, in its own units. scale: None leaves its units alone."""
+    """One reward of several. objective: holds its hinge, in the reward's units. scale: None does not rescale it."""
 
     reward: Reward
     objective: Objective = field(default_factory=Objective)
@@ -57,8 +56,8 @@ class Term:
 class WeightedRewards:
     """A weighted sum of reward losses, by name. Takes the place of one reward and its `Objective` in `reward_gradient`.
 
-    A batch is scaled by what the batches before it were like, so that its gradient is the same in parts of any size;
-    the first, before anything is known, is taken as it is.
+    A batch is scaled by the deviations of the batches before it, so that its gradient does not depend on the size of
+    the parts in which it is scored. The first batch is not scaled.
     """
 
     def __init__(self, terms: dict[str, Term]):
@@ -66,13 +65,11 @@ class WeightedRewards:
 
     @property
     def rewards(self) -> dict[str, Reward]:
-        """The rewards alone, as they are scored in an evaluation: not smoothed, weighted or normalised."""
+        """The rewards as an evaluation scores them: not smoothed, weighted or rescaled."""
         return {name: term.reward for name, term in self.terms.items()}
 
     def score(self, images: Tensor, prompts: list[str], seeds: list[int]) -> Tensor:
-        """Scores [R, K] of images [R, 3, H, W] in [0, 1] by the K rewards. seeds: of the smoothing's draws, one an
-        image.
-        """
+        """Scores [R, K] of images [R, 3, H, W] in [0, 1] by the K rewards. seeds: one an image, for the smoothing."""
         columns = []
         for term in self.terms.values():
             reward = term.reward
@@ -83,7 +80,7 @@ class WeightedRewards:
         return torch.stack(columns, dim=1)
 
     def loss(self, scores: Tensor, factors: Tensor | None = None) -> Tensor:
-        """Scores [R, K] -> scalar. factors: [R] as in `Objective.loss`."""
+        """Scores [R, K] -> scalar. factors: [R], as in `Objective.loss`."""
         total = scores.new_zeros(())
         for term, column in zip(self.terms.values(), scores.unbind(dim=1), strict=True):
             scale = 1.0 if term.scale is None else term.scale.value
@@ -91,8 +88,8 @@ class WeightedRewards:
         return total
 
     def update(self, scores: Tensor) -> dict[str, float]:
-        """Let the running scales see a whole batch of scores [R, K], that of all processes together; returns each
-        reward's mean.
+        """Show the running scales a whole batch of scores [R, K], of all processes together. Returns each reward's
+        mean.
         """
         for term, column in zip(self.terms.values(), scores.unbind(dim=1), strict=True):
             if term.scale is not None:
@@ -104,7 +101,7 @@ class WeightedRewards:
         return {name: term.scale.moments for name, term in self.terms.items() if term.scale is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave. Raises ValueError unless it is of just the rewards that are rescaled here."""
         if state.keys() != self.state_dict().keys():
             raise ValueError(
                 f"the checkpoint holds running scales of {sorted(state)}, this config normalises "

@@ -1,10 +1,12 @@
-"""Resumable checkpoints: all that a run needs to go on after a step. One is whole or not there."""
+"""Checkpoints: all that a run needs to go on after a step. A checkpoint is whole or not there."""
 
 from __future__ import annotations
 
 import json
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,10 +32,9 @@ STATE = "state.pt"
 
 
 def save_checkpoint(output: Path, step: int, model: TunedModel, optimizer: Optimizer, rewards: WeightedRewards) -> None:
-    """Everything that a run needs to go on after `step` optimizer steps. Older checkpoints are removed once this one is
-    whole.
+    """Write all that a run needs to go on after `step` optimizer steps, then remove older checkpoints.
 
-    Every process calls it, for shards are gathered from all; the main one writes.
+    Every process must call it, because shards are gathered from all. The main process writes.
     """
     averages = None if model.ema is None else model.ema.state_dict()
     tensors = gathered(dict(model.masters))
@@ -58,49 +59,51 @@ def latest_checkpoint(output: Path) -> Path | None:
 
 
 def progress(folder: Path) -> dict[str, int]:
-    """{"step": optimizer steps done, "processes": that took them} of a checkpoint. Raises OSError when it is
-    damaged.
-    """
-    try:
+    """{"step": optimizer steps done, "processes": that took them} of a checkpoint. Raises OSError if it is damaged."""
+    with reading(folder):
         return json.loads((folder / "step.json").read_text())
-    except ValueError as error:
-        raise damaged(folder, error) from error
 
 
 def load_parameters(folder: Path) -> dict[str, Tensor]:
-    """The trained parameters of a checkpoint, on the CPU. Raises OSError when it is damaged."""
-    try:
+    """The trained parameters of a checkpoint, on the CPU. Raises OSError if it is damaged."""
+    with reading(folder):
         return load_file(folder / CHECKPOINT)
-    except SafetensorError as error:
-        raise damaged(folder, error) from error
 
 
 def load_state(folder: Path) -> dict:
-    """What a checkpoint holds beside the parameters, on the CPU: the main process wrote it, from a device that this one
-    may not have.
+    """What a checkpoint holds beside the parameters. Raises OSError if it is damaged.
+
+    It is loaded to the CPU, because the main process wrote it from a device that this process may not have.
     """
-    try:
+    with reading(folder):
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise damaged(folder, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Let errors that come from a damaged checkpoint say so, as OSErrors."""
+    try:
+        yield
+    except (ValueError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        cause, way_out = (str(error) or type(error).__name__).splitlines()[0], "or restore it from a copy"
+        raise OSError(
+            f"the checkpoint {folder} is damaged ({cause}): delete it to resume from the first step, {way_out}"
+        ) from error
 
 
 def load_checkpoint(folder: Path, model: TunedModel, optimizer: Optimizer, rewards: WeightedRewards) -> int:
-    """Restore what `save_checkpoint` wrote, in place; returns the number of steps done. Raises OSError when it is
-    damaged.
-    """
+    """Restore what `save_checkpoint` wrote, in place; returns the number of steps done. Raises OSError if damaged."""
     saved, masters = load_parameters(folder), model.masters
     if saved.keys() != masters.keys():
-        raise ValueError(
-            f"{folder} holds other parameters than this config trains: {len(saved)} saved, {len(masters)} expected"
-        )
+        sizes = f"{len(saved)} saved, {len(masters)} expected"
+        raise ValueError(f"{folder} holds other parameters than this config trains: {sizes}")
     assign(masters, saved)
     assign(model.parameters, masters)
     state, trained = load_state(folder), list(masters.values())
     for index, moments in state["optimizer"]["state"].items():
         p = trained[index]
         whole = {key: value for key, value in moments.items() if torch.is_tensor(value) and value.shape == p.shape}
-        moments.update({key: shard_like(p, value) for key, value in whole.items()})
+        moments |= {key: shard_like(p, value) for key, value in whole.items()}
     optimizer.load_state_dict(state["optimizer"])
     if model.ema is not None:
         shadows = zip(trained, state["ema"]["shadow_params"], strict=True)
@@ -108,10 +111,3 @@ def load_checkpoint(folder: Path, model: TunedModel, optimizer: Optimizer, rewar
         model.ema.load_state_dict(state["ema"])
     rewards.load_state_dict(state["rewards"])
     return progress(folder)["step"]
-
-
-def damaged(folder: Path, error: Exception) -> OSError:
-    return OSError(
-        f"the checkpoint {folder} is damaged ({error}): delete it to resume from the first step, or restore it from a "
-        "copy"
-    )

@@ -1,4 +1,4 @@
-"""What the terminal shows while flowbp works: progress, and of the libraries' messages those that a user can act on."""
+"""What the terminal shows while flowbp works: progress, and those messages of libraries that a user can act on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 __all__ = ["hide_loading_bars", "hush_libraries", "is_main", "progress_bar"]
 
-HARMLESS = {  # logger: how its messages begin or go on that ask for nothing
+HARMLESS = {  # logger: a part of its messages that ask for nothing
     "transformers.utils.import_utils": "requires torchvision (not installed)",  # rewards preprocess by themselves
     "diffusers.loaders.peft": "No LoRA keys associated to CLIPText",  # the text encoders are never tuned
     "diffusers.loaders.lora_base": "No LoRA keys associated to CLIPText",
@@ -34,14 +34,12 @@ def hide_loading_bars() -> None:
 
 
 def is_main() -> bool:
-    """Whether this process speaks for those that a launcher started. It loads nothing."""
+    """Whether this is the main one of the processes that a launcher started. It loads nothing."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def progress_bar(what: str, unit: str, total: int, done: int = 0) -> tqdm:
-    """A bar that redraws on a terminal; a line a minute where the output goes to a file. Of several processes the main
-    one has it.
-    """
+    """A bar that redraws on a terminal, and writes a line a minute to a file. Only the main process shows one."""
     about = {"desc": what, "unit": unit, "total": total, "initial": done, "disable": not is_main()}
     if sys.stderr.isatty():
         return tqdm(**about, mininterval=0.2, dynamic_ncols=True)

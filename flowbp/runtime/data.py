@@ -1,5 +1,6 @@
-"""Prompts: read them, and serve them in an order that depends on the seed and the step alone, so that a resumed run
-sees the same.
+"""Prompts: how they are read, and the order in which they are served.
+
+The order depends on the seed and the step alone, so that a resumed run sees the same prompts.
 """
 
 from __future__ import annotations
@@ -38,10 +39,8 @@ def load_prompts(source: str) -> list[Prompt]:
         return [Prompt(*prompt) for prompt in prompts(source.removeprefix("shapes:"))]
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(
-            f"prompt file {source!r} does not exist; data.prompts and evaluation.prompts name text files with one "
-            "prompt a line"
-        )
+        keys = "data.prompts and evaluation.prompts name text files with one prompt a line"
+        raise FileNotFoundError(f"prompt file {source!r} does not exist; {keys}")
     if path.is_dir():
         styles = {file.stem: _read_prompts(file) for file in sorted(path.glob("*.json"))}
         if not styles:
@@ -56,9 +55,7 @@ def load_prompts(source: str) -> list[Prompt]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file; only line ends divide them, not the other separators of Unicode, which prompts may
-    hold.
-    """
+    """The lines of a UTF-8 file. Only line ends divide them: prompts may hold the other separators of Unicode."""
     try:
         return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -66,22 +63,17 @@ def read_lines(path: Path) -> list[str]:
 
 
 def _read_prompts(path: Path) -> list[Prompt]:
-    lines = read_lines(path)
+    lines, name = read_lines(path), str(path)
     if path.suffix == ".jsonl":
-        return [
-            prompt
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-            for prompt in _parse(line, f"{path}, line {number}")
-        ]
+        parsed = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+        return [prompt for prompts in parsed for prompt in prompts]
     if path.suffix == ".json":
-        return _parse("\n".join(lines), str(path))
+        return _parse("\n".join(lines), name)
     if path.suffix == ".csv":
         table = csv.DictReader(io.StringIO("\n".join(lines)))
         if table.fieldnames and "prompt" not in table.fieldnames:
-            raise ValueError(
-                f"prompt file {str(path)!r} cannot be read: a column must be called prompt, not {table.fieldnames}"
-            )
+            columns = f"a column must be called prompt, not {table.fieldnames}"
+            raise ValueError(f"prompt file {name!r} cannot be read: {columns}")
         return _entries([row for row in table if row["prompt"]])
     return [Prompt(line) for line in lines]
 
@@ -90,9 +82,8 @@ def _parse(text: str, where: str) -> list[Prompt]:
     try:
         return _entries(json.loads(text))
     except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(
-            f'prompt file {where} cannot be read: {error}; write {{"prompt": ..., "category": ...}}'
-        ) from error
+        way_out = 'write {"prompt": ..., "category": ...}'
+        raise ValueError(f"prompt file {where} cannot be read: {error}; {way_out}") from error
 
 
 def _entries(data: Any) -> list[Prompt]:
@@ -109,14 +100,14 @@ def _entries(data: Any) -> list[Prompt]:
 
 
 class PromptStream:
-    """An endless shuffled stream; every prompt once an epoch, each epoch in its own order."""
+    """An endless shuffled stream. An epoch serves every prompt once, in an order of its own."""
 
     def __init__(self, prompts: list[Prompt], seed: int):
         self.prompts, self.seed = prompts, seed
         self._epoch, self._order = -1, np.empty(0, dtype=int)
 
     def batch(self, index: int, size: int) -> list[Prompt]:
-        """The `index`-th batch of `size` prompts; any index can be asked for directly."""
+        """The `index`-th batch of `size` prompts, found without the batches before it."""
         return [self._at(position) for position in range(index * size, (index + 1) * size)]
 
     def texts(self, count: int) -> list[str]:
@@ -131,5 +122,5 @@ class PromptStream:
 
 
 def sample_seeds(*key: int, count: int) -> list[int]:
-    """One independent seed a sample, from any key of non-negative integers such as (seed, step)."""
+    """`count` independent seeds, one a sample, from a key of non-negative integers such as (seed, step)."""
     return [int(word) for word in np.random.SeedSequence(key).generate_state(count, np.uint64) >> np.uint64(1)]

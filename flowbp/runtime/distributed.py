@@ -1,20 +1,20 @@
-"""Several processes, one gradient: which rows of the global batch a process trains, and how the gradients of all become
-their mean.
+"""Several processes, one gradient: which rows of the global batch a process trains, and how gradients are averaged.
 
-A step runs many backward passes, all of which add to the process's own gradient; it is averaged over the processes once
-a step:
+A step runs many backward passes, and each adds to the process's own gradient. The gradients of all processes are
+averaged once a step:
 
     with ranks.averaging():
         ...  # rollout, reward
         backward(plan, trajectory, velocity.replay, g, before_last=ranks.reduce_with)
 
-Copied weights: when the block ends, one all-reduce a parameter. Each process holds the gradient that it would hold
-alone, and no buckets of DistributedDataParallel, which reduces in the first backward pass unless told which of them is
-the last, and wants to know then which parameters took part in all. Sharded weights (FSDP2): the last backward pass, or
-with `memory.shard_gradients` each, reduces and splits it.
+If every process has a copy of the weights, the end of the block runs one all-reduce a parameter. A process then holds
+the gradient that it would hold alone. DistributedDataParallel is not used, because it reduces its buckets in the first
+backward pass unless it is told which pass is the last, and must know by then which parameters took part in all of them.
 
-Every process draws the plans of the whole batch from the same generator, so that all run the same number of forward
-passes.
+If the weights are sharded (FSDP2), the last backward pass reduces and splits the gradient, or, with
+`memory.shard_gradients`, each of them does.
+
+Every process draws the plans of the whole batch from the same generator, so that all run equally many forward passes.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from flowbp.backbones import Backbone
+from flowbp.config import MemoryConfig
 
 __all__ = ["Ranks", "gathered", "on_main", "process_state", "shard_like", "unshard"]
 
 
 def process_state() -> PartialState:
-    """This process among those of the run. A CPU is asked for by name, or processes on CPUs would not know of one
-    another.
-    """
+    """This process among those of the run. accelerate starts a process group on CPUs only with `cpu=True`."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
@@ -50,25 +50,20 @@ def on_main(work: Callable[[], object]) -> None:
 
 
 class Ranks:
-    """The processes of a run, and its network as they share it, which this puts on the device with the rest of the
-    pipeline.
+    """The processes of a run, and the network that they share. Building it moves the pipeline to the device.
 
-    shard            split the weights of the network's blocks over the processes (FSDP2): a block is moved to the
-    device and split before
-                     the next one is, so that no device ever holds the whole network
-    shard_gradients  split gradients too after every backward pass, not in the last of a step alone
+    With `memory.shard` the weights of the network's blocks are split over the processes (FSDP2). Blocks are moved to
+    the device and split one by one, so that no device ever holds the whole network.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, backbone: Backbone, shard: bool = False, shard_gradients: bool = False
-    ):
+    def __init__(self, accelerator: Accelerator, backbone: Backbone, memory: MemoryConfig):
         self.accelerator, self.size, self.rank = accelerator, accelerator.num_processes, accelerator.process_index
-        self.shard_gradients, self.sharded = shard_gradients, None
-        if self.size > 1 and shard:
+        self.shard_gradients, self.sharded = memory.shard_gradients, None
+        if self.size > 1 and memory.shard:
             self.sharded = shard_weights(backbone.denoiser, accelerator.device)
         backbone.pipe.to(accelerator.device)
         self.trained = [p for p in backbone.denoiser.parameters() if p.requires_grad]
-        if self.size > 1 and not shard:
+        if self.size > 1 and not memory.shard:
             for p in self.trained:  # copies start equal
                 torch.distributed.broadcast(p.detach(), 0)
 
@@ -78,19 +73,17 @@ class Ranks:
 
     @contextmanager
     def averaging(self) -> Iterator[None]:
-        """One optimizer step's backward passes: what they leave in the parameters' .grad is averaged over the
-        processes.
-        """
+        """The block holds the backward passes of one optimizer step; its end averages .grad over the processes."""
         if self.sharded is not None:
             self.sharded.set_requires_gradient_sync(self.shard_gradients)
         yield
         if self.size > 1 and self.sharded is None:
             gradients = [p.grad.div_(self.size) for p in self.trained if p.grad is not None]
             for work in [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]:
-                work.wait()
+                work.wait()  # pyright: ignore[reportOptionalMemberAccess]
 
     def reduce_with(self, v: Tensor) -> None:
-        """The next backward pass, that of `v`, is the last of the step: it reduces sharded gradients."""
+        """To be called before the last backward pass of the step, that of `v`: it must reduce sharded gradients."""
         if self.sharded is not None:
             self.sharded.set_requires_gradient_sync(True)
 
@@ -103,11 +96,11 @@ class Ranks:
         return dict(zip(values, (table / self.size).tolist(), strict=True))
 
 
-def shard_weights(denoiser: nn.Module, device: torch.device) -> nn.Module:
-    """FSDP2, in place, on `device`: the weights of a transformer block are gathered when it runs, and dropped after.
+def shard_weights(denoiser: ModelMixin, device: torch.device) -> Any:
+    """Apply FSDP2 in place, on `device`: a transformer block's weights are gathered when it runs, and dropped after.
 
-    Gradients add up and are reduced in float32 (or wider), as the released trainers reduce them, and then rounded to
-    the weights' dtype.
+    Gradients are accumulated and reduced in float32 (or wider), as the released trainers do, and then rounded to the
+    weights' dtype.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -120,8 +113,7 @@ def shard_weights(denoiser: nn.Module, device: torch.device) -> nn.Module:
     return fully_shard(denoiser, **options)
 
 
-# -- sharded tensors: every process must make these calls, for all of them take part
-# -------------------------------------------------
+# -- sharded tensors: all processes take part in these calls, so each of them must make them ---------------------------
 
 
 def unshard(tensor: Tensor) -> Tensor:
@@ -130,10 +122,9 @@ def unshard(tensor: Tensor) -> Tensor:
 
 
 def gathered(state: Any) -> Any:
-    """A state dict, or any nesting of tensors, whole, in the main process's CPU memory; elsewhere None in each tensor's
-    place.
+    """A state dict, or any nesting of tensors, whole, in the main process's CPU memory; elsewhere None for each tensor.
 
-    One tensor after the other: a device holds one whole tensor at a time.
+    Tensors are gathered one after the other, so that a device holds one whole tensor at a time.
     """
     is_main = process_state().is_main_process
 
@@ -147,7 +138,7 @@ def gathered(state: Any) -> Any:
 
 
 def shard_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """`value`, whole or sharded, as `parameter` is sharded, and on its device."""
+    """`value`, which may be whole or sharded, with the sharding and on the device of `parameter`."""
     value = value.to(parameter.device)
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value

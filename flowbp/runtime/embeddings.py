@@ -19,11 +19,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowbp.backbones import Backbone
 from flowbp.guidance import Conditioning
@@ -34,10 +35,11 @@ from flowbp.runtime.files import replacing
 
 __all__ = ["EmbeddingCache", "default_cache", "embed_once", "encoder_hash"]
 
-BATCH = 8  # prompts that are encoded together, always as many: rounding depends on the size of a batch
+BATCH = 8  # prompts that are encoded together, always equally many, because rounding depends on the size of a batch
 
 Encode = Callable[[list[str]], Conditioning]
-Signature = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Progress = Callable[[int], object]  # takes the number of prompts that were done since the last call
+Signature = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of the tensors of one prompt
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +47,14 @@ log = logging.getLogger(__name__)
 def embed_once(
     backbone: Backbone, prompts: Iterable[str], cache: Path | None = None, device: torch.device | str | None = None
 ) -> None:
-    """Embed `prompts` and the empty prompt, unless `cache` has them; then release the text encoders and let
-    `backbone.encode` read files.
+    """Embed `prompts` and the empty prompt into `cache`, release the text encoders, and let `backbone.encode` read it.
 
-    device: where to embed, and where `encode` puts what it reads; None means where the network is. A network that is
-        not there yet leaves
-    it to the text encoders, which may be as large. The processes of a distributed run share the work. Raises OSError
-        when the disk is too
-    small.
+    Prompts that the cache has are not embedded again. The processes of a distributed run share the work.
+
+    device: where the encoders embed, and where `encode` puts what it reads; None means where the network is. A network
+    that is moved there afterwards leaves the device to the text encoders, which may be as large.
+
+    Raises OSError if the disk is too small.
     """
     device = torch.device(device or backbone.denoiser.device)
     embeddings = EmbeddingCache((cache or default_cache()) / "embeddings" / encoder_hash(backbone), device)
@@ -68,8 +70,7 @@ def embed_once(
     for name in encoders:
         setattr(backbone.pipe, name, None)
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing where there is no GPU
     backbone.encode = embeddings
 
 
@@ -80,9 +81,7 @@ def default_cache() -> Path:
 
 
 class EmbeddingCache:
-    """Called with prompts, gives their conditioning from the files of `folder`, on `device`; an `encode` without text
-    encoders.
-    """
+    """In the place of `backbone.encode`: called with prompts, it reads their conditioning from files of `folder`."""
 
     def __init__(self, folder: Path, device: torch.device):
         self.folder, self.device = folder, device
@@ -94,8 +93,7 @@ class EmbeddingCache:
         except (FileNotFoundError, SafetensorError) as error:
             raise ValueError(
                 f"the text encoders were released and a prompt of {prompts} is not in {self.folder}, or was removed "
-                f"since ({error}): "
-                "start again with --resume, or keep the encoders with data.embeddings=live"
+                f"since ({error}): start again with --resume, or keep the encoders with data.embeddings=live"
             ) from error
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
@@ -103,14 +101,11 @@ class EmbeddingCache:
         return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
 
     def fill(
-        self,
-        encode: Encode,
-        prompts: list[str],
-        like: Signature | None = None,
-        progress: Callable[[int], object] = lambda done: None,
+        self, encode: Encode, prompts: list[str], like: Signature | None = None, progress: Progress = lambda done: None
     ) -> None:
-        """Embed those of `prompts` that have no undamaged file, or one of another signature than `like` (None accepts
-        any).
+        """Embed those of `prompts` that have no undamaged file, or one of another signature than `like`.
+
+        like: None accepts any signature.
         """
         missing = []
         for prompt in prompts:
@@ -121,9 +116,8 @@ class EmbeddingCache:
                 progress(1)
         damaged = sum(self.path(prompt).exists() for prompt in missing)
         if damaged:
-            log.warning(
-                "%d of %d cached embeddings in %s are damaged: computing them again", damaged, len(prompts), self.folder
-            )
+            again = "cached embeddings in %s are damaged: computing them again"
+            log.warning(f"%d of %d {again}", damaged, len(prompts), self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_space(len(missing))
         for first in range(0, len(missing), BATCH):
@@ -142,34 +136,31 @@ class EmbeddingCache:
         return {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()} if whole else None
 
     def _write(self, prompts: list[str], embedded: Conditioning) -> None:
-        """A file a prompt, whole or not at all; of several processes that write the same prompt, one wins."""
+        """Write a file a prompt, whole or not at all. Of several processes that write the same prompt, one wins."""
         for row, prompt in enumerate(prompts):
             tensors = {name: value[row].contiguous().cpu() for name, value in embedded.items()}
             with replacing(self.path(prompt), cache=True) as scratch:
                 save_file(tensors, scratch, metadata={"prompt": prompt, "sha256": _digest(tensors)})
 
     def _check_space(self, count: int) -> None:
-        one = self.path("")
+        one, free = self.path(""), shutil.disk_usage(self.folder).free
         needed = count * one.stat().st_size if one.exists() else 0
-        free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(
                 f"{count} embeddings need {needed / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB: name a "
-                "larger disk with "
-                "data.cache=FOLDER or FLOWBP_CACHE, or keep the text encoders in memory with data.embeddings=live"
+                "larger disk with data.cache=FOLDER or FLOWBP_CACHE, or keep the text encoders in memory with "
+                "data.embeddings=live"
             )
 
 
-def text_encoders(backbone: Backbone) -> dict[str, nn.Module]:
-    """Those that the pipeline has, by name."""
+def text_encoders(backbone: Backbone) -> dict[str, Any]:
+    """The text encoders that the pipeline has, by name."""
     parts = sorted(backbone.pipe.components.items())
     return {name: part for name, part in parts if name.startswith("text_encoder") and part is not None}
 
 
 def encoder_hash(backbone: Backbone) -> str:
-    """Hash of all that determines an embedding beside the prompt; weights are represented by 64 evenly spaced values of
-    each tensor.
-    """
+    """Hash of all that determines an embedding beside the prompt. 64 evenly spaced values stand for a weight tensor."""
     digest = hashlib.sha256()
     libraries = list(versions("flowbp", "diffusers", "transformers").values())
     digest.update(repr((type(backbone).__qualname__, backbone.text_options, BATCH, libraries)).encode())
@@ -186,7 +177,7 @@ def encoder_hash(backbone: Backbone) -> str:
 
 
 def _tokenizer_files(tokenizer) -> dict[str, bytes]:
-    """What `save_pretrained` writes, by name, less the padding and truncation of the last call."""
+    """The files that `save_pretrained` writes, by name, without the padding and truncation of the last call."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         contents = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
@@ -200,5 +191,5 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -24,13 +24,8 @@ def versions(*packages: str) -> dict[str, str]:
 def environment() -> dict[str, Any]:
     """What ran: flowbp's version and commit, the libraries and the device."""
     about = machine("cuda" if torch.cuda.is_available() else "cpu")
-    libraries = versions("diffusers", "transformers")
-    return (
-        {"flowbp": flowbp.__version__, "commit": about["commit"]}
-        | about["versions"]
-        | libraries
-        | {"device": about["device"]}
-    )
+    libraries = about["versions"] | versions("diffusers", "transformers")
+    return {"flowbp": flowbp.__version__, "commit": about["commit"], **libraries, "device": about["device"]}
 
 
 def describe_environment(about: Mapping[str, Any]) -> str:

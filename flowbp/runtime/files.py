@@ -1,7 +1,7 @@
 """Files and folders that are whole or not there.
 
 Everything is written under a scratch name beside its place and moved there in one step. Its bytes reach the disk before
-its name does, so that a kill, a full disk or a power cut leaves the old one or the new one, never half of it.
+its name does, so that a kill, a full disk or a power cut leaves either the old one or the new one.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ __all__ = ["digest_files", "replacing", "write_file", "write_json"]
 
 @contextmanager
 def replacing(path: Path, cache: bool = False) -> Iterator[Path]:
-    """A scratch path that takes the place of `path`, as the file or folder that the block made of it, when the block
-    ends without error.
+    """A scratch path for the block to write, as a file or a folder, which then takes the place of `path`.
 
-    If the block raises, `path` is as it was and the scratch is gone. A kill leaves the scratch, named `.NAME.partial`,
-        for the
-    next write to remove.
-    cache: several processes may write `path` at once, and whoever reads it checks it: each has a scratch of its own,
-        and none waits
-    for the disk.
-    Raises OSError where it cannot be written: on a full disk, safetensors and torch raise errors of their own.
+    If the block raises, `path` stays as it was and the scratch is removed. A kill leaves the scratch, named
+    `.NAME.partial`, for the next write to remove.
+
+    cache: for files that several processes may write at once, and whose readers check them. Each write has a scratch
+    of its own, and none waits for the disk.
+
+    Raises OSError if `path` cannot be written, also where safetensors and torch raise errors of their own, as they do
+    on a full disk.
     """
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial" if cache else f".{path.name}.partial")
     remove(scratch)
@@ -41,14 +41,12 @@ def replacing(path: Path, cache: bool = False) -> Iterator[Path]:
         yield scratch
         if not cache:
             flush(scratch)
-        if path.is_dir():
-            old = path.with_name(f".{path.name}.old.partial")
+        old = path.with_name(f".{path.name}.old.partial")
+        if path.is_dir():  # one folder cannot replace another
             remove(old)
             os.replace(path, old)
-            os.replace(scratch, path)
-            remove(old)
-        else:
-            os.replace(scratch, path)
+        os.replace(scratch, path)
+        remove(old)
         if not cache:
             sync(path.parent)
     except (SafetensorError, RuntimeError) as error:
@@ -77,7 +75,7 @@ def without_nan(value: Any) -> Any:
 
 
 def digest_files(paths: Iterable[Path]) -> str:
-    """SHA-256 of the files' contents, one after the other."""
+    """SHA-256 of the contents of `paths`, one after the other."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""Memory against speed: diffusers' own switches on a backbone, and what a step takes.
+"""Memory against speed: diffusers' own switches on a backbone, and how memory and time are measured.
 
-Group offload is not among them: it takes a block's weights away after each forward pass, and a backward pass reads
-them.
+Group offload is not among the switches: it takes a block's weights away after each forward pass, but a backward pass
+reads them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["LiveBytes", "Phases", "compile_blocks", "memory_mb", "peak_memory_mb
 
 
 def save_memory(backbone: Backbone, config: MemoryConfig) -> None:
-    """Throw the switches of `config` on the transformer and the VAE."""
+    """Turn on what `config` asks for, on the transformer and the VAE."""
     denoiser, vae = backbone.denoiser, backbone.pipe.vae
     if config.checkpointing:
         denoiser.enable_gradient_checkpointing()
@@ -39,18 +39,20 @@ def save_memory(backbone: Backbone, config: MemoryConfig) -> None:
 
 
 def compile_blocks(denoiser: ModelMixin, backend: str) -> None:
-    """Compile each kind of block once (regional compilation). Adapters must be in place."""
+    """Compile each kind of block once (regional compilation). Adapters must be in place before."""
     if not denoiser._repeated_blocks:  # diffusers names them for every class but SD3
         denoiser._repeated_blocks = ["JointTransformerBlock"]
     denoiser.compile_repeated_blocks(backend=backend)
 
 
 class Phases:
-    """Seconds, and with `memory` peak megabytes, of the named parts of a step: `with phases("rollout"): ...`; repeated
-    parts add up.
+    """Seconds of the named parts of a step, and with `memory` their peak megabytes. Repeated parts add up.
 
-    memory: resets the peak that the GPU's allocator (or, on Linux, the process) reports, so nobody else can read that
-        peak meanwhile.
+        with phases("rollout"):
+            ...
+
+    memory: resets the peak that the GPU's allocator (or, on Linux, the process) reports. Nobody else can read that peak
+    meanwhile.
     """
 
     def __init__(self, memory: bool = False):
@@ -77,23 +79,18 @@ def now() -> float:
 
 
 def peak_memory_mb() -> float:
-    """Peak memory so far: the GPU's allocated bytes where there is one, else the process's resident set. MB = 1e6
-    bytes.
-    """
+    """Peak memory so far in MB (1e6 bytes): the GPU's allocated bytes, or the process's resident set without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     status = Path("/proc/self/status")
     if status.is_file():
-        return (
-            next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-            * 1024
-            / 1e6
-        )
+        lines = (line.split() for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(next(lines)[1]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1) / 1e6
 
 
 def memory_mb() -> float:
-    """Memory in use, of the kind that `peak_memory_mb` takes the peak of."""
+    """Memory in use now, in the unit and of the kind of `peak_memory_mb`."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 1e6
     statm = Path("/proc/self/statm")
@@ -101,7 +98,7 @@ def memory_mb() -> float:
 
 
 def reset_peak_memory() -> None:
-    """Let the peak start again from what is in use."""
+    """Set the peak back to what is in use."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
@@ -109,9 +106,9 @@ def reset_peak_memory() -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """The bytes of tensors, on any device, the meta device too: of those that exist and of all that the block makes.
+    """Counts the bytes of tensors on any device, the meta device too: of `existing`, and of all that a block makes.
 
-    alive  bytes of tensors that are alive now. peak  the most that were alive at once.
+    alive: bytes of the tensors that are alive now. peak: the most that were alive at once.
     """
 
     def __init__(self, existing: Iterable[Tensor] = ()):
@@ -128,13 +125,11 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._seen or storage.nbytes() == 0:
-            return
-        size = storage.nbytes()
-        self._seen[key] = weakref.finalize(storage, self._release, key, size)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen and size > 0:
+            self._seen[key] = weakref.finalize(storage, self._release, key, size)
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
 
     def _release(self, key: int, size: int) -> None:
         self._seen.pop(key, None)

@@ -1,7 +1,6 @@
 """The processes of one command: how they are started on a machine, and what the others do when one of them ends.
 
-torchrun and accelerate launch start processes too, on several machines if need be. `launched` does it without a
-launcher:
+torchrun and accelerate launch start processes too, also on several machines. `launched` does it without a launcher:
 
     flowbp train demo --processes 2 data.batch_size=16
 """
@@ -26,16 +25,16 @@ from flowbp.runtime.distributed import process_state
 __all__ = ["free_port", "launched", "naming_the_dead"]
 
 LOCALHOST = "127.0.0.1"
-GRACE = 20  # seconds
+GRACE = 20  # seconds in which the main process may end by itself after another one has failed
 
 
 @contextmanager
 def launched(count: int) -> Iterator[None]:
     """Run the block as the first of `count` processes on this machine.
 
-    The others run the same command line, and end with the block. A process that a launcher started, this one or
-    another, starts none. Where one of the others fails, the block has 20 seconds to end by that; then this process
-    exits. Raises ValueError where another launcher started another number than `count`.
+    The others run the same command line, and end with the block. A process that was itself started by this or another
+    launcher starts none. If one of the others fails, the block has GRACE seconds to notice and to end; then this
+    process exits. Raises ValueError if another launcher started another number of processes than `count`.
     """
     given = os.environ.get("WORLD_SIZE")
     if given is not None and count not in (1, int(given)):
@@ -71,8 +70,9 @@ def launched(count: int) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A port on which nobody listens, below those that Linux gives to outgoing connections: none of them takes it
-    meanwhile.
+    """A port on which nobody listens.
+
+    It lies below the ports that Linux gives to outgoing connections, so that none of them takes it meanwhile.
     """
     while True:
         port = random.SystemRandom().randrange(20000, 32000)  # no seed of a run is touched
@@ -82,10 +82,10 @@ def free_port() -> int:
 
 @contextmanager
 def naming_the_dead() -> Iterator[None]:
-    """Run the block in every process; where one cannot go on because others have ended, raise ConnectionError.
+    """Run the block in every process. If this one cannot go on because others have ended, raise ConnectionError.
 
-    A process that ends closes its connections, which breaks the next collective call of the others on gloo. As long as
-    it lives it listens on a port, and so the others find out which one it was, if they are on its machine.
+    A process that ends closes its connections, which breaks the next collective call of the others on gloo. Every
+    process listens on a port as long as it lives, so that the others on its machine can find out which one has ended.
     """
     state = process_state()
     if state.num_processes == 1:
@@ -107,7 +107,7 @@ def naming_the_dead() -> Iterator[None]:
 
 
 def lives(machine: str, port: int) -> bool:
-    """Whether somebody listens on a port of `machine`. True of another machine than this one, which is not asked."""
+    """Whether somebody listens on a port of `machine`; True if it is another machine than this one."""
     if machine != socket.gethostname():
         return True
     try:

@@ -1,8 +1,8 @@
-"""What equal bytes rest on: a math library that rounds alike wherever its numbers lie in memory, and one CPU thread.
+"""What equal bytes rest on: a math library whose rounding does not depend on addresses in memory, and one CPU thread.
 
-MKL multiplies matrices for torch on x86-64. On some processors it orders a sum by the address of its input, so that a
-network whose weights were read from a file rounds otherwise than the same network that training has in memory. In its
-reproducible mode it has one order. MKL reads the mode from the environment at its first call, and never again.
+MKL multiplies matrices for torch on x86-64. On some processors it orders a sum by the address of its input. A network
+whose weights were read from a file then rounds otherwise than the same network that training has in memory. In MKL's
+reproducible mode there is one order. MKL reads the mode from the environment at its first call, and never again.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ TOO_LATE = (
 
 
 def request_equal_bytes() -> bool:
-    """Ask MKL for its reproducible mode, unless the environment names one. False where that comes too late.
+    """Ask MKL for its reproducible mode, unless the environment names one. False if that comes too late.
 
-    This loads nothing, so that a process can call it first of all.
+    This function loads nothing, so that a process can call it before all else.
     """
     os.environ.setdefault(MODE, "AUTO")
     return "torch" not in sys.modules or mkl_is_reproducible() is not False
 
 
 def mkl_is_reproducible() -> bool | None:
-    """What MKL says of its own mode, which is settled by that. None where there is no MKL, or it cannot be asked."""
+    """What MKL says of its own mode; asking settles the mode. None if there is no MKL, or it cannot be asked."""
     import torch
 
     if not torch.backends.mkl.is_available():
@@ -45,7 +45,7 @@ def mkl_is_reproducible() -> bool | None:
 
 
 def math_library() -> str:
-    """torch's library of matrix products, and whether equal numbers have equal products in it, in words."""
+    """In words: torch's library of matrix products, and whether equal numbers have equal products in it."""
     import torch
 
     if not torch.backends.mkl.is_available():
@@ -56,10 +56,10 @@ def math_library() -> str:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run the block's CPU operations on one thread. Processes, not threads, make it faster.
+    """Run the block's CPU operations on one thread. To be faster, start more processes.
 
-    The last bits of a sum depend on how many threads share it. And threads wait for each other in every operation, so
-    that a core which another program keeps busy stops them all; processes wait for each other a few times a step.
+    The last bits of a sum depend on the number of threads that share it. Threads also wait for each other in every
+    operation, so that one core that another program keeps busy stops them all; processes wait a few times a step.
     """
     import torch
 

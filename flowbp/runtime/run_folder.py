@@ -7,8 +7,8 @@ checkpoints/step-000100/             all that resuming needs
 validation/step-000050.safetensors   scores of the held-out samples, if `evaluation.every` asks for them
 best/                                the weights of the best step by `evaluation.best`
 pytorch_lora_weights.safetensors     the trained weights; with tuning.mode=full transformer/
-report.html                          the report, with plan.png, samples_*.png, scores_*.csv, evaluation.json,
-validation.json
+report.html                          the report, with plan.png, samples_*.png, scores_*.csv, evaluation.json and
+                                     validation.json
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from safetensors.numpy import load_file, save_file
 
 from flowbp.backbones import Backbone
 from flowbp.config import RunConfig, changed, dump
+from flowbp.config.loading import CONFIG
 from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress
 from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import ENVIRONMENT, environment
@@ -37,11 +38,10 @@ from flowbp.runtime.weights import LORA, TRANSFORMER, save_weights
 
 __all__ = ["RunFolder", "how_to_go_on", "is_run", "mark_folder"]
 
-CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 BEST = "best"
 VALIDATION = "validation"
-MARK = ".flowbp"  # in a folder that a command wrote, with the command's name
+MARK = ".flowbp"  # in a folder that a command wrote; it holds the name of the command
 WRITTEN = (  # all that a run leaves in its folder, as patterns
     *(CONFIG, METRICS, LORA, TRANSFORMER, BEST, CHECKPOINTS, VALIDATION, "tensorboard", ENVIRONMENT, "evaluation.json"),
     *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", ".*.partial"),
@@ -51,18 +51,19 @@ Values = Mapping[str, np.ndarray]  # scores [n] float64 by metric
 
 
 class RunFolder:
-    """The folder of one run. Every process of a run has one; that of the main process alone writes."""
+    """The folder of one run. Every process of the run has this object, but only that of the main process writes."""
 
     def __init__(self, path: Path):
         self.path, self.writes = path, process_state().is_main_process
 
-    # -- before training -----------------------------------------------------------------------------------------------
+    # -- before training ---------------------------------------------------------------------------------------------
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """The folder, made if need be, for this run alone; it is gone again if it stays empty.
+        """Keep other runs out of the folder during the block. It is made if need be, and removed if it stays empty.
 
-        The lock is the kernel's: a killed process leaves none. Raises FileExistsError while another process holds it.
+        The kernel holds the lock, so that a killed process leaves none. Raises FileExistsError while another process
+        has it.
         """
         if not self.writes:
             yield
@@ -79,9 +80,8 @@ class RunFolder:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise FileExistsError(
-                    f"another process trains in {self.path} right now: wait for it, or choose another output="
-                ) from None
+                holds = f"another process trains in {self.path} right now"
+                raise FileExistsError(f"{holds}: wait for it, or choose another output=") from None
             yield
         finally:
             os.close(folder)
@@ -89,56 +89,49 @@ class RunFolder:
                 self.path.rmdir()
 
     def check(self, config: RunConfig, resume: bool, overwrite: bool) -> None:
-        """Raise unless the run may write here: an empty or absent folder, or a run that a switch says to resume or
-        replace.
-        """
+        """Raise unless the folder is empty or absent, or holds a run that a switch says to resume or to replace."""
         path = self.path
         if resume and overwrite:
             raise ValueError("--resume and --overwrite exclude each other: continue the run, or start it afresh")
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
         if not is_run(path):
-            raise FileExistsError(
-                f"{path} exists and is not a run of flowbp (which has a {CONFIG} of its own and {METRICS}): choose "
-                "another output="
-            )
+            run = f"a run of flowbp (which has a {CONFIG} of its own and {METRICS})"
+            raise FileExistsError(f"{path} exists and is not {run}: choose another output=")
         if resume:
             self._check_resume(yaml.safe_load((path / CONFIG).read_text()), yaml.safe_load(dump(config)))
         elif not overwrite:
-            raise FileExistsError(
-                f"{path} already holds a run: pass --resume to go on, --overwrite to start afresh, or another output="
-            )
+            switches = "pass --resume to go on, --overwrite to start afresh, or another output="
+            raise FileExistsError(f"{path} already holds a run: {switches}")
 
     def _check_resume(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        """Raise if the run trained otherwise than `new` says: with another config, or on other processes."""
         path = self.path
         if "sigmas" not in (old.get("rollout") or {}):
             raise ValueError(
                 f"{path} was trained by flowbp 0.1, whose noise levels were not the published ones, and cannot go on; "
-                "its weights "
-                f"still evaluate (flowbp eval {shlex.quote(str(path))}): to train afresh, choose another output="
+                f"its weights still evaluate (flowbp eval {shlex.quote(str(path))}): to train afresh, choose another "
+                "output="
             )
         found = changed(old, new)
         if found.keys() - {"steps"} or new["steps"] < old.get("steps", 0):
             changes = ", ".join(f"{key} from {was} to {now}" for key, (was, now) in found.items())
             raise ValueError(
                 f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from "
-                f"{path}, or "
-                "choose another output="
+                f"{path}, or choose another output="
             )
         last = latest_checkpoint(path)
-        before, now = last and progress(last)["processes"], process_state().num_processes
-        if last and before != now:
+        now = process_state().num_processes
+        if last is not None and (before := progress(last)["processes"]) != now:
             raise ValueError(
                 f"{last} is of {before} process{'es' if before > 1 else ''}, and this run has {now}: a step's samples "
-                "are processes x "
-                f"batch_size x accumulate, and a resumed run keeps them. Start {before}"
+                f"are processes x batch_size x accumulate, and a resumed run keeps them. Start {before}"
             )
 
     def open(self, config: RunConfig, overwrite: bool = False) -> None:
-        """Begin or go on: the resolved config, the environment, and metrics to append to, once `check` let the run
-        pass.
+        """Write the resolved config and the environment, once `check` has passed. Metrics are appended to.
 
-        overwrite: what an older run wrote here is removed, and nothing else.
+        overwrite: remove what an older run wrote here, and nothing else.
         """
 
         def prepare() -> None:
@@ -152,7 +145,7 @@ class RunFolder:
         on_main(prepare)
 
     def forget_after(self, done: int) -> None:
-        """Drop what was logged and validated after the `done` steps of the checkpoint that a run resumes from."""
+        """Drop what was logged and validated after step `done`, that of the checkpoint from which the run resumes."""
 
         def forget() -> None:
             lines = (self.path / METRICS).read_text().splitlines(keepends=True)
@@ -163,7 +156,7 @@ class RunFolder:
 
         on_main(forget)
 
-    # -- while training ------------------------------------------------------------------------------------------------
+    # -- while training ----------------------------------------------------------------------------------------------
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a step's row to metrics.jsonl."""
@@ -198,9 +191,9 @@ class RunFolder:
                 save_file({name: np.ascontiguousarray(column) for name, column in values.items()}, scratch)
 
     def validations(self) -> dict[int, Values]:
-        """All scores that were kept, by step; the main process reads them for all."""
+        """All scores that were kept, by step. The main process reads them for all."""
         found = [{step: load_file(file) for step, file in self._validations().items()} if self.writes else None]
-        return broadcast_object_list(found)[0]
+        return broadcast_object_list(found)[0]  # pyright: ignore[reportReturnType]
 
     def _validations(self) -> dict[int, Path]:
         files = sorted((self.path / VALIDATION).glob("step-*.safetensors"))
@@ -208,9 +201,7 @@ class RunFolder:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run wrote `folder`: it holds metrics, and a config with all that a run must name. Many a folder has
-    some config.yaml.
-    """
+    """Whether a run wrote `folder`: it holds metrics, and a config.yaml that names all that a run must name."""
     if not ((folder / CONFIG).is_file() and (folder / METRICS).is_file()):
         return False
     try:
@@ -233,8 +224,7 @@ def how_to_go_on(output: Path) -> str:
 
 
 def mark_folder(folder: Path, command: str) -> None:
-    """Make `folder` the output of `command`, such as "flowbp eval": what that command wrote there before may be
-    replaced, nothing else is.
+    """Make `folder` the output of `command`, such as "flowbp eval", which may then replace what it wrote there before.
 
     Raises FileExistsError for a folder that holds anything and that this command did not make.
     """

@@ -23,7 +23,7 @@ __all__ = ["TunedModel", "frozen_backbone"]
 
 
 class TunedModel:
-    """The model of a run. Building it in another order would fail or waste memory, so nothing else builds one:
+    """The model of a run. Nothing else builds one, because another order of building would fail or waste memory:
 
         load on the CPU -> embed the prompts -> drop the text encoders -> add LoRA -> memory switches -> compile
         -> copy or shard over the processes -> master weights -> average
@@ -32,8 +32,8 @@ class TunedModel:
     sigmas      [N + 1] noise levels of the training rollout
     ranks       the processes that share the network
     parameters  what is trained, by name, as the network computes with it; shards, if the weights are sharded
-    masters     what the optimizer steps, by the same names: float32 copies of narrower parameters, else the parameters
-    themselves
+    masters     what the optimizer steps, by the same names: float32 copies of narrower parameters, and the other
+                parameters themselves
     ema         the moving average of the masters in float32, or None
     """
 
@@ -46,9 +46,7 @@ class TunedModel:
         check_guidance(self.backbone, config.guidance)
         size = config.rollout
         self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas)
-        config.method.plan(
-            self.sigmas.double().numpy(), np.random.default_rng(0)
-        )  # a method that does not fit says so now
+        config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(0))  # raises if the method does not fit
         if config.data.embeddings == "cached":
             embed_once(self.backbone, texts, config.data.cache, accelerator.device)
         torch.manual_seed(config.seed)  # LoRA's initial weights
@@ -56,33 +54,32 @@ class TunedModel:
         save_memory(self.backbone, config.memory)
         if config.compile is not None:
             compile_blocks(self.backbone.denoiser, config.compile)
-        self.ranks = Ranks(accelerator, self.backbone, config.memory.shard, config.memory.shard_gradients)
+        self.ranks = Ranks(accelerator, self.backbone, config.memory)
         self.parameters = trained(self.backbone)
         self.masters = master_weights(self.parameters) if config.tuning.master_weights else self.parameters
         self.ema = None if config.ema is None else moving_average(self.masters, config.ema)
 
     def take_gradients(self) -> None:
-        """Move each parameter's gradient to its master weight. Raises ValueError where a trained parameter has none."""
+        """Move each parameter's gradient to its master weight. Raises ValueError if a trained parameter has none."""
         missing = [name for name, p in self.parameters.items() if p.grad is None]
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(self.parameters)} trained parameters take no part in the velocity and would "
-                "never change, "
-                f"such as {missing[0]}: name other modules in tuning.targets"
+                f"never change, such as {missing[0]}: name other modules in tuning.targets"
             )
         for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
+            if self.masters[name] is not parameter and parameter.grad is not None:
                 self.masters[name].grad, parameter.grad = parameter.grad.to(self.masters[name].dtype), None
 
-    def follow_masters(self, average: bool = True) -> None:
-        """Round the master weights into the network, and let the average take a step towards them."""
+    def follow_masters(self) -> None:
+        """Round the master weights into the network, and move the average a step towards them."""
         assign(self.parameters, self.masters)
-        if average and self.ema is not None:
+        if self.ema is not None:
             self.ema.step(self.masters.values())
 
     @property
     def base(self) -> dict[str, Tensor]:
-        """The weights that a run starts from: a LoRA of zero, or the checkpoint's own, read again."""
+        """The weights that the run started from: LoRA matrices of zero, or the checkpoint's own, read again."""
         if self.config.tuning.mode == "full":
             return base_weights(self.backbone)
         return {name: torch.zeros_like(p) if "lora_B" in name else p for name, p in self.parameters.items()}
@@ -96,7 +93,7 @@ class TunedModel:
     def using(self, weights: Mapping[str, Tensor]) -> Iterator[Backbone]:
         """The backbone with its trained parameters set to `weights` for the block.
 
-        Its own wait on the CPU meanwhile, or where they are if they are shards.
+        Meanwhile the own weights wait on the CPU, or as a copy beside them if they are shards.
         """
         own = {name: p.detach() for name, p in self.parameters.items()}
         kept = {name: p.to("cpu", copy=True) if self.ranks.sharded is None else p.clone() for name, p in own.items()}
@@ -110,10 +107,10 @@ class TunedModel:
 def frozen_backbone(
     config: RunConfig, weights: Path | None, device: str, texts: Iterable[str] | None = None
 ) -> Backbone:
-    """The backbone of a config with tuned weights, or without, on `device`: to draw with, not to train.
+    """The backbone of a config with the tuned `weights`, or without, on `device`: to draw with, not to train.
 
-    texts: all prompts that will be drawn. They are embedded as `config.data.embeddings` says; None leaves the text
-        encoders in place.
+    texts: all prompts that will be drawn, to embed as `config.data.embeddings` says. None leaves the text encoders in
+    place.
     """
     backbone = load_backbone(**config.backbone.model_dump())
     if weights is not None:

@@ -24,28 +24,22 @@ log = logging.getLogger(__name__)
 
 
 def trainable_parameters(backbone: Backbone, tuning: TuningConfig) -> dict[str, Tensor]:
-    """Adds a LoRA adapter to the denoiser, or unfreezes it whole; returns the parameters to train by name."""
+    """Add a LoRA adapter to the denoiser, or unfreeze it whole; returns the parameters to train by name."""
     denoiser = backbone.denoiser
     if tuning.mode == "lora":
         from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
 
-        denoiser.add_adapter(
-            LoraConfig(
-                r=tuning.rank,
-                lora_alpha=tuning.rank if tuning.alpha is None else tuning.alpha,
-                lora_dropout=tuning.dropout,
-                target_modules=tuning.targets or backbone.lora_targets,
-            )
-        )
+        targets, alpha = tuning.targets or backbone.lora_targets, tuning.alpha or tuning.rank
+        lora = LoraConfig(r=tuning.rank, lora_alpha=alpha, lora_dropout=tuning.dropout, target_modules=targets)
+        denoiser.add_adapter(lora)
         cast_training_params(denoiser, torch.float32)  # small updates of bfloat16 weights would be rounded away
     else:
         denoiser.requires_grad_(True)
         if denoiser.dtype == torch.bfloat16 and not tuning.master_weights:
             log.warning(
                 "all weights are trained in bfloat16: a step of AdamW changes a weight by about optimizer.lr, and what "
-                "is less than "
-                "about 1/500 of the weight is rounded away; tuning.master_weights=true keeps every step"
+                "is less than about 1/500 of the weight is rounded away; tuning.master_weights=true keeps every step"
             )
     return trained(backbone)
 
@@ -61,12 +55,14 @@ def master_weights(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def moving_average(masters: Mapping[str, Tensor], decay: float) -> Any:
-    """diffusers' EMAModel of constant decay from the first step on; in float32, since it moves by (1 - decay) of a
-    step.
+    """diffusers' EMAModel, of constant decay from the first step on.
+
+    It is in float32, because it moves by only (1 - decay) of a step.
     """
     from diffusers.training_utils import EMAModel
 
-    return EMAModel(master_weights(masters).values(), decay=decay, min_decay=decay, update_after_step=-1)
+    shadows: Any = master_weights(masters).values()
+    return EMAModel(shadows, decay=decay, min_decay=decay, update_after_step=-1)
 
 
 def build_optimizer(parameters: Iterable[Tensor], options: OptimizerConfig) -> torch.optim.Optimizer:
@@ -74,11 +70,10 @@ def build_optimizer(parameters: Iterable[Tensor], options: OptimizerConfig) -> t
     kind = torch.optim.AdamW
     if options.name == "adamw8bit":
         try:
-            from bitsandbytes.optim import AdamW8bit as kind
+            from bitsandbytes.optim import AdamW8bit as kind  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise ConfigError(
-                f"optimizer.name=adamw8bit needs bitsandbytes ({error}): pip install bitsandbytes, or use adamw"
-            ) from error
+            way_out = "pip install bitsandbytes, or use adamw"
+            raise ConfigError(f"optimizer.name=adamw8bit needs bitsandbytes ({error}): {way_out}") from error
     return kind(parameters, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
 
 

@@ -1,79 +1,68 @@
-"""The report of a run: tables, curves and pictures, put into the run's folder."""
+"""The report of a run: tables, curves and pictures in the run's folder."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from matplotlib.figure import Figure
+import numpy as np
 
-from flowbp.config import RunConfig, dump
+from flowbp.config import dump
 from flowbp.evaluation import figures
 from flowbp.evaluation.pages import as_data_uri, as_png, draw_samples, panels, render, training_facts
-from flowbp.evaluation.scores import Difference, Scores
+from flowbp.evaluation.scores import Scores, compare
 from flowbp.image_statistics import IMAGE_STATISTICS
-from flowbp.plan import SurrogatePlan
 from flowbp.runtime.environment import describe_environment, environment
 from flowbp.runtime.run_folder import RunFolder
+from flowbp.training.trainer import Trainer
 
-__all__ = ["Report"]
+__all__ = ["write_report"]
 
 
-class Report:
-    """Collects what a run has to show; `write` puts it into the run's folder."""
+def write_report(
+    trainer: Trainer, folder: RunFolder, scores: Mapping[str, Scores], validation: dict[str, Any] | None
+) -> None:
+    """Write all that a run has to show into its folder. The main process writes.
 
-    def __init__(self, config: RunConfig, folder: RunFolder, plan: SurrogatePlan, sigmas: list[float]):
-        self.folder, self.config = folder, config
-        self.plan_figure = figures.draw_plan(plan, sigmas, f"{config.method_name}: one plan of {len(sigmas) - 1} steps")
-        self.grids: dict[str, Figure] = {}
-        self.differences: list[dict[str, Any]] = []
-        self.validation: dict[str, Any] | None = None
+    scores: of the weights "before" and "after" training, or none. validation: the sentinel's summary, if there is one.
 
-    def add_scores(self, name: str, scores: Scores) -> None:
-        """Draw the images that `scores` kept as samples_<name>.png, and save all scores as scores_<name>.csv."""
-        self.grids[name] = draw_samples(scores)
-        self.folder.write(f"samples_{name}.png", as_png(self.grids[name]))
-        self.folder.write(f"scores_{name}.csv", scores.as_csv())
-
-    def add_comparison(self, differences: list[Difference]) -> None:
-        """Keep the before/after table and save it as evaluation.json."""
-        self.differences = [asdict(d) for d in differences]
-        self.folder.write_json("evaluation.json", self.differences)
-
-    def add_validation(self, summary: dict[str, Any]) -> None:
-        """Keep what the sentinel saw and save it as validation.json."""
-        self.validation = summary
-        self.folder.write_json("validation.json", summary)
-
-    def write(self) -> None:
-        """Write plan.png and report.html."""
-        if not self.folder.writes:
-            return
-        self.folder.write("plan.png", as_png(self.plan_figure))
-        rows, name = self.folder.metrics(), self.folder.path.name
-        page = render(
-            "report.html",
-            name=name,
-            facts_of_run=training_facts(self.config, rows) | {"made with": describe_environment(environment())},
-            differences=self.differences,
-            validation=self.validation,
-            evaluation=self.config.evaluation,
-            held_out=self.validation
-            and panels({"held-out prompts": self.validation["means"]}, self.held_out, smooth=False),
-            plan=as_data_uri(self.plan_figure),
-            curves=panels({name: rows}, [*self.config.reward, *self.monitors, "grad_norm", "d_j", "d_0"]),
-            window=max(1, len(rows) // 10),
-            trained=" and ".join(self.config.reward),
-            grids={name: as_data_uri(figure) for name, figure in self.grids.items()},
-            config=dump(self.config),
-        )
-        self.folder.write("report.html", page)
-
-    @property
-    def monitors(self) -> list[str]:
-        return list(self.config.evaluation.monitors) if self.config.evaluation else []
-
-    @property
-    def held_out(self) -> list[str]:
-        """What the periodic evaluations score, as the tables order it."""
-        return [*self.config.reward, *self.monitors, "checker", *IMAGE_STATISTICS]
+    plan.png          an example of a plan
+    scores_NAME.csv   scores, and samples_NAME.png the images that they kept
+    evaluation.json   the paired changes between both scores
+    validation.json   the sentinel's summary
+    report.html       all of it on one page, with the curves of training
+    """
+    if not folder.writes:
+        return
+    config, sigmas = trainer.config, trainer.model.sigmas.double().numpy()
+    plan = config.method.plan(sigmas, np.random.default_rng(config.seed))
+    drawn = figures.draw_plan(plan, sigmas.tolist(), f"{config.method_name}: one plan of {len(sigmas) - 1} steps")
+    folder.write("plan.png", as_png(drawn))
+    grids = {name: draw_samples(each) for name, each in scores.items()}
+    for name, each in scores.items():
+        folder.write(f"samples_{name}.png", as_png(grids[name]))
+        folder.write(f"scores_{name}.csv", each.as_csv())
+    differences = [asdict(row) for row in compare(*scores.values())] if scores else []
+    if scores:
+        folder.write_json("evaluation.json", differences)
+    if validation is not None:
+        folder.write_json("validation.json", validation)
+    rows, name, monitors = folder.metrics(), folder.path.name, config.evaluation.monitors if config.evaluation else ()
+    held_out = [*config.reward, *monitors, "checker", *IMAGE_STATISTICS]  # in the order of the tables
+    page = render(
+        "report.html",
+        name=name,
+        facts_of_run=training_facts(config, rows) | {"made with": describe_environment(environment())},
+        differences=differences,
+        validation=validation,
+        evaluation=config.evaluation,
+        held_out=validation and panels({"held-out prompts": validation["means"]}, held_out, smooth=False),
+        plan=as_data_uri(drawn),
+        curves=panels({name: rows}, [*config.reward, *monitors, "grad_norm", "d_j", "d_0"]),
+        window=max(1, len(rows) // 10),
+        trained=" and ".join(config.reward),
+        grids={name: as_data_uri(figure) for name, figure in grids.items()},
+        config=dump(config),
+    )
+    folder.write("report.html", page)

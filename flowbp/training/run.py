@@ -6,17 +6,14 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
-
 from flowbp.config import RunConfig
-from flowbp.evaluation.scores import compare
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.distributed import process_state
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
 from flowbp.runtime.run_folder import BEST, RunFolder
-from flowbp.training.report import Report
+from flowbp.training.report import write_report
 from flowbp.training.sentinel import Sentinel
 from flowbp.training.trainer import Trainer
 
@@ -25,12 +22,11 @@ __all__ = ["run", "train"]
 
 @naming_the_dead()
 def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:
-    """Run `config` to its last step, evaluate it against the base weights and write the report. Returns the run's
-    folder.
+    """Train `config` to its last step, evaluate it against the base weights and write the report.
 
-    On a CPU a process computes on one thread, or on $OMP_NUM_THREADS. All input is checked before the folder is
-    touched. Raises ValueError or FileExistsError on bad input, and ConnectionError where another process of the run has
-    ended.
+    Returns the run's folder. On a CPU a process computes on one thread, or on $OMP_NUM_THREADS. All input is checked
+    before the folder is touched. Raises ValueError or FileExistsError on bad input, and ConnectionError if another
+    process of the run has ended.
     """
     on_cpu = process_state().device.type == "cpu"
     folder = RunFolder(config.output)
@@ -43,9 +39,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> P
 
 
 def run(trainer: Trainer, folder: RunFolder) -> None:
-    """Train from the folder's last checkpoint on, to the last step or until the sentinel stops it; then evaluate and
-    report.
-    """
+    """Train from the folder's last checkpoint to the last step, or to the sentinel's stop; then evaluate and report."""
     config, model, accelerator = trainer.config, trainer.model, trainer.model.ranks.accelerator
     found = latest_checkpoint(folder.path)
     done = load_checkpoint(found, model, trainer.optimizer, trainer.rewards) if found else 0
@@ -74,10 +68,9 @@ def run(trainer: Trainer, folder: RunFolder) -> None:
 
 
 def validate(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder, step: int) -> bool:
-    """Score the weights after `step` optimizer steps if they are due, and keep the best; returns whether training is to
-    stop.
+    """Score the weights after `step` optimizer steps if they are due, and keep the best. Returns whether to stop.
 
-    Nothing that training draws is drawn. All processes have all scores, and so decide alike.
+    No random number of training is drawn. All processes have all scores, and so decide alike.
     """
     if sentinel is None:
         return False
@@ -95,19 +88,10 @@ def validate(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder, ste
 
 
 def report(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder) -> None:
-    """Score base and tuned weights on the same prompts and seeds, draw both, and write everything into the run's
-    folder.
-    """
-    config, model = trainer.config, trainer.model
-    plan = config.method.plan(model.sigmas.double().numpy(), np.random.default_rng(config.seed))
-    pages = Report(config, folder, plan, model.sigmas.tolist())
+    """Score base and tuned weights on the same prompts and seeds, draw both, and write all into the run's folder."""
+    config, model, scores = trainer.config, trainer.model, {}
     if trainer.evaluator is not None:
-        scores = []
         with progress_bar("evaluate", "image", 2 * config.evaluation.samples) as bar:
             for name, weights in (("before", model.base), ("after", model.tuned)):
-                scores.append(trainer.evaluator.score(model, weights, progress=bar.update))
-                pages.add_scores(name, scores[-1])
-        pages.add_comparison(compare(*scores))
-    if sentinel is not None:
-        pages.add_validation(sentinel.summary())
-    pages.write()
+                scores[name] = trainer.evaluator.score(model, weights, progress=bar.update)
+    write_report(trainer, folder, scores, None if sentinel is None else sentinel.summary())

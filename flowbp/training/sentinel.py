@@ -1,5 +1,4 @@
-"""The over-optimisation sentinel: held-out metrics at regular steps of training, the best step by one of them, and when
-to stop.
+"""The over-optimisation sentinel: held-out metrics at regular steps of training, the best step, and when to stop.
 
 Whatever reward is maximised, its true aim first improves with it and then falls (Gao et al. 2023, arXiv 2210.10760). So
 the same held-out prompts and seeds are scored every `evaluation.every` steps. All decisions are functions of these
@@ -9,6 +8,7 @@ scores: a run that goes on from a checkpoint decides as an unbroken one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from flowbp.runtime.data import load_prompts
 __all__ = ["Decision", "Sentinel", "best_step", "exhausted", "warnings"]
 
 History = Mapping[int, Scores]  # by optimizer steps taken, increasing; all of the same samples
+Past = Mapping[int, Mapping[str, np.ndarray]]  # the same as plain columns by metric, as a run's folder keeps them
 
 # Relative changes of image statistics since the first evaluation that are worth a warning: a judgement, not a law.
 LIMITS = {
@@ -31,9 +32,7 @@ LIMITS = {
 
 
 class Decision(NamedTuple):
-    """What an evaluation during training decides: whether its weights are the best so far, and whether training
-    stops.
-    """
+    """What an evaluation during training says: whether its weights are the best so far, and whether to stop."""
 
     is_best: bool
     stops: bool
@@ -42,27 +41,19 @@ class Decision(NamedTuple):
 class Sentinel:
     """The history of a run's periodic evaluations, and what follows from it. It reads and writes nothing."""
 
-    def __init__(
-        self,
-        config: EvaluationConfig,
-        trained: Iterable[str],
-        past: Mapping[int, Mapping[str, np.ndarray]] | None = None,
-    ):
+    def __init__(self, config: EvaluationConfig, trained: Iterable[str], past: Past | None = None):
         """trained: names of the rewards that training maximises. past: scores by step, of a run that goes on."""
-        self.config, self.trained = config, tuple(trained)
-        self.samples = validation_samples(config)
-        past = past or {}
-        self.history = {
-            step: Scores(self.samples.prompts, self.samples.seeds, dict(past[step])) for step in sorted(past)
-        }
+        self.config, self.trained, self.samples = config, tuple(trained), validation_samples(config)
+        prompts, seeds, past = self.samples.prompts, self.samples.seeds, past or {}
+        self.history = {step: Scores(prompts, seeds, dict(past[step])) for step in sorted(past)}
 
     def due(self, step: int) -> bool:
-        """Whether the weights after `step` optimizer steps are to be scored, and were not."""
+        """Whether the weights after `step` optimizer steps must be scored, and were not yet."""
         return step % self.config.every == 0 and step not in self.history
 
     def record(self, step: int, scores: Scores) -> Decision:
-        """Add the scores of the weights after `step` steps."""
-        self.history[step] = scores
+        """Add the scores of the weights after `step` steps, by name in the order that a resumed run reads them in."""
+        self.history[step] = replace(scores, values=dict(sorted(scores.values.items())))
         return Decision(self.best == step, self.stops)
 
     @property
@@ -72,32 +63,28 @@ class Sentinel:
 
     @property
     def stops(self) -> bool:
-        """Whether `evaluation.patience` is at its end."""
+        """Whether `evaluation.patience` evaluations have passed without a new best step."""
         return self.config.patience is not None and exhausted(self.history, self.config.best, self.config.patience)
 
     def summary(self) -> dict[str, Any]:
         """{"means": a row a step, "metric": the one that chooses, "best": step, "stopped": bool, "warnings": lines}."""
-        held_out = [*self.config.monitors, *(["checker"] if self.config.checker is not None else [])]
-        means = [
-            {"step": step} | {name: float(v.mean()) for name, v in scores.values.items()}
-            for step, scores in self.history.items()
-        ]
-        found = warnings(self.history, self.trained, held_out)
-        return {"means": means, "metric": self.config.best, "best": self.best, "stopped": self.stops, "warnings": found}
+        config, found = self.config, warnings(self.history, self.trained, self.config.held_out)
+        scores = {step: scores.values.items() for step, scores in self.history.items()}
+        means = [{"step": step} | {name: float(v.mean()) for name, v in row} for step, row in scores.items()]
+        return {"means": means, "metric": config.best, "best": self.best, "stopped": self.stops, "warnings": found}
 
 
 def validation_samples(config: EvaluationConfig) -> Samples:
-    """The samples of the periodic evaluations: two images of each of validation_samples // 2 prompts, for their
-    diversity; none is kept.
+    """The samples of the periodic evaluations. Each prompt has two images, so that their diversity is known.
+
+    The images themselves are not kept.
     """
     prompts, pairs = load_prompts(config.validation_prompts or config.prompts), config.validation_samples // 2
     return draw_samples(prompts, config.model_copy(update={"samples": 2 * pairs, "grid": 0}), of_each=2)
 
 
 def best_step(history: History, metric: str) -> int:
-    """The step with the highest mean of `metric`; of equal ones the first. A mean that is not a number is the
-    lowest.
-    """
+    """The first step with the highest mean of `metric`. A mean that is not a number counts as the lowest."""
     return max(history, key=lambda step: (np.nan_to_num(history[step].values[metric].mean(), nan=-np.inf), -step))
 
 
@@ -116,32 +103,30 @@ def warnings(history: History, trained: Sequence[str], held_out: Sequence[str]) 
     steps = list(history)
     if len(steps) < 2:
         return []
+    first, last = steps[0], steps[-1]
+    since_first = overall(history[first], history[last])
     found = [
         f"nothing can be said of {row.metric}: {row.count} scored images of {row.prompts} prompts bear no interval; "
-        "with finite scores of "
-        f"six prompts, evaluation.validation_samples=12, they do"
-        for metric, row in overall(history[steps[0]], history[steps[-1]]).items()
+        "with finite scores of six prompts, evaluation.validation_samples=12, they do"
+        for metric, row in since_first.items()
         if metric in held_out and np.isnan(row.low)
     ]
     for metric in held_out:
         peak = best_step(history, metric)
-        if peak == steps[-1]:
-            continue
-        changes = overall(history[peak], history[steps[-1]])
-        for reward in trained:
+        changes = overall(history[peak], history[last]) if peak != last else {}
+        for reward in trained if changes else ():
             if changes[reward].low > 0 and changes[metric].high < 0:
+                rise, fall = change(changes[reward]), change(changes[metric])
                 found.append(
-                    f"over-optimised: from step {peak} to {steps[-1]} the trained {reward} rose by "
-                    f"{change(changes[reward])} while the "
-                    f"held-out {metric} fell by {change(changes[metric])}; step {peak} may be the better model"
+                    f"over-optimised: from step {peak} to {last} the trained {reward} rose by {rise} while the "
+                    f"held-out {metric} fell by {fall}; step {peak} may be the better model"
                 )
-    changes = overall(history[steps[0]], history[steps[-1]])
     for metric, (limit, meaning) in LIMITS.items():
-        if metric in changes and changes[metric].before > 0:
-            row = changes[metric]
+        row = since_first.get(metric)
+        if row is not None and row.before > 0:
             relative = row.change / row.before
             if relative * np.sign(limit) > abs(limit) and (row.low > 0 or row.high < 0):
-                found.append(f"{metric} changed by {relative:+.0%} since step {steps[0]}, {change(row)}: {meaning}")
+                found.append(f"{metric} changed by {relative:+.0%} since step {first}, {change(row)}: {meaning}")
     return found
 
 

@@ -3,10 +3,10 @@
     plan -> rollout without gradient -> reward input -> decode -> rewards -> loss -> g = dloss/d(reward input) -> sweep
     -> AdamW
 
-The VAE and the reward are differentiated first, with nothing else in memory; then the sweep replays the plan's active
-nodes one at a time. Every random draw of a step comes from (seed, step, micro-batch): a resumed run repeats what an
-unbroken one would have done. N processes with batch b take the step of one process with batch N b: each draws the whole
-batch's plans and seeds, and trains its own rows.
+The VAE and the reward are differentiated first, with nothing else in memory. Then the sweep replays the plan's active
+nodes one at a time. Every random draw of a step comes from (seed, step, micro-batch), so that a resumed run repeats
+what an unbroken one would have done. N processes with batch b take the step of one process with batch N b: each draws
+the plans and seeds of the whole batch, and trains its own rows.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from flowbp.trajectory import Trajectory, rollout
 
 __all__ = ["Trainer"]
 
-DROPOUT, PLANS = 0xD409, 0x91A5  # keep these draws apart from those of the noise
+DROPOUT, PLANS = 0xD409, 0x91A5  # parts of seeds, which keep these draws apart from those of the noise
 
 
 class Trainer:
     """A model, its rewards and its optimizer; `step` updates the model once."""
 
     def __init__(self, config: RunConfig, backbone: Backbone | None = None, reward: Reward | None = None):
-        """backbone and reward take the place of those that `config` names; weight, hinge and the like stay."""
+        """backbone, reward: take the place of those that `config` names. Weight, hinge and the like stay."""
         self.config = config
         self.prompts = PromptStream(load_prompts(config.data.prompts), config.seed)
         on_cpu = process_state().device.type == "cpu"
@@ -52,14 +52,12 @@ class Trainer:
         self.rewards = WeightedRewards({name: spec.term(device, reward) for name, spec in config.reward.items()})
         self.evaluator = Evaluator(config, self.rewards.rewards, device) if config.evaluation is not None else None
         self.optimizer = build_optimizer(self.model.masters.values(), config.optimizer)
-        budget = config.memory.budget_gb
-        self.recompute = Recompute(
-            config.memory.recompute, None if budget is None else int(budget * 1e9), config.data.accumulate
-        )
+        budget = None if config.memory.budget_gb is None else int(config.memory.budget_gb * 1e9)
+        self.recompute = Recompute(config.memory.recompute, budget, config.data.accumulate)
         self.phases = Phases()
 
     def texts(self, processes: int) -> list[str]:
-        """Every prompt that the run will draw, in training and in evaluation."""
+        """Every prompt that the run will draw, in training and in evaluation, to be embedded before."""
         data, evaluation = self.config.data, self.config.evaluation
         texts = self.prompts.texts(self.config.steps * data.accumulate * data.batch_size * processes)
         if evaluation is not None:
@@ -70,7 +68,7 @@ class Trainer:
 
     @property
     def monitors(self) -> dict[str, Reward]:
-        """What scores the training images and is never trained on."""
+        """The rewards that score the training images and are never trained on."""
         return {} if self.evaluator is None else self.evaluator.monitors
 
     def step(self, step: int) -> dict:
@@ -87,9 +85,9 @@ class Trainer:
         return row | {"seconds": now() - began} | seconds | {"peak_mb": peak_memory_mb()}
 
     def update(self, step: int) -> dict:
-        """Clip the gradient and step the optimizer and the average; a gradient that is not finite is skipped.
+        """Clip the gradient, and step the optimizer and the average. A gradient that is not finite is skipped.
 
-        Raises ValueError where a trained parameter has none.
+        Raises ValueError if a trained parameter has no gradient.
         """
         options, masters = self.config.optimizer, self.model.masters
         self.model.take_gradients()
@@ -129,53 +127,41 @@ class Trainer:
             settings = {"nodes_per_forward": config.memory.nodes_per_forward, "before_last": reduce_with}
             backward(plan, trajectory, velocity.replay, g / data.accumulate, **settings)
         self.model.backbone.denoiser.eval()
-        return logged | {"nodes": [replay.node for replay in plan.sweep if not replay.output]}
+        return logged | {"nodes": [replay.node for replay in plan.replays if not replay.output]}
 
     def reward_cotangent(
         self, plan: SurrogatePlan | PlanBatch, trajectory: Trajectory, texts: list[str], key: tuple[int, ...]
     ) -> tuple[Tensor, dict[str, float]]:
-        """(dloss/d(reward input), what is logged): the VAE and the reward are differentiated with no network graph in
-        memory.
-        """
-        config, copies, logged = self.config, 1 + plan.num_renoised, {}
-        z = reward_input(plan, trajectory)
-        weights, keep = (
-            torch.ones(len(texts), device=z.device),
-            torch.ones(len(texts), dtype=torch.bool, device=z.device),
-        )
+        """(dloss/d(reward input), what is logged). Of the network, memory holds only the graphs that were kept."""
+        config, ranks, batch, copies = self.config, self.model.ranks, len(texts), 1 + plan.num_renoised
+        z, logged, watched = reward_input(plan, trajectory), {}, []
+        weights, keep = torch.ones(batch, device=z.device), torch.ones(batch, dtype=torch.bool, device=z.device)
         if plan.similarity is not None:
             d_j, d_0 = residuals(plan, trajectory)
             weights, keep = sample_weights(plan.similarity, d_j, d_0)
             logged = {"d_j": d_j.mean().item(), "d_0": d_0.mean().item(), "kept": keep.float().mean().item()}
-        rows, everyone = self.model.ranks.rows(len(texts)), self.model.ranks.size * len(texts)
-        watched, seeds = (
-            [],
-            [seed for copy in range(copies) for seed in sample_seeds(*key, 1 + copy, count=everyone)[rows]],
-        )
+        draws = (sample_seeds(*key, 1 + copy, count=ranks.size * batch) for copy in range(copies))
+        seeds = [seed for seeds_of_all in draws for seed in seeds_of_all[ranks.rows(batch)]]
 
         def score(part_of_z: Tensor, part: slice) -> Tensor:
             images, prompts = self.model.backbone.decode(part_of_z), (texts * copies)[part]
-            own = max(
-                0, min(part.stop, len(texts)) - part.start
-            )  # images of the samples themselves; re-noised copies are not watched
+            own = max(0, min(part.stop, batch) - part.start)  # samples themselves; re-noised copies are not watched
             watched.append(self.watch(images.detach()[:own], prompts[:own]))
             return self.rewards.score(images, prompts, seeds[part])
 
-        kept = self.model.ranks.mean({"kept": keep.sum().item()})[
-            "kept"
-        ]  # gradients are averaged over processes: so is what divides them
+        # Gradients are averaged over processes, so the number that divides them is averaged too.
+        kept = ranks.mean({"kept": keep.sum().item()})["kept"]
         factors = loss_factors(weights, keep, copies, kept)
         rewards, loss, g = reward_gradient(self.rewards, score, z, factors, config.memory.reward_batch)
         g = g / config.guidance.divisor
         norms = g.flatten(1).norm(dim=1) * len(g)
         logged |= {name: torch.cat([scores[name] for scores in watched]).mean().item() for name in self.monitors}
-        logged |= self.rewards.update(self.model.ranks.accelerator.gather(rewards))
+        logged |= self.rewards.update(ranks.accelerator.gather(rewards))
         logged |= {"loss": loss.item(), "sample_grad_norm": norms.mean().item()}
         return clip_samples(g, config.optimizer.max_sample_grad_norm), logged
 
     @torch.no_grad()
     def watch(self, images: Tensor, texts: list[str]) -> dict[str, Tensor]:
-        """Scores [B] by each monitor of the training images: what is never trained on, watched at every step."""
-        return {
-            name: monitor(images, texts) if texts else images.new_empty(0) for name, monitor in self.monitors.items()
-        }
+        """Scores [B] of training images by each monitor."""
+        monitors = self.monitors.items()
+        return {name: monitor(images, texts) if texts else images.new_empty(0) for name, monitor in monitors}

@@ -1,13 +1,13 @@
 """The ops as Triton kernels, one file an op: a kernel that reads as its formula, and a launcher of the op's name.
 
-A launcher takes and returns tensors of one device; flowbp_kernels checks them first, and imports this package at its
+A launcher takes and returns tensors of one device. flowbp_kernels checks them first, and imports this package at the
 first launch.
 
-A kernel reads the tables of its rule, nodes [K, C] int64 and weights [K, C] float64 with a column for all samples or
-one a sample, from the device's memory, in groups of 8 rows: as many loads in flight as registers hold, and one binary
-for any number of nodes. A table that lies on the CPU travels by value: `carry` writes its numbers to the device from
-the arguments of a launch, so that no launch waits for the host or reads memory that the host may have changed since,
-and a CUDA graph captures the numbers with the launch.
+A kernel reads the tables of its rule from the device's memory: nodes [K, C] int64 and weights [K, C] float64, with one
+column for all samples or one a sample. It reads them in groups of 8 rows, which puts as many loads in flight as
+registers hold, and lets one binary serve any number of nodes. A table that lies on the CPU travels by value: `carry`
+writes its numbers to the device from the arguments of a launch. So no launch waits for the host or reads memory that
+the host may have changed since, and a CUDA graph captures the numbers with the launch.
 """
 
 import torch
@@ -24,8 +24,8 @@ CARRIED = 64  # numbers that one launch carries
 def carry(device: torch.device, nodes: Tensor | None, *weights: Tensor) -> list[Tensor | None]:
     """Tables of the CPU, int64 and float64, on the device: weights are rounded to float32, nodes must be below 2**24.
 
-    A node travels as a float: Triton compiles anew for an integer argument that is 1 or a multiple of 16, inside a
-    tuple even against do_not_specialize (3.9), and never for the value of a float.
+    A node travels as a float, because Triton never compiles anew for the value of a float. For an integer argument that
+    is 1 or a multiple of 16 it does, inside a tuple even against do_not_specialize (3.9).
     """
     tables = weights if nodes is None else (nodes, *weights)
     integers = 0 if nodes is None else nodes.numel()
@@ -37,7 +37,9 @@ def carry(device: torch.device, nodes: Tensor | None, *weights: Tensor) -> list[
             padded = *some, *[0.0] * (CARRIED - len(some))
             write[(1,)](words[first:], padded, len(some), integers - first, **OPTIONS)
     places = words.split([table.numel() for table in tables])
-    carried = [place.view(table.dtype).view(table.shape) for place, table in zip(places, tables, strict=True)]
+    carried: list[Tensor | None] = [
+        place.view(table.dtype).view(table.shape) for place, table in zip(places, tables, strict=True)
+    ]
     return carried if nodes is not None else [None, *carried]
 
 
@@ -51,10 +53,10 @@ def write(words, numbers, count, integers):
 
 
 def runs(x: Tensor, *tables: Tensor, apart: bool = False) -> tuple[int, int]:
-    """x [B, *S] as (count, size): B runs of one sample's elements, or, where nothing differs between samples, one run
-    of the whole batch.
+    """(count, size) of x [B, *S]: B runs of one sample's elements, or, where nothing differs between samples, one run
+    of the whole batch, of which more loads are aligned.
 
-    One run keeps more of its loads aligned. apart: samples differ in more than the tables.
+    apart: samples differ in more than the tables.
     """
     count = len(x) if apart or any(table.shape[1] > 1 for table in tables) else 1
     return count, x.numel() // count
@@ -65,12 +67,12 @@ def grid(count: int, size: int, block: int) -> tuple[int]:
 
 
 def loadable(cache: Tensor) -> Tensor:
-    """The cache as the kernels load it: float8 e4m3 as the bytes that they decode, for Triton has no such type on
-    sm_80.
+    """The cache as the kernels load it: float8 e4m3 as bytes, which the kernels decode, because Triton has no such type
+    on sm_80.
     """
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
 def block_of(cache: Tensor) -> int:
-    """Elements a program: with 4 warps one 16-byte load a thread and row, two for float32."""
+    """Elements of one program. With 4 warps that is one 16-byte load for each thread and row, two for float32."""
     return 2048 if cache.element_size() == 1 else 1024

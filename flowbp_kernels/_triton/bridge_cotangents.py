@@ -13,8 +13,8 @@ BLOCK = 1024  # with 4 warps: one 16-byte store of bfloat16 a thread and node, t
 
 @triton.jit(do_not_specialize=["weight_columns", "alpha_columns", "num_nodes", "count"])
 def kernel(g, g_x, out, weights, weight_columns, alphas, alpha_columns, num_nodes, count, size, BLOCK: tl.constexpr):
-    """out[k, b, i] = weights[k, b] (g[b, i] + alphas[k, b] g_x[b, i]); a coefficient of zero cuts what it multiplies, a
-    NaN too.
+    """out[k, b, i] = weights[k, b] (g[b, i] + alphas[k, b] g_x[b, i]). A coefficient of zero cuts what it multiplies,
+    NaN included.
     """
     b, i, inside = place(tl.program_id(0), size, BLOCK)
     of_reward = tl.load(g + b * size + i, inside).to(tl.float32)
@@ -38,9 +38,8 @@ def bridge_cotangents(
     """weights[k] (g + alphas[k] g_x) for every node k, in one pass over g and g_x.
 
     g, g_x: [B, *S] float32, bfloat16 or float16.  weights, alphas: [K, 1] or [K, B] float64.
-    Returns out (default: a new tensor of `dtype`, itself g.dtype by default), [K, B, *S], computed in float32, rounded
-    once. All are
-    contiguous, on one device.
+    Returns out [K, B, *S] (default: a new tensor of `dtype`, which is g.dtype by default), computed in float32, rounded
+    once. All are contiguous, on one device.
     """
     out = g.new_empty((len(weights), *g.shape), dtype=dtype or g.dtype) if out is None else out
     assert all(t.is_contiguous() for t in (g, g_x, weights, alphas, out))

@@ -12,9 +12,7 @@ BLOCK = 1024  # with 4 warps: one 16-byte load of bfloat16 a thread, two of floa
 
 @triton.jit
 def kernel(x, v_cond, v_uncond, guidance, h, on_device, velocity, out, size, BLOCK: tl.constexpr):
-    """velocity[i] = v_u[i] + guidance (v_c[i] - v_u[i]);  out[i] = x[i] + h velocity[i], with the velocity as it was
-    stored.
-    """
+    """velocity[i] = v_u[i] + guidance (v_c[i] - v_u[i]);  out[i] = x[i] + h velocity[i], with velocity as stored."""
     guidance, h = tl.cast(guidance, tl.float32), tl.cast(h, tl.float32)
     if on_device is not None:
         guidance, h = tl.load(on_device).to(tl.float32), tl.load(on_device + 1).to(tl.float32)
@@ -41,15 +39,15 @@ def cfg_euler_step(
     velocity_out: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """v = v_uncond + guidance (v_cond - v_uncond) and x + h v, in one pass, both in float32; x + h v uses v as rounded
+    """v = v_uncond + guidance (v_cond - v_uncond) and x + h v, in one pass, both in float32. x + h v uses v as rounded
     to its dtype.
 
-    x, v_cond, v_uncond: [B, *S] float32, bfloat16 or float16, contiguous, on one device. v_uncond None: v = v_cond,
+    x, v_cond, v_uncond: [B, *S] float32, bfloat16 or float16, contiguous, on one device. v_uncond None: v is v_cond,
     without a copy.
-    guidance, h: numbers, which travel by value.  on_device: [2] float64, both, read in their place; None: the numbers
-    are taken.
+    guidance, h: numbers, which travel by value.  on_device: [2] float64, both of them, to be read in their place; None
+    takes the numbers.
     Returns (x + h v, v): `out` and `velocity_out`, or new tensors in the dtypes of x and v_cond. `out` may be x,
-    `velocity_out` v_cond.
+    `velocity_out` may be v_cond.
     """
     out = torch.empty_like(x) if out is None else out
     velocity = velocity_out

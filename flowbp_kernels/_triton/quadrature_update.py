@@ -37,8 +37,8 @@ def quadrature_update(
 
     x: [B, *S] float32, bfloat16 or float16.  velocities: [N, B, *S], one of those or float8_e4m3fn.
     nodes: [K, 1] or [K, B] int64.  weights: [K, 1] or [K, B] float64.  scales: [N, B] float32, or None for ones.
-    Returns out (default: a new tensor like x), [B, *S] in any of x's dtypes; it may be x. All are contiguous, on one
-        device.
+    Returns out [B, *S] in any of x's dtypes (default: a new tensor like x); it may be x. All are contiguous, on one
+    device.
     """
     out = torch.empty_like(x) if out is None else out
     assert all(t.is_contiguous() for t in (x, velocities, nodes, weights, scales, out) if t is not None)

@@ -8,8 +8,8 @@ GROUP: tl.constexpr = tl.constexpr(8)  # rows whose loads are in flight together
 
 @triton.jit
 def place(program, size, BLOCK: tl.constexpr):
-    """(b, i, inside) of a program on a grid of samples x blocks: its sample, its elements of that sample, which of them
-    exist. 64-bit.
+    """(b, i, inside) of a program on a grid of samples x blocks, in 64 bits: its sample, its elements of that sample,
+    and which of the elements exist.
     """
     blocks = tl.cast((size - 1) // BLOCK + 1, tl.int32)  # size + BLOCK - 1 may exceed 32 bits where size does not
     b = (program // blocks).to(tl.int64)
@@ -36,15 +36,15 @@ def add_rows(
     first = tl.full((), 0, tl.int32)
     while first < num_nodes:
         terms = ()
-        for k in tl.static_range(GROUP):  # all read before the rows, so that no row waits for its own node alone
+        for k in tl.static_range(GROUP):  # all before the rows are read: else each row would wait for its own node
             exists = first + k < num_nodes
             node = entry(nodes, node_columns, first + k, b, exists)
             node = tl.where((node >= 0) & (node < num_cached), node, -1).to(tl.int32)
             weight = entry(weights, weight_columns, first + k, b, exists).to(tl.float32)
             terms += ((node, weight),)
         for k in tl.static_range(GROUP):
-            node, weight = terms[k]
-            takes_part, cached = weight != 0, node >= 0
+            node, weight = terms[k]  # pyright: ignore[reportAssignmentType]
+            takes_part, cached = weight != 0, node >= 0  # pyright: ignore[reportOperatorIssue]
             row = tl.maximum(node, 0).to(tl.int64) * count + b
             weight = tl.where(cached, weight, float("nan"))
             if scales is not None:
@@ -58,10 +58,10 @@ def add_rows(
 
 @triton.jit
 def to_float32(v):
-    """The float32 of a float; of a byte, that of the float8 e4m3 which it encodes (sign, 4 bits of exponent, 3 of
-    mantissa; no infinity).
+    """A float as float32. A byte encodes a float8 e4m3: sign, 4 bits of exponent, 3 of mantissa, no infinity.
 
-    Shifted by 7 its exponent and mantissa are those of a float16 that is 2**8 times smaller, subnormals included.
+    Shifted by 7, exponent and mantissa of the byte are those of a float16 that is 2**8 times smaller, subnormals
+    included.
     """
     if v.dtype == tl.uint8:
         bits = v.to(tl.int16)

@@ -1,18 +1,18 @@
-"""Times every op beside eager PyTorch and torch.compile:  flowbp bench [options], or python benchmarks/run.py
-[options].
+"""Times every op beside eager PyTorch and torch.compile:  flowbp bench [options], or python benchmarks/run.py [options]
 
-provider        what runs
-cuda, triton, cpu, reference    this package, with FLOWBP_KERNELS set to it; forward writes into tensors made before, as
-a trainer would
-eager           the chain of PyTorch calls in the tensors' dtype
-einsum, baddbmm where one such call does it
-compile         torch.compile, default mode, of the formula with float32 sums, shape and numbers baked in;
-compile_seconds: its first call
-copy            dst.copy_(src) of the same number of bytes: what `percent_of_copy` is a share of, in the same rounds
-launch          an in-place op on one element (GPU): what it takes to launch anything
+provider           what runs
+cuda, triton, cpu, reference
+                   this package, with FLOWBP_KERNELS set to it; forward writes into tensors made before, as a trainer
+                   does
+eager              the chain of PyTorch calls in the tensors' dtype
+einsum, baddbmm    one such call, where one does it
+compile            torch.compile, default mode, of the formula with float32 sums, shape and numbers baked in;
+                   compile_seconds is the time of its first call
+copy               dst.copy_(src) of the same number of bytes, in the same rounds: `percent_of_copy` compares with it
+launch             an in-place op on one element (GPU): what it takes to launch anything
 
 GB/s are of the minimum traffic: each input read once, each output written once. A copy on a CPU also fetches the lines
-that it overwrites, so an op that mostly reads can pass 100 %. Nothing is dropped in silence: what cannot run is listed
+that it overwrites, so an op that mostly reads can pass 100 %. Nothing is left out silently: what cannot run is listed
 with its reason.
 """
 
@@ -27,6 +27,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,8 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(case: Case, device: str, modes=MODES, providers=None, seconds: float = 0.2) -> tuple[list[dict], list[dict]]:
-    """(rows, what was left out and why) of one case: a row a mode and provider. providers: names to keep, which must
-    run; None for all.
+    """(rows, what was left out and why) of one case, with a row for each mode and provider. providers: the names to
+    measure, which must run; None for all that run.
     """
     torch.manual_seed(0)
     task = problem(case, device)
@@ -127,9 +128,7 @@ def machine(device: str) -> dict:
 
 
 def _providers(task: Problem, mode: str, device: str, wanted=None) -> dict[str, tuple]:
-    """By name: the function of the task's inputs (None: it is a call as it stands), and the FLOWBP_KERNELS that it runs
-    under.
-    """
+    """By name: the function of the task's inputs, and the FLOWBP_KERNELS that it runs under (None: as it is)."""
     ours = task.ours_into if mode == "forward" else task.ours
     found = {
         name: (ours, name)
@@ -198,14 +197,14 @@ def _name(row: dict) -> str:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    about = __doc__.split("\n\n")
+    about = (__doc__ or "").split("\n\n")
     parser = argparse.ArgumentParser(
         "flowbp bench",
         description=about[0],
         epilog="\n\n".join(about[1:]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    several = {"nargs": "+", "metavar": ""}
+    several: dict[str, Any] = {"nargs": "+", "metavar": ""}
     parser.add_argument("--op", **several, choices=OPS, default=list(OPS), help=f"ops (all): {', '.join(OPS)}")
     parser.add_argument(
         "--latent",
@@ -238,7 +237,7 @@ def _free_memory(device: str) -> int:
 
 
 def _processor() -> str:
-    """Its name and, since that of a virtual machine is often no more than a brand, its family and model."""
+    """The processor's name, family and model. The name alone is often no more than a brand on a virtual machine."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
@@ -253,17 +252,12 @@ def _compiled_for() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this runs from, with a + for changes on top; elsewhere what FLOWBP_COMMIT says,
-    or None.
-    """
+    """The commit of the checkout that this runs from, with a + for changes on top; elsewhere FLOWBP_COMMIT, or None."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    if (
-        shutil.which("git") is None
-        or subprocess.run([*git, "ls-files", "--error-unmatch", "."], capture_output=True).returncode
-    ):
-        return os.environ.get(
-            "FLOWBP_COMMIT"
-        )  # git does not track this: installed, perhaps inside another project's checkout
+    # An installed package may lie inside another project's checkout: git must track this very folder.
+    tracked = [*git, "ls-files", "--error-unmatch", "."]
+    if shutil.which("git") is None or subprocess.run(tracked, capture_output=True).returncode:
+        return os.environ.get("FLOWBP_COMMIT")
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     changed = subprocess.run(
         [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True

@@ -1,5 +1,5 @@
-"""How it is measured: every provider of a case in turn, round after round, so that a noisy machine disturbs all of them
-alike.
+"""How times and memory are measured. Every provider of a case takes its turn, round after round, so that a noisy
+machine disturbs all of them alike.
 """
 
 import os
@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "6"
-)  # the profiler, used for peak memory, else writes to stderr at every call
+# The profiler, which measures peak memory, would otherwise write to stderr at every call.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
 Call = Callable[[], object]
-SAMPLE_SECONDS = 2e-3  # a CPU sample lasts at least this long: enough calls in a row to drown the clock
+SAMPLE_SECONDS = 2e-3  # a CPU sample repeats the call for at least this long, against the error of the clock
 MIN_ROUNDS = 5
 
 
@@ -52,8 +53,8 @@ def kernels(backend: str | None):
 
 
 def interleave(calls: dict[str, tuple[Call, str | None]], device: str, seconds: float) -> dict[str, Timing]:
-    """Times each call (with its FLOWBP_KERNELS) for about `seconds` a provider, one sample each a round, the order
-    rotated every round.
+    """Time each call, under its FLOWBP_KERNELS, for about `seconds` a provider. A round takes one sample of each; the
+    order is rotated every round.
     """
     sample, names = (_cuda_sampler(), list(calls)) if device == "cuda" else (_cpu_sample, list(calls))
     repeats = {}
@@ -74,9 +75,8 @@ def interleave(calls: dict[str, tuple[Call, str | None]], device: str, seconds: 
 
 
 def _cpu_sample(call: Call, repeats: int) -> float:
-    clock = (
-        time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    )  # one thread: not the time that others had the core
+    # The time of one thread leaves out what other programs had of the core.
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     for _ in range(repeats):
         call()
@@ -84,8 +84,8 @@ def _cpu_sample(call: Call, repeats: int) -> float:
 
 
 def _cuda_sampler() -> Callable[[Call, int], float]:
-    """Seconds of one call between two events, after 8 times the L2 cache was overwritten: no input is in it, the launch
-    is hidden.
+    """Seconds of one call between two events. Before it, 8 times the size of the L2 cache is overwritten, so that no
+    input is in the cache and the launch is hidden.
     """
     size = 8 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     flush = torch.empty(size, dtype=torch.int8, device="cuda")
@@ -116,7 +116,8 @@ def peak_memory(call: Call, device: str) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     del result
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    trace: Any = profiler.profiler
+    events = [event for event in trace.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
@@ -129,4 +130,5 @@ def launches(call: Call) -> int:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+    on_gpu = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
+    return sum(event.device_type == on_gpu for event in profiler.events() or ())

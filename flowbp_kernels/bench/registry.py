@@ -1,4 +1,4 @@
-"""What is measured: each op on the latents of real models, beside the PyTorch that trainers write today."""
+"""What is measured: each op on the latents of real models, and the PyTorch that trainers write today instead of it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,10 +37,10 @@ class Case:
 class Problem:
     """An op's inputs at hand, and every way to compute it.
 
-    ours(*inputs): through flowbp_kernels, with gradient.  ours_into(*inputs): the same into tensors made before, as a
-        trainer would.
-    baselines: by name, of the same inputs.  to_compile: the formula written for torch.compile, float32 sums and no more
-        casts than needed.
+    ours(*inputs): through flowbp_kernels, with gradient.
+    ours_into(*inputs): the same into tensors made before, as a trainer does.
+    baselines: other ways by name, of the same inputs.
+    to_compile: the formula written for torch.compile, with float32 sums and no more casts than needed.
     leaves: positions of the inputs that backward differentiates; none for an op without gradient.
     traffic: bytes that must be read and written at least, by mode.
     """
@@ -66,11 +66,10 @@ def has_rows(op: str) -> bool:
 
 
 def footprint(case: Case, modes: Sequence[str]) -> int:
-    """Bytes that measuring a case takes, about: its tensors, their gradients, and the copy it is compared with."""
+    """Bytes that measuring a case takes, about: its tensors, their gradients, and the copy that it is compared with."""
     copies = 4
-    if (
-        case.op == "bridge_cotangents"
-    ):  # its outputs are as large as a cache; behind a gradient every provider keeps its own
+    # The outputs of this op are as large as a cache, and for backward every provider keeps its own.
+    if case.op == "bridge_cotangents":
         copies = 8 if list(modes) == ["forward"] else 12
     return copies * (case.steps + 6) * torch.Size(case.shape).numel() * DTYPES[case.dtype].itemsize
 
@@ -109,9 +108,8 @@ def quadrature_update(case: Case, device: str) -> Problem:
         to_compile=fused,
         baselines={"eager": eager, "einsum": einsum, "baddbmm": baddbmm},
         leaves=(0, 1),
-        traffic=_traffic(
-            x, forward=case.steps + 2, backward=case.steps + 1
-        ),  # backward: g is x's gradient; it scales into every row
+        # Backward reads g, which is the gradient of x, and writes the gradient of every row.
+        traffic=_traffic(x, forward=case.steps + 2, backward=case.steps + 1),
     )
 
 
@@ -168,7 +166,8 @@ def cfg_euler_step(case: Case, device: str) -> Problem:
         v = v_uncond + guidance * (v_cond - v_uncond)
         x_next = x + h * v
         if not v.requires_grad:
-            velocity_slot.copy_(v), latent_slot.copy_(x_next)  # the two caches
+            velocity_slot.copy_(v)
+            latent_slot.copy_(x_next)
         return x_next, v
 
     def fused(x, v_cond, v_uncond):
@@ -177,9 +176,9 @@ def cfg_euler_step(case: Case, device: str) -> Problem:
 
     return Problem(
         inputs=(x, v_cond, v_uncond),
-        ours=lambda *tensors: flowbp_kernels.cfg_euler_step(*tensors, guidance, h),
+        ours=lambda *tensors: flowbp_kernels.cfg_euler_step(*tensors, guidance=guidance, h=h),
         ours_into=lambda *tensors: flowbp_kernels.cfg_euler_step(
-            *tensors, guidance, h, velocity_out=velocity_slot, out=latent_slot
+            *tensors, guidance=guidance, h=h, velocity_out=velocity_slot, out=latent_slot
         ),
         to_compile=fused,
         baselines={"eager": eager},
@@ -247,6 +246,6 @@ def _weights(case: Case) -> list[float]:
 
 
 def _traffic(x: Tensor, **tensors_by_mode: int) -> dict[str, int]:
-    """Bytes by mode, from the number of tensors like x that each one reads and writes; full: both."""
+    """Bytes by mode, from the number of tensors like x that each mode reads and writes; "full" is the sum."""
     by_mode = {mode: count * x.nbytes for mode, count in tensors_by_mode.items()}
     return by_mode | ({"full": sum(by_mode.values())} if "backward" in by_mode else {})

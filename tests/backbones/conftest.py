@@ -5,9 +5,9 @@ from functools import cache
 import pytest
 import torch
 from diffusers.utils import logging
+from tiny_pipelines import tiny_pipeline
 
 from flowbp.backbones import BACKBONES
-from flowbp.backbones.tiny import tiny_pipeline
 
 TOKENS = 48
 

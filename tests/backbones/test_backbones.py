@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
+from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 
 import flowbp
 from flowbp.backbones import BACKBONES, bind_velocity, check_guidance, load_backbone
-from flowbp.backbones.tiny import TINY_PIPELINES, tiny_pipeline
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
 
@@ -111,8 +111,7 @@ def test_what_a_network_needs_is_made_on_the_device_of_the_latents(tiny_backbone
     assert backbone.decode(x).shape == (2, 3, 32, 32)
 
 
-# -- refusals
-# ----------------------------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -163,8 +162,7 @@ def test_unknown_names_and_models_out_of_reach_say_what_to_do():
         load_backbone("nobody/nothing")
 
 
-# -- layering
-# ----------------------------------------------------------------------------------------------------------------------
+# -- layering ----------------------------------------------------------------------------------------------------------
 
 
 def test_backbones_name_no_method_and_methods_no_backbone():

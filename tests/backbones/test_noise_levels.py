@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_pipelines import tiny_pipeline
 
 from flowbp.backbones import BACKBONES, bind_velocity, load_backbone
-from flowbp.backbones.tiny import tiny_pipeline
 from flowbp.guidance import Guidance
 
 RULES = json.loads((Path(__file__).parents[1] / "golden" / "sampling_rules.json").read_text())

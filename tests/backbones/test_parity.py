@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from tiny_pipelines import tiny_pipeline
 
 from flowbp.backbones import BACKBONES, bind_velocity
-from flowbp.backbones.tiny import tiny_pipeline
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.trajectory import rollout
 
@@ -75,9 +75,8 @@ def drawn_by_pipeline(backbone, variant, steps, height, width):
 def drawn_by_euler(backbone, variant, steps, height, width, sigmas=None):
     """The same by plain Euler steps."""
     embedded = {} if variant.guidance.embedded is None else {"guidance": torch.full((2,), variant.guidance.embedded)}
-    positive, negative = (
-        backbone.encode(texts) | embedded for texts in (TEXTS, ["", ""])
-    )  # embeddings round with the batch size
+    # Both of one batch size, by which the embeddings round.
+    positive, negative = (backbone.encode(texts) | embedded for texts in (TEXTS, ["", ""]))
     velocity = GuidedVelocity(
         backbone.velocity, positive, negative, variant.guidance, backbone.guidance_branches == "batched"
     )
@@ -86,9 +85,8 @@ def drawn_by_euler(backbone, variant, steps, height, width, sigmas=None):
     trajectory = []
     for sigma, h in zip(sigmas, torch.diff(sigmas), strict=False):
         v = velocity(x, sigma)
-        if (
-            variant.name == ZIMAGE and variant.guidance.active
-        ):  # the same guidance, in the order in which this pipeline rounds it
+        if variant.name == ZIMAGE and variant.guidance.active:
+            # The same guidance, in the order in which this pipeline rounds it.
             positive, negative = velocity.branches(x, sigma)
             v = positive + (variant.guidance.scale - 1) * (positive - negative)
         x = (x.float() + h * v).to(v.dtype)
@@ -153,8 +151,7 @@ def test_a_bfloat16_rollout_is_no_further_from_float64_than_the_pipeline(tiny_ba
     assert max(errors["rollout"], errors["float32 latents"]) <= 1.1 * errors["pipeline"]  # 10 %: rounding is random
 
 
-# -- an adapter that is wrong in one respect draws something else
-# ----------------------------------------------------------------------
+# -- an adapter that is wrong in one respect draws something else ------------------------------------------------------
 
 LEVELS = torch.linspace(1, 1 / 8, 8)
 

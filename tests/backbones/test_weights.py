@@ -6,10 +6,10 @@ import pytest
 import torch
 from displaced import frozen
 from safetensors.torch import load_file
+from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 from typer.testing import CliRunner
 
 from flowbp.backbones import BACKBONES
-from flowbp.backbones.tiny import TINY_PIPELINES, tiny_pipeline
 from flowbp.cli import app
 from flowbp.config import build_method, load
 from flowbp.evaluation import scores as evaluation
@@ -99,7 +99,7 @@ def test_an_exported_lora_carries_alpha_in_its_weights(trained, tmp_path):
 
 def test_a_lora_of_another_class_is_refused(trained, tmp_path):
     name, folder, train = trained
-    save_weights(train("refl").backbone, tmp_path)
+    save_weights(train("refl").model.backbone, tmp_path)
     other = "ZImagePipeline" if name != "ZImagePipeline" else "FluxPipeline"
     with pytest.raises(ValueError, match="belongs to another model: .* do not fit this"):
         load_weights(BACKBONES[other](tiny_pipeline(other)), tmp_path)

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.utils import logging
+from tiny_pipelines import tiny_pipeline
 
 from flowbp.backbones import BACKBONES
-from flowbp.backbones.tiny import tiny_pipeline
 from flowbp.config import load
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import FlowBPBridge
 from flowbp.replay import Recompute
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from flowbp.runtime.distributed import shard_like, shard_weights, unshard
+from flowbp.runtime.distributed import gathered, shard_like, shard_weights, unshard
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.surrogate import backward, reward_input
 from flowbp.training.run import run as train_run
@@ -88,14 +88,8 @@ CASES = {  # name: (pipeline, overrides)
     ),
     "sharded, checkpointing": (SD3, ("method.name=flowbp-lagrange", "memory={shard: true, checkpointing: true}")),
 }
-OF_FOUR = (
-    "filtered",
-    "stratified, in pairs",
-    "lora",
-    "sharded bridge",
-    "sharded gradients, kept graphs",
-)  # what four processes take
-
+# what four processes take
+OF_FOUR = ("filtered", "stratified, in pairs", "lora", "sharded bridge", "sharded gradients, kept graphs")
 
 BFLOAT16 = {  # whose gradients depend on the number of processes: a run resumes exactly with as many
     "bfloat16": (SD3, ("method.name=flowbp-sparse",)),
@@ -103,7 +97,12 @@ BFLOAT16 = {  # whose gradients depend on the number of processes: a run resumes
 }
 
 
-RESUMED = ("bridge, guided", "sharded bridge", *BFLOAT16)
+RESUMED = (*BFLOAT16, "bridge, guided", "sharded bridge")
+
+
+def taken(cases, world):
+    """Two processes take all, four the last: where they go is the same, and what is sharded is the harder way."""
+    return cases if world == 2 else cases[-1:]
 
 
 @cache
@@ -260,6 +259,14 @@ def scores(case, folder, world):
     return {name: torch.from_numpy(column) for name, column in found.values.items()}, found.images, len(chunks)
 
 
+GATHERED = ("bridge, guided", "sharded bridge")
+
+
+def gathers(case, folder, world):
+    """What this process gets of the gathered weights of a run that starts."""
+    return gathered({"weights": dict(make_trainer(case, folder, world).model.parameters), "step": 3})
+
+
 WHOLE = ("lora", "sharded lora")
 WATCHED = (
     "evaluation={{prompts: {0}/prompts.txt, samples: 7, batch_size: 2, grid: 3, checker: null, every: 1, best: m, "
@@ -273,9 +280,8 @@ def whole_run(case, folder, world):
     trainer = make_trainer(case, folder, world, f"output={output}", "steps=2", WATCHED.format(folder))
     run_folder = RunFolder(output)
     run_folder.open(trainer.config)
-    trainer.model.ranks.accelerator.end_training = (
-        trainer.model.ranks.accelerator.wait_for_everyone
-    )  # other cases follow
+    accelerator = trainer.model.ranks.accelerator
+    accelerator.end_training = accelerator.wait_for_everyone  # other cases follow
     train_run(trainer, run_folder)
     return output
 
@@ -303,11 +309,11 @@ def run(rank, world, port, folder):
     results = {}
     for case in CASES if world == 2 else OF_FOUR:
         results[case] = train_step(case, folder, world)
-    for case in RESUMED:
+    for case in taken(RESUMED, world):
         results[f"resume: {case}"] = resumes(case, folder, world)
-    for case in ("bridge, guided", "sharded bridge"):
+    for case in taken(("bridge, guided", "sharded bridge"), world):
         results[f"scores: {case}"] = scores(case, folder, world)
-    for shard in ("false", "true"):
+    for shard in taken(("false", "true"), world):
         results[f"dropout, shard={shard}"] = dropout_gradients(shard, folder, world)
     results["auto capacity"] = auto_capacity(folder, world, rank)
     for case in ("sharded bridge", "sharded gradients"):
@@ -315,10 +321,10 @@ def run(rank, world, port, folder):
     results["own loop"] = own_loop(rank, world)
     results["sum of backward passes"] = sum_of_backward_passes(world)
     written = watch_writes()
-    for case in WHOLE:
+    for case in taken(WHOLE, world):
         output = str(whole_run(case, folder, world))
         results[f"whole run: {case}"] = output, [path for path in written if path.startswith(output)]
-    ranks = make_trainer("bridge, guided", folder, world).ranks
-    results["main says"] = [ranks.main_says(lambda: rank == 0), ranks.main_says(lambda: rank != 0)]
+    for case in GATHERED:
+        results[f"gathered: {case}"] = gathers(case, folder, world)
     torch.save(results, Path(folder, f"{world}-{rank}.pt"))
     torch.distributed.destroy_process_group()

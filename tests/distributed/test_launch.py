@@ -29,6 +29,15 @@ LONG = [
     "rollout.num_steps=2",
     "method={name: refl, last_n: 1}",
 ]
+COUNTING = """
+import os
+import torch
+from pathlib import Path
+
+def reward(images, prompts):
+    Path(os.environ["COUNTED"], os.environ["RANK"]).write_text(str(torch.get_num_threads()))
+    return images.mean(dim=(1, 2, 3))
+"""
 
 
 def hear_interrupts():
@@ -79,7 +88,6 @@ def alone(start, tmp_path_factory):
     return take_steps(start, tmp_path_factory.mktemp("alone") / "run", 8)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "options"), LAUNCHERS.values(), ids=LAUNCHERS)
 def test_two_launched_processes_train_as_one_with_twice_the_batch(launcher, options, alone, start, tmp_path):
     for row, expected in zip(take_steps(start, tmp_path / "run", 4, launcher, options), alone, strict=True):
@@ -88,29 +96,6 @@ def test_two_launched_processes_train_as_one_with_twice_the_batch(launcher, opti
             assert row[key] == pytest.approx(expected[key], rel=1e-3), key  # float32 sums in another order
 
 
-COUNTING = """
-import os
-import torch
-from pathlib import Path
-
-def reward(images, prompts):
-    Path(os.environ["COUNTED"], os.environ["RANK"]).write_text(str(torch.get_num_threads()))
-    return images.mean(dim=(1, 2, 3))
-"""
-
-
-@pytest.mark.slow
-def test_processes_that_flowbp_starts_compute_on_one_thread_each(start, tmp_path, monkeypatch):
-    (tmp_path / "counting.py").write_text(COUNTING)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    options = ["steps=1", "data.batch_size=1", "reward={name: 'counting:reward'}", "--processes", "2"]
-    process = start(tmp_path / "run", OWN, options, PYTHONPATH=f"{tmp_path}:{ROOT}", COUNTED=str(tmp_path))
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "1"]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_whose_peer_is_killed_ends_within_a_minute_and_names_it(killed, start, tmp_path):
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
@@ -125,7 +110,6 @@ def test_a_process_whose_peer_is_killed_ends_within_a_minute_and_names_it(killed
     assert f"steps are saved; to go on: flowbp train {tmp_path / 'run'} --resume --processes 2" in errors
 
 
-@pytest.mark.slow
 def test_a_process_that_never_meets_the_others_ends_them(start, tmp_path):
     """Before they have met they share no connection that could break."""
     (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1': os._exit(3)\n")
@@ -134,10 +118,14 @@ def test_a_process_that_never_meets_the_others_ends_them(start, tmp_path):
     assert process.returncode == 1 and "error: process 1 of 0 to 1 ended with code 3" in errors
 
 
-@pytest.mark.slow
-def test_an_interrupted_run_of_two_processes_says_once_how_to_go_on(start, tmp_path):
-    process = start(tmp_path / "run", OWN, [*LONG, "--processes", "2"])
+def test_processes_that_flowbp_starts_take_one_thread_each_and_say_once_how_to_go_on(start, tmp_path, monkeypatch):
+    """Of one run, which is interrupted: a start takes longer than its steps."""
+    (tmp_path / "counting.py").write_text(COUNTING)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    options = [*LONG, "reward={name: 'counting:reward'}", "--processes", "2"]
+    process = start(tmp_path / "run", OWN, options, PYTHONPATH=f"{tmp_path}:{ROOT}", COUNTED=str(tmp_path))
     wait_for_steps(tmp_path / "run", 2, process)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "1"]
     others = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in (*map(int, others), process.pid):  # a terminal interrupts all of them
         os.kill(pid, signal.SIGINT)

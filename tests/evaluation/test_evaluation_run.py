@@ -37,7 +37,7 @@ def whole(run, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("offset", [0, *OFFSETS])
+@pytest.mark.parametrize("offset", [0, OFFSETS[0]])  # test_reproducible.py takes them all
 def test_a_killed_evaluation_resumes_to_the_same_bytes_wherever_tensors_lie(offset, run, whole, tmp_path, monkeypatch):
     config, models, folder = load(run / "config.yaml"), [BASE, Model("tuned", run)], tmp_path / "eval"
     written, write = [], evaluation_run.write_chunk
@@ -61,7 +61,6 @@ def test_a_killed_evaluation_resumes_to_the_same_bytes_wherever_tensors_lie(offs
     assert expected.keys() == got.keys() and not [name for name in expected if expected[name] != got[name]]
 
 
-@pytest.mark.slow
 def test_two_processes_write_the_same_bytes_as_one(run, whole, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flowbp"]
     command = ["eval", str(run / "config.yaml"), "--weights", f"tuned={run}", "--out", str(tmp_path / "eval")]

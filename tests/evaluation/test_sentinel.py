@@ -148,7 +148,7 @@ def test_watching_leaves_training_bit_identical_and_resumes_exactly(tmp_path):
 
 
 def test_training_stops_when_patience_ends_and_stays_stopped(tmp_path, monkeypatch):
-    from flowbp.evaluation import scores as evaluation
+    from flowbp.evaluation import evaluator
 
     def falling(*arguments):
         falling.calls += 1
@@ -160,7 +160,7 @@ def test_training_stops_when_patience_ends_and_stays_stopped(tmp_path, monkeypat
     falling.calls = 0
     twelve = ["evaluation.validation_samples=12", "evaluation.patience=2"]
     config = load("demo", [f"output={tmp_path / 'run'}", "steps=9", *SMALL, *PERIODIC, *twelve])
-    monkeypatch.setattr(evaluation, "evaluate", falling)
+    monkeypatch.setattr(evaluator, "evaluate", falling)
     train(config)
     train(config, resume=True)
     assert len((config.output / "metrics.jsonl").read_text().splitlines()) == 2

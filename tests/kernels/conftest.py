@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -9,3 +13,22 @@ def threads_of_the_kernels():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+
+
+@pytest.fixture
+def new_process():
+    """Runs a script in a process of its own, which imports everything anew; returns what it printed."""
+
+    def run(script, cwd=None, **environment):
+        command = [sys.executable, "-c", script]
+        ended = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    return run

@@ -1,11 +1,8 @@
 """Which backend runs: FLOWBP_KERNELS, a missing extension, a broken one, and GPUs that a backend cannot use."""
 
-import os
 import platform
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,17 +221,15 @@ def test_the_report_has_a_row_a_backend():
         assert backend.isa() in rows["cpu"][1] and f"{backend.rows()} rows" in rows["cpu"][1]
 
 
-def test_the_package_works_without_its_extension(tmp_path):
+def test_the_package_works_without_its_extension(new_process, tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "flowbp_kernels", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     script = (
         "import runpy, torch, flowbp_kernels as fk; assert fk.backend.extension_path() is None;"
         "assert (fk.quadrature_update(torch.ones(2, 3), torch.ones(1, 2, 3), [0], [0.5]) == 1.5).all();"
         "runpy.run_module('flowbp_kernels', run_name='__main__')"
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "FLOWBP_KERNELS": "auto"}
-    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    rows = [line.split(maxsplit=2) for line in run.stdout.splitlines()]
+    said = new_process(script, cwd=tmp_path, PYTHONPATH=str(tmp_path), FLOWBP_KERNELS="auto")
+    rows = [line.split(maxsplit=2) for line in said.splitlines()]
     assert ["reference", "yes", "plain PyTorch, any device and dtype"] in rows
     assert any(row[:2] == ["cpu", "no"] and "not built" in row[2] for row in rows)
 

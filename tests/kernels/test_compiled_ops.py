@@ -2,10 +2,6 @@
 it.
 """
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -185,7 +181,7 @@ def sums(cache_dtype, size, num_nodes, per_sample, rows, monkeypatch):
         return quadrature_update(x, cache, nodes, first, scales=scales), gaps, landings
 
 
-def test_the_first_large_calls_of_a_process_agree_whichever_measures():
+def test_the_first_large_calls_of_a_process_agree_whichever_measures(new_process, monkeypatch):
     """Several threads at once are the first to read much of a cache: one of them measures how, and all compute the
     same.
     """
@@ -201,11 +197,8 @@ for call in calls: call.join()
 assert len(results) == 4 and all((result == 9).all() for result in results)
 assert backend.rows() in ("few", "all") and backend.rows() == backend.rows()
 """
-    environment = {name: value for name, value in os.environ.items() if name != "FLOWBP_ROWS"} | {
-        "FLOWBP_KERNELS": "cpu"
-    }
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
+    monkeypatch.delenv("FLOWBP_ROWS", raising=False)
+    new_process(script, FLOWBP_KERNELS="cpu")
 
 
 def test_what_requires_grad_may_be_written_from_where_none_is_recorded():
@@ -276,8 +269,7 @@ def test_every_plan_stride_and_dtype_is_within_rounding_of_float64(shape, num_no
         )
 
 
-# -- registration
-# ------------------------------------------------------------------------------------------------------------------
+# -- registration ------------------------------------------------------------------------------------------------------
 
 
 def operator_calls():

@@ -28,8 +28,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    spec = importlib.util.spec_from_file_location("emulated", build.module(tmp_path_factory.mktemp("emulated")))
+def emulated():
+    spec = importlib.util.spec_from_file_location("emulated", build.module())
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -207,23 +207,27 @@ def run(command):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.slow
+@pytest.fixture
+def compile_emulated():
+    """The builds of all kernels and sanitize.cpp; each returns a program's path."""
+    return build
+
+
 @pytest.mark.parametrize("sanitizer, planted, finding", [
     ("address", "PLANT_OUT_OF_BOUNDS", "heap-buffer-overflow"),
     ("thread", "PLANT_NO_SYNCTHREADS", "data race"),
 ])  # fmt: skip
-def test_the_sanitizer_finds_a_planted_bug_and_nothing_else(sanitizer, planted, finding, tmp_path):
-    clean = run(build.program(tmp_path, sanitizer))
+def test_the_sanitizer_finds_a_planted_bug_and_nothing_else(sanitizer, planted, finding, compile_emulated):
+    clean = run(compile_emulated.program(sanitizer))
     assert clean.returncode == 0 and clean.stdout == "equal\n", clean.stdout + clean.stderr
-    broken = run(build.program(tmp_path, sanitizer, planted))
+    broken = run(compile_emulated.program(sanitizer, planted))
     assert broken.returncode != 0 and finding in broken.stderr
 
 
-@pytest.mark.slow
-def test_the_baseline_of_aarch64_has_the_bits_of_cuda(tmp_path):
+def test_the_baseline_of_aarch64_has_the_bits_of_cuda(compile_emulated):
     compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
     for tool in (compiler, emulator):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not on PATH")
-    crossed = run([emulator, build.program_for(tmp_path, compiler)])
+    crossed = run([emulator, compile_emulated.program_for(compiler)])
     assert crossed.returncode == 0 and crossed.stdout == "equal\n", crossed.stdout + crossed.stderr

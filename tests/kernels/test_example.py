@@ -12,9 +12,8 @@ FILES = "reward_gradient.py", "reward_gradient_flowbp.py"
 
 
 def test_it_changes_at_most_15_lines():
-    before, after = (
-        (EXAMPLES / name).read_text().split('"""', 2)[2].splitlines() for name in FILES
-    )  # without the docstring
+    without_docstring = [(EXAMPLES / name).read_text().split('"""', 2)[2] for name in FILES]
+    before, after = map(str.splitlines, without_docstring)
     changed = [line for line in difflib.ndiff(before, after) if line[0] in "+-" and line[2:].strip()]
     assert max(sum(line[0] == sign for line in changed) for sign in "+-") <= 15
 

@@ -1,6 +1,5 @@
 """selective_recompute against the ordinary autograd graph of the same surrogate, and everything it must refuse."""
 
-import os
 import subprocess
 import sys
 import weakref
@@ -438,18 +437,22 @@ dist.destroy_process_group()
 """
 
 
-def test_ddp_reduces_the_replayed_gradients_and_ways_round_it_are_refused(tmp_path):
-    command = [sys.executable, "-c", DISTRIBUTED]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(r), str(tmp_path / "store")], env={**os.environ}, stderr=subprocess.PIPE, text=True
-        )
-        for r in range(2)
-    ]
-    try:
+@pytest.fixture
+def two_processes(tmp_path):
+    """Runs a script as two processes, which it tells their rank and where they meet."""
+    ranks = []
+
+    def run(script):
+        command, pipes = [sys.executable, "-c", script], {"stderr": subprocess.PIPE, "text": True}
+        ranks.extend(subprocess.Popen([*command, str(r), str(tmp_path / "store")], **pipes) for r in range(2))
         for rank in ranks:
             _, errors = rank.communicate(timeout=120)
             assert rank.returncode == 0, errors
-    finally:
-        for rank in ranks:
-            rank.kill()
+
+    yield run
+    for rank in ranks:
+        rank.kill()
+
+
+def test_ddp_reduces_the_replayed_gradients_and_ways_round_it_are_refused(two_processes):
+    two_processes(DISTRIBUTED)

@@ -110,15 +110,20 @@ def dump(option, cubin_path):
     return subprocess.run([CUOBJDUMP, option, cubin_path], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.slow
+@pytest.fixture
+def triton_cache(tmp_path, monkeypatch):
+    """An empty cache: every kernel is compiled."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("case", CASES)
-def test_kernels_keep_to_their_registers_and_move_16_bytes_at_a_time(case, arch, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def test_kernels_keep_to_their_registers_and_move_16_bytes_at_a_time(case, arch, triton_cache):
     kernel, arguments, block, ceiling, (loads, stores) = CASES[case]
     ptx, cubin = compile_for(arch, kernel, arguments, block)
-    (tmp_path / "kernel.cubin").write_bytes(cubin)
-    usage, sass = dump("-res-usage", tmp_path / "kernel.cubin"), dump("-sass", tmp_path / "kernel.cubin")
+    (triton_cache / "kernel.cubin").write_bytes(cubin)
+    usage, sass = dump("-res-usage", triton_cache / "kernel.cubin"), dump("-sass", triton_cache / "kernel.cubin")
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
     assert registers <= ceiling
     assert stack == 0 and not re.search(r"\b(LDL|STL)\b", sass), "registers spill"

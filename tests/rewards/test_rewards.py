@@ -25,15 +25,13 @@ def reward(request, folders):
 every_reward = pytest.mark.parametrize("reward", tiny.FOLDERS, indirect=True)
 
 
-# -- what holds for all
-# --------------------------------------------------------------------------------------------------------------
+# -- what holds for all ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("reward", "h", "tolerance"),
-    [
-        (name, 1e-2, 1e-3) if name in ("hpsv3", "unifiedreward") else (name, 1e-5, 1e-5) for name in tiny.FOLDERS
-    ],  # Qwen computes in float32
+    # Qwen computes in float32.
+    [(name, 1e-2, 1e-3) if name in ("hpsv3", "unifiedreward") else (name, 1e-5, 1e-5) for name in tiny.FOLDERS],
     indirect=["reward"],
 )
 def test_the_gradient_equals_finite_differences_down_to_the_pixels(reward, h, tolerance):
@@ -91,8 +89,7 @@ def test_no_weight_of_a_reward_is_trainable(reward):
     assert modules and not any(p.requires_grad or m.training for m in modules for p in m.parameters())
 
 
-# -- each by an independent formula
-# ------------------------------------------------------------------------------------------------
+# -- each by an independent formula ------------------------------------------------------------------------------------
 
 
 def test_clip_reward_is_the_cosine_that_transformers_own_processor_and_model_give(folders):
@@ -106,9 +103,8 @@ def test_clip_reward_is_the_cosine_that_transformers_own_processor_and_model_giv
     pixels = CLIPImageProcessor.from_pretrained(folder)(eight_bit, return_tensors="pt").pixel_values
     expected = model(**tokens, pixel_values=pixels).logits_per_image.diagonal()
     scale = model.logit_scale.exp()
-    torch.testing.assert_close(
-        CLIPReward(folder)(x, PROMPTS), expected / scale, rtol=0, atol=5e-3
-    )  # x is not at 8-bit levels
+    # The processor rounds x to 8 bits.
+    torch.testing.assert_close(CLIPReward(folder)(x, PROMPTS), expected / scale, rtol=0, atol=5e-3)
     torch.testing.assert_close(PickScore(folder)(x, PROMPTS), CLIPReward(folder)(x, PROMPTS) * scale)
 
 

@@ -133,8 +133,7 @@ def test_a_resumed_mixture_goes_on_with_its_scales():
         WeightedRewards({"a": Term(bright)}).load_state_dict(first.state_dict())
 
 
-# -- rewards of one's own
-# ----------------------------------------------------------------------------------------------------------
+# -- rewards of one's own ----------------------------------------------------------------------------------------------
 
 
 def test_a_function_or_a_class_of_ones_own_is_named_by_its_module():
@@ -176,8 +175,7 @@ def test_settings_of_a_published_reward_are_refused_for_ones_own():
         load_reward(f"{__name__}:bright", model="shapes")
 
 
-# -- configuration
-# -----------------------------------------------------------------------------------------------------------------
+# -- configuration -----------------------------------------------------------------------------------------------------
 
 
 def test_one_reward_is_short_for_a_mapping_of_one():

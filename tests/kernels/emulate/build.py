@@ -1,7 +1,8 @@
 """Compiles csrc/cuda/*.cu with g++ against cuda_on_cpu.h, by ninja: into a Python module, or into a program under a
-sanitizer.
+sanitizer. What was compiled of the same sources by the same compiler is not compiled again.
 """
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -24,38 +25,54 @@ def missing() -> str:
     return f"{' and '.join(lacking)} not found" if lacking else ""
 
 
-def module(folder: Path) -> Path:
+def kept(name: str, compiler: str) -> Path:
+    """The folder of this checkout for what `compiler` makes of the C++ and CUDA sources as they are now."""
+    digest = hashlib.sha256(subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout)
+    for path in sorted(path for folder in (CSRC, HERE) for path in folder.rglob("*.*") if path.is_file()):
+        if path.suffix != ".pyc":
+            digest.update(path.name.encode() + path.read_bytes())
+    folder = HERE.parents[2] / "build/tests" / f"{name}-{digest.hexdigest()[:16]}"
+    for other in folder.parent.glob(f"{name}-*"):
+        if other != folder:
+            shutil.rmtree(other)
+    return folder
+
+
+def module() -> Path:
     """The emulated kernels as a Python module; returns its path."""
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     flags = ["-O2", *X86_64, "-fvisibility=hidden", *includes]
-    return _build(folder, "emulated.so", [*KERNELS, HERE / "module.cpp"], flags, ["-shared"])
+    return _build("emulated", "emulated.so", [*KERNELS, HERE / "module.cpp"], flags, ["-shared"])
 
 
 # Bugs that a sanitizer must find, and the source whose behaviour each changes.
 PLANTS = {"PLANT_OUT_OF_BOUNDS": "sanitize", "PLANT_NO_SYNCTHREADS": "leap_residuals"}
 
 
+# AddressSanitizer takes longer to compile optimized code than its program runs; ThreadSanitizer's program runs longest.
+OPTIMIZED = {"address": "-O0", "thread": "-O1"}
 SOURCES = [*KERNELS, CSRC / "cpu" / "avx2.cpp", CSRC / "cpu" / "baseline.cpp", HERE / "sanitize.cpp"]
 
 
-def program(folder: Path, sanitizer: str, plant: str = "") -> Path:
+def program(sanitizer: str, plant: str = "") -> Path:
     """sanitize.cpp and all kernels under `address` or `thread`; returns the program's path. What a plant leaves alone
     is built once.
     """
     check = f"-fsanitize={sanitizer}"
-    return _build(folder, f"sanitized{plant}", SOURCES, ["-O1", *X86_64, check], [check], plant=plant)
+    return _build(sanitizer, f"sanitized{plant}", SOURCES, [OPTIMIZED[sanitizer], *X86_64, check], [check], plant=plant)
 
 
-def program_for(folder: Path, compiler: str) -> Path:
+def program_for(compiler: str) -> Path:
     """sanitize.cpp and all kernels by a cross compiler, statically linked, without sanitizer; returns the program's
     path.
     """
-    return _build(folder, "crossed", SOURCES, ["-O2"], ["-static"], compiler=compiler)
+    return _build("crossed", "crossed", SOURCES, ["-O2"], ["-static"], compiler=compiler)
 
 
-def _build(folder: Path, target: str, sources: list[Path], flags, link, plant="", compiler="g++") -> Path:
+def _build(name: str, target: str, sources: list[Path], flags, link, plant="", compiler="g++") -> Path:
+    folder = kept(name, compiler)
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
         f"rule compile\n  command = {compiler} {' '.join(FLAGS + flags)} $extra -c $in -o $out",

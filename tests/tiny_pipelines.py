@@ -1,14 +1,15 @@
-"""Tiny pipelines with random weights, one for every backbone, built offline in under a second: for tests and for dry
-runs of a config.
+"""Tiny pipelines with random weights, one for every backbone, built offline in under a second. They serve the tests,
+benchmarks/train_step.py, and dry runs of a config:
 
-    tiny_pipeline("FluxPipeline").save_pretrained("tiny-flux")          then  flowbp train ... backbone.name=tiny-flux
+    python tests/tiny_pipelines.py FluxPipeline tiny-flux         then  flowbp train ... backbone.name=tiny-flux
 
 They have every part of the real ones (text encoders and tokenizers too) and draw noise-like images of any size in
-multiples of 16 pixels. Matrices are drawn wide enough that each input of the network matters to its output.
+multiples of 16 pixels. Random matrices are wide enough that every input of the network matters to its output.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 
 import torch
@@ -84,18 +85,15 @@ def draw_weights(module: torch.nn.Module, generator: torch.Generator) -> None:
             buffer.uniform_(0.5, 2.0, generator=generator)
 
 
-# -- one function a class
-# ----------------------------------------------------------------------------------------------------------
+# -- one function a class ----------------------------------------------------------------------------------------------
 
 
 def sd3() -> StableDiffusion3Pipeline:
     tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
     transformer = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=2, attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=2 * WIDTH, caption_projection_dim=16, pooled_projection_dim=2 * WIDTH,
-        pos_embed_max_size=32,
-        dual_attention_layers=(0,), qk_norm="rms_norm",
+        num_attention_heads=2, joint_attention_dim=2 * WIDTH, caption_projection_dim=16,
+        pooled_projection_dim=2 * WIDTH, pos_embed_max_size=32, dual_attention_layers=(0,), qk_norm="rms_norm",
     )  # fmt: skip
     return StableDiffusion3Pipeline(
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(),
@@ -109,13 +107,12 @@ def flux() -> FluxPipeline:
     tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
     transformer = FluxTransformer2DModel(
         patch_size=1, in_channels=4 * CHANNELS, num_layers=1, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+        num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
     return FluxPipeline(
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=vae(),
-        text_encoder=CLIPTextModel(clip_config(tokenizer)), tokenizer=tokenizer,
+        vae=vae(), text_encoder=CLIPTextModel(clip_config(tokenizer)), tokenizer=tokenizer,
         text_encoder_2=T5EncoderModel(t5_config(t5, WIDTH)), tokenizer_2=t5,
     )  # fmt: skip
 
@@ -128,15 +125,14 @@ def flux2() -> Flux2KleinPipeline:
         guidance_embeds=False,
     )  # fmt: skip
     autoencoder = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(4,
-        4, 8, 8),
-        layers_per_block=1, latent_channels=CHANNELS, norm_num_groups=2, sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 8, 8), layers_per_block=1, latent_channels=CHANNELS, norm_num_groups=2,
+        sample_size=64,
     )  # fmt: skip
     return Flux2KleinPipeline(
+        # The pipeline reads layers 9, 18 and 27 of the text encoder.
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=autoencoder,
-        text_encoder=Qwen3ForCausalLM(qwen_config(tokenizer, layers=28)), tokenizer=tokenizer,
-         # the pipeline reads layers 9, 18 and 27
+        vae=autoencoder, text_encoder=Qwen3ForCausalLM(qwen_config(tokenizer, layers=28)), tokenizer=tokenizer,
     )  # fmt: skip
 
 
@@ -144,13 +140,11 @@ def zimage() -> ZImagePipeline:
     tokenizer = qwen_tokenizer()
     transformer = ZImageTransformer2DModel(
         in_channels=CHANNELS, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH,
-        axes_dims=[4, 4, 8],
-        axes_lens=[256, 64, 64],
+        axes_dims=[4, 4, 8], axes_lens=[256, 64, 64],
     )  # fmt: skip
     return ZImagePipeline(
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=vae(),
-        text_encoder=Qwen3Model(qwen_config(tokenizer, layers=2)), tokenizer=tokenizer,
+        vae=vae(), text_encoder=Qwen3Model(qwen_config(tokenizer, layers=2)), tokenizer=tokenizer,
     )  # fmt: skip
 
 
@@ -161,38 +155,32 @@ TINY_PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "ZImagePipeline": zimage,
 }
 
-# -- the parts
-# ---------------------------------------------------------------------------------------------------------------------
+# -- the parts ---------------------------------------------------------------------------------------------------------
 
 
 def vae() -> AutoencoderKL:
     """The 8 x autoencoder of SD3 and FLUX.1, with FLUX.1's scale and shift."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(4,
-        4, 8, 8),
-        layers_per_block=1, latent_channels=CHANNELS, norm_num_groups=2, sample_size=64, scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False, use_post_quant_conv=False, force_upcast=False,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 8, 8), layers_per_block=1, latent_channels=CHANNELS, norm_num_groups=2,
+        sample_size=64, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
+        force_upcast=False,
     )  # fmt: skip
 
 
 def clip_tokenizer() -> CLIPTokenizer:
     """One token a byte."""
     letters = list(bytes_to_unicode().values())
-    vocab = {
-        token: i
-        for i, token in enumerate([*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])
-    }
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=24)
 
 
 def clip_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=WIDTH, max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        num_attention_heads=2, projection_dim=WIDTH, max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
 
 
@@ -210,9 +198,8 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     """One token a byte, and the marks of a chat."""
     vocab = {token: i for i, token in enumerate([*bytes_to_unicode().values(), "<|endoftext|>"])}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
-    tokenizer.add_tokens(
-        [AddedToken(mark, special=True) for mark in ("<|im_start|>", "<|im_end|>", "<think>", "</think>")]
-    )
+    marks = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in marks])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -220,6 +207,13 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 def qwen_config(tokenizer: Qwen2Tokenizer, layers: int) -> Qwen3Config:
     return Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
     )  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Save a tiny pipeline with random weights.")
+    parser.add_argument("pipeline", choices=TINY_PIPELINES)
+    parser.add_argument("folder")
+    arguments = parser.parse_args()
+    tiny_pipeline(arguments.pipeline).save_pretrained(arguments.folder)

@@ -1,0 +1,66 @@
+"""From the tensors of a published checkpoint to a frozen network: renaming, reading off sizes, and checking that each
+weight found its place.
+"""
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+State = dict[str, Tensor]
+
+
+def load_frozen(cls, folder: str | Path, dtype: torch.dtype):
+    """The transformers model of class `cls` in `folder`, in eval mode, its parameters frozen."""
+    return cls.from_pretrained(folder, local_files_only=True, dtype=dtype).eval().requires_grad_(False)
+
+
+def frozen_model(cls, config, state: State, dtype: torch.dtype, checkpoint: str, **options):
+    """A transformers model of class `cls` with exactly the weights of `state`, in eval mode, its parameters frozen.
+
+    Raises ValueError, naming `checkpoint`, when a weight is missing, left over or of another shape.
+    """
+    options |= {"config": config, "state_dict": state, "dtype": dtype}
+    try:
+        model, report = cls.from_pretrained(None, output_loading_info=True, **options)
+    except RuntimeError as error:  # another shape
+        raise ValueError(f"these are not the weights of {checkpoint}: {error}") from error
+    if report["missing_keys"] or report["unexpected_keys"]:
+        missing, left_over = (sorted(report[keys])[:3] for keys in ("missing_keys", "unexpected_keys"))
+        raise ValueError(f"these are not the weights of {checkpoint}: missing {missing}, left over {left_over}")
+    return model.eval().requires_grad_(False)
+
+
+def frozen_head(layers: Mapping[str, nn.Module], weights: State, dtype: torch.dtype) -> nn.Sequential:
+    """The named layers in sequence, with exactly these weights, in eval mode, frozen. Runs in float32 at least."""
+    head = nn.Sequential(OrderedDict(layers))
+    head.load_state_dict(weights)
+    return head.to(torch.promote_types(dtype, torch.float32)).eval().requires_grad_(False)
+
+
+def renamed(state: State, rules: Iterable[tuple[str, str]]) -> State:
+    """`state` with every (regular expression, replacement) applied to its keys, in order."""
+    result = {}
+    for key, value in state.items():
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        result[key] = value
+    return result
+
+
+def below(state: State, prefix: str, checkpoint: str) -> State:
+    """The weights whose names begin with `prefix`, without the prefix. Raises ValueError, naming `checkpoint`, for
+    none.
+    """
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if not found:
+        raise ValueError(f"these are not the weights of {checkpoint}: nothing is named {prefix}*")
+    return found
+
+
+def count_layers(state: State, prefix: str) -> int:
+    """How many layers there are: `prefix` is followed by the layer's number."""
+    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
