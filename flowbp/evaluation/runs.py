@@ -173,7 +173,9 @@ def objective(rewards: Mapping[str, Any]) -> str:
 
 
 def grouped(values: Sequence[Any], names: Sequence[str]) -> list[tuple[str, str]]:
-    """(value, the runs that have it) for each value: short even for many runs. A dash: the run lacks the key."""
+    """(value, the runs that have it) for each value, which stays readable with many runs. A dash stands for a key that
+    a run lacks.
+    """
     runs: dict[str, list[str]] = {}
     for value, name in zip(values, names, strict=True):
         runs.setdefault("–" if value is None else str(value), []).append(name)
