@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from flowbp.shapes.models import build_tokenizer
+from flowbp.shapes.recipe.models import build_tokenizer
 
 PROMPTS = ["a red circle", "two blue stars and a green square"]
 

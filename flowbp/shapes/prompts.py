@@ -13,14 +13,11 @@ from functools import cache
 from itertools import permutations
 from typing import NamedTuple
 
-import numpy as np
-
-from .world import CATEGORIES, HUES, NUMBERS, RELATIONS, SHAPES, Spec, corrupt
+from .world import CATEGORIES, HUES, NUMBERS, RELATIONS, SHAPES, Spec
 
 SPLITS = ("train", "dev", "test")
 SHARED_BELOW = 40
 PER_CATEGORY = {"train": 240, "dev": 48, "test": 48}
-DIFFICULTY = {"single object": 1, "colours": 1, "counting": 2, "two objects": 2, "position": 3, "attribute binding": 2}
 
 
 class Prompt(NamedTuple):
@@ -67,31 +64,3 @@ def prompts(split: str) -> list[Prompt]:
             pool = lists[i % len(lists)]
             out.append(Prompt(pool[i // len(lists) % len(pool)].text, category))
     return out
-
-
-def sample_spec(rng: np.random.Generator, split: str = "train") -> Spec:
-    """A caption for pre-training: categories in the proportions of `DIFFICULTY`, plain and coloured equally often."""
-    weights = np.array(list(DIFFICULTY.values())) / sum(DIFFICULTY.values())
-    lists = pools(split)[CATEGORIES[rng.choice(len(CATEGORIES), p=weights)]]
-    pool = lists[rng.integers(len(lists))]
-    return pool[rng.integers(len(pool))]
-
-
-@cache
-def texts(split: str) -> frozenset[str]:
-    """Every caption of a split."""
-    return frozenset(spec.text for lists in pools(split).values() for pool in lists for spec in pool)
-
-
-def sample_negative(
-    spec: Spec, rng: np.random.Generator, true: frozenset[str] = frozenset(), known: bool = True
-) -> Spec:
-    """A corrupted `spec` (see `corrupt`) whose text is not in `true`.
-
-    `known` admits captions of the train split only. Pre-training needs that: otherwise it would see held-out captions,
-    and always as false ones.
-    """
-    while True:
-        wrong = corrupt(spec, rng)
-        if wrong.text not in true and (not known or wrong.text in texts("train")):
-            return wrong

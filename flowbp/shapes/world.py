@@ -1,4 +1,4 @@
-"""The world of `shapes`: captions, scenes that satisfy them, and renderings of 32 x 32 pixels.
+"""The world of `shapes`: its captions, when a scene of 32 x 32 pixels satisfies one, and the look of its shapes.
 
 One to four flat shapes (4 shapes x 6 colours) stand on light grey, apart from one another and inside the frame. A scene
 holds what its caption says and nothing else. The six kinds of caption are those of GenEval (Ghosh et al. 2023, arXiv
@@ -9,12 +9,11 @@ holds what its caption says and nothing else. The six kinds of caption are those
     two objects        a circle and a square
     position           a circle left of a square, a red circle left of a blue square
     attribute binding  a red circle and a blue square
-Lengths are in pixels, x to the right and y down; pixel i spans [i, i + 1]. All randomness comes from a numpy Generator.
+Lengths are in pixels, x to the right and y down; pixel i spans [i, i + 1].
 """
 
 from __future__ import annotations
 
-import colorsys
 from functools import cache
 from itertools import permutations
 from typing import NamedTuple
@@ -110,67 +109,6 @@ def satisfies(objects: list[Object], spec: Spec, margin: float = 0.0) -> bool:
     return False
 
 
-def true_specs(objects: list[Object], margin: float = 0.0) -> list[Spec]:
-    """Every caption of the six kinds that is true of a scene. margin: as for `satisfies`."""
-    named, plain = [(o.colour, o.shape) for o in objects], [(None, o.shape) for o in objects]
-    specs = [Spec(tuple(names)) for names in (named, plain) if len(names) == 1 or len(set(names)) == 1]
-    if len(objects) == 2:
-        pairs = [tuple(p) for names in (named, plain) if len(set(names)) == 2 for p in (names, names[::-1])]
-        candidates = [Spec(p, relation) for p in pairs for relation in (None, *RELATIONS)]
-        specs += [spec for spec in candidates if satisfies(objects, spec, margin)]
-    return specs
-
-
-def corrupt(spec: Spec, rng: np.random.Generator) -> Spec:
-    """A hard negative: one wrong colour, shape, number or relation, or the colours (or places) of both objects
-    swapped.
-    """
-    objects, n = list(spec.objects), len(spec.objects)
-    coloured, counted = objects[0][0] is not None, len(set(objects)) == 1
-    kinds = ["shape"] + ["colour"] * coloured + ["number"] * counted + ["relation"] * bool(spec.relation)
-    kinds += ["swap"] * (not counted and (coloured or bool(spec.relation)))
-    kind = kinds[rng.integers(len(kinds))]
-    if kind == "number":
-        return Spec((objects[0],) * int(rng.choice([k for k in (1, 2, 3, 4) if k != n])))
-    if kind == "relation":
-        return spec._replace(relation=str(rng.choice([r for r in RELATIONS if r != spec.relation])))
-    if kind == "swap":
-        if not coloured:
-            return spec._replace(objects=tuple(objects[::-1]))
-        (c1, s1), (c2, s2) = objects
-        return spec._replace(objects=((c2, s1), (c1, s2)))
-    which = range(n) if counted else [int(rng.integers(n))]  # a counted attribute belongs to all of them
-    colour, shape = objects[which[0]]
-    if kind == "colour":
-        new = (str(rng.choice([c for c in HUES if c != colour])), shape)
-    else:
-        new = (colour, str(rng.choice([s for s in SHAPES if s not in {s for _, s in objects}])))
-    for i in which:
-        objects[i] = new
-    return spec._replace(objects=tuple(objects))
-
-
-def sample_scene(spec: Spec, rng: np.random.Generator) -> list[Object]:
-    """Objects at random places that satisfy `spec` clearly: relations by a margin of 2 pixels. Colours that `spec`
-    leaves open are drawn.
-    """
-    n = len(spec.objects)
-    while True:
-        r = rng.integers(16, 23, n) / 4 if n <= 2 else rng.integers(15, 19, n) / 4
-        edge = 1.2 * r + 0.5
-        x, y = rng.uniform(edge, SIZE - edge), rng.uniform(edge, SIZE - edge)
-        if any(np.hypot(x[i] - x[j], y[i] - y[j]) <= 1.25 * (r[i] + r[j]) + 1 for i in range(n) for j in range(i)):
-            continue
-        objects = []
-        for i, (colour, shape) in enumerate(spec.objects):
-            colour = colour or str(rng.choice(list(HUES)))
-            hue = (HUES[colour] + rng.uniform(-8, 8)) % 360 / 360
-            rgb = colorsys.hsv_to_rgb(hue, rng.uniform(0.75, 0.95), rng.uniform(0.75, 0.95))
-            objects.append(Object(shape, colour, float(x[i]), float(y[i]), float(r[i]), rgb))
-        if satisfies(objects, spec, margin=2.0):
-            return objects
-
-
 @cache
 def stamp(shape: str, radius: float, dx: float, dy: float) -> np.ndarray:
     """Coverage in [0, 1] of a shape centred at (7.5 + dx, 7.5 + dy) of a [15, 15] window, 5 x 5 samples a pixel."""
@@ -185,15 +123,3 @@ def stamp(shape: str, radius: float, dx: float, dy: float) -> np.ndarray:
     else:
         inside = (np.minimum(abs(x), abs(y)) <= 0.36) & (np.maximum(abs(x), abs(y)) <= 1.05)
     return inside.reshape(WINDOW, 5, WINDOW, 5).mean((1, 3)).astype(np.float32)
-
-
-def render(objects: list[Object], rng: np.random.Generator) -> np.ndarray:
-    """The scene on light grey of random brightness: uint8 [32, 32, 3]. Places are rounded to an eighth of a pixel."""
-    pad = WINDOW // 2
-    image = np.full((SIZE + 2 * pad, SIZE + 2 * pad, 3), rng.uniform(0.82, 0.95), np.float32)
-    for o in objects:
-        col, row = int(o.x), int(o.y)
-        alpha = stamp(o.shape, o.radius, round((o.x - col) * 8) / 8 - 0.5, round((o.y - row) * 8) / 8 - 0.5)[..., None]
-        patch = image[row : row + WINDOW, col : col + WINDOW]
-        patch += alpha * (np.asarray(o.rgb, np.float32) - patch)
-    return (image[pad:-pad, pad:-pad] * 255 + 0.5).astype(np.uint8)

@@ -9,7 +9,8 @@ from flowbp.evaluation.numbers import notes, number
 from flowbp.evaluation.scores import BALANCED, Samples, Scores, compare, draw_samples, join, scorers, split, summarise
 from flowbp.rewards import load_reward
 from flowbp.runtime.data import Prompt
-from flowbp.shapes.world import parse, render, sample_scene
+from flowbp.shapes.recipe.scenes import render, sample_scene
+from flowbp.shapes.world import parse
 
 PROMPTS = [Prompt(f"prompt {i}", "even" if i % 2 == 0 else "odd") for i in range(8)]
 

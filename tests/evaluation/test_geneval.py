@@ -24,7 +24,7 @@ from flowbp.evaluation.geneval import (
     relations,
 )
 from flowbp.runtime.data import load_prompts
-from flowbp.shapes.models import build_tokenizer
+from flowbp.shapes.recipe.models import build_tokenizer
 
 DOG, BENCH = (0, 0, 10, 10), (40, 0, 50, 10)
 

@@ -11,9 +11,10 @@ pytest.importorskip("diffusers")
 from diffusers import AutoencoderKL  # noqa: E402
 from transformers import CLIPModel, CLIPTokenizer  # noqa: E402
 
-from flowbp.shapes import MONITOR, PIPELINE, REWARD, models, recipe  # noqa: E402
-from flowbp.shapes.prompts import sample_negative, sample_spec  # noqa: E402
-from flowbp.shapes.world import WORDS, render, sample_scene, true_specs  # noqa: E402
+from flowbp.shapes import MONITOR, PIPELINE, REWARD  # noqa: E402
+from flowbp.shapes.recipe import models, stages  # noqa: E402
+from flowbp.shapes.recipe.scenes import render, sample_negative, sample_scene, sample_spec, true_specs  # noqa: E402
+from flowbp.shapes.world import WORDS  # noqa: E402
 
 CAPTIONS = ["a red circle left of a blue square", "three crosses", ""]
 
@@ -22,7 +23,7 @@ CAPTIONS = ["a red circle left of a blue square", "three crosses", ""]
 def pipe():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return recipe.load(PIPELINE)
+        return stages.load(PIPELINE)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_whitening_leaves_the_reconstruction_as_it_was():
 
 def test_autoencoder_keeps_renderings_apart_from_noise(pipe):
     rng = np.random.default_rng(0)
-    x = recipe.to_float(np.stack([render(sample_scene(sample_spec(rng), rng), rng) for _ in range(32)]))
+    x = stages.to_float(np.stack([render(sample_scene(sample_spec(rng), rng), rng) for _ in range(32)]))
     with torch.no_grad():
         error = (pipe.vae.decode(pipe.vae.encode(x).latent_dist.mode()).sample - x).square().mean()
     assert error < 0.01  # 26 dB
@@ -101,7 +102,7 @@ def test_reward_prefers_the_caption_of_a_rendering_to_a_hard_negative(folder):
     rng = np.random.default_rng(7)
     specs = [sample_spec(rng, "test") for _ in range(200)]
     scenes = [sample_scene(spec, rng) for spec in specs]
-    x = recipe.to_float(np.stack([render(scene, rng) for scene in scenes]))
+    x = stages.to_float(np.stack([render(scene, rng) for scene in scenes]))
     true = [frozenset(t.text for t in true_specs(scene, -2.0)) for scene in scenes]
     wrong = [sample_negative(spec, rng, t, known=False) for spec, t in zip(specs, true, strict=True)]
     with torch.no_grad():
@@ -112,12 +113,12 @@ def test_reward_prefers_the_caption_of_a_rendering_to_a_hard_negative(folder):
 
 
 def test_every_stage_of_the_recipe_runs(tmp_path):
-    tiny = recipe.Recipe(
+    tiny = stages.Recipe(
         images=64, vae_steps=2, vae_batch=4, flow_steps=2, flow_clean_steps=1, flow_batch=4, processes=1,
         scorer_steps=2,
         scorer_batch=8, repeats=0,
     )  # fmt: skip
-    for stage in recipe.STAGES.values():
+    for stage in stages.STAGES.values():
         stage(tmp_path, tiny)
     assert sorted(p.name for p in (tmp_path / "weights").iterdir()) == ["monitor", "pipeline", "reward"]
     assert CLIPModel.from_pretrained(tmp_path / "weights" / "reward").dtype == torch.float32

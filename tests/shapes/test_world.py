@@ -8,8 +8,9 @@ import pytest
 
 from flowbp.shapes import check, check_batch, prompts
 from flowbp.shapes.checker import find_objects
-from flowbp.shapes.prompts import SPLITS, pools, sample_negative, sample_spec, texts
-from flowbp.shapes.world import CATEGORIES, NUMBERS, Spec, parse, render, sample_scene, satisfies, true_specs
+from flowbp.shapes.prompts import SPLITS, pools
+from flowbp.shapes.recipe.scenes import render, sample_negative, sample_scene, sample_spec, texts, true_specs
+from flowbp.shapes.world import CATEGORIES, NUMBERS, Spec, parse, satisfies
 
 
 def drawn(n, seed=0):

@@ -29,11 +29,12 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiff
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import nn
 
+from ..checker import check_batch, find_objects
+from ..prompts import prompts
+from ..world import CATEGORIES, Object, parse
 from . import models
-from .checker import check_batch, find_objects
-from .prompts import prompts, sample_negative, sample_spec
-from .prompts import texts as texts_of
-from .world import CATEGORIES, Object, parse, render, sample_scene, true_specs
+from .scenes import render, sample_negative, sample_scene, sample_spec, true_specs
+from .scenes import texts as texts_of
 
 
 @dataclass(frozen=True)
@@ -415,7 +416,3 @@ def main() -> None:
     for name, stage in STAGES.items():
         if args.stage in ("all", name):
             stage(args.out, Recipe())
-
-
-if __name__ == "__main__":
-    main()

@@ -21,7 +21,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from .world import SIZE, WORDS
+from ..world import SIZE, WORDS
 
 MAX_TOKENS = 12
 TEXT_WIDTH, TEXT_WIDTH_2 = 128, 32  # of the pipeline's two text encoders; both hidden and pooled
