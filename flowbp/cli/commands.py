@@ -1,7 +1,5 @@
 """The command line: train, presets, estimate, sample, export, eval, compare, plan, rewards, doctor, bench."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

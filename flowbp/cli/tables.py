@@ -1,7 +1,5 @@
 """What the command line prints, as tables of 80 columns."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 

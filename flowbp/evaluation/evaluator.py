@@ -1,7 +1,5 @@
 """The evaluations of a run: fixed samples, and scorers that are loaded once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 from torch import Tensor

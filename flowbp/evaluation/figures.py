@@ -5,8 +5,6 @@ blindnesses (Machado et al. 2009, severity 1), and have a contrast of at least 3
 alone: shapes, dashes or marks repeat it.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 

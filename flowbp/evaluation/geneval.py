@@ -13,8 +13,6 @@ broken by `count` detections or more. Detections count above a score of .3, or .
 class.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,7 +66,7 @@ class Clause:
     position: tuple[str, int] | None = None
 
     @classmethod
-    def parse(cls, entry: Mapping[str, Any]) -> Clause:
+    def parse(cls, entry: Mapping[str, Any]) -> "Clause":
         position = (entry["position"][0], int(entry["position"][1])) if "position" in entry else None
         return cls(entry["class"], int(entry["count"]), entry.get("color"), position)
 
@@ -82,7 +80,7 @@ class Requirement:
     exclude: tuple[Clause, ...] = ()
 
     @classmethod
-    def parse(cls, entry: Mapping[str, Any]) -> Requirement:
+    def parse(cls, entry: Mapping[str, Any]) -> "Requirement":
         """From an object of evaluation_metadata.jsonl. Raises ValueError for a colour, relation or reference that
         GenEval does not have.
         """
@@ -209,7 +207,7 @@ class GenEval:
 # -- networks ----------------------------------------------------------------------------------------------------------
 
 
-def load_geneval(config: GenEvalConfig, metadata: Sequence[str], device: str = "cpu") -> GenEval:
+def load_geneval(config: "GenEvalConfig", metadata: Sequence[str], device: str = "cpu") -> GenEval:
     """The scorer that `config` describes, for the prompts of the files `metadata`."""
     requirements = {prompt: requirement for path in metadata for prompt, requirement in load_requirements(path).items()}
     from flowbp.rewards import load_reward
@@ -279,7 +277,7 @@ class ClipColours:
     A colour's text is the mean of three templates. If the detector segments, all but the object is painted grey first.
     """
 
-    def __init__(self, clip: CLIPReward):
+    def __init__(self, clip: "CLIPReward"):
         self.clip = clip
         self._texts: dict[str, Tensor] = {}
 

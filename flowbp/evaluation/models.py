@@ -11,8 +11,6 @@ behind, and the next one scores what is missing. The results are the same to the
 a CPU, every process computes on one thread for that.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Pages and pictures: HTML that stands alone, what pages say of a run, and the page of an evaluation."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Mapping, Sequence
@@ -49,7 +47,7 @@ def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[st
     return pictures
 
 
-def draw_samples(scores: Scores) -> Figure:
+def draw_samples(scores: "Scores") -> Figure:
     """The images that `scores` kept, with their prompts, framed by the checker's verdict if there is one."""
     checker = scores.values.get("checker")
     passed = [None if checker is None else bool(checker[i]) for i in range(len(scores.images))]
@@ -124,7 +122,7 @@ def with_fields(name: str, fields: Mapping[str, Any]) -> str:
 # -- the page of an evaluation -----------------------------------------------------------------------------------------
 
 
-def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], scores: Mapping[str, Scores]) -> None:
+def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], scores: "Mapping[str, Scores]") -> None:
     """samples_<model>.png and report.html of an evaluation."""
     pictures = {name: as_png(draw_samples(own)) for name, own in scores.items()}
     for name, png in pictures.items():

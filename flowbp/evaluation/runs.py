@@ -6,8 +6,6 @@ difference that reaches the weights or the scores is named as unfair: a method t
 guidance, or was scored on other prompts has not been compared.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -77,7 +75,7 @@ class Run:
         """Images of an optimizer step."""
         return pages.images_a_step(self.config, self.rows)
 
-    def pairs_with(self, other: Run) -> bool:
+    def pairs_with(self, other: "Run") -> bool:
         """Whether both were scored, on the same samples."""
         return self.after is not None and other.after is not None and self.after.same_samples(other.after)
 

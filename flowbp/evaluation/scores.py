@@ -5,8 +5,6 @@ network's output depend on the batch that it runs in. Scores therefore depend ne
 share the chunks nor on where an evaluation was interrupted.
 """
 
-from __future__ import annotations
-
 import csv
 import importlib
 import io
@@ -141,7 +139,7 @@ class Scores:
     values: dict[str, np.ndarray]
     images: Tensor = field(default_factory=lambda: torch.empty(0, 3, 0, 0, dtype=torch.uint8), compare=False)
 
-    def same_samples(self, other: Scores) -> bool:
+    def same_samples(self, other: "Scores") -> bool:
         return (self.prompts, self.seeds) == (other.prompts, other.seeds)
 
     def as_csv(self, number_format: str = ".6g", line_end: str = "\r\n") -> str:
@@ -154,7 +152,7 @@ class Scores:
         return table.getvalue()
 
     @classmethod
-    def read_csv(cls, path: Path) -> Scores:
+    def read_csv(cls, path: Path) -> "Scores":
         """What `as_csv` wrote: the scores, to its digits, without the images."""
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))

@@ -17,8 +17,6 @@ difference of a prompt is as likely d as -d (Fisher 1935). p = (1 + #{|T*| >= |T
 Both draw from a generator with a fixed seed: the same scores give the same numbers.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 

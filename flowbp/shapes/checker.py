@@ -6,8 +6,6 @@ states. This checker plays the part of GenEval's detector, the held-out metric: 
 it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import product

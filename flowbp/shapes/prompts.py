@@ -6,8 +6,6 @@ pools (4 single objects, 24 colours, 12 two objects, 12 plain counts) are the sa
 new, the captions are not.
 """
 
-from __future__ import annotations
-
 import hashlib
 from functools import cache
 from itertools import permutations

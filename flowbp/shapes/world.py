@@ -12,8 +12,6 @@ holds what its caption says and nothing else. The six kinds of caption are those
 Lengths are in pixels, x to the right and y down; pixel i spans [i, i + 1].
 """
 
-from __future__ import annotations
-
 from functools import cache
 from itertools import permutations
 from typing import NamedTuple

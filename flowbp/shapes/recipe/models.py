@@ -4,8 +4,6 @@ conditioned.
 Sizes (parameters): VAE .18 M, transformer 2.3 M, text encoder .4 M and a tiny second one, reward .6 M, monitor .35 M.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 All randomness comes from a numpy Generator.
 """
 
-from __future__ import annotations
-
 import colorsys
 from functools import cache
 

@@ -9,8 +9,6 @@ Each stage reads what earlier ones left in DIR, and saves its result before it e
 Seeds are fixed and schedules count steps, so a second run gives the same model up to the order of floating-point sums.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json
