@@ -43,8 +43,9 @@ class Sentinel:
     def __init__(self, config: EvaluationConfig, trained: Iterable[str], past: Past | None = None):
         """trained: names of the rewards that training maximises. past: scores by step, of a run that goes on."""
         self.config, self.trained, self.samples = config, tuple(trained), validation_samples(config)
-        prompts, seeds, past = self.samples.prompts, self.samples.seeds, past or {}
-        self.history = {step: Scores(prompts, seeds, dict(past[step])) for step in sorted(past)}
+        self.history: dict[int, Scores] = {}
+        for step, values in sorted((past or {}).items()):
+            self.record(step, Scores(self.samples.prompts, self.samples.seeds, dict(values)))
 
     def due(self, step: int) -> bool:
         """Whether the weights after `step` optimizer steps must be scored, and were not yet."""
@@ -52,7 +53,8 @@ class Sentinel:
 
     def record(self, step: int, scores: Scores) -> Decision:
         """Add the scores of the weights after `step` steps."""
-        self.history[step] = scores
+        ordered = dict(sorted(scores.values.items()))  # as a run's folder gives them back
+        self.history[step] = Scores(scores.prompts, scores.seeds, ordered)
         return Decision(self.best == step, self.stops)
 
     @property
