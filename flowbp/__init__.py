@@ -12,8 +12,6 @@ A whole run: train(flowbp.config.load("demo")), or `flowbp train demo` on the co
 load_reward open models by name. A name is loaded when it is first used: importing flowbp imports nothing else.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

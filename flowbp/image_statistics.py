@@ -4,8 +4,6 @@ Two judge an image alone, (images [B, 3, H, W] in [0, 1], prompts) -> [B] float3
 one prompt. For none of them is higher "better": a change is what tells.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Where a config comes from (files, runs and presets, with overrides laid over them), and how two configs differ."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path

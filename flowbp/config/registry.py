@@ -1,7 +1,5 @@
 """Constructors as configuration: a dataclass is built from a mapping of its fields, or from a name and fields."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import importlib

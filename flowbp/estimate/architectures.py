@@ -4,8 +4,6 @@ Backbones come without text encoders. Of a CLIP-like reward there is the image t
 `architectures.yaml`.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

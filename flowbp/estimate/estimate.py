@@ -13,8 +13,6 @@ The passes are run on the meta device (`passes`). What an allocator adds to thei
 the CUDA context) is not counted. No estimate was compared with a GPU.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable
@@ -34,7 +32,7 @@ DRAWS = 64  # plans that a method's node counts are averaged over
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def estimate(config: RunConfig, processes: int = 1) -> Estimate:
+def estimate(config: RunConfig, processes: int = 1) -> "Estimate":
     """The estimate of one of `processes`. Raises ValueError or OSError if the backbone's architecture is unknown."""
     return Estimate(config, processes, network_pass(config), reward_pass(config), text_pass(config.backbone))
 

@@ -4,8 +4,6 @@ A pass runs the code that training runs, at the run's own resolution, batch and 
 without a GPU. Bytes are counted for every tensor that it makes and frees, FLOPs for every operation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 `flowbp presets` lists them, `flowbp presets NAME` prints one as a config.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any

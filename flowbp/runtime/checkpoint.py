@@ -1,7 +1,5 @@
 """Checkpoints: all that a run needs to go on after a step. A checkpoint is whole or not there."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import shutil
@@ -31,7 +29,9 @@ CHECKPOINT = "parameters.safetensors"
 STATE = "state.pt"
 
 
-def save_checkpoint(output: Path, step: int, model: TunedModel, optimizer: Optimizer, rewards: WeightedRewards) -> None:
+def save_checkpoint(
+    output: Path, step: int, model: "TunedModel", optimizer: Optimizer, rewards: WeightedRewards
+) -> None:
     """Write all that a run needs to go on after `step` optimizer steps, then remove older checkpoints.
 
     Every process must call it, because shards are gathered from all. The main process writes.
@@ -91,7 +91,7 @@ def reading(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def load_checkpoint(folder: Path, model: TunedModel, optimizer: Optimizer, rewards: WeightedRewards) -> int:
+def load_checkpoint(folder: Path, model: "TunedModel", optimizer: Optimizer, rewards: WeightedRewards) -> int:
     """Restore what `save_checkpoint` wrote, in place; returns the number of steps done. Raises OSError if damaged."""
     saved, masters = load_parameters(folder), model.masters
     if saved.keys() != masters.keys():

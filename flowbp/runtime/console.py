@@ -1,7 +1,5 @@
 """What the terminal shows while flowbp works: progress, and those messages of libraries that a user can act on."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -3,8 +3,6 @@
 The order depends on the seed and the step alone, so that a resumed run sees the same prompts.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

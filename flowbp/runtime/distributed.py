@@ -17,8 +17,6 @@ If the weights are sharded (FSDP2), the last backward pass reduces and splits th
 Every process draws the plans of the whole batch from the same generator, so that all run equally many forward passes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

@@ -8,8 +8,6 @@ them. Every file carries the SHA-256 of its tensors; one that does not match it 
 $FLOWBP_CACHE, else $XDG_CACHE_HOME/flowbp or ~/.cache/flowbp.
 """
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import json

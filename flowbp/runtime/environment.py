@@ -1,7 +1,5 @@
 """What runs: the versions of flowbp and of the libraries under it, and the device."""
 
-from __future__ import annotations
-
 import importlib.metadata
 from collections.abc import Mapping
 from typing import Any

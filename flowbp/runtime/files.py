@@ -4,8 +4,6 @@ Everything is written under a scratch name beside its place and moved there in o
 its name does, so that a kill, a full disk or a power cut leaves either the old one or the new one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -4,8 +4,6 @@ Group offload is not among the switches: it takes a block's weights away after e
 reads them.
 """
 
-from __future__ import annotations
-
 import resource
 import sys
 import time

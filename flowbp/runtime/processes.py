@@ -5,8 +5,6 @@ torchrun and accelerate launch start processes too, also on several machines. `l
     flowbp train demo --processes 2 data.batch_size=16
 """
 
-from __future__ import annotations
-
 import os
 import random
 import socket

@@ -5,8 +5,6 @@ whose weights were read from a file then rounds otherwise than the same network 
 reproducible mode there is one order. MKL reads the mode from the environment at its first call, and never again.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys

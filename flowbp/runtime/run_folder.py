@@ -11,8 +11,6 @@ report.html                          the report, with plan.png, samples_*.png, s
                                      validation.json
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -1,7 +1,5 @@
 """The model of a run: a backbone on its device, what is trained of it, its float32 copies and its average."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

@@ -5,8 +5,6 @@ most steps are. So the optimizer, the average and the checkpoints hold master we
 2018, arXiv 1710.03740), and the network computes with its own rounding of them.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any

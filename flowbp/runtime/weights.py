@@ -1,7 +1,5 @@
 """Trained weights in diffusers' own formats: written, read back into a backbone, and exported."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

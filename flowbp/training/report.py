@@ -1,7 +1,5 @@
 """The report of a run: tables, curves and pictures in the run's folder."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any

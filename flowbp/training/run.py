@@ -1,7 +1,5 @@
 """A run from its config to its report: train, watch held-out samples, keep checkpoints, evaluate."""
 
-from __future__ import annotations
-
 import os
 from contextlib import nullcontext
 from pathlib import Path

@@ -5,8 +5,6 @@ the same held-out prompts and seeds are scored every `evaluation.every` steps. A
 scores: a run that goes on from a checkpoint decides as an unbroken one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -44,8 +42,9 @@ class Sentinel:
     def __init__(self, config: EvaluationConfig, trained: Iterable[str], past: Past | None = None):
         """trained: names of the rewards that training maximises. past: scores by step, of a run that goes on."""
         self.config, self.trained, self.samples = config, tuple(trained), validation_samples(config)
-        prompts, seeds, past = self.samples.prompts, self.samples.seeds, past or {}
-        self.history = {step: Scores(prompts, seeds, dict(past[step])) for step in sorted(past)}
+        self.history: dict[int, Scores] = {}
+        for step, values in sorted((past or {}).items()):
+            self.record(step, Scores(self.samples.prompts, self.samples.seeds, dict(values)))
 
     def due(self, step: int) -> bool:
         """Whether the weights after `step` optimizer steps must be scored, and were not yet."""

@@ -9,8 +9,6 @@ what an unbroken one would have done. N processes with batch b take the step of 
 the plans and seeds of the whole batch, and trains its own rows.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from accelerate import Accelerator
