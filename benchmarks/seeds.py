@@ -1,7 +1,7 @@
 """Several runs of the same settings as one row: the mean change over training seeds, and its standard deviation.
 
     for seed in 42 43 44; do flowbp train demo seed=$seed output=runs/demo-$seed; done
-    python benchmarks/seeds.py runs/demo-* --json docs/demo/seeds.json
+    python benchmarks/seeds.py runs/demo-* --json docs/methods/seeds.json
 
 Runs that differ in their seed and output alone share a row; each must have been evaluated. The interval that one run
 reports is over its prompts and images. The deviation here is that between training runs, which is larger.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:  # for editors and type checkers
-    from flowbp.backbones import load_backbone  # noqa: F401
+    from flowbp.backbones import bind_velocity, load_backbone  # noqa: F401
     from flowbp.config import RunConfig  # noqa: F401
     from flowbp.guidance import Guidance, GuidedVelocity  # noqa: F401
     from flowbp.methods import METHODS, DRaFTLV, DRTune, FlowBPBridge, FlowBPLagrange, FlowBPSparse, LeapAlign, ReFL  # noqa: F401
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from flowbp.trajectory import Trajectory, rollout, rollout_with_graph  # noqa: F401
 
 _MODULES = {
-    "flowbp.backbones": ["load_backbone"],
+    "flowbp.backbones": ["bind_velocity", "load_backbone"],
     "flowbp.config": ["RunConfig"],
     "flowbp.guidance": ["Guidance", "GuidedVelocity"],
     "flowbp.methods": "METHODS DRaFTLV DRTune FlowBPBridge FlowBPLagrange FlowBPSparse LeapAlign ReFL".split(),

@@ -1,5 +1,7 @@
 """Configuration: strict, typed, and readable when it refuses."""
 
+import sys
+
 import pytest
 
 from flowbp import presets
@@ -56,7 +58,7 @@ def test_another_method_does_not_inherit_the_fields_of_the_preset_one():
         ),
         (["method.name=flowbp-sparse", "method.num_active=many"], "num_active = 'many'"),
         (["method={name: leapalign, pairs: unifrm}"], "unknown pair sampler 'unifrm'; did you mean 'uniform'"),
-        (["method=nowhere:Method"], "cannot import method 'nowhere:Method'"),
+        (["method=nowhere:Method"], "cannot import the method 'nowhere:Method'"),
         (["guidance.scal=2"], "unknown Guidance key 'scal'; did you mean 'scale'"),
         (["no-equals-sign"], "must read key.path=value"),
         (["steps=["], "override 'steps=\\[': the value is not YAML"),
@@ -68,7 +70,7 @@ def test_another_method_does_not_inherit_the_fields_of_the_preset_one():
         (["reward.nmae=clip"], "reward: unknown key 'nmae'; did you mean 'name'"),
         (["reward={name: hpsv22, model: null}"], "reward: unknown reward 'hpsv22'; did you mean 'hpsv2'"),
         (["evaluation.monitors={hps: {name: hpsv22}}"], "evaluation.monitors.hps: unknown reward 'hpsv22'"),
-        (["evaluation.checker=shape"], "evaluation.checker.shapes: .*got 'shape'"),
+        (["evaluation.checker=shape"], "known: shapes, a loader of your own as module:function"),
         (["compile=inducter"], "compile: unknown compile backend 'inducter'; did you mean 'inductor'"),
     ],
 )
@@ -167,3 +169,17 @@ def test_a_broken_file_says_so(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match="must hold a mapping"):
         load(tmp_path / "list.yaml")
+
+
+def test_classes_and_functions_of_your_own_are_found_beside_the_config_and_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])  # as a console script has it
+    for folder, module in ((tmp_path / "here", "found_here"), (tmp_path / "beside", "found_beside")):
+        folder.mkdir()
+        (folder / f"{module}.py").write_text("from flowbp.methods import ReFL\nclass Mine(ReFL):\n    pass\n")
+    config = tmp_path / "beside" / "run.yaml"
+    config.write_text(dump(load("demo")))
+    monkeypatch.chdir(tmp_path / "here")
+    for module in ("found_here", "found_beside"):
+        assert type(load(config, [f"method={module}:Mine"]).method).__module__ == module
+    with pytest.raises(ConfigError, match=f"No module named 'found_nowhere'; modules are searched in {tmp_path}/here"):
+        load(config, ["method=found_nowhere:Mine"])

@@ -4,7 +4,6 @@ The pipeline class that a checkpoint names in its model_index.json chooses the b
 and one line of BACKBONES.
 """
 
-import difflib
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from flowbp.backbones.flux import FluxBackbone
 from flowbp.backbones.flux2 import Flux2Backbone
 from flowbp.backbones.sd3 import SD3Backbone
 from flowbp.backbones.zimage import ZImageBackbone
+from flowbp.names import nearest
 
 __all__ = ["BACKBONES", "KNOWN_MODELS", "load_backbone", "locate"]
 __all__ += ["Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "check_guidance"]
@@ -78,11 +78,9 @@ def locate(name: str) -> str:
         return str(PIPELINE)
     location = KNOWN_MODELS.get(name, name)
     if not Path(location).is_dir() and "/" not in location:
-        near = difflib.get_close_matches(location, KNOWN_MODELS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"unknown backbone {name!r}; {hint}known: shapes, {', '.join(KNOWN_MODELS)}, a local folder, a Hub id "
-            "owner/name"
+            f"unknown backbone {name!r}; {nearest(location, KNOWN_MODELS)}known: shapes, {', '.join(KNOWN_MODELS)}, "
+            "a local folder, a Hub id owner/name"
         )
     if Path(location).is_dir() and not Path(location, "model_index.json").is_file():
         raise ValueError(f"{location} holds no model_index.json: pass the folder of a diffusers pipeline")

@@ -9,8 +9,9 @@ import yaml
 from pydantic import ValidationError
 
 from flowbp import presets
-from flowbp.config.registry import ConfigError, nearest
+from flowbp.config.registry import ConfigError
 from flowbp.config.schema import RunConfig, is_one_reward
+from flowbp.names import nearest, search_in
 
 __all__ = ["changed", "dump", "flatten", "load", "parse_overrides"]
 
@@ -45,6 +46,7 @@ def read(name: str | Path) -> list[dict[str, Any]]:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, got {type(values).__name__}")
+    search_in(path.parent)
     return [values]
 
 

@@ -1,8 +1,6 @@
 """Constructors as configuration: a dataclass is built from a mapping of its fields, or from a name and fields."""
 
 import dataclasses
-import difflib
-import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any, get_type_hints
 
@@ -10,6 +8,7 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from flowbp.active_sets import PAIR_SAMPLERS, PairSampler
 from flowbp.methods import METHODS
+from flowbp.names import find, nearest
 
 __all__ = ["ConfigError", "build_method", "describe"]
 
@@ -24,12 +23,6 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a name that does not exist, with the nearest one that does."""
     known = sorted(known)
     return ConfigError(f"unknown {kind} {name!r}; {nearest(name, known)}known: {', '.join(known)}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """'did you mean ...? ', or nothing where no name is near."""
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def build(cls: type, values: Mapping[str, Any]) -> Any:
@@ -68,11 +61,7 @@ def build_named(kind: str, registry: Mapping[str, type], spec: Any) -> Any:
     fields = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = fields.pop("name", None)
     if isinstance(name, str) and ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            cls = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"cannot import {kind} {name!r}: {error}") from error
+        cls = find(kind, name)
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
             raise ConfigError(f"{kind} {name!r} is {cls!r}: name a dataclass")
         return build(cls, fields)

@@ -238,9 +238,15 @@ class GenEvalConfig(Strict):
     counting_threshold: Share = key(0.9, "the same for prompts with the tag 'counting'")
 
 
+def known_checker(name: str) -> str:
+    if name != "shapes" and ":" not in name:
+        raise ValueError("known: shapes, a loader of your own as module:function, {detector: ...} of GenEval, or null")
+    return name
+
+
 CheckerField = Annotated[
-    Annotated[Literal["shapes"], Tag("shapes")] | Annotated[GenEvalConfig, Tag("geneval")],
-    Discriminator(lambda spec: "shapes" if isinstance(spec, str) else "geneval"),
+    Annotated[str, AfterValidator(known_checker), Tag("name")] | Annotated[GenEvalConfig, Tag("geneval")],
+    Discriminator(lambda spec: "name" if isinstance(spec, str) else "geneval"),
 ]
 
 

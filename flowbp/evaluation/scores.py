@@ -6,7 +6,6 @@ share the chunks nor on where an evaluation was interrupted.
 """
 
 import csv
-import importlib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from flowbp.config import EvaluationConfig, RolloutConfig
 from flowbp.evaluation.statistics import interval, paired_p_value, weighted_mean
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import IMAGE_STATISTICS, OF_ONE_IMAGE, diversity, thumbnails
+from flowbp.names import find
 from flowbp.rewards import ImageEncoder, Reward
 from flowbp.runtime.data import Prompt, load_prompts, sample_seeds
 from flowbp.runtime.distributed import process_state
@@ -86,8 +86,7 @@ def load_checker(config: EvaluationConfig, device: str) -> Scorer:
     """
     sources = [source for source in (config.prompts, config.validation_prompts) if source is not None]
     if isinstance(config.checker, str):
-        module, _, function = CHECKERS.get(config.checker, config.checker).partition(":")
-        load = getattr(importlib.import_module(module), function)
+        load = find("checker", CHECKERS.get(config.checker, config.checker))
         return load([prompt.text for source in sources for prompt in load_prompts(source)])
     from flowbp.evaluation.geneval import load_geneval
 

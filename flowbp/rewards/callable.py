@@ -1,9 +1,8 @@
 """A reward of your own: any Python function of images and prompts. A config names it as "module:function"."""
 
-import importlib
-
 from torch import Tensor
 
+from flowbp.names import find
 from flowbp.rewards.base import Reward
 
 __all__ = ["CallableReward"]
@@ -17,11 +16,7 @@ class CallableReward:
     """
 
     def __init__(self, name: str, device: str = "cpu"):
-        module, _, attribute = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"cannot import the reward {name!r}: {error}") from error
+        found = find("reward", name)
         self.name = name
         self.function: Reward = found(device=device) if isinstance(found, type) else found
 

@@ -4,7 +4,6 @@ A reward is a class in a file of its own, imported when it is chosen. What is kn
 `published.yaml`; `flowbp rewards` prints it.
 """
 
-import difflib
 import importlib
 import logging
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any, Self
 
 import yaml
 
+from flowbp.names import nearest
 from flowbp.rewards.base import Reward
 from flowbp.rewards.callable import CallableReward
 from flowbp.rewards.files import HubFiles, check_sha256, find_file, locate, pin
@@ -112,10 +112,9 @@ def check_options(name: str, model: str | None, dtype: str | None, revision: str
 def find_source(name: str) -> RewardSource:
     """The entry of `REWARDS`. Raises ValueError for an unknown name, and suggests the nearest."""
     if name not in REWARDS:
-        near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"unknown reward {name!r}; {hint}known: {', '.join(REWARDS)}, or a callable of your own as module:function"
+            f"unknown reward {name!r}; {nearest(name, REWARDS)}known: {', '.join(REWARDS)}, "
+            "or a callable of your own as module:function"
         )
     return REWARDS[name]
 
