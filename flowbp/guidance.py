@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Conditioning", "Guidance", "GuidedVelocity", "NetworkVelocity"]
-
 Conditioning = Mapping[str, Tensor]  # named tensors, each [B, ...]
 # (x [B, *S], sigma [] or [B], conditioning) -> velocity [B, *S]
 NetworkVelocity = Callable[[Tensor, Tensor, Conditioning], Tensor]

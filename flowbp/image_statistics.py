@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["IMAGE_STATISTICS", "OF_ONE_IMAGE", "diversity", "high_frequency", "saturation", "thumbnails"]
-
 THUMBNAIL = 32  # pixels a side; images are compared by their composition, not by their texture
 
 

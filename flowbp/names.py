@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["find", "nearest", "search_in"]
-
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """'did you mean ...? ', or nothing where no name is near."""

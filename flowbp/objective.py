@@ -10,8 +10,6 @@ from torch import Tensor
 
 from flowbp.plan import Similarity
 
-__all__ = ["Objective", "clip_samples", "loss_factors", "reward_gradient", "sample_weights"]
-
 
 def sample_weights(similarity: Similarity, d_j: Tensor, d_0: Tensor) -> tuple[Tensor, Tensor]:
     """(weights [B], keep [B] bool) from the residuals [B]. Weight: 1 / (max(d_j, tau) + max(d_0, tau)). Keep: where

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["check_sigmas", "euler", "lagrange", "lagrange_supports", "leap", "rescale_factor", "uniform"]
-
 
 def check_sigmas(sigmas: Sequence[float]) -> np.ndarray:
     """The noise levels [N + 1] as float64; ValueError unless they are finite, strictly decreasing, and end at 0."""

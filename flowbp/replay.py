@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from flowbp_kernels.sweep import Graph
 
-__all__ = ["Recompute"]
-
 
 class Recompute:
     """How many graphs a rollout keeps, counted from the clean end: none, all, or as many as fit.

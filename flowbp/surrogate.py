@@ -16,8 +16,6 @@ from flowbp.trajectory import Trajectory
 from flowbp_kernels import leap_residuals, quadrature_update, straight_through
 from flowbp_kernels.sweep import Graph, sweep
 
-__all__ = ["as_graph", "backward", "residuals", "reward_input"]
-
 Plan = SurrogatePlan | PlanBatch  # one for the batch, or one a sample
 # (x [n B, *S], sigma [] or [n B]) -> a tensor [n B, *S] with the velocity's VJP
 ReplayedVelocity = Callable[[Tensor, Tensor], Tensor]

@@ -14,8 +14,6 @@ from flowbp.replay import Recompute
 from flowbp_kernels import RngState, cfg_euler_step
 from flowbp_kernels.sweep import Graph, as_in_the_rollout, autocast_state, record
 
-__all__ = ["NodeCache", "Trajectory", "rollout", "rollout_with_graph"]
-
 
 class NodeCache:
     """One tensor [n, B, *S] with a row for each cached node and each copy of the sample."""

@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from flowbp.backbones.base import JOINT_ATTENTION, DiffusersBackbone, grid_ids
 from flowbp.guidance import Conditioning
 
-__all__ = ["FluxBackbone"]
-
 
 class FluxBackbone(DiffusersBackbone):
     """`FluxPipeline`: `FluxTransformer2DModel`, `AutoencoderKL`, a CLIP encoder (pooled) and T5."""

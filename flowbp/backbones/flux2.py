@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from flowbp.backbones.base import JOINT_ATTENTION, DiffusersBackbone, grid_ids
 from flowbp.guidance import Conditioning
 
-__all__ = ["Flux2Backbone"]
-
 
 class Flux2Backbone(DiffusersBackbone):
     """`Flux2KleinPipeline`: `Flux2Transformer2DModel`, `AutoencoderKLFlux2` and Qwen3, hidden states 9, 18 and 27."""

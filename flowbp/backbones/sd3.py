@@ -8,8 +8,6 @@ from torch import Tensor
 from flowbp.backbones.base import JOINT_ATTENTION, DiffusersBackbone
 from flowbp.guidance import Conditioning
 
-__all__ = ["SD3Backbone"]
-
 
 class SD3Backbone(DiffusersBackbone):
     """`StableDiffusion3Pipeline`: `SD3Transformer2DModel`, `AutoencoderKL`, two CLIP encoders and optionally T5."""

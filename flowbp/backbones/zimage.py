@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from flowbp.backbones.base import DiffusersBackbone
 from flowbp.guidance import Conditioning
 
-__all__ = ["ZImageBackbone"]
-
 
 class ZImageBackbone(DiffusersBackbone):
     """`ZImagePipeline`: `ZImageTransformer2DModel`, `AutoencoderKL` and Qwen3, of which it reads the last hidden state

@@ -5,12 +5,22 @@ overrides. Method, pair sampler, guidance and smoothing are built straight from 
 their configuration. What can be known without loading a model is checked here.
 """
 
-from flowbp.config import loading, registry, schema
-from flowbp.config.loading import *  # noqa: F403
-from flowbp.config.registry import *  # noqa: F403
-from flowbp.config.schema import *  # noqa: F403
+from flowbp.config.loading import changed, dump, flatten, load, parse_overrides
+from flowbp.config.registry import ConfigError, build_method, describe
+from flowbp.config.schema import (
+    BackboneConfig,
+    EvaluationConfig,
+    GenEvalConfig,
+    MemoryConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    ScorerConfig,
+    TuningConfig,
+    by_name,
+)
 
-__all__ = []
-__all__ += loading.__all__
-__all__ += registry.__all__
-__all__ += schema.__all__
+__all__ = ["ConfigError", "build_method", "changed", "describe", "dump", "flatten", "load", "parse_overrides"]
+__all__ += ["BackboneConfig", "EvaluationConfig", "GenEvalConfig", "MemoryConfig", "OptimizerConfig"]
+__all__ += ["RewardConfig", "RolloutConfig", "RunConfig", "ScorerConfig", "TuningConfig", "by_name"]

@@ -13,8 +13,6 @@ from flowbp.config.registry import ConfigError
 from flowbp.config.schema import RunConfig, is_one_reward
 from flowbp.names import nearest, search_in
 
-__all__ = ["changed", "dump", "flatten", "load", "parse_overrides"]
-
 CONFIG = "config.yaml"  # in the folder of a run
 
 

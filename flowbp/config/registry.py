@@ -10,8 +10,6 @@ from flowbp.active_sets import PAIR_SAMPLERS, PairSampler
 from flowbp.methods import METHODS
 from flowbp.names import find, nearest
 
-__all__ = ["ConfigError", "build_method", "describe"]
-
 FINITE = ConfigDict(allow_inf_nan=False)
 
 

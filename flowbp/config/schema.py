@@ -19,20 +19,6 @@ from flowbp.methods import METHODS
 from flowbp.objective import Objective
 from flowbp.rewards import Reward, RunningScale, Smoothing, Term, check_options, load_reward
 
-__all__ = [
-    "BackboneConfig",
-    "EvaluationConfig",
-    "GenEvalConfig",
-    "MemoryConfig",
-    "OptimizerConfig",
-    "RewardConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "ScorerConfig",
-    "TuningConfig",
-    "by_name",
-]
-
 # Names that no reward or monitor may have: the columns that the trainer logs (a test keeps them equal) and `SCORED`.
 LOGGED = "step nodes images loss grad_norm sample_grad_norm d_j d_0 kept skipped lr seconds peak_mb".split()
 SCORED = ["prompt", "category", "seed", "checker", "embedding", *IMAGE_STATISTICS]  # columns of an evaluation
@@ -240,7 +226,8 @@ class GenEvalConfig(Strict):
 
 def known_checker(name: str) -> str:
     if name != "shapes" and ":" not in name:
-        raise ValueError("known: shapes, a loader of your own as module:function, {detector: ...} of GenEval, or null")
+        known = "shapes, a loader of your own as module:function, {detector: ...} of GenEval, or null"
+        raise ValueError(f"unknown checker {name!r}; known: {known}")
     return name
 
 

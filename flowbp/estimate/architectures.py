@@ -26,8 +26,6 @@ from flowbp.config import BackboneConfig
 from flowbp.guidance import Conditioning
 from flowbp.rewards.preprocessing import fit_short_side, normalise
 
-__all__ = ["ARCHITECTURES", "IMAGE_TOWERS", "ImageTower", "build_backbone", "image_tower", "read_backbone"]
-
 
 @dataclass(frozen=True)
 class Architecture:

@@ -32,8 +32,6 @@ from flowbp.runtime.memory import LiveBytes, save_memory
 from flowbp.runtime.tuning import trainable_parameters
 from flowbp_kernels.sweep import record
 
-__all__ = ["NetworkPass", "RewardPass", "TextPass", "draw_plan", "network_pass", "reward_pass", "text_pass"]
-
 
 @dataclass(frozen=True)
 class NetworkPass:

@@ -10,8 +10,6 @@ from flowbp.rewards import Reward
 from flowbp.runtime.data import load_prompts
 from flowbp.runtime.tuned_model import TunedModel
 
-__all__ = ["Evaluator"]
-
 
 class Evaluator:
     """Scores any weights of a model on the samples of `config.evaluation`, or on others.

@@ -14,8 +14,6 @@ from matplotlib.patches import FancyArrowPatch
 
 from flowbp.plan import SurrogatePlan
 
-__all__ = ["curves", "draw_plan", "running_mean", "sample_grid", "styles"]
-
 INK, QUIET, ACTIVE, BRIDGE, REWARD, EXTRA = "#1f2933", "#b8c1cc", "#2563eb", "#d97706", "#059669", "#86198f"
 
 

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from flowbp.config import GenEvalConfig
     from flowbp.rewards.clip import CLIPReward
 
-__all__ = ["ClipColours", "Detection", "GenEval", "Requirement", "TransformersDetector", "load_geneval"]
-
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")

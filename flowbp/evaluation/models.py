@@ -38,8 +38,6 @@ from flowbp.runtime.run_folder import mark_folder
 from flowbp.runtime.tuned_model import frozen_backbone
 from flowbp.runtime.weights import weight_files
 
-__all__ = ["BASE", "Model", "name_models", "run_evaluation"]
-
 MANIFEST = "model.json"
 CHUNKS = "[0-9]" * 5 + ".safetensors"
 

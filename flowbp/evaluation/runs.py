@@ -24,8 +24,6 @@ from flowbp.runtime.environment import ENVIRONMENT, describe_environment
 from flowbp.runtime.files import without_nan, write_file, write_json
 from flowbp.runtime.run_folder import CONFIG, METRICS, mark_folder
 
-__all__ = ["Run", "compare_runs", "contrast", "grouped", "read_run"]
-
 # Verdicts on a difference: it is what runs are compared for, it makes the comparison unfair, or it changes no result.
 POINT, UNFAIR, BOOKKEEPING = "point", "unfair", "bookkeeping"
 EVALUATED = "final evaluation"  # made or none; added to configs

@@ -28,8 +28,6 @@ from flowbp.runtime.data import Prompt, load_prompts, sample_seeds
 from flowbp.runtime.distributed import process_state
 from flowbp.trajectory import rollout
 
-__all__ = ["Difference", "Samples", "Scores", "Summary", "compare", "draw_samples", "evaluate", "generate", "summarise"]
-
 # (images [B, 3, H, W] in [0, 1], prompts) -> scores [B], or embeddings [B, d]
 Scorer = Callable[[Tensor, list[str]], Tensor]
 Scorers = Mapping[str, Scorer]

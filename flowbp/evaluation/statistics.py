@@ -23,8 +23,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-__all__ = ["interval", "paired_p_value", "weighted_mean"]
-
 RESAMPLES = 9999
 BATCH = 1000  # resamples held in memory at once
 

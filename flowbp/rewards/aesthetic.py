@@ -14,8 +14,6 @@ from flowbp.rewards.clip import CLIPEncoder
 from flowbp.rewards.files import read_state_dict
 from flowbp.rewards.weights import frozen_head, load_frozen, renamed
 
-__all__ = ["AestheticReward", "rating_head"]
-
 
 class AestheticReward(CLIPEncoder):
     """Predicted mean rating on a scale of 1 to 10, mostly 4 to 7.

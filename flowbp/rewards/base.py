@@ -6,8 +6,6 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["ImageEncoder", "Reward", "Smoothed", "Smoothing"]
-
 
 class Reward(Protocol):
     """Scores images against their prompts."""

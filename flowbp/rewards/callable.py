@@ -5,8 +5,6 @@ from torch import Tensor
 from flowbp.names import find
 from flowbp.rewards.base import Reward
 
-__all__ = ["CallableReward"]
-
 
 class CallableReward:
     """Calls `module:attribute` and checks what it returns: [B] scores, differentiable wherever the images are.

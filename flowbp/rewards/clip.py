@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from flowbp.rewards.preprocessing import CLIP_MEAN, CLIP_STD, fit_short_side, normalise
 from flowbp.rewards.weights import load_frozen
 
-__all__ = ["CLIPEncoder", "CLIPReward", "PickScore", "image_features"]
-
 
 class CLIPEncoder:
     """A frozen `CLIPModel`, with the tokenizer where prompts are read too. Differentiable in the pixels.

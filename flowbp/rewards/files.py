@@ -11,8 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["HubFiles", "check_sha256", "find_file", "locate", "pin", "read_state_dict"]
-
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 

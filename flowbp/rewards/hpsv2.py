@@ -15,8 +15,6 @@ from flowbp.rewards.files import read_state_dict
 from flowbp.rewards.preprocessing import fit_long_side, normalise
 from flowbp.rewards.weights import count_layers, frozen_model, renamed
 
-__all__ = ["HPSv2", "clip_from_open_clip"]
-
 
 class HPSv2(CLIPEncoder):
     """Cosine similarity of image and prompt, about .2 to .4; images of current models lie near .29.

@@ -13,8 +13,6 @@ from flowbp.rewards.files import read_state_dict
 from flowbp.rewards.qwen import inputs, instruction
 from flowbp.rewards.weights import below, frozen_head, frozen_model, renamed
 
-__all__ = ["HPSv3"]
-
 RENAMED = (  # Qwen2VLForConditionalGeneration, as saved by transformers 4.45 or later -> Qwen2VLModel
     (r"^model\.(visual|language_model)\.", r"\1."),
     (r"^model\.", "language_model."),

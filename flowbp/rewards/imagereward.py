@@ -15,8 +15,6 @@ from flowbp.rewards.files import read_state_dict
 from flowbp.rewards.preprocessing import fit_short_side, normalise
 from flowbp.rewards.weights import below, count_layers, frozen_model, renamed
 
-__all__ = ["ImageReward"]
-
 
 class ImageReward:
     """Standardised human preference, about -2 to 2; mean 0 and deviation 1 over the training data.

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from flowbp.rewards.preprocessing import normalise, resize
 
-__all__ = ["conversation", "inputs", "instruction", "patchify", "smart_size"]
-
 PATCH, MERGE, FRAMES = 14, 2, 2
 CELL = PATCH * MERGE  # pixels, on a side, of one token
 IMAGE_TOKEN = "<|image_pad|>"

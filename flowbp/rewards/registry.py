@@ -18,8 +18,6 @@ from flowbp.rewards.base import Reward
 from flowbp.rewards.callable import CallableReward
 from flowbp.rewards.files import HubFiles, check_sha256, find_file, locate, pin
 
-__all__ = ["REWARDS", "RewardSource", "load_reward"]
-
 log = logging.getLogger(__name__)
 
 EMBEDDED = {"shapes": "REWARD", "shapes-monitor": "MONITOR"}

@@ -12,8 +12,6 @@ from torch import Tensor
 from flowbp.rewards.qwen import inputs, instruction
 from flowbp.rewards.weights import load_frozen
 
-__all__ = ["UnifiedReward"]
-
 
 class UnifiedReward:
     """The expected alignment rating, 1 to 5.

@@ -11,8 +11,6 @@ from torch import Tensor
 from flowbp.objective import Objective
 from flowbp.rewards.base import Reward, Smoothed, Smoothing
 
-__all__ = ["WeightedRewards", "RunningScale", "Term"]
-
 
 class RunningScale:
     """The standard deviation of a reward over recent batches, from exponential averages of its first two moments.

@@ -22,8 +22,6 @@ from flowbp.runtime.tuning import assign
 if TYPE_CHECKING:
     from flowbp.runtime.tuned_model import TunedModel
 
-__all__ = ["latest_checkpoint", "load_checkpoint", "load_parameters", "load_state", "progress", "save_checkpoint"]
-
 CHECKPOINTS = "checkpoints"  # in a run's folder
 CHECKPOINT = "parameters.safetensors"
 STATE = "state.pt"

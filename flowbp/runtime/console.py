@@ -7,8 +7,6 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-__all__ = ["hide_loading_bars", "hush_libraries", "is_main", "progress_bar"]
-
 HARMLESS = {  # logger: a part of its messages that ask for nothing
     "transformers.utils.import_utils": "requires torchvision (not installed)",  # rewards preprocess by themselves
     "diffusers.loaders.peft": "No LoRA keys associated to CLIPText",  # the text encoders are never tuned

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Prompt", "PromptStream", "load_prompts", "sample_seeds"]
-
 
 class Prompt(NamedTuple):
     text: str

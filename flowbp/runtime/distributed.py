@@ -31,8 +31,6 @@ from torch.utils._pytree import tree_map
 from flowbp.backbones import Backbone
 from flowbp.config import MemoryConfig
 
-__all__ = ["Ranks", "gathered", "on_main", "process_state", "shard_like", "unshard"]
-
 
 def process_state() -> PartialState:
     """This process among those of the run. accelerate starts a process group on CPUs only with `cpu=True`."""

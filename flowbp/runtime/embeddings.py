@@ -31,8 +31,6 @@ from flowbp.runtime.distributed import process_state
 from flowbp.runtime.environment import versions
 from flowbp.runtime.files import replacing
 
-__all__ = ["EmbeddingCache", "default_cache", "embed_once", "encoder_hash"]
-
 BATCH = 8  # prompts that are encoded together, always equally many, because rounding depends on the size of a batch
 
 Encode = Callable[[list[str]], Conditioning]

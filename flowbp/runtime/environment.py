@@ -9,8 +9,6 @@ import torch
 import flowbp
 from flowbp_kernels.bench import machine
 
-__all__ = ["describe_environment", "environment", "versions"]
-
 ENVIRONMENT = "environment.json"
 
 

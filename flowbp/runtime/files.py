@@ -17,8 +17,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-__all__ = ["digest_files", "replacing", "write_file", "write_json"]
-
 
 @contextmanager
 def replacing(path: Path, cache: bool = False) -> Iterator[Path]:

@@ -20,8 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flowbp.backbones import Backbone
 from flowbp.config import MemoryConfig
 
-__all__ = ["LiveBytes", "Phases", "compile_blocks", "memory_mb", "peak_memory_mb", "save_memory"]
-
 
 def save_memory(backbone: Backbone, config: MemoryConfig) -> None:
     """Turn on what `config` asks for, on the transformer and the VAE."""

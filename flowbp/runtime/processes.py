@@ -20,8 +20,6 @@ from accelerate.utils import gather_object
 
 from flowbp.runtime.distributed import process_state
 
-__all__ = ["free_port", "launched", "naming_the_dead"]
-
 LOCALHOST = "127.0.0.1"
 GRACE = 20  # seconds in which the main process may end by itself after another one has failed
 

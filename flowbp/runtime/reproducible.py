@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["MODE", "TOO_LATE", "math_library", "mkl_is_reproducible", "one_thread", "request_equal_bytes"]
-
 MODE = "MKL_CBWR"
 TOO_LATE = (
     "MKL multiplied matrices before its reproducible mode was asked for, and runs may differ in their last bits: set "

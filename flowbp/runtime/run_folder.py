@@ -34,8 +34,6 @@ from flowbp.runtime.environment import ENVIRONMENT, environment
 from flowbp.runtime.files import remove, replacing, write_file, write_json
 from flowbp.runtime.weights import LORA, TRANSFORMER, save_weights
 
-__all__ = ["RunFolder", "how_to_go_on", "is_run", "mark_folder"]
-
 METRICS = "metrics.jsonl"
 BEST = "best"
 VALIDATION = "validation"

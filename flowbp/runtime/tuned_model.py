@@ -17,8 +17,6 @@ from flowbp.runtime.memory import compile_blocks, save_memory
 from flowbp.runtime.tuning import assign, master_weights, moving_average, trainable_parameters, trained
 from flowbp.runtime.weights import base_weights, load_weights
 
-__all__ = ["TunedModel", "frozen_backbone"]
-
 
 class TunedModel:
     """The model of a run. Nothing else builds one, because another order of building would fail or waste memory:

@@ -16,8 +16,6 @@ from flowbp.backbones import Backbone
 from flowbp.config import ConfigError, OptimizerConfig, TuningConfig
 from flowbp.runtime.distributed import shard_like
 
-__all__ = ["assign", "build_optimizer", "master_weights", "moving_average", "trainable_parameters", "trained"]
-
 log = logging.getLogger(__name__)
 
 

@@ -16,8 +16,6 @@ from flowbp.runtime.distributed import gathered
 from flowbp.runtime.files import replacing
 from flowbp.runtime.tuning import assign, trainable_parameters
 
-__all__ = ["LORA", "base_weights", "export_comfyui", "load_weights", "save_weights", "weight_files"]
-
 LORA = "pytorch_lora_weights.safetensors"
 TRANSFORMER = "transformer"
 

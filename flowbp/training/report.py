@@ -15,8 +15,6 @@ from flowbp.runtime.environment import describe_environment, environment
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.training.trainer import Trainer
 
-__all__ = ["write_report"]
-
 
 def write_report(
     trainer: Trainer, folder: RunFolder, scores: Mapping[str, Scores], validation: dict[str, Any] | None

@@ -15,8 +15,6 @@ from flowbp.training.report import write_report
 from flowbp.training.sentinel import Sentinel
 from flowbp.training.trainer import Trainer
 
-__all__ = ["run", "train"]
-
 
 @naming_the_dead()
 def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> Path:

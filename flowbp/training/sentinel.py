@@ -16,8 +16,6 @@ from flowbp.evaluation.numbers import between, scale_of_change, signed
 from flowbp.evaluation.scores import Difference, Samples, Scores, compare, draw_samples
 from flowbp.runtime.data import load_prompts
 
-__all__ = ["Decision", "Sentinel", "best_step", "exhausted", "warnings"]
-
 History = Mapping[int, Scores]  # by optimizer steps taken, increasing; all of the same samples
 Past = Mapping[int, Mapping[str, np.ndarray]]  # the same as plain columns by metric, as a run's folder keeps them
 

@@ -31,8 +31,6 @@ from flowbp.surrogate import backward, residuals, reward_input
 from flowbp.training.sentinel import validation_samples
 from flowbp.trajectory import Trajectory, rollout
 
-__all__ = ["Trainer"]
-
 DROPOUT, PLANS = 0xD409, 0x91A5  # parts of seeds, which keep these draws apart from those of the noise
 
 
