@@ -57,10 +57,8 @@ def test_the_folder_of_a_run_is_its_config(tmp_path):
         (["train", "demo", "--overwite"], "--overwrite"),
         (["train"], "Missing argument 'config'"),
         (["train", "dmo"], "unknown preset 'dmo'; did you mean 'demo'? flowbp presets lists them"),
-        (
-            ["train", "demo", "tuning={mode: full, targets: [to_q]}"],
-            "targets=['to_q'] is a setting of LoRA",
-        ),  # no tag of rich's
+        # Brackets are no tag of rich's.
+        (["train", "demo", "tuning={mode: full, targets: [to_q]}"], "targets=['to_q'] is a setting of LoRA"),
         (["plan", "lepalign"], "did you mean 'leapalign'"),
         (["rewards", "hpsv"], "did you mean 'hpsv"),
         (

@@ -68,12 +68,8 @@ def test_relations_are_those_of_the_centres_less_a_tenth_of_the_sizes(a, expecte
         (dog_and_bench("left of"), [], {"dog": [DOG], "bench": [BENCH]}, True),
         (dog_and_bench("above"), [], {"dog": [DOG], "bench": [BENCH]}, False),
         (dog_and_bench("left of"), [], {"dog": [DOG]}, False),
-        (
-            dog_and_bench("left of"),
-            [],
-            {"dog": [DOG, (90, 0, 99, 10)], "bench": [BENCH]},
-            True,
-        ),  # the most confident dog alone is asked
+        # The most confident dog alone is asked.
+        (dog_and_bench("left of"), [], {"dog": [DOG, (90, 0, 99, 10)], "bench": [BENCH]}, True),
         ([{"class": "dog", "count": 1, "color": "red"}], [], {"dog": [DOG]}, True),
         ([{"class": "dog", "count": 1, "color": "blue"}], [], {"dog": [DOG]}, False),
         ([{"class": "dog", "count": 2, "color": "red"}], [], {"dog": [DOG, BENCH]}, False),
