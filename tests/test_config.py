@@ -71,6 +71,11 @@ def test_another_method_does_not_inherit_the_fields_of_the_preset_one():
         (["reward={name: hpsv22, model: null}"], "reward: unknown reward 'hpsv22'; did you mean 'hpsv2'"),
         (["evaluation.monitors={hps: {name: hpsv22}}"], "evaluation.monitors.hps: unknown reward 'hpsv22'"),
         (["evaluation.checker=shape"], "known: shapes, a loader of your own as module:function"),
+        (["lr=1e-4"], "unknown key 'lr'; did you mean optimizer.lr?"),
+        (["output=$NOWHERE/a"], "output: \\$NOWHERE/a names a user or a variable that is not known here"),
+        (["steps=0300"], "override 'steps=0300': .*0300 would be read in base 60 or 8"),
+        (["evaluation.checker=shapes", "evaluation.checker.detector=a"], "checker is 'shapes', which has no detector"),
+        (["rollout.num_steps=3000000"], "rollout.num_steps: .*less than or equal to 1000, got 3000000"),
         (["compile=inducter"], "compile: unknown compile backend 'inducter'; did you mean 'inductor'"),
     ],
 )
@@ -183,3 +188,34 @@ def test_classes_and_functions_of_your_own_are_found_beside_the_config_and_in_th
         assert type(load(config, [f"method={module}:Mine"]).method).__module__ == module
     with pytest.raises(ConfigError, match=f"No module named 'found_nowhere'; modules are searched in {tmp_path}/here"):
         load(config, ["method=found_nowhere:Mine"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["method=leapalign", "method.alpha=0.3"], ["method.alpha=0.3", "method=leapalign"]],
+)
+def test_a_name_and_fields_of_it_are_one_mapping_in_any_order(overrides):
+    assert load("demo", overrides).method == LeapAlign(alpha=0.3)
+
+
+def test_a_file_is_read_as_it_is_meant_or_refused_with_its_line(tmp_path):
+    whole = dump(load("demo"))
+    for text, says in {
+        whole + "\nseed: 3\n": "the key 'seed' stands here again",
+        whole.replace("seed: 42", "seed: 0300"): "0300 would be read in base 60 or 8",
+        whole.replace("seed: 42", "seed: 1:30"): "1:30 would be read in base 60 or 8",
+        "[" * 5000: "recursion",
+    }.items():
+        (tmp_path / "run.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=f"run.yaml is not valid YAML.*{says}"):
+            load(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text(whole.replace("seed: 42", "seed: 42  # é"), encoding="utf-8")
+    assert load(tmp_path / "run.yaml").seed == 42
+
+
+def test_paths_know_the_home_folder_and_variables(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("RUNS", "/data/runs")
+    config = load("demo", ["output=$RUNS/a", "data.cache=~/cache", "backbone.name=${RUNS}/model"])
+    found = str(config.output), str(config.data.cache), config.backbone.name
+    assert found == ("/data/runs/a", "/home/somebody/cache", "/data/runs/model")

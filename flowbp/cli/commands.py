@@ -13,8 +13,10 @@ from rich.markup import escape
 from rich.table import Column, Table
 from typer import Argument, Option
 
+from flowbp import __version__
 from flowbp.runtime.console import hide_loading_bars, hush_libraries, is_main
 
+# Commands read their config before they import what it takes to run it, so that a mistake is told within two seconds.
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console()
 say = partial(console.print, highlight=False)  # wrapped at words
@@ -34,8 +36,18 @@ def main() -> None:
         sys.exit(2)
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"flowbp {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def quiet_libraries() -> None:
+def quiet_libraries(
+    version: Annotated[
+        bool, Option("--version", callback=show_version, is_eager=True, help="print it and exit")
+    ] = False,
+) -> None:
     """Align text-to-image flow models by reward backpropagation."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     hush_libraries()
@@ -50,13 +62,14 @@ def train(
     processes: Processes = 1,
 ) -> None:
     """Fine-tune a backbone; writes weights, metrics, samples and report.html into the config's output folder."""
-    from flowbp.cli.tables import comparison_table
     from flowbp.config import load
+
+    settings = load(config, overrides or ())
+    from flowbp.cli.tables import comparison_table
     from flowbp.runtime.processes import launched
     from flowbp.runtime.run_folder import how_to_go_on
     from flowbp.training.run import train as run
 
-    settings = load(config, overrides or ())
     hide_loading_bars()
     try:
         with launched(processes):
@@ -95,12 +108,13 @@ def estimate(
     json_file: Annotated[Path | None, Option("--json", help="write all numbers here, in bytes")] = None,
 ) -> None:
     """Predict the peak memory and the cost of a training step. Needs no GPU and reads no weights."""
-    from flowbp.cli.tables import estimate_table, gigabytes
     from flowbp.config import load
+
+    run = load(config, overrides or ())
+    from flowbp.cli.tables import estimate_table, gigabytes
     from flowbp.estimate import estimate as estimates
 
     memory = None if gpu_memory is None else estimates.parse_size(gpu_memory)
-    run = load(config, overrides or ())
     whole = estimates.estimate(run, processes)
     console.print(estimate_table(whole, f"{config}, {processes} process{'es' if processes > 1 else ''}"))
     calls = ", ".join(f"{name} {count:.1f}" for name, count in whole.calls.items())
@@ -139,13 +153,14 @@ def sample(
 ) -> None:
     """Draw prompts with the base or the tuned model."""
     from flowbp.config import load
+
+    run, count = load(config), len(prompts)
     from flowbp.evaluation.figures import sample_grid
     from flowbp.evaluation.scores import generate
     from flowbp.runtime.data import sample_seeds
     from flowbp.runtime.distributed import process_state
     from flowbp.runtime.tuned_model import frozen_backbone
 
-    run, count = load(config), len(prompts)
     hide_loading_bars()
     backbone = frozen_backbone(run, weights, str(process_state().device))
     images = generate(backbone, prompts, sample_seeds(seed, count=count), run.evaluation_rollout, run.guidance)
@@ -184,13 +199,14 @@ def evaluate(
     """Score the base and tuned models on the same prompts and seeds: means, intervals, paired tests, and a page. A
     killed run goes on.
     """
-    from flowbp.cli.tables import evaluation_tables
     from flowbp.config import load
-    from flowbp.evaluation.models import name_models, run_evaluation
-    from flowbp.runtime.processes import launched
 
     is_run = (Path(config) / "config.yaml").is_file()
     run = load(config, overrides or ())
+    from flowbp.cli.tables import evaluation_tables
+    from flowbp.evaluation.models import name_models, run_evaluation
+    from flowbp.runtime.processes import launched
+
     models = name_models(weights or ([config] if is_run else []))
     folder = out or Path(f"{config.rstrip('/') if is_run else run.output}-eval")
     hide_loading_bars()

@@ -14,6 +14,7 @@ from flowbp.config.schema import RunConfig, is_one_reward
 from flowbp.names import nearest, search_in
 
 CONFIG = "config.yaml"  # in the folder of a run
+NAMED = ("method", "pairs", "reward")  # keys of {name: ..., **fields}
 
 
 def load(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -39,13 +40,39 @@ def read(name: str | Path) -> list[dict[str, Any]]:
         hint = f"{nearest(str(name), presets.names())}flowbp presets lists them"
         raise ConfigError(f"no config file {str(path)!r}, and unknown preset {str(name)!r}; {hint}")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.load(path.read_text(encoding="utf-8"), StrictYAML) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, got {type(values).__name__}")
     search_in(path.parent)
     return [values]
+
+
+class StrictYAML(yaml.SafeLoader):
+    """YAML without what surprises: a key that stands twice, of which the last would win; 0300, which is 192; and 1:30,
+    which is 90."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for name, _ in node.value:
+            if str(name.value) in seen:
+                problem = f"the key {name.value!r} stands here again"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=name.start_mark)
+            seen.add(str(name.value))
+        return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        text = node.value.lstrip("+-")
+        if ":" in text or (text.startswith("0") and text[1:2].isdigit()):
+            problem = f"{node.value} would be read in base 60 or 8: write a plain number"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        is_int = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
+
+
+StrictYAML.add_constructor("tag:yaml.org,2002:int", StrictYAML.construct_number)
+StrictYAML.add_constructor("tag:yaml.org,2002:float", StrictYAML.construct_number)
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -66,16 +93,23 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], extra: Mapping[str, Any]) -> None:
-    """Merge nested mappings in place. A method, pair sampler or reward of another name drops the old one's fields."""
+    """Merge nested mappings in place. A method, pair sampler or reward of another name drops the old one's fields; its
+    name alone is short for {name: it}. Raises ConfigError for a mapping that would be laid over any other text.
+    """
     for key, value in extra.items():
         old = base.get(key)
+        if key in NAMED:
+            value, old = ({"name": it} if isinstance(it, str) else it for it in (value, old))
+        elif isinstance(value, Mapping) and isinstance(old, str):
+            raise ConfigError(f"{key} is {old!r}, which has no {' or '.join(map(str, value))}: give {key} once")
         nested = isinstance(value, Mapping) and isinstance(old, dict)
-        if nested and key in ("method", "pairs", "reward"):
-            nested = value.get("name", old.get("name")) == old.get("name")
+        if nested and key in NAMED and "name" in old:
+            nested = value.get("name", old["name"]) == old["name"]
         if nested and key == "reward":
             nested = is_one_reward(value) == is_one_reward(old)
         if nested:
             merge(old, value)
+            base[key] = old
         else:
             base[key] = copy.deepcopy(value)
 
@@ -103,14 +137,14 @@ def dump(config: RunConfig) -> str:
 def _number_or_yaml(text: str) -> Any:
     """The YAML value of `text`, but 1e-4 is a number: YAML itself reads a string where there is no point."""
     try:
-        return float(text) if "e" in text.lower() and "." not in text else yaml.safe_load(text)
+        return float(text) if "e" in text.lower() and "." not in text else yaml.load(text, StrictYAML)
     except (ValueError, yaml.YAMLError):
-        return yaml.safe_load(text)
+        return yaml.load(text, StrictYAML)
 
 
 def _readable(error: Mapping[str, Any]) -> str:
     parts = error["loc"][error["loc"][:2] == ("reward", "reward") :]  # one reward is not named in the config
     where = ".".join(str(part) for part in parts)
     message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] in ("value_error", "missing") else f", got {error['input']!r}"
+    given = "" if error["type"] in ("value_error", "missing") else f", got {error['input']!r}"[:80]
     return f"{where}{': ' if where else ''}{message}{given}"

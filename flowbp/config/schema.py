@@ -3,9 +3,10 @@
 Unknown keys are errors.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -26,11 +27,22 @@ SCORED = ["prompt", "category", "seed", "checker", "embedding", *IMAGE_STATISTIC
 # -- kinds of values; numbers are finite wherever they stand -----------------------------------------------------------
 
 
+PathLike = TypeVar("PathLike", str, Path)
+
+
 def no_switch(value: Any) -> Any:
     """YAML reads yes, no, on and off as booleans, which would pass for 1 and 0."""
     if isinstance(value, bool):
         raise ValueError(f"must be a number, got the switch {str(value).lower()}")
     return value
+
+
+def expanded(value: PathLike) -> PathLike:
+    """`value` with ~ and environment variables replaced. Raises ValueError where one of them is unknown."""
+    text = os.path.expandvars(os.path.expanduser(str(value)))
+    if text.startswith("~") or "$" in text:
+        raise ValueError(f"{value} names a user or a variable that is not known here: write the path out")
+    return type(value)(text)
 
 
 def known_backend(name: str) -> str:
@@ -43,6 +55,7 @@ def known_backend(name: str) -> str:
 Number = BeforeValidator(no_switch)
 Whole = Annotated[int, Number, Field(ge=0)]
 Count = Annotated[int, Number, Field(ge=1)]
+Steps = Annotated[int, Number, Field(ge=1, le=1000)]  # of a rollout
 Seed = Annotated[int, Number, Field(ge=0, lt=2**63)]
 Pixels = Annotated[int, Number, Field(ge=8, multiple_of=8)]
 Real = Annotated[float, Number]
@@ -50,7 +63,8 @@ Positive = Annotated[float, Number, Field(gt=0)]
 NonNegative = Annotated[float, Number, Field(ge=0)]
 Share = Annotated[float, Number, Field(ge=0, le=1)]
 Decay = Annotated[float, Number, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(expanded)]
+Folder = Annotated[Path, AfterValidator(expanded)]
 MetricName = Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
 Backend = Annotated[str, AfterValidator(known_backend)]
@@ -71,8 +85,19 @@ class Strict(BaseModel):
     def _known_keys_only(cls, values: Any) -> Any:
         for name in values if isinstance(values, Mapping) else ():
             if name not in cls.model_fields:
+                homes = [f"{section}.{name}" for section, inner in cls.sections() if name in inner.model_fields]
+                if homes:
+                    raise ConfigError(f"unknown key {name!r}; did you mean {' or '.join(homes)}?")
                 raise unknown("key", name, cls.model_fields)
         return values
+
+    @classmethod
+    def sections(cls) -> Iterator[tuple[str, type["Strict"]]]:
+        """The keys that are sections of their own, each with its class."""
+        for name, field in cls.model_fields.items():
+            for kind in (field.annotation, *get_args(field.annotation)):
+                if isinstance(kind, type) and issubclass(kind, Strict):
+                    yield name, kind
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
@@ -89,7 +114,7 @@ class RolloutConfig(Strict):
     """The sampler. Published noise levels are linspace(1, 1/N, N) under the pipeline's shift. The released SD3.5 code
     has timesteps in bfloat16."""
 
-    num_steps: Count = 25
+    num_steps: Steps = 25
     height: Pixels = 512
     width: Pixels = 512
     sigmas: Levels = key("published", "noise levels: the published ones, or those of the pipeline's own sampler")
@@ -155,7 +180,7 @@ class DataConfig(Strict):
     batch_size: Count = 8
     accumulate: Count = key(1, "micro-batches an optimizer step")
     embeddings: Literal["cached", "live"] = key("cached", "embed all prompts once, or every batch anew")
-    cache: Path | None = key(None, "folder of cached embeddings; null means $FLOWBP_CACHE, else ~/.cache/flowbp")
+    cache: Folder | None = key(None, "folder of cached embeddings; null means $FLOWBP_CACHE, else ~/.cache/flowbp")
 
 
 Recompute = Literal["always", "never", "auto"]
@@ -294,7 +319,7 @@ class RunConfig(Strict):
     sample; "stratified" one a sample, such that they cover the trajectory together.
     """
 
-    output: Path
+    output: Folder
     seed: Seed = 42
     steps: Count = 300
     checkpoint_every: Count = 100

@@ -230,8 +230,8 @@ def parse_size(text: str) -> float:
     number, unit = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", "(?:[KMGT]I?)?"
     match = re.fullmatch(rf"\s*({number})\s*({unit})B?\s*", text, re.IGNORECASE)
     size = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
-    if not 0 < size < math.inf:
-        raise ValueError(f"{text!r} is no size in bytes: write 24GB, 24GiB or 80e9")
+    if not 1e9 <= size < math.inf:
+        raise ValueError(f"{text!r} is no size of a GPU in bytes: write 24GB, 24GiB or 80e9")
     return size
 
 
