@@ -2,9 +2,21 @@
 
 import io
 import logging
+import re
 import sys
+from pathlib import Path
 
-from flowbp.runtime.console import HARMLESS, hush_libraries, progress_bar
+import pytest
+from rich.table import Table
+
+import flowbp
+from flowbp.cli import commands
+from flowbp.cli.tables import comparison_table, listed, means_table
+from flowbp.runtime.console import HARMLESS, TextConsole, hush_libraries, plain, progress_bar
+
+TYPED = "a [/b] [red]cat[/red] :cat: $$ 猫 👨\u200d👩"
+OBEYED = "\x1b[2J\x1b]0;owned\x07\r\x9b1m\u202e\udc80"
+WRITTEN = r"\x1b[2J\x1b]0;owned\x07\r\x9b1m\u202e\udc80"
 
 
 def test_progress_in_a_file_is_lines_without_control_characters(monkeypatch):
@@ -40,3 +52,62 @@ def test_only_harmless_messages_are_hushed(caplog):
         logger.warning("your prompt was truncated")
         logger.removeHandler(handler)
     assert seen == ["your prompt was truncated"] * len(HARMLESS)
+
+
+def shown(*parts, **options):
+    console = TextConsole(file=io.StringIO(), width=300, force_terminal=True, color_system=None)
+    console.print(*parts, **options)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("soft_wrap", [True, False])
+def test_a_line_is_shown_as_it_was_typed(soft_wrap):
+    assert shown(TYPED + OBEYED, soft_wrap=soft_wrap, markup=True) == f"{TYPED}{WRITTEN}\n"
+    assert plain("one\n\ttwo") == "one\n\ttwo"
+
+
+def test_titles_headings_captions_and_cells_are_shown_as_they_were_typed():
+    table = Table(TYPED + OBEYED, title=TYPED + OBEYED, caption=TYPED + OBEYED)
+    table.add_row(TYPED + OBEYED)
+    output = shown(table)
+    assert output.count(TYPED + WRITTEN) == 4 and not set(OBEYED) & set(output) - set(WRITTEN)
+
+
+def test_categories_models_and_runs_are_shown_as_they_were_typed():
+    row = {
+        "metric": "[m]",
+        "category": "all",
+        "count": 4,
+        "missing": 0,
+        "mean": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+        "run": "[/b]",
+    }
+    change = row | {"before": 0.4, "after": 0.5, "change": 0.1, "p_value": 0.04}
+    changes = comparison_table([change, change | {"category": "[/b]"}], "[/runs]/[bold]", "[/x]", "[y]")
+    output = shown(changes) + shown(means_table([row], "run", "[/t]")) + shown(listed([("[/v]", "[w]")]))
+    assert all(text in output for text in ("[m]", "[/b]", "[/runs]/[bold]", "[/x]", "[y]", "[/t]", "[/v]: [w]"))
+
+
+def test_an_error_and_a_bar_show_names_as_they_were_typed(monkeypatch, capsys):
+    def fail():
+        raise ValueError(f"no folder {TYPED}{OBEYED}")
+
+    monkeypatch.setattr(commands, "app", fail)
+    with pytest.raises(SystemExit):
+        commands.main()
+    assert capsys.readouterr().err == f"error: no folder {TYPED}{WRITTEN}\n"
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress_bar("[/b]\x1b[2J", "image", 1) as bar:
+        bar.set_postfix_str("\x1b[3J")
+        bar.update()
+    assert r"[/b]\x1b[2J" in stream.getvalue() and "\x1b" not in stream.getvalue()
+
+
+def test_nothing_prints_past_the_owner_of_plain_text():
+    """rich's own console and its markup are nowhere else in the package."""
+    past = re.compile(r"rich\.(console|markup) import|rich import print|\[/\]")
+    files = Path(flowbp.__file__).parent.rglob("*.py")
+    assert [path.name for path in files if past.search(path.read_text(encoding="utf-8"))] == ["console.py"]

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 from typer import Argument, Option
 
 from flowbp import __version__
-from flowbp.runtime.console import hide_loading_bars, hush_libraries, is_main
+from flowbp.runtime.console import TextConsole, hide_loading_bars, hush_libraries
 
 # Commands read their config before they import what it takes to run it, so that a mistake is told within two seconds.
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-console = Console()
+console = TextConsole()
 say = partial(console.print, highlight=False)  # wrapped at words
 say_unwrapped = partial(say, soft_wrap=True)  # what is copied from the terminal: paths and commands
 
@@ -32,7 +31,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        TextConsole(stderr=True).print(Text("error:", "bold red"), str(error), highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -75,12 +74,11 @@ def train(
         with launched(processes):
             output = run(settings, resume, overwrite)
     except KeyboardInterrupt:
-        if is_main():
-            say_unwrapped(f"\nstopped. {how_to_go_on(settings.output)}")
+        say_unwrapped(f"\nstopped. {how_to_go_on(settings.output)}")
         raise typer.Exit(130) from None
     except ConnectionError as error:
         raise ConnectionError(f"{error}. {how_to_go_on(settings.output)}") from error
-    if not is_main():
+    if console.quiet:
         return
     if (output / "evaluation.json").is_file():
         rows = json.loads((output / "evaluation.json").read_text())
@@ -89,7 +87,7 @@ def train(
         validation = json.loads((output / "validation.json").read_text())
         metric, best = validation["metric"], validation["best"]
         for line in validation["warnings"]:
-            say(f"[bold yellow]warning:[/] {line}")
+            say(Text("warning:", "bold yellow"), line)
         if validation["stopped"]:
             say(f"stopped early: evaluation.patience passed without a {metric} above that of step {best}")
         if best is not None:
@@ -121,16 +119,16 @@ def estimate(
     passes = f"{sum(whole.calls.values()):.0f} forward passes of {whole.forward_flops / 1e12:.3g} TFLOP ({calls})"
     say(f"a step costs {whole.relative_cost:.1f} x sampling its images: {passes}")
     for note in whole.notes:
-        say(f"[yellow]not counted:[/] {note}")
+        say(Text("not counted:", "yellow"), note)
     if json_file is not None:
         json_file.write_text(json.dumps(whole.as_dict(), indent=1) + "\n", encoding="utf-8")
     if memory is None:
         return
     share = f"{whole.peak / memory:.0%} of {gpu_memory}; {estimates.MARGIN:.0%} are left for what is not counted"
     if whole.fits(memory):
-        say(f"[green]fits:[/] {share}")
+        say(Text("fits:", "green"), share)
         return
-    say(f"[red]does not fit:[/] {share}")
+    say(Text("does not fit:", "red"), share)
     if (narrow := estimates.without_masters(run, processes)) is not None:
         price = f"most steps of optimizer.lr={run.optimizer.lr:g} round to nothing in bfloat16: docs/training.md"
         size = f"{gigabytes(narrow.peak)} GB"
@@ -212,7 +210,7 @@ def evaluate(
     hide_loading_bars()
     with launched(processes):
         results = run_evaluation(run, models, folder, overwrite)
-    if is_main():
+    if not console.quiet:
         options = run.evaluation
         for table in evaluation_tables(results, f"{options.prompts}, {options.samples} images, seed {options.seed}"):
             console.print(table)
@@ -232,13 +230,13 @@ def compare(
     first, *others = names = [run["name"] for run in results["runs"]]
     if results["unfair"]:
         reason = "more than the method differs" if results["point"] else "of equal methods"
-        title = f"[bold yellow]not a fair comparison[/]: {reason}"
+        title = Text.assemble(("not a fair comparison", "bold yellow"), f": {reason}")
         table = Table(Column("key", overflow="fold"), "value: runs", "so it is", title=title)
         for key, difference in results["unfair"].items():
             table.add_row(key, listed(grouped(difference["values"], names)), difference["why"])
         console.print(table)
     for warning in results["warnings"]:
-        say(f"[bold yellow]warning:[/] {escape(warning)}")
+        say(Text("warning:", "bold yellow"), warning)
     if results["point"]:
         table = Table("key", "value: runs", title="what is compared")
         for key, values in results["point"].items():
@@ -293,13 +291,13 @@ def rewards(
     for key, source in REWARDS.items() if name is None else [(name, find_source(name))]:
         size = f"{source.parameters / 1e6:,.0f} M" if source.parameters else "–"
         hinge = "" if source.hinge is None else f"{source.hinge:g}"
-        names = f"[bold]{key}[/]\n{source.files['model'].repository}\n{source.paper}"
+        names = Text.assemble((key, "bold"), f"\n{source.files['model'].repository}\n{source.paper}")
         table.add_row(names, f"{size}\n{source.licence}\n{source.scores}", hinge)
     console.print(table)
     if name is None:
         say("flowbp rewards NAME says how to fetch one; a function of your own is reward.name=module:function")
     else:
-        say_unwrapped(how_to_fetch(name, find_source(name).files, f"rewards/{name}"), markup=False)
+        say_unwrapped(how_to_fetch(name, find_source(name).files, f"rewards/{name}"))
 
 
 @app.command()

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator
 
 from rich import box
-from rich.markup import escape
 from rich.table import Column, Table
 
 from flowbp.evaluation import numbers
@@ -65,7 +64,7 @@ def means_table(rows: list[dict], column: str, title: str) -> Table:
     table = Table(Column("metric", no_wrap=True), column, *figures, title=title)
     for metric, own in numbers.by_metric(rows, column).items():
         for i, (name, row) in enumerate(own.items(), 1):
-            table.add_row("" if i > 1 else metric, escape(name), *mean_cells(row), end_section=i == len(own))
+            table.add_row("" if i > 1 else metric, name, *mean_cells(row), end_section=i == len(own))
     return table
 
 
@@ -102,7 +101,7 @@ def evaluation_tables(results: dict, title: str) -> Iterator[Table]:
 
 def listed(parts: list[tuple[str, str]]) -> str:
     """value: the runs that have it, one value a line."""
-    return escape("\n".join(f"{value}: {names}" for value, names in parts))
+    return "\n".join(f"{value}: {names}" for value, names in parts)
 
 
 def non_defaults(built) -> str:

@@ -11,10 +11,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
+from matplotlib.text import Text
 
 from flowbp.plan import SurrogatePlan
+from flowbp.runtime.console import plain
 
 INK, QUIET, ACTIVE, BRIDGE, REWARD, EXTRA = "#1f2933", "#b8c1cc", "#2563eb", "#d97706", "#059669", "#86198f"
+
+
+def as_text(figure: Figure) -> Figure:
+    """`figure`, in which every string is shown as it was typed: a $ of a prompt or a name begins no mathematics."""
+    for text in figure.findobj(Text):
+        text.set(text=plain(text.get_text()), parse_math=False, usetex=False)
+    return figure
 
 
 def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> Figure:
@@ -46,7 +55,7 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
         for i in (i for i in active if i < j and plan.active_bridge):
             ends = (j, sigmas[j]), (i, sigmas[i])
             path.add_patch(FancyArrowPatch(*ends, lw=1.2, shrinkA=7, shrinkB=6, **arrow))
-    path.set_ylabel("noise level $\\sigma$")
+    path.set_ylabel("noise level σ")
     path.set_title(title, loc="left", color=INK)
     path.legend(frameon=False, fontsize=9, loc="lower left", markerscale=0.75, labelspacing=0.6)
 
@@ -55,11 +64,11 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
     bars.scatter(nodes, weights, s=26, color=ACTIVE, zorder=3, label="gradient weight")
     bars.axhline(0, color=INK, lw=0.6)
     bars.set_xlabel(f"node of the rollout (0: noise, {total}: sample)")
-    bars.set_ylabel("weight ($\\sigma$ units)")
+    bars.set_ylabel("weight (σ units)")
     bars.legend(frameon=False, fontsize=9, loc="best")
     for axes in (path, bars):
         axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    return as_text(figure)
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -93,7 +102,7 @@ def curves(
     axes.tick_params(labelsize=9)
     axes.locator_params(nbins=5)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    return as_text(figure)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -123,4 +132,4 @@ def sample_grid(images: np.ndarray, captions: Sequence[str], passed: Sequence[bo
             axes.set(xticks=[], yticks=[])
             for spine in axes.spines.values():
                 spine.set(color=REWARD if ok else BRIDGE, linewidth=2.2, linestyle="solid" if ok else (0, (4, 2)))
-    return figure
+    return as_text(figure)

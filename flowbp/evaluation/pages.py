@@ -15,6 +15,7 @@ from flowbp.evaluation import figures
 from flowbp.evaluation.numbers import FILTERS, by_metric, duration
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import IMAGE_STATISTICS
+from flowbp.runtime.console import plain
 from flowbp.runtime.environment import describe_environment, environment
 from flowbp.runtime.files import write_file
 
@@ -35,7 +36,7 @@ def render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=undefined)
     environment.filters |= {function.__name__: function for function in FILTERS}
     environment.globals["statistics"] = list(IMAGE_STATISTICS)
-    return environment.get_template(template).render(**values)
+    return plain(environment.get_template(template).render(**values))
 
 
 def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str], smooth: bool = True) -> dict:

@@ -1,10 +1,13 @@
-"""What the terminal shows while flowbp works: progress, and those messages of libraries that a user can act on."""
+"""What the terminal shows: text as it was typed, progress, and those messages of libraries that a user can act on."""
 
 import logging
 import os
+import re
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
+from rich.console import Console
+from rich.text import Text
 from tqdm import tqdm
 
 HARMLESS = {  # logger: a part of its messages that ask for nothing
@@ -13,7 +16,34 @@ HARMLESS = {  # logger: a part of its messages that ask for nothing
     "diffusers.loaders.lora_base": "No LoRA keys associated to CLIPText",
     "diffusers.models.modeling_utils": "should be kept in float32: []",
 }
+# Control characters but tab and line end, those that turn the direction of text, and halves of UTF-16.
+OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed} gone, {remaining} left{postfix}"
+
+
+def plain(text: str) -> str:
+    """`text` as terminals, pages and pictures may have it: characters that are obeyed instead of shown, such as those
+    of an escape sequence, and those that cannot be encoded, are written as Python escapes.
+    """
+    return OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class TextConsole(Console):
+    """A terminal that shows strings as they are: no markup, no emoji codes, no escape sequences. What has a style is a
+    `rich.text.Text`. On processes other than the main one it is quiet, unless it shows errors.
+    """
+
+    def __init__(self, stderr: bool = False):
+        super().__init__(stderr=stderr, quiet=not (stderr or is_main()))
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        options.update(markup=False, emoji=False)
+        return super().render_str(plain(text), **options)
+
+
+class TextBar(tqdm):
+    def __str__(self) -> str:
+        return plain(super().__str__())
 
 
 def hush_libraries() -> None:
@@ -38,8 +68,8 @@ def progress_bar(what: str, unit: str, total: int, done: int = 0) -> tqdm:
     """A bar that redraws on a terminal, and writes a line a minute to a file. Only the main process shows one."""
     about = {"desc": what, "unit": unit, "total": total, "initial": done, "disable": not is_main()}
     if sys.stderr.isatty():
-        return tqdm(**about, mininterval=0.2, dynamic_ncols=True)
-    return tqdm(**about, mininterval=60.0, maxinterval=60.0, bar_format=LINE, file=Lines(sys.stderr))
+        return TextBar(**about, mininterval=0.2, dynamic_ncols=True)
+    return TextBar(**about, mininterval=60.0, maxinterval=60.0, bar_format=LINE, file=Lines(sys.stderr))
 
 
 class Lines:

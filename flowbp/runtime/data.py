@@ -6,10 +6,18 @@ The order depends on the seed and the step alone, so that a resumed run sees the
 import csv
 import io
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+PROMPT, CATEGORY = ("prompt", "prompts", "text"), ("category", "tag")  # what keys and columns are called, in any case
+SUFFIXES = ("", ".txt", ".json", ".jsonl", ".csv", ".tsv")
+QUOTED = re.compile('"(?:[^"]|"")*"')
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # halves of UTF-16 among them: no file and no tokenizer takes these
 
 
 class Prompt(NamedTuple):
@@ -18,16 +26,20 @@ class Prompt(NamedTuple):
 
 
 def load_prompts(source: str) -> list[Prompt]:
-    """The prompts of "shapes:<split>" (train, dev, test), or of a UTF-8 file, by the end of its name:
+    """The prompts of "shapes:<split>" (train, dev, test), or of a UTF-8 file, by the end of its name in any case:
 
-    .jsonl  one object a line with "prompt" and optionally "category" or "tag": also GenEval's evaluation_metadata.jsonl
-    .json   a list of prompts or of such objects, or {category: list}: also HPDv2's test.json and its benchmark files
-    .csv    a column "prompt" and optionally "category" or "tag"
-    other   one prompt a line
+    .txt, none    one prompt a line
+    .jsonl        one object a line: GenEval's evaluation_metadata.jsonl
+    .json         a list of prompts or of objects, or {category: list}: HPDv2's test.json and benchmark files, ReFL data
+    .csv, .tsv    a table whose first row names its columns: DrawBench, DPG-Bench; PartiPrompts.tsv
 
-    A folder is read as the .json files in it, each a category named after its file: HPDv2's benchmark (anime.json,
-    photo.json, ...). Blank prompts are skipped. Raises FileNotFoundError or ValueError when there is nothing to read or
-    it is not of that form.
+    An object or a row has its prompt under "prompt", "prompts" or "text", and may have a "category" or "tag", in any
+    case of letters. A .csv quotes what has commas or line ends; a .tsv needs no quotes. Rows that follow each other and
+    agree in "item_id" and prompt are one prompt (DPG-Bench has one row a question).
+
+    A folder is read as its .json files, each a category named after its file (HPDv2's benchmark: anime.json, ...), or
+    as its .txt files (DPG-Bench). Blank prompts are skipped. Raises FileNotFoundError or ValueError when there is
+    nothing to read or it is not of that form.
     """
     if source.startswith("shapes:"):
         from flowbp.shapes import prompts
@@ -37,16 +49,13 @@ def load_prompts(source: str) -> list[Prompt]:
     if not path.exists():
         keys = "data.prompts and evaluation.prompts name text files with one prompt a line"
         raise FileNotFoundError(f"prompt file {source!r} does not exist; {keys}")
-    if path.is_dir():
-        styles = {file.stem: _read_prompts(file) for file in sorted(path.glob("*.json"))}
-        if not styles:
-            raise ValueError(f"prompt folder {source!r} holds no .json file; a folder is read as one such file a style")
-        found = [Prompt(text, category or style) for style, prompts in styles.items() for text, category in prompts]
-    else:
-        found = _read_prompts(path)
+    found = _read_folder(path) if path.is_dir() else _read_prompts(path)
     prompts = [Prompt(text.strip(), category) for text, category in found if text.strip()]
     if not prompts:
         raise ValueError(f"prompt file {source!r} holds no prompt; write one a line")
+    for prompt in prompts:
+        if NO_TEXT.search("".join(prompt)):
+            raise ValueError(f"prompt file {source!r} holds {str(prompt)[:80]}, which is no text: save it as UTF-8")
     return prompts
 
 
@@ -58,41 +67,105 @@ def read_lines(path: Path) -> list[str]:
         raise ValueError(f"prompt file {str(path)!r} is not UTF-8 text ({error}): save it as UTF-8") from error
 
 
+def _read_folder(folder: Path) -> list[Prompt]:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".json", ".txt"))
+    kinds = {file.suffix.lower() for file in files}
+    if len(kinds) != 1:
+        held = "both .json and .txt files" if kinds else "no .json file and no .txt file"
+        rule = "a folder is read as one .json file a style, or as .txt files alone"
+        raise ValueError(f"prompt folder {str(folder)!r} holds {held}; {rule}")
+    styles = [(file.stem if kinds == {".json"} else "", _read_prompts(file)) for file in files]
+    return [Prompt(text, category or style) for style, prompts in styles for text, category in prompts]
+
+
 def _read_prompts(path: Path) -> list[Prompt]:
-    lines, name = read_lines(path), str(path)
-    if path.suffix == ".jsonl":
-        parsed = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-        return [prompt for prompts in parsed for prompt in prompts]
-    if path.suffix == ".json":
-        return _parse("\n".join(lines), name)
-    if path.suffix == ".csv":
-        table = csv.DictReader(io.StringIO("\n".join(lines)))
-        if table.fieldnames and "prompt" not in table.fieldnames:
-            columns = f"a column must be called prompt, not {table.fieldnames}"
-            raise ValueError(f"prompt file {name!r} cannot be read: {columns}")
-        return _entries([row for row in table if row["prompt"]])
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        known = f"the name of a prompt file ends in {', '.join(SUFFIXES[1:])}"
+        raise ValueError(f"prompt file {str(path)!r} is of an unknown kind; {known}: one prompt a line is .txt")
+    lines = read_lines(path)
+    if suffix == ".jsonl":
+        found = []
+        for number, line in enumerate(lines, 1):
+            with _naming(f"{path}, line {number}"):
+                found += [_prompt(json.loads(line, object_pairs_hook=_object))] if line.strip() else []
+        return found
+    if suffix == ".json":
+        with _naming(str(path)):
+            data = json.loads("\n".join(lines), object_pairs_hook=_object)
+            lists = isinstance(data, dict) and all(isinstance(value, list) for value in data.values())
+            if lists and _value(data, CATEGORY) is None:  # with a list of categories these are columns
+                entries = ((style, _prompt(entry)) for style in data for entry in data[style])
+                return [Prompt(text, category or style) for style, (text, category) in entries]
+            return [_prompt(entry) for entry in (data if isinstance(data, list) else [data])]
+    if suffix in (".csv", ".tsv"):
+        return _table("\n".join(lines), path, tabs=suffix == ".tsv")
     return [Prompt(line) for line in lines]
 
 
-def _parse(text: str, where: str) -> list[Prompt]:
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Every error of parsing becomes a ValueError that names the place and says what to write."""
     try:
-        return _entries(json.loads(text))
-    except (json.JSONDecodeError, TypeError) as error:
-        way_out = 'write {"prompt": ..., "category": ...}'
+        yield
+    except (ValueError, TypeError, RecursionError) as error:
+        way_out = 'write {"prompt": ..., "category": ...}, or columns of these names'
         raise ValueError(f"prompt file {where} cannot be read: {error}; {way_out}") from error
 
 
-def _entries(data: Any) -> list[Prompt]:
-    """Prompts of parsed JSON. Raises TypeError for what is neither a prompt nor an object that holds one."""
-    if isinstance(data, dict) and "prompt" not in data:
-        return [Prompt(text, category or key) for key, items in data.items() for text, category in _entries(items)]
-    found = []
-    for entry in data if isinstance(data, list) else [data]:
-        values = {"prompt": entry} if isinstance(entry, str) else entry
-        if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
-            raise TypeError(f"{str(entry)[:60]!r} is neither a prompt nor an object with the text 'prompt'")
-        found.append(Prompt(values["prompt"], str(values.get("category") or values.get("tag") or "")))
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"a key stands there twice: {str([key for key, _ in pairs])[:80]}")
     return found
+
+
+def _value(values: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """The value of the first of `names`, in any case, that is a key; None without one."""
+    known = {key.lower(): value for key, value in values.items()}
+    return next((known[name] for name in names if name in known), None)
+
+
+def _prompt(entry: Any) -> Prompt:
+    """The prompt of a text, an object or a row. Raises TypeError where there is none."""
+    values = {"prompt": entry} if isinstance(entry, str) else entry
+    text = _value(values, PROMPT) if isinstance(values, dict) else None
+    if not isinstance(text, str):
+        keys = f": its keys are {str(list(values))[:80]}" if isinstance(values, dict) else ""
+        raise TypeError(f"{str(entry)[:60]!r} is neither a prompt nor an object with the text 'prompt'{keys}")
+    return Prompt(text, str(_value(values, CATEGORY) or ""))
+
+
+def _table(text: str, path: Path, tabs: bool) -> list[Prompt]:
+    """The prompts of a .csv, or of a .tsv, where a quote is a letter (PartiPrompts) unless a field is quoted whole."""
+    delimiter, quoting = ("\t", csv.QUOTE_NONE) if tabs else (",", csv.QUOTE_MINIMAL)
+    reader, rows, line = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True), [], 1
+    try:
+        for row in reader:
+            if any(map(str.strip, row)):
+                rows.append((line, [_unquoted(cell) for cell in row] if tabs else row))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        rule = "quotes stand around a whole field, and a quote within it is written twice"
+        raise ValueError(f"prompt file {path}, line {line} cannot be read: {error}; {rule}") from error
+    names = [name.strip() for name in rows[0][1]] if rows else []
+    if rows and _value(dict.fromkeys(names, ""), PROMPT) is None:
+        columns = f"a column must be called prompt, not {str(names)[:80]}"
+        raise ValueError(f"prompt file {str(path)!r} cannot be read: {columns}")
+    found, last = [], None
+    for line, row in rows[1:]:
+        with _naming(f"{path}, line {line}"):
+            if any(map(str.strip, row[len(names) :])):
+                raise ValueError(f"{len(row)} fields in {len(names)} columns: put quotes around a prompt with commas")
+            values = _object([(name, cell) for name, cell in zip(names, row, strict=False) if name])
+            prompt, item = _prompt(values), values.get("item_id")
+            if item is None or (item, prompt) != last:
+                found.append(prompt)
+            last = item, prompt
+    return found
+
+
+def _unquoted(cell: str) -> str:
+    return cell[1:-1].replace('""', '"') if QUOTED.fullmatch(cell) else cell
 
 
 class PromptStream:

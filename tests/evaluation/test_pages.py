@@ -7,14 +7,17 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
+from matplotlib.text import Text
 
 import flowbp
 from flowbp.config import load
 from flowbp.evaluation import figures
 from flowbp.evaluation.models import Model, run_evaluation
 from flowbp.evaluation.numbers import between, duration, number, scale_of, scale_of_change, signed
-from flowbp.evaluation.pages import images_a_step
+from flowbp.evaluation.pages import as_png, images_a_step, render
 from flowbp.evaluation.runs import compare_runs
+from flowbp.methods import ReFL
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -123,3 +126,32 @@ def test_a_running_mean_leaves_out_what_is_not_finite():
 def test_each_run_has_a_line_of_its_own():
     lines = figures.styles([f"run {i}" for i in range(15)])
     assert len({tuple(style.values()) for style in lines.values()}) == 15
+
+
+SIGMAS = np.linspace(1, 0, 9)
+MATHEMATICS = "a bag marked $$ {x} \\\\frac & 5 % of $x_ \x1b[2J \0 \udc80"
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda text: figures.sample_grid(np.zeros((2, 8, 8, 3)), [text, text], [True, None]),
+        lambda text: figures.curves({text: [{"step": 1, text: 0.5}]}, text, text, text),
+        lambda text: figures.draw_plan(ReFL(last_n=2).plan(SIGMAS, np.random.default_rng(0)), SIGMAS, text),
+    ],
+    ids=["sample_grid", "curves", "draw_plan"],
+)
+def test_prompts_and_names_are_text_in_every_picture(draw):
+    with rc_context({"text.usetex": True}):  # a user's own settings of matplotlib
+        figure = draw(MATHEMATICS)
+        assert as_png(figure)
+    drawn = " ".join(text.get_text() for text in figure.findobj(Text))
+    assert "$$" in drawn and "\x1b" not in drawn
+
+
+def test_a_page_shows_names_as_they_were_typed_and_can_be_written():
+    facts = {"prompts": "<b>$$</b> \x1b[2J \udc80"}
+    parts = {"models": [], "overall": {}, "changed": [], "grids": {}, "trained": "", "config": "", "checker": None}
+    page = render("evaluation.html", name="[/b]", facts_of_evaluation=facts, **parts)
+    assert "[/b]" in page and r"&lt;b&gt;$$&lt;/b&gt; \x1b[2J \udc80" in page and page.encode()
