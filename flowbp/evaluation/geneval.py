@@ -232,6 +232,10 @@ class TransformersDetector:
         self.zero_shot = config.model_type in modeling_auto.MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
         self.segments = config.model_type in ("mask2former", "maskformer")
         self.labels = {label: coco_name(name) for label, name in config.id2label.items()}
+        boxes = self.zero_shot or config.model_type in modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+        if not (self.segments or boxes):
+            usable = "use Mask2Former, MaskFormer, a detector of boxes as DETR is, or a zero-shot one as OWLv2"
+            raise ValueError(f"{model} is a {config.model_type}, no detector that is known here: {usable}")
         if self.segments:
             self.processor = AutoImageProcessor.from_pretrained(model)
             self.network = AutoModelForUniversalSegmentation.from_pretrained(model).to(device).eval()

@@ -268,6 +268,17 @@ def test_a_detector_of_boxes_is_not_asked_for_masks(tmp_path):
     assert sum(map(len, found.values())) == 4 and all(d.mask is None for listed in found.values() for d in listed)
 
 
+def test_a_model_that_is_no_detector_is_refused_before_it_is_loaded(tmp_path):
+    from transformers import CLIPConfig, EomtConfig
+
+    for config in (EomtConfig(), CLIPConfig()):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(
+            ValueError, match=f"is a {config.model_type}, no detector that is known here: use Mask2Former"
+        ):
+            TransformersDetector(str(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
     """The folder of a tiny OWLv2 of random weights."""
