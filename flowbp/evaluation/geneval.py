@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowbp.rewards.clip import image_features
+from flowbp.rewards.preprocessing import fit_short_side, normalise
 from flowbp.runtime.data import read_lines
 
 if TYPE_CHECKING:
@@ -216,50 +217,89 @@ def load_geneval(config: "GenEvalConfig", metadata: Sequence[str], device: str =
 
 
 class TransformersDetector:
-    """A detector of transformers: zero-shot (OWLv2, Grounding DINO), segmenting (Mask2Former) or of fixed classes
-    (DETR), as its config tells.
+    """A detector of transformers: zero-shot (OWLv2, Grounding DINO), segmenting (Mask2Former, MaskFormer) or of fixed
+    classes (DETR), as its config tells.
 
     model: a local folder or Hub id. A detector of fixed classes must know every class that it is asked for: for
     GenEval's prompts, those of COCO.
     """
 
     def __init__(self, model: str, device: str = "cpu"):
-        from transformers import AutoConfig, pipeline
+        from transformers import AutoConfig, AutoImageProcessor, AutoModelForUniversalSegmentation, pipeline
         from transformers.models.auto import modeling_auto
 
         config = AutoConfig.from_pretrained(model)
         self.zero_shot = config.model_type in modeling_auto.MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
-        self.segments = config.model_type in modeling_auto.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
-        self.known = {name.lower() for name in config.id2label.values()}
-        closed = "image-segmentation" if self.segments else "object-detection"
-        self.find = pipeline("zero-shot-object-detection" if self.zero_shot else closed, model=model, device=device)
+        self.segments = config.model_type in ("mask2former", "maskformer")
+        self.labels = {label: coco_name(name) for label, name in config.id2label.items()}
+        boxes = self.zero_shot or config.model_type in modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+        if not (self.segments or boxes):
+            usable = "use Mask2Former, MaskFormer, a detector of boxes as DETR is, or a zero-shot one as OWLv2"
+            raise ValueError(f"{model} is a {config.model_type}, no detector that is known here: {usable}")
+        if self.segments:
+            self.processor = AutoImageProcessor.from_pretrained(model)
+            self.network = AutoModelForUniversalSegmentation.from_pretrained(model).to(device).eval()
+        else:
+            task = "zero-shot-object-detection" if self.zero_shot else "object-detection"
+            self.find = pipeline(task, model=model, device=device)
 
     @torch.no_grad()
     def __call__(self, image: Tensor, classes: Sequence[str]) -> dict[str, list[Detection]]:
         """Detections of each class, at any score."""
-        picture = as_picture(image)
-        if self.zero_shot:
-            rows = self.find(picture, candidate_labels=list(classes), threshold=0.0)
+        known = self.labels.values()
+        if not self.zero_shot and (unknown := ", ".join(name for name in classes if coco_name(name) not in known)):
+            raise ValueError(f"the detector does not know {unknown}: use one that knows COCO's classes, or OWLv2")
+        found: dict[str, list[Detection]] = {coco_name(name): [] for name in classes}
+        if self.segments:
+            self.segment(image, found)
         else:
-            if unknown := ", ".join(name for name in classes if name.lower() not in self.known):
-                raise ValueError(f"the detector does not know {unknown}: use one that knows COCO's classes, or OWLv2")
-            rows = self.find(picture, threshold=0.0, **({"subtask": "instance"} if self.segments else {}))
-        detections: dict[str, list[Detection]] = {name: [] for name in classes}
-        names = {name.lower(): name for name in classes}
-        for row in rows:
-            if row["label"].lower() in names:
-                detections[names[row["label"].lower()]].append(as_detection(row))
-        return detections
+            labels = {"candidate_labels": list(classes)} if self.zero_shot else {}
+            for row in self.find(as_picture(image), threshold=0.0, **labels):
+                box = tuple(float(row["box"][key]) for key in ("xmin", "ymin", "xmax", "ymax"))
+                found.get(coco_name(row["label"]), []).append(Detection(box, row["score"]))
+        return {name: found[coco_name(name)] for name in classes}
+
+    def segment(self, image: Tensor, found: Mapping[str, list[Detection]]) -> None:
+        """Append to `found` the predictions of its classes, each with its own mask, by Mask2Former's published rule.
+
+        Of all pairs of a query and a class the likeliest count, as many as there are queries. A score is the class's
+        probability times the mean probability within the mask. (The pipeline of transformers paints all masks into one
+        map, where weak ones hide strong ones.)
+        """
+        inputs = self.processor(images=[as_picture(image)], return_tensors="pt").to(self.network.device)
+        outputs = self.network(**inputs)
+        chances = outputs.class_queries_logits[0].softmax(dim=-1)[:, :-1]
+        best = chances.flatten().topk(len(chances))
+        for chance, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            query, label = divmod(place, chances.shape[1])
+            if self.labels[label] not in found:
+                continue
+            logits = F.interpolate(outputs.masks_queries_logits[:, [query]], image.shape[-2:], mode="bilinear")[0, 0]
+            if (mask := logits > 0).any():
+                score = chance * logits[mask].sigmoid().mean().item()
+                found[self.labels[label]].append(segment_of(mask.cpu().numpy(), score))
 
 
-def as_detection(row: Mapping[str, Any]) -> Detection:
-    """From a row that a pipeline of transformers returns; the box of a segment is that of its mask."""
-    if "box" in row:
-        return Detection(tuple(float(row["box"][key]) for key in ("xmin", "ymin", "xmax", "ymax")), row["score"])
-    mask = np.asarray(row["mask"]) > 0
+# Names of COCO's classes elsewhere: in GenEval's prompts, and in detectors whose labels are older.
+COCO_NAMES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"} | {
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+}
+
+
+def coco_name(name: str) -> str:
+    """A class by COCO's name, in lower case."""
+    return COCO_NAMES.get(name.lower(), name.lower())
+
+
+def segment_of(mask: np.ndarray, score: float) -> Detection:
+    """The detection of a mask that is not empty; its box is that of the mask."""
     ys, xs = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    box = (float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1)) if mask.any() else (0.0, 0.0, 0.0, 0.0)
-    return Detection(box, row["score"], mask)
+    return Detection((float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1)), score, mask)
 
 
 def as_picture(image: Tensor):
@@ -273,6 +313,7 @@ class ClipColours:
     """Names the colour of detections: the one of `COLOURS` whose text lies nearest to the crop in CLIP's space.
 
     A colour's text is the mean of three templates. If the detector segments, all but the object is painted grey first.
+    Crops are prepared as by open_clip, which GenEval uses.
     """
 
     def __init__(self, clip: "CLIPReward"):
@@ -281,8 +322,9 @@ class ClipColours:
 
     @torch.no_grad()
     def __call__(self, image: Tensor, detections: Sequence[Detection], name: str) -> list[str]:
-        crops = torch.cat([self.clip.preprocess(crop(image, detection)[None]) for detection in detections])
-        embedded = F.normalize(image_features(self.clip.model, crops), dim=-1)
+        clip = self.clip
+        crops = torch.cat([fit_short_side(crop(image, detection)[None], clip.size) for detection in detections])
+        embedded = F.normalize(image_features(clip.model, normalise(crops, clip.mean, clip.std)), dim=-1)
         return [COLOURS[i] for i in (embedded @ self.texts(name).T).argmax(dim=1).tolist()]
 
     def texts(self, name: str) -> Tensor:

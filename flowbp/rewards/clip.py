@@ -18,7 +18,7 @@ class CLIPEncoder:
     Images are resized so that the short side fits the model, centre-cropped and normalised.
     """
 
-    mean, std = CLIP_MEAN, CLIP_STD
+    mean, std, floor = CLIP_MEAN, CLIP_STD, False  # floor: see `fit_short_side`
 
     def __init__(self, model, tokenizer=None):
         self.model, self.tokenizer = model, tokenizer
@@ -29,7 +29,7 @@ class CLIPEncoder:
 
     def preprocess(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, 3, size, size], normalised."""
-        return normalise(fit_short_side(images, self.size), self.mean, self.std)
+        return normalise(fit_short_side(images, self.size, self.floor), self.mean, self.std)
 
     def embed(self, images: Tensor) -> Tensor:
         return F.normalize(image_features(self.model, self.preprocess(images)), dim=-1)
@@ -51,6 +51,8 @@ class CLIPReward(CLIPEncoder):
     model: a folder with model, tokenizer and image processor.  dtype: of the weights; the score is float32.
     Images are preprocessed as the model's own processor does it, without its rounding to 8 bits.
     """
+
+    floor = True
 
     def __init__(self, model: str | Path, device: str = "cpu", dtype: str = "float32"):
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel

@@ -5,6 +5,9 @@ open_clip nor hpsv2 is needed. Key names and transform are from the published so
 here.
 """
 
+import html
+import re
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -35,11 +38,24 @@ class HPSv2(CLIPEncoder):
         super().__init__(clip.to(device), AutoTokenizer.from_pretrained(tokenizer, local_files_only=True))
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return self.cosine(images, prompts)
+        return self.cosine(images, [clean(prompt) for prompt in prompts])
 
     def preprocess(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, 3, size, size], normalised."""
         return normalise(fit_long_side(images, self.size))
+
+
+STRAIGHT = str.maketrans("\u02bc\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "'" * 5 + '"' * 4)
+COMPATIBLE = re.compile("[\ufb00-\ufb06\uff01-\uffef]+")  # ligatures; full-width and half-width forms
+
+
+def clean(prompt: str) -> str:
+    """A prompt as the published tokenizer reads it: HTML's entities resolved, straight quotes, plain letters for
+    ligatures and wide forms, single spaces. (It repairs mojibake too, by ftfy; this does not.)
+    """
+    text = html.unescape(html.unescape(prompt)).translate(STRAIGHT)
+    text = COMPATIBLE.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text)
+    return " ".join(text.split())
 
 
 RENAMED = (  # open_clip -> transformers, applied in order

@@ -25,14 +25,16 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False)
 
 
-def fit_short_side(images: Tensor, size: int) -> Tensor:
+def fit_short_side(images: Tensor, size: int, floor: bool = False) -> Tensor:
     """[B, 3, size, size] in [0, 1]: the short side resized to `size`, the long side cropped around the centre (CLIP,
     BLIP).
+
+    floor: an odd rest is halved downwards, as in transformers' CLIPImageProcessor, and not to even, as in torchvision.
     """
     height, width = images.shape[-2:]
     short = min(height, width)
     height, width = height * size // short, width * size // short
-    top, left = (height - size) // 2, (width - size) // 2
+    top, left = ((side - size) // 2 if floor else round((side - size) / 2) for side in (height, width))
     return resize(images, height, width)[..., top : top + size, left : left + size].clamp(0, 1)
 
 

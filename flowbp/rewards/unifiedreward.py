@@ -18,8 +18,10 @@ class UnifiedReward:
 
     The model answers "Alignment Score (1-5): 2.69...", which has no gradient. This reward puts the answer up to the
     number into the model's mouth and returns sum_d d p(d) over the digits d = 1 ... 5 that may come next, with p
-    renormalised over them. That is differentiable, and coarser than the written number. Alignment is the first score of
-    the answer, so no other text has to be supplied before it.
+    renormalised over them. That is differentiable, and coarser than the written number: a model that is sure to write
+    2.69 scores 2.0. So scores lie about .5 below the written ones, are flat between whole numbers and do not compare
+    with published ones. (The expectation of the second digit takes five more passes of the network.) Alignment is the
+    first score of the answer, so no other text has to be supplied before it.
 
     model: a folder with a Qwen2-VL or Qwen2.5-VL checkpoint, its tokenizer, and instruction.txt (see
         `qwen.instruction`).

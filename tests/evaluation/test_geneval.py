@@ -138,12 +138,11 @@ class MeanColour:
         "white": (1.0, 1.0, 1.0),
     }
     device, dtype, model = "cpu", torch.float32, property(lambda self: self)
-
-    def preprocess(self, images):
-        return images.mean(dim=(2, 3))
+    size, mean, std = 28, (0.0,) * 3, (1.0,) * 3
 
     def get_image_features(self, pixel_values):
-        return SimpleNamespace(pooler_output=pixel_values)
+        self.seen = pixel_values
+        return SimpleNamespace(pooler_output=pixel_values.mean(dim=(2, 3)))
 
     def tokenizer(self, lines, **_):
         found = [
@@ -169,6 +168,115 @@ def test_a_colour_is_that_of_the_crop_with_all_but_the_object_greyed():
     small = Detection((8, 12, 16, 16), 1.0, lower_right)
     assert ClipColours(MeanColour())(image, [small], "dog") == ["yellow"]
     assert crop(image, Detection((20, -3, 20, -3), 1.0)).shape == (3, 1, 1)
+
+
+def test_the_crop_of_a_colour_is_centred_as_torchvision_centres_it():
+    """GenEval prepares crops by open_clip's transform: of 31 columns, 28 from the third on."""
+    clip, image = MeanColour(), torch.rand(3, 28, 31, generator=torch.Generator().manual_seed(0))
+    ClipColours(clip)(image, [Detection((0, 0, 31, 28), 1.0)], "dog")
+    assert torch.equal(clip.seen[0], image[..., 2:30])
+
+
+COCO = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
+parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag,
+tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis
+racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog,
+pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell
+phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"""
+COCO = COCO.replace("\n", " ").split(", ")
+OTHER = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}  # as GenEval's prompts say
+OLD = dict(motorcycle="motorbike", airplane="aeroplane", couch="sofa", tv="tvmonitor") | {
+    "potted plant": "pottedplant",
+    "dining table": "diningtable",
+}  # as some detectors say
+
+
+@pytest.fixture(scope="module", params=[{}, OLD], ids=["coco", "old names"])
+def segmenter(request, tmp_path_factory):
+    """A tiny Mask2Former of random weights that knows COCO's classes."""
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+    from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("mask2former")
+    stages = dict(out_features=["stage1", "stage2", "stage3", "stage4"])
+    backbone = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2, **stages)
+    config = Mask2FormerConfig(
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
+        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=8,
+        id2label={i: request.param.get(name, name) for i, name in enumerate(COCO)},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return TransformersDetector(str(folder))
+
+
+def test_every_detection_of_a_segmenter_has_its_own_mask_and_box(segmenter, monkeypatch):
+    """A confident dog and a confident cat, and six predictions of next to no score whose masks lie over them."""
+    names = ["dog", "cat", "person", "person", "person", "dog", "cat", "dog"]
+    classes, masks = torch.zeros(1, 8, len(COCO) + 1), torch.full((1, 8, 320, 400), -20.0)
+    for query, name in enumerate(names):
+        classes[0, query, COCO.index(name)] = 8.0 if query < 2 else 1.0
+    masks[0, 0, 80:280, 20:160], masks[0, 1, 80:280, 220:360], masks[0, 2:7] = 20.0, 20.0, 20.0  # the last has no pixel
+    outputs = SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
+    monkeypatch.setattr(segmenter.network, "forward", lambda **_: outputs)
+    found = segmenter(torch.rand(3, 320, 400), ["cat", "dog"])
+    for name, box in (("dog", (20, 80, 160, 280)), ("cat", (220, 80, 360, 280))):
+        first, *others = sorted(found[name], key=lambda d: -d.score)
+        assert first.box == box and first.mask.sum() == 140 * 200 and first.mask.shape == (320, 400)
+        assert first.score == pytest.approx(classes.softmax(-1).max().item(), abs=1e-6)
+        assert [other.mask.sum() for other in others] == [320 * 400]
+
+
+def test_scores_and_masks_of_a_segmenter_are_those_that_transformers_gives_one_by_one(segmenter, monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    classes, masks = torch.randn(1, 8, len(COCO) + 1, generator=rng), torch.randn(1, 8, 384, 384, generator=rng)
+    outputs = SimpleNamespace(class_queries_logits=3 * classes, masks_queries_logits=masks)
+    monkeypatch.setattr(segmenter.network, "forward", lambda **_: outputs)
+    expected = segmenter.processor.post_process_instance_segmentation(
+        outputs, threshold=0.0, target_sizes=[(384, 384)], return_binary_maps=True
+    )[0]
+    found = segmenter(torch.rand(3, 384, 384), COCO)
+    assert sum(map(len, found.values())) == len(expected["segments_info"]) == 8
+    for segment, mask in zip(expected["segments_info"], expected["segmentation"], strict=True):
+        same = [d for d in found[COCO[segment["label_id"]]] if np.array_equal(d.mask, mask.bool().numpy())]
+        assert [d.score for d in same] == [pytest.approx(segment["score"], abs=2e-6)]
+
+
+def test_every_class_of_genevals_prompts_is_known_by_genevals_name(segmenter):
+    names = [OTHER.get(name, name) for name in COCO]
+    found = segmenter(torch.rand(3, 48, 64, generator=torch.Generator().manual_seed(0)), names)
+    assert list(found) == names and 0 < sum(map(len, found.values())) <= 8
+    with pytest.raises(ValueError, match="the detector does not know unicorn: "):
+        segmenter(torch.rand(3, 48, 64), ["dog", "unicorn"])
+
+
+def test_a_detector_of_boxes_is_not_asked_for_masks(tmp_path):
+    from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+    from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
+
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=["stage4"])
+    tower = dict(encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, d_model=16, num_queries=4)
+    labels = dict(id2label={0: "sofa", 1: "dog"}, use_timm_backbone=False, use_pretrained_backbone=False)
+    torch.manual_seed(0)
+    DetrForObjectDetection(
+        DetrConfig(backbone_config=backbone, backbone=None, **tower, **heads, **labels)
+    ).save_pretrained(tmp_path)
+    DetrImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    found = TransformersDetector(str(tmp_path))(torch.rand(3, 40, 40), ["couch", "dog"])
+    assert sum(map(len, found.values())) == 4 and all(d.mask is None for listed in found.values() for d in listed)
+
+
+def test_a_model_that_is_no_detector_is_refused_before_it_is_loaded(tmp_path):
+    from transformers import CLIPConfig, EomtConfig
+
+    for config in (EomtConfig(), CLIPConfig()):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(
+            ValueError, match=f"is a {config.model_type}, no detector that is known here: use Mask2Former"
+        ):
+            TransformersDetector(str(tmp_path))
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,25 @@ def test_short_side_preprocessing_equals_the_clip_image_processor(kind, height, 
     assert (normalise(fit_short_side(x, SIZE)) - expected).abs().max() < TOLERANCE[kind]
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "size", "published", "clip"),
+    [(1216, 832, 224, (52, 0), (51, 0)), (832, 1216, 224, (0, 52), (0, 51)), (28, 31, 28, (0, 2), (0, 1))],
+)
+def test_the_centre_crop_halves_to_even_as_torchvision_does_or_floors_as_transformers_does(
+    height, width, size, published, clip
+):
+    """torchvision.transforms.CenterCrop(224) takes rows 52 to 276 of the 327 that 832 x 1216 pixels leave."""
+    short = min(height, width)
+    rows, columns = height * size // short, width * size // short
+    x = resize(images(height, width, batch=1), rows, columns)
+    for (top, left), floor in ((published, False), (clip, True)):
+        assert torch.equal(fit_short_side(x, size, floor), x[..., top : top + size, left : left + size].clamp(0, 1))
+    processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    x = (x.clamp(0, 1) * 255).round() / 255
+    expected = processor(pil(x), return_tensors="pt").pixel_values
+    torch.testing.assert_close(normalise(fit_short_side(x, size, floor=True)), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "height", "width"), CASES)
 def test_long_side_preprocessing_equals_pillow_on_a_black_square(kind, height, width):
     x = picture(kind, height, width)

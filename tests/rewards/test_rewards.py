@@ -12,7 +12,7 @@ from tiny_rewards import PROMPTS, images
 
 from flowbp.rewards import ImageEncoder, load_reward
 from flowbp.rewards.clip import CLIPReward, PickScore
-from flowbp.rewards.hpsv2 import HPSv2, clip_from_open_clip
+from flowbp.rewards.hpsv2 import HPSv2, clean, clip_from_open_clip
 from flowbp.rewards.preprocessing import fit_long_side, normalise
 from flowbp.rewards.qwen import instruction, patchify, smart_size
 
@@ -117,6 +117,36 @@ def test_hpsv2_equals_the_open_clip_model_whose_weights_it_reads(folders):
     x = images(40, 30)
     expected = model.score(normalise(fit_long_side(x, 28)), ids, last)
     torch.testing.assert_close(HPSv2(folders["hpsv2"], folders["hpsv2"])(x, PROMPTS), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),  # what ftfy 6.3.1, html.unescape and the white-space rule of hpsv2's tokenizer make of it
+    [
+        ("salt &amp;amp; pepper, 5 &lt; 6", "salt & pepper, 5 < 6"),
+        ("\u201ca knight\u2019s \u2018shield\u2019\u201d", "\"a knight's 'shield'\""),
+        ("a sign, &ldquo;open&rdquo;", 'a sign, "open"'),
+        ("\uff21 \uff43\uff41\uff54\uff0c \ufb01ne \uff76\uff9e", "A cat, fine \u30ac"),
+        (" a\u00a0cat\n\ton\u3000a  mat ", "a cat on a mat"),
+        # What it leaves as it is, and NFKC would not.
+        ("\u00bd a caf\u00e9\u2026 x\u00b2 \u2122 n\u00ba 5", "\u00bd a caf\u00e9\u2026 x\u00b2 \u2122 n\u00ba 5"),
+    ],
+)
+def test_hpsv2_reads_an_odd_prompt_as_its_own_tokenizer_does(prompt, read, folders):
+    assert clean(prompt) == read
+    reward = HPSv2(folders["hpsv2"], folders["hpsv2"])
+    odd, x = ["a red&nbsp;circle", "two blue\u3000 stars and a green \uff53\uff51\uff55\uff41\uff52\uff45"], images()
+    assert torch.equal(reward(x, odd), reward(x, PROMPTS))
+
+
+@pytest.mark.parametrize(
+    ("name", "left"), [("clip", 1), ("pickscore", 1), ("hpsv2", None), ("aesthetic", 2), ("imagereward", 2)]
+)
+def test_a_picture_is_cropped_where_the_published_code_crops_it(name, left, folders):
+    """31 - 28 = 3 columns: torchvision takes 2 off the left (LAION, ImageReward), CLIPImageProcessor 1."""
+    reward, x = load_reward(name, str(folders[name])), images(28, 31)
+    for offset in (0, 1, 2, 3):
+        same = torch.equal(reward(x, PROMPTS), reward(x[..., offset : offset + 28], PROMPTS))
+        assert same == (offset == left)
 
 
 def test_the_aesthetic_rating_is_a_linear_function_of_the_unit_image_embedding(folders):
