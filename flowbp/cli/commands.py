@@ -31,7 +31,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        TextConsole(stderr=True).print(Text("error:", "bold red"), str(error), highlight=False, soft_wrap=True)
+        to_stderr = TextConsole(stderr=True, quiet=False)
+        to_stderr.print(Text("error:", "bold red"), str(error), highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

@@ -176,7 +176,7 @@ RewardsField = Annotated[RewardSpecs, Field(min_length=1), BeforeValidator(by_na
 class DataConfig(Strict):
     """Prompts. "cached" embeds all once, to disk, and releases the text encoders; "live" encodes every batch."""
 
-    prompts: Text = key(..., 'a text file, one prompt a line, or "shapes:train"')
+    prompts: Text = key(..., 'a file or folder of prompts, or "shapes:train"')
     batch_size: Count = 8
     accumulate: Count = key(1, "micro-batches an optimizer step")
     embeddings: Literal["cached", "live"] = key("cached", "embed all prompts once, or every batch anew")

@@ -30,11 +30,11 @@ def plain(text: str) -> str:
 
 class TextConsole(Console):
     """A terminal that shows strings as they are: no markup, no emoji codes, no escape sequences. What has a style is a
-    `rich.text.Text`. On processes other than the main one it is quiet, unless it shows errors.
+    `rich.text.Text`. It is quiet on processes other than the main one, unless `quiet` says otherwise.
     """
 
-    def __init__(self, stderr: bool = False):
-        super().__init__(stderr=stderr, quiet=not (stderr or is_main()))
+    def __init__(self, **options: Any):
+        super().__init__(**({"quiet": not is_main()} | options))
 
     def render_str(self, text: str, **options: Any) -> Text:
         options.update(markup=False, emoji=False)
