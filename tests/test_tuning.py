@@ -3,10 +3,16 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_pipelines import tiny_pipeline
 
-from flowbp.config import load
+from flowbp.backbones import load_backbone
+from flowbp.backbones.sd3 import SD3Backbone
+from flowbp.config import ConfigError, TuningConfig, dump, load
+from flowbp.config.loading import CONFIG
+from flowbp.runtime import tuned_model
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from flowbp.runtime.weights import save_weights
+from flowbp.runtime.tuning import trainable_parameters
+from flowbp.runtime.weights import load_weights, save_weights
 from flowbp.training.trainer import Trainer
 
 STEPS = 30
@@ -88,6 +94,40 @@ def test_a_resumed_bfloat16_run_takes_the_step_of_an_unbroken_one(masters, tmp_p
         assert torch.equal(one, other)
     averages = list(zip(*(run.model.ema.shadow_params for run in runs), strict=True))
     assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in averages)
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("attn.to_kk", "'attn.to_kk' names no layer of this SD3Transformer2DModel.*; did you mean 'attn.to_k'?"),
+        ("pos_embed.proj", "'pos_embed.proj' names pos_embed.proj, of class Conv2d, of this SD3Transformer2DModel"),
+        ("attn", "'attn' names transformer_blocks.0.attn, of class Attention, of this SD3Transformer2DModel"),
+    ],
+)
+def test_every_tuning_target_names_linear_layers(target, says):
+    with pytest.raises(ConfigError, match=says):
+        trainable_parameters(
+            SD3Backbone(tiny_pipeline("StableDiffusion3Pipeline")), TuningConfig(targets=["attn.to_q", target])
+        )
+
+
+def test_a_misspelt_target_is_refused_before_a_prompt_is_embedded(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuned_model, "embed_once", lambda *_: pytest.fail("the prompts were embedded first"))
+    with pytest.raises(ConfigError, match="did you mean 'attn.to_q'"):
+        trainer(tmp_path, "tuning={mode: lora, targets: [attn.to_k, attn.to_qq]}", "data.embeddings=cached")
+
+
+@pytest.mark.parametrize("broken", ["parameters", "average"])
+def test_a_checkpoint_that_holds_nan_is_refused_as_weights(broken, tmp_path):
+    overrides = [] if broken == "average" else ["ema=null"]
+    run = trainer(tmp_path, *overrides)
+    (tmp_path / CONFIG).write_text(dump(run.config))
+    held = run.model.ema.shadow_params if broken == "average" else list(run.model.masters.values())
+    with torch.no_grad():
+        held[0].fill_(torch.nan)
+    save_checkpoint(tmp_path, 1, run.model, run.optimizer, run.rewards)
+    with pytest.raises(ValueError, match="step-000001 holds NaN or inf in 1 of its"):
+        load_weights(load_backbone("shapes", max_sequence_length=1), latest_checkpoint(tmp_path))
 
 
 def test_lora_is_its_own_master(tmp_path):

@@ -42,12 +42,14 @@ def load_backbone(
     device: str = "cpu",
     precision: Precision = "float32",
     max_sequence_length: int | None = None,
+    variant: str | None = None,
 ) -> Backbone:
     """The backbone of `name`: "shapes" (the embedded model), a known model, a local pipeline folder, or a Hub id.
 
     dtype: of the weights, "float32", "bfloat16" or "float16".  precision, max_sequence_length: see `DiffusersBackbone`.
+    variant: of the files, "fp16" for model.fp16.safetensors.
     Raises ValueError for an unknown name, a folder that is no pipeline, or a class without a backbone; OSError for a
-    model that can be neither read nor downloaded.
+    model that can be neither read nor downloaded, and for a folder without a part that its model_index.json names.
     """
     location = locate(name)
     offline = Path(location).is_dir()
@@ -64,9 +66,20 @@ def load_backbone(
     if class_name not in BACKBONES:
         raise ValueError(f"no backbone for {class_name} ({location}); there is one for {', '.join(BACKBONES)}")
     # model_index.json lists a part that was left out, such as the T5 of an SD3, as [null, null].
-    options = {part: None for part, value in index.items() if value in ([None, None], (None, None))}
-    options |= {"dtype": getattr(torch, dtype), "local_files_only": offline}
-    pipe = DiffusionPipeline.from_pretrained(location, **options)
+    parts = {part: tuple(value) for part, value in index.items() if isinstance(value, (list, tuple))}
+    absent = [part for part, value in parts.items() if value == (None, None)]
+    missing = [part for part in parts if offline and part not in absent and not Path(location, part).is_dir()]
+    if missing:
+        raise OSError(
+            f"{location} lacks the folder {missing[0]}, which its model_index.json names: download it, or, for a part "
+            f'that the model does without (the T5 of an SD3), write "{missing[0]}": [null, null] there'
+        )
+    options = dict.fromkeys(absent) | {"dtype": getattr(torch, dtype), "local_files_only": offline, "variant": variant}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(location, **options)
+    except (OSError, ValueError) as error:
+        way_out = "names such as model.fp16.safetensors need backbone.variant=fp16, others null"
+        raise OSError(f"{location} cannot be read with backbone.variant={variant}: {error}; {way_out}") from error
     return BACKBONES[class_name](pipe.to(device), precision, max_sequence_length)
 
 

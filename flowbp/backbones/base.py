@@ -90,6 +90,13 @@ class DiffusersBackbone(ABC):
                 "of FlowMatchEulerDiscreteScheduler: give the pipeline one made from its config, with "
                 "stochastic_sampling off"
             )
+        for name, needed in {"num_train_timesteps": 1000, "invert_sigmas": False}.items():
+            if scheduler.config.get(name, needed) != needed:
+                wrong = f"the scheduler has {name}={scheduler.config[name]}, but time is 1000 sigma here and falls to 0"
+                raise ValueError(f"{wrong}: set {name} to {needed} in scheduler/scheduler_config.json")
+        if pipe.vae.config.get("shift_factor", 0) is None:
+            wrong = f"the VAE has no shift_factor, and {type(pipe).__name__} cannot decode without"
+            raise ValueError(f"{wrong}: set shift_factor (0: none) in vae/config.json")
         if precision not in ("pipeline", "float32"):
             raise ValueError(f"precision must be 'pipeline' or 'float32', not {precision!r}")
         self.pipe = pipe

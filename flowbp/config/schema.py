@@ -108,6 +108,7 @@ class BackboneConfig(Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     precision: Literal["pipeline", "float32"] = key("float32", "of the latents between network calls")
     max_sequence_length: Count | None = key(None, "tokens of the prompt embedding; null means the pipeline's default")
+    variant: Text | None = key(None, "of the weight files: fp16 for model.fp16.safetensors")
 
 
 class RolloutConfig(Strict):

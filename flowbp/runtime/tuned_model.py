@@ -14,7 +14,7 @@ from flowbp.config import RunConfig
 from flowbp.runtime.distributed import Ranks
 from flowbp.runtime.embeddings import embed_once
 from flowbp.runtime.memory import compile_blocks, save_memory
-from flowbp.runtime.tuning import assign, master_weights, moving_average, trainable_parameters, trained
+from flowbp.runtime.tuning import assign, check_targets, master_weights, moving_average, trainable_parameters, trained
 from flowbp.runtime.weights import base_weights, load_weights
 
 
@@ -40,6 +40,7 @@ class TunedModel:
         self.config = config
         self.backbone = backbone or load_backbone(**config.backbone.model_dump())
         check_guidance(self.backbone, config.guidance)
+        check_targets(self.backbone.denoiser, config.tuning.targets or [])
         size = config.rollout
         self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas)
         config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(0))  # raises if the method does not fit
@@ -77,7 +78,7 @@ class TunedModel:
     def base(self) -> dict[str, Tensor]:
         """The weights that the run started from: LoRA matrices of zero, or the checkpoint's own, read again."""
         if self.config.tuning.mode == "full":
-            return base_weights(self.backbone)
+            return base_weights(self.backbone, self.config.backbone.variant)
         return {name: torch.zeros_like(p) if "lora_B" in name else p for name, p in self.parameters.items()}
 
     @property

@@ -10,22 +10,27 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowbp.backbones import Backbone
 from flowbp.config import ConfigError, OptimizerConfig, TuningConfig
+from flowbp.names import nearest
 from flowbp.runtime.distributed import shard_like
 
 log = logging.getLogger(__name__)
 
 
 def trainable_parameters(backbone: Backbone, tuning: TuningConfig) -> dict[str, Tensor]:
-    """Add a LoRA adapter to the denoiser, or unfreeze it whole; returns the parameters to train by name."""
+    """Add a LoRA adapter to the denoiser, or unfreeze it whole; returns the parameters to train by name.
+
+    Raises ConfigError for a target that names no linear layer.
+    """
     denoiser = backbone.denoiser
     if tuning.mode == "lora":
         from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
 
+        check_targets(denoiser, tuning.targets or [])
         targets, alpha = tuning.targets or backbone.lora_targets, tuning.alpha or tuning.rank
         lora = LoraConfig(r=tuning.rank, lora_alpha=alpha, lora_dropout=tuning.dropout, target_modules=targets)
         denoiser.add_adapter(lora)
@@ -38,6 +43,23 @@ def trainable_parameters(backbone: Backbone, tuning: TuningConfig) -> dict[str, 
                 "is less than about 1/500 of the weight is rounded away; tuning.master_weights=true keeps every step"
             )
     return trained(backbone)
+
+
+def check_targets(denoiser: nn.Module, targets: Iterable[str]) -> None:
+    """Raise ConfigError unless each of `targets` names linear layers, by the end of their names, and nothing else."""
+    modules = dict(denoiser.named_modules())
+    for target in targets:
+        found = [name for name in modules if name == target or name.endswith(f".{target}")]
+        others = [name for name in found if not isinstance(modules[name], nn.Linear)]
+        if others or not found:
+            what = f"{others[0]}, of class {type(modules[others[0]]).__name__}," if others else "no layer"
+            length = target.count(".") + 1
+            linear = [name.split(".") for name, module in modules.items() if isinstance(module, nn.Linear)]
+            ends = sorted({".".join(parts[-length:]) for parts in linear})
+            raise ConfigError(
+                f"tuning.targets: {target!r} names {what} of this {type(denoiser).__name__}; {nearest(target, ends)}"
+                f"name linear layers, by the end of their names: {', '.join(ends[:8])}"
+            )
 
 
 def trained(backbone: Backbone) -> dict[str, Tensor]:

@@ -1,11 +1,15 @@
 """Trained weights in diffusers' own formats: written, read back into a backbone, and exported."""
 
 import json
+import logging
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowbp.backbones import Backbone
@@ -18,6 +22,15 @@ from flowbp.runtime.tuning import assign, trainable_parameters
 
 LORA = "pytorch_lora_weights.safetensors"
 TRANSFORMER = "transformer"
+
+# A layer's A, B or alpha as diffusers (old and new), PEFT, kohya and ComfyUI write it.
+LORA_NAME = re.compile(
+    r"(?:base_model\.model\.|diffusion_model\.|transformer\.|lora_unet_|lora_transformer_)*(.+?)"
+    r"(?:[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.default)?\.weight|\.alpha)"
+)
+ROLES = {"down": "A", "up": "B", None: "alpha"}
+
+log = logging.getLogger(__name__)
 
 
 def save_weights(backbone: Backbone, output: Path, write: bool = True) -> Path:
@@ -56,27 +69,27 @@ def export_comfyui(source: Path, target: Path) -> None:
 
     ComfyUI knows the layers of all four classes by diffusers' names. But it takes alpha = rank where a file has no
     alpha keys, and diffusers does not accept alpha keys; so alpha / rank is multiplied into lora_B. Raises
-    FileNotFoundError if the run holds no LoRA.
+    FileNotFoundError if the run holds no LoRA, ValueError if the LoRA is not a run's.
     """
     if not (source / LORA).is_file():
         raise FileNotFoundError(f"{source} holds no {LORA}: pass the folder of a finished run with tuning.mode=lora")
-    with safe_open(source / LORA, "pt") as file:
-        adapter = json.loads(file.metadata()["lora_adapter_metadata"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors, adapter = read_lora(source / LORA)
+    if adapter is None:
+        raise ValueError(f"{source / LORA} does not say its alpha, so no run wrote it: export the folder of a run")
     scale = adapter["transformer.lora_alpha"] / adapter["transformer.r"]
     scaled = {name: value * scale if ".lora_B." in name else value for name, value in tensors.items()}
     with replacing(target) as scratch:
         save_file(scaled, scratch, {"format": "pt"})
 
 
-def base_weights(backbone: Backbone) -> dict[str, Tensor]:
+def base_weights(backbone: Backbone, variant: str | None = None) -> dict[str, Tensor]:
     """The denoiser's weights as its checkpoint has them, on the CPU. Raises ValueError if it comes from none."""
     denoiser = backbone.denoiser
     folder = denoiser.config.get("_name_or_path")
     if not folder:
         gone = "the backbone was not loaded from a folder, so its base weights are gone"
         raise ValueError(f"{gone}: set evaluation to null")
-    return dict(type(denoiser).from_pretrained(folder, dtype=denoiser.dtype).named_parameters())
+    return dict(type(denoiser).from_pretrained(folder, dtype=denoiser.dtype, variant=variant).named_parameters())
 
 
 def load_weights(backbone: Backbone, source: Path) -> None:
@@ -84,47 +97,113 @@ def load_weights(backbone: Backbone, source: Path) -> None:
 
     source: a LoRA file or its folder, a run, the folder of a transformer, or a checkpoint of a run.
 
-    Raises FileNotFoundError if there are no weights, ValueError if a saved layer has no place in the backbone.
+    Raises FileNotFoundError if there are no weights, ValueError if they do not fit the backbone, are damaged, or hold
+    NaN or inf.
     """
     file = weight_files(source)[0]
     if file.name == CHECKPOINT:
         load_training_checkpoint(backbone, file.parent)
     elif (file.parent / "config.json").is_file():
-        backbone.denoiser.load_state_dict(type(backbone.denoiser).from_pretrained(file.parent).state_dict())
+        load_transformer(backbone, file.parent)
     else:
         load_lora(backbone, file)
 
 
+def load_transformer(backbone: Backbone, folder: Path) -> None:
+    """Set all weights of the denoiser to those of `folder`."""
+    saved, report = type(backbone.denoiser).from_pretrained(folder, output_loading_info=True)
+    own, state = backbone.denoiser.state_dict(), saved.state_dict()
+    strange = [*report["missing_keys"], *report["unexpected_keys"], *own.keys() ^ state.keys()]
+    strange += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if strange:
+        raise another_model(backbone, folder, f"{len(strange)} tensors, such as {strange[0]},")
+    backbone.denoiser.load_state_dict(check_finite(state, folder))
+
+
+def another_model(backbone: Backbone, source: Path, what: str) -> ValueError:
+    way_out = f"load it into the backbone that its {CONFIG} names"
+    network = type(backbone.denoiser).__name__
+    return ValueError(f"{source} belongs to another model: {what} do not fit this {network}; {way_out}")
+
+
+def check_finite(tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """`tensors`. Raises ValueError if one holds NaN or inf."""
+    broken = [name for name, value in tensors.items() if not value.float().isfinite().all()]
+    if broken:
+        many = f"{len(broken)} of its {len(tensors)} tensors, such as {broken[0]}"
+        raise ValueError(f"{source} holds NaN or inf in {many}: what wrote it had diverged; take earlier weights")
+    return tensors
+
+
 def load_lora(backbone: Backbone, file: Path) -> None:
-    """Add the LoRA of `file` to the denoiser. Raises ValueError if a layer of the file has no place there."""
-    modules = dict(backbone.denoiser.named_modules())
+    """Add the LoRA of `file` to the denoiser: in diffusers' names, or in any that diffusers converts to them.
+
+    What has no place in the denoiser, such as layers of a text encoder, is left out with a warning. Raises ValueError
+    if nothing has a place, or if a layer has another shape.
+    """
+
+    def ask(function: Callable[..., Any], tensors: dict[str, Tensor], **options: Any) -> Any:
+        try:
+            return function(tensors, **options)
+        except Exception as error:  # diffusers raises whatever a strange file leads it to
+            raise ValueError(f"diffusers does not read {file} as a LoRA of this class: {error!r}") from error
+
+    denoiser, (tensors, adapter) = backbone.denoiser, read_lora(file)
+    check_finite(tensors, file)
+    shapes = {name: module.weight.shape for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
+    layers, left = placed(tensors, shapes)
+    if left:  # another program's names
+        found = ask(backbone.pipe.lora_state_dict, dict(tensors), return_alphas=True)
+        weights, alphas = (found, None) if isinstance(found, dict) else found
+        layers, left = placed(weights | (alphas or {}), shapes)
+    strange = [name for name, parts in layers.items() if not fits(shapes[name], **parts)]
+    if strange or not layers:
+        misfits, of = (strange, f"{len(layers)} layers") if strange else (left, f"{len(tensors)} tensors")
+        raise another_model(backbone, file, f"{len(misfits)} of its {of} ({', '.join(misfits[:3])})")
+    if left:
+        log.warning("%s: %d tensors have no place in the network and are left out: %s", file, len(left), left[:8])
+    state = {}
+    for name, parts in layers.items():
+        scale = parts["alpha"].item() / len(parts["A"]) if "alpha" in parts else 1
+        adapter = None if "alpha" in parts else adapter  # which says the same of all layers
+        state |= {f"transformer.{name}.lora_A.weight": parts["A"]}
+        state |= {f"transformer.{name}.lora_B.weight": parts["B"] * scale}
+    ask(denoiser.load_lora_adapter, state, metadata=adapter, low_cpu_mem_usage=True)
+    loaded = sum(name.endswith("lora_A") for name, _ in denoiser.named_modules())
+    if loaded != len(layers):
+        raise ValueError(f"{file} holds {len(layers)} LoRA layers, but by its metadata {loaded} were loaded")
+
+
+def placed(tensors: dict[str, Tensor], layers: Iterable[str]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """({layer: its "A", "B" and "alpha"}, names of the tensors that have no place among `layers`)."""
+    places = {layer.replace(".", "_").removesuffix("_0"): layer for layer in layers}
+    found, left = {}, []
+    for name, value in tensors.items():
+        match = LORA_NAME.fullmatch(name.replace(".processor.", "."))
+        layer = match and places.get(match[1].replace(".", "_").removesuffix("_0"))
+        if match and layer:
+            found.setdefault(layer, {})[ROLES.get(match[2], match[2])] = value
+        else:
+            left.append(name)
+    return found, left
+
+
+def fits(shape: torch.Size, A: Tensor | None = None, B: Tensor | None = None, alpha: Tensor | None = None) -> bool:
+    """Whether A [r, in], B [out, r] and one alpha or none belong to a layer of `shape` [out, in]."""
+    if A is None or B is None or not A.ndim == B.ndim == 2 or not (A.is_floating_point() and B.is_floating_point()):
+        return False
+    return (len(B), *A.shape[1:]) == shape and len(A) == B.shape[1] > 0 and (alpha is None or alpha.numel() == 1)
+
+
+def read_lora(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors of `file`, and what it says of its adapter."""
     try:
-        saved = lora_shapes(load_file(file))
-    except (SafetensorError, KeyError) as error:
+        with safe_open(file, "pt") as opened:
+            adapter = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "null"))
+            return {name: opened.get_tensor(name) for name in opened.keys()}, adapter  # noqa: SIM118
+    except (SafetensorError, ValueError, RecursionError) as error:
         way_out = "pass a run, its checkpoint, or a LoRA file"
         raise ValueError(f"{file} is not a LoRA in safetensors: {error}; {way_out}") from error
-    shapes = {name: module.weight.shape for name, module in modules.items() if isinstance(module, nn.Linear)}
-    strange = [name for name, shape in saved.items() if shapes.get(name) != shape]
-    if strange:
-        raise ValueError(
-            f"{file} belongs to another model: {len(strange)} of its {len(saved)} layers, such as {strange[0]}, do not "
-            f"fit this {type(backbone.denoiser).__name__}; load it into the backbone that its {CONFIG} names"
-        )
-    backbone.pipe.load_lora_weights(file.parent, weight_name=file.name)
-    loaded = sum(name.endswith("lora_A") for name, _ in backbone.denoiser.named_modules())
-    if loaded != len(saved):
-        raise ValueError(f"{file} holds {len(saved)} LoRA layers but {loaded} were loaded")
-
-
-def lora_shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
-    """Shape [out, in] of the weight that each layer of a LoRA file adds to, by module name."""
-    shapes = {}
-    for name, down in tensors.items():
-        if name.endswith(".lora_A.weight"):
-            layer = name.removesuffix(".lora_A.weight")
-            out = len(tensors[f"{layer}.lora_B.weight"])
-            shapes[layer.removeprefix("transformer.")] = torch.Size((out, down.shape[1]))
-    return shapes
 
 
 def weight_files(source: Path) -> list[Path]:
@@ -155,5 +234,6 @@ def load_training_checkpoint(backbone: Backbone, folder: Path) -> None:
         tensors = f"{folder} holds {len(saved)} tensors and {config} trains {len(parameters)}"
         raise ValueError(f"{tensors}: they belong to different models")
     average = load_state(folder)["ema"]
-    assign(parameters, dict(zip(parameters, average["shadow_params"], strict=True)) if average else saved)
+    delivered = dict(zip(parameters, average["shadow_params"], strict=True)) if average else saved
+    assign(parameters, check_finite(delivered, folder))
     backbone.denoiser.eval()  # the layers of a new adapter drop out

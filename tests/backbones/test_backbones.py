@@ -4,6 +4,7 @@ method in sight.
 
 import copy
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import flowbp
 from flowbp.backbones import BACKBONES, bind_velocity, check_guidance, load_backbone
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
+from flowbp.runtime.weights import base_weights
 
 TEXTS = ["a red circle", "two blue stars, far apart"]
 
@@ -151,6 +153,41 @@ def test_a_scheduler_of_another_kind_is_refused():
     pipe.scheduler = UniPCMultistepScheduler()
     with pytest.raises(ValueError, match="samples by UniPCMultistepScheduler; a rollout takes the deterministic steps"):
         BACKBONES["FluxPipeline"](pipe)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [("scheduler", "num_train_timesteps", 500), ("scheduler", "invert_sigmas", True), ("vae", "shift_factor", None)],
+)
+def test_a_config_that_would_draw_other_images_is_refused_when_the_model_is_loaded(name, part, key, value):
+    pipe = tiny_pipeline(name)
+    getattr(pipe, part).register_to_config(**{key: value})
+    with pytest.raises(ValueError, match=f"{key}.*: set {key} .*in {part}/"):
+        BACKBONES[name](pipe)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved pipeline whose weight files carry a variant in their names."""
+    folder = tmp_path_factory.mktemp("saved") / "pipe"
+    tiny_pipeline("StableDiffusion3Pipeline").save_pretrained(folder, variant="fp16")
+    return folder
+
+
+@pytest.mark.parametrize("part", ["text_encoder_3", "tokenizer_2", "vae", "scheduler"])
+def test_a_folder_without_a_part_names_the_part(saved, part, tmp_path):
+    shutil.copytree(saved, tmp_path / "pipe", ignore=shutil.ignore_patterns(part))
+    with pytest.raises(OSError, match=rf"pipe lacks the folder {part}, .*write \"{part}\": \[null, null\]"):
+        load_backbone(str(tmp_path / "pipe"))
+
+
+def test_weight_files_of_a_variant_are_read_by_its_name(saved):
+    backbone = load_backbone(str(saved), variant="fp16", max_sequence_length=1)
+    base = base_weights(backbone, "fp16")  # a run of full weights reads its base again, to evaluate it
+    assert all(torch.equal(base[name], p) for name, p in backbone.denoiser.named_parameters())
+    with pytest.raises(OSError, match=r"pipe cannot be read with backbone.variant=None: .*need backbone.variant=fp16"):
+        load_backbone(str(saved))
 
 
 def test_unknown_names_and_models_out_of_reach_say_what_to_do():
