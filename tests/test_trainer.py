@@ -3,7 +3,9 @@ half-written.
 """
 
 import json
+import os
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from flowbp.replay import Recompute
 from flowbp.rewards import Smoothed, Smoothing, load_reward
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowbp.runtime.data import Prompt, sample_seeds
+from flowbp.runtime.files import remove
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.runtime.weights import load_weights
 from flowbp.surrogate import as_graph, backward, reward_input
@@ -380,6 +383,45 @@ def test_a_run_that_is_overwritten_leaves_nothing_but_what_others_put_there(tmp_
     written = ["config.yaml", "environment.json", "metrics.jsonl", "notes.txt"]
     assert sorted(path.name for path in config.output.iterdir()) == written
     assert (config.output / "metrics.jsonl").read_text() == ""
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_is_killed_while_it_starts_is_resumed_or_overwritten(overwrite, tmp_path, monkeypatch):
+    """At every file operation, of which some lie between two files, and some within a folder that is removed."""
+    config, folder, kill_at, killed = tiny(tmp_path), RunFolder(tmp_path / "run"), 0, True
+    saved = config.output / "checkpoints"
+    while killed:
+        if overwrite:
+            run_folder(config)
+            for name in ("step-000001/parameters.safetensors", "step-000001/step.json"):
+                (saved / name).parent.mkdir(parents=True, exist_ok=True)
+                (saved / name).write_text('{"step": 1, "processes": 1}')
+        left = kill_at
+
+        def counted(operation, *arguments, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return operation(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            for name in ("mkdir", "replace", "fsync", "unlink", "rmdir"):
+                patch.setattr(os, name, partial(counted, getattr(os, name)))
+            try:
+                folder.open(config, overwrite)
+                killed = False
+            except Killed:
+                kill_at += 1
+        for how in ({"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}):
+            folder.check(config, **how)
+        assert not saved.exists() or len(list(saved.glob("*/*"))) == 2
+        remove(config.output)
+    assert kill_at > 8
 
 
 def test_bad_input_is_found_before_an_old_run_is_overwritten(tmp_path):

@@ -81,9 +81,15 @@ def digest_files(paths: Iterable[Path]) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all it holds, if it is there."""
+    """Remove a file, a link or a folder with all it holds, if it is there. A kill leaves no half of a folder under its
+    name.
+    """
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        gone = path if path.match(".*.partial") else path.with_name(f".{path.name}.gone.partial")
+        if gone != path:
+            remove(gone)
+            os.replace(path, gone)
+        shutil.rmtree(gone)
     else:
         path.unlink(missing_ok=True)
 

@@ -38,9 +38,12 @@ METRICS = "metrics.jsonl"
 BEST = "best"
 VALIDATION = "validation"
 MARK = ".flowbp"  # in a folder that a command wrote; it holds the name of the command
-WRITTEN = (  # all that a run leaves in its folder, as patterns
-    *(CONFIG, METRICS, LORA, TRANSFORMER, BEST, CHECKPOINTS, VALIDATION, "tensorboard", ENVIRONMENT, "evaluation.json"),
-    *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", ".*.partial"),
+SCRATCH = ".*.partial"  # what a kill leaves of a file
+# All that a run leaves in its folder beside CONFIG and METRICS, as patterns: in this order it is emptied, so that what
+# a kill leaves is a run that goes on as it would have, from its first step.
+WRITTEN = (
+    *(CHECKPOINTS, VALIDATION, BEST, LORA, TRANSFORMER, "tensorboard", ENVIRONMENT, "evaluation.json"),
+    *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", SCRATCH),
 )
 
 Values = Mapping[str, np.ndarray]  # scores [n] float64 by metric
@@ -89,7 +92,7 @@ class RunFolder:
         path = self.path
         if resume and overwrite:
             raise ValueError("--resume and --overwrite exclude each other: continue the run, or start it afresh")
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        if not path.exists() or (path.is_dir() and not contents(path)):
             return
         if not is_run(path):
             run = f"a run of flowbp (which has a {CONFIG} of its own and {METRICS})"
@@ -134,8 +137,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             for child in [child for pattern in WRITTEN for child in self.path.glob(pattern)] if overwrite else ():
                 remove(child)
-            (self.path / METRICS).touch()
             self.write(CONFIG, dump(config))
+            if overwrite or not (self.path / METRICS).is_file():
+                self.write(METRICS, "")
             write_json(self.path / ENVIRONMENT, environment())
 
         on_main(prepare)
@@ -197,15 +201,23 @@ class RunFolder:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run wrote `folder`: it holds metrics, and a config.yaml that names all that a run must name."""
-    if not ((folder / CONFIG).is_file() and (folder / METRICS).is_file()):
+    """Whether a run wrote `folder`: it holds metrics, and a config.yaml that names all that a run must name; or nothing
+    but a config.yaml that names every key, as a run that was killed while it started.
+    """
+    started = (folder / METRICS).is_file()
+    if not (folder / CONFIG).is_file() or not (started or contents(folder) == {CONFIG}):
         return False
     try:
         keys = yaml.safe_load((folder / CONFIG).read_text())
     except (yaml.YAMLError, UnicodeDecodeError):
         return False
-    needed = {name for name, field in RunConfig.model_fields.items() if field.is_required()}
+    needed = {name for name, field in RunConfig.model_fields.items() if field.is_required() or not started}
     return isinstance(keys, dict) and needed <= keys.keys()
+
+
+def contents(folder: Path) -> set[str]:
+    """The names of what lies in `folder`, but for what a killed write left."""
+    return {path.name for path in folder.iterdir() if not path.match(SCRATCH)}
 
 
 def how_to_go_on(output: Path) -> str:
