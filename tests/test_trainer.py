@@ -5,6 +5,7 @@ half-written.
 import json
 import os
 import re
+import signal
 from functools import partial
 
 import numpy as np
@@ -23,13 +24,14 @@ from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
 from flowbp.objective import clip_samples
 from flowbp.replay import Recompute
-from flowbp.rewards import Smoothed, Smoothing, load_reward
+from flowbp.rewards import Smoothed, Smoothing, WeightedRewards, load_reward
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowbp.runtime.data import Prompt, sample_seeds
 from flowbp.runtime.files import remove
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.runtime.weights import load_weights
 from flowbp.surrogate import as_graph, backward, reward_input
+from flowbp.training.interrupts import Stop
 from flowbp.training.run import run, train
 from flowbp.training.trainer import Trainer
 from flowbp.trajectory import rollout
@@ -480,6 +482,88 @@ def saved_run(config):
     state = (trainer.model, trainer.optimizer, trainer.rewards)
     save_checkpoint(config.output, 1, *state)
     return latest_checkpoint(config.output), state
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_saves_its_last_whole_step_and_goes_on_exactly(number, tmp_path, monkeypatch):
+    whole = tiny(tmp_path / "whole", "steps=3", "checkpoint_every=100")
+    train(whole)
+    config, step = tiny(tmp_path, "steps=3", "checkpoint_every=100"), Trainer.step
+
+    def interrupted(self, index):
+        if index == 1:
+            os.kill(os.getpid(), number)
+        return step(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        result = CliRunner().invoke(app, ["train", str(written(tmp_path / "config.yaml", dump(config)))])
+    assert result.exit_code == 128 + number, result.output
+    assert f"2 steps are saved; to go on: flowbp train {config.output} --resume" in result.output.replace("\n", "")
+    train(config, resume=True)
+    expected, got = lora_file(whole.output), lora_file(config.output)
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def written(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_a_second_request_to_stop_interrupts_at_once_and_an_echo_of_the_first_does_not(monkeypatch):
+    stop, clock = Stop(), iter([10.0, 10.5, 12.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    stop.hear(signal.SIGINT)
+    stop.hear(signal.SIGTERM)
+    assert stop.number == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        stop.hear(signal.SIGINT)
+
+
+def test_sigterm_before_the_first_step_says_what_to_type(tmp_path, monkeypatch):
+    monkeypatch.setattr(RunFolder, "check", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    result = CliRunner().invoke(app, ["train", "demo", *TINY, f"output={tmp_path / 'run'}"])
+    assert result.exit_code == 128 + signal.SIGTERM and "stopped. Nothing was trained yet" in result.output
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def broken_at(steps, monkeypatch):
+    """Let all rewards be NaN at `steps`, which begin with 0."""
+    scored, step = WeightedRewards.score, Trainer.step
+
+    def take(self, index):
+        self.rewards.broken = index in steps
+        return step(self, index)
+
+    def score(self, *arguments):
+        return scored(self, *arguments) * (float("nan") if self.broken else 1.0)
+
+    monkeypatch.setattr(Trainer, "step", take)
+    monkeypatch.setattr(WeightedRewards, "score", score)
+
+
+@pytest.mark.parametrize("hinge", ["null", "0.9"])
+def test_a_run_whose_every_image_is_nan_ends_with_an_error(hinge, tmp_path, monkeypatch, caplog):
+    """With a hinge the gradient is 0, and without one NaN."""
+    broken_at(range(100), monkeypatch)
+    config = tiny(tmp_path, "steps=99", "checkpoint_every=99", f"reward.hinge={hinge}")
+    with pytest.raises(ValueError, match="^10 steps in a row had no finite reward or gradient.*last at step 10"):
+        train(config)
+    assert [record.getMessage()[:6] for record in caplog.records if "skipped" in record.getMessage()] == ["step 1"]
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (config.output / "metrics.jsonl").open()]
+    assert len(rows) == 10 and all(row["skipped"] and row["reward"] is None for row in rows)
+    assert latest_checkpoint(config.output).name == "step-000010"
+    with pytest.raises(ValueError, match="^2 steps in a row"):
+        train(tiny(tmp_path / "short"))
+
+
+def test_a_skipped_step_is_counted_and_changes_nothing(tmp_path, monkeypatch, capsys):
+    broken_at([1], monkeypatch)
+    config = tiny(tmp_path, "steps=3", "reward.hinge=0.9")
+    train(config)
+    assert [row["skipped"] for row in RunFolder(config.output).metrics()] == [False, True, False]
+    assert "1 of 3 steps, which had no finite reward or gradient" in (config.output / "report.html").read_text()
+    assert ", 1 skipped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["parameters.safetensors", "state.pt", "step.json"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -61,10 +62,10 @@ def train(
     try:
         with launched(processes):
             output = run(settings, resume, overwrite)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if is_main():
             say_unwrapped(f"\nstopped. {how_to_go_on(settings.output)}")
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
     except ConnectionError as error:
         raise ConnectionError(f"{error}. {how_to_go_on(settings.output)}") from error
     if not is_main():

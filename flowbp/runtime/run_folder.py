@@ -31,7 +31,7 @@ from flowbp.config.loading import CONFIG
 from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress
 from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import ENVIRONMENT, environment
-from flowbp.runtime.files import remove, replacing, write_file, write_json
+from flowbp.runtime.files import remove, replacing, without_nan, write_file, write_json
 from flowbp.runtime.weights import LORA, TRANSFORMER, save_weights
 
 METRICS = "metrics.jsonl"
@@ -159,10 +159,10 @@ class RunFolder:
     # -- while training ----------------------------------------------------------------------------------------------
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append a step's row to metrics.jsonl."""
+        """Append a step's row to metrics.jsonl; a number that is not finite becomes null."""
         if self.writes:
             with (self.path / METRICS).open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(without_nan(row)) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of all steps so far."""
