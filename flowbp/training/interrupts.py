@@ -20,7 +20,7 @@ def interrupt(number: int, frame: FrameType | None = None) -> None:
 
 @contextmanager
 def heard_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let `handler` hear Ctrl-C and SIGTERM during the block; one that is ignored stays so. Only the main thread hears."""
+    """Let `handler` hear Ctrl-C and SIGTERM during the block, in the main thread; one that is ignored stays so."""
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     heard = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     before = {number: signal.signal(number, handler) for number in heard}
