@@ -25,7 +25,7 @@ from flowbp.methods import METHODS
 from flowbp.objective import clip_samples
 from flowbp.replay import Recompute
 from flowbp.rewards import Smoothed, Smoothing, WeightedRewards, load_reward
-from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, seal
 from flowbp.runtime.data import Prompt, sample_seeds
 from flowbp.runtime.files import remove
 from flowbp.runtime.run_folder import RunFolder
@@ -576,10 +576,66 @@ def test_a_damaged_checkpoint_is_named(name, share, tmp_path):
         load_checkpoint(folder, *state)
 
 
+def test_no_flipped_bit_of_a_checkpoint_goes_unseen(tmp_path):
+    folder, state = saved_run(tiny(tmp_path))
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        for place in {0, len(content) // 2, len(content) - 1}:
+            file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(OSError, match="step-000001 is damaged"):
+                load_checkpoint(folder, *state)
+        file.write_bytes(content)
+    assert load_checkpoint(folder, *state) == 1
+
+
+@pytest.mark.parametrize("damaged", ["state.pt", "step.json"])
+def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(damaged, tmp_path, caplog):
+    config = tiny(tmp_path, "steps=3")
+    train(config)
+    expected, rows = lora_file(config.output), RunFolder(config.output).metrics()
+    older, newest = sorted((config.output / "checkpoints").iterdir())
+    (newest / damaged).write_bytes(b"")
+    train(config, resume=True)
+    assert any("step-000003 is damaged" in line and "step-000002 is used" in line for line in caplog.messages)
+    got, again = lora_file(config.output), RunFolder(config.output).metrics()
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+    for folder in (older, newest):
+        (folder / damaged).write_bytes(b"")
+    with pytest.raises(OSError, match="step-00000. is damaged .*: delete it"):
+        train(config, resume=True)
+
+
+def test_the_last_two_checkpoints_are_kept_and_nothing_of_others_is_one(tmp_path):
+    trainer, saved = Trainer(tiny(tmp_path)), tmp_path / "checkpoints"
+    own = [
+        "step-best",
+        "step-7",
+        "step-0000007",
+        "step-000009.tar.gz",
+        "step-000005 (copy)",
+        ".step-000001.old.partial",
+    ]
+    for name in own:
+        (saved / name).mkdir(parents=True)
+    (saved / "step-000008").touch()
+    for step in (3, 999_999, 1_000_000):
+        save_checkpoint(tmp_path, step, trainer.model, trainer.optimizer, trainer.rewards)
+        assert latest_checkpoint(tmp_path).name == f"step-{step:06d}"
+    kept = {"step-000008", "step-999999", "step-1000000", *own[:-1]}
+    assert {path.name for path in saved.iterdir()} == kept
+    config = tiny(tmp_path / "other")
+    RunFolder(config.output).open(config)
+    (config.output / "validation").mkdir()
+    (config.output / "validation" / "step-best.safetensors").touch()
+    assert RunFolder(config.output).validations() == {}
+
+
 def test_a_resumed_run_has_as_many_processes(tmp_path):
     config = tiny(tmp_path)
     folder, _ = saved_run(config)
     (folder / "step.json").write_text('{"step": 1, "processes": 8}')
+    seal(folder)
     with pytest.raises(ValueError, match="step-000001 is of 8 processes, and this run has 1: .* Start 8"):
         train(config, resume=True)
 

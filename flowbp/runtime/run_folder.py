@@ -31,19 +31,18 @@ from flowbp.config.loading import CONFIG
 from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress
 from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import ENVIRONMENT, environment
-from flowbp.runtime.files import remove, replacing, without_nan, write_file, write_json
+from flowbp.runtime.files import SCRATCH, by_step, remove, replacing, step_name, without_nan, write_file, write_json
 from flowbp.runtime.weights import LORA, TRANSFORMER, save_weights
 
 METRICS = "metrics.jsonl"
 BEST = "best"
 VALIDATION = "validation"
 MARK = ".flowbp"  # in a folder that a command wrote; it holds the name of the command
-SCRATCH = ".*.partial"  # what a kill leaves of a file
 # All that a run leaves in its folder beside CONFIG and METRICS, as patterns: in this order it is emptied, so that what
 # a kill leaves is a run that goes on as it would have, from its first step.
 WRITTEN = (
     *(CHECKPOINTS, VALIDATION, BEST, LORA, TRANSFORMER, "tensorboard", ENVIRONMENT, "evaluation.json"),
-    *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", SCRATCH),
+    *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", f".*{SCRATCH}"),
 )
 
 Values = Mapping[str, np.ndarray]  # scores [n] float64 by metric
@@ -185,7 +184,7 @@ class RunFolder:
     def keep_validation(self, step: int, values: Values) -> None:
         """Keep the scores of the weights after `step` steps."""
         if self.writes:
-            file = self.path / VALIDATION / f"step-{step:06d}.safetensors"
+            file = self.path / VALIDATION / f"{step_name(step)}.safetensors"
             file.parent.mkdir(exist_ok=True)
             with replacing(file) as scratch:
                 save_file({name: np.ascontiguousarray(column) for name, column in values.items()}, scratch)
@@ -196,8 +195,7 @@ class RunFolder:
         return broadcast_object_list(found)[0]  # pyright: ignore[reportReturnType]
 
     def _validations(self) -> dict[int, Path]:
-        files = sorted((self.path / VALIDATION).glob("step-*.safetensors"))
-        return {int(file.stem.removeprefix("step-")): file for file in files}
+        return by_step(self.path / VALIDATION, ".safetensors")
 
 
 def is_run(folder: Path) -> bool:
@@ -217,7 +215,7 @@ def is_run(folder: Path) -> bool:
 
 def contents(folder: Path) -> set[str]:
     """The names of what lies in `folder`, but for what a killed write left."""
-    return {path.name for path in folder.iterdir() if not path.match(SCRATCH)}
+    return {path.name for path in folder.iterdir() if not path.match(f".*{SCRATCH}")}
 
 
 def how_to_go_on(output: Path) -> str:

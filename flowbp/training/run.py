@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from flowbp.config import RunConfig
-from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowbp.runtime.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.distributed import process_state
 from flowbp.runtime.processes import naming_the_dead
@@ -44,8 +44,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> P
 def run(trainer: Trainer, folder: RunFolder) -> None:
     """Train from the folder's last checkpoint to the last step, or to the sentinel's stop; then evaluate and report."""
     config, model, accelerator = trainer.config, trainer.model, trainer.model.ranks.accelerator
-    found = latest_checkpoint(folder.path)
-    done = load_checkpoint(found, model, trainer.optimizer, trainer.rewards) if found else 0
+    done = restore(trainer, folder)
     folder.forget_after(done)
     watched = config.evaluation is not None and config.evaluation.every is not None
     sentinel = Sentinel(config.evaluation, config.reward, folder.validations()) if watched else None
@@ -86,6 +85,23 @@ def run(trainer: Trainer, folder: RunFolder) -> None:
         folder.save_weights(backbone)
     report(trainer, sentinel, folder)
     accelerator.end_training()
+
+
+def restore(trainer: Trainer, folder: RunFolder) -> int:
+    """Load the newest checkpoint of the folder that is whole; returns its step, or 0 if there is none at all.
+
+    Raises OSError if all are damaged.
+    """
+    found = [*checkpoints(folder.path).values()]
+    for path in reversed(found):
+        try:
+            return load_checkpoint(path, trainer.model, trainer.optimizer, trainer.rewards)
+        except OSError as error:
+            if path == found[0]:
+                raise
+            if folder.writes:
+                log.warning("%s. The one before it is used", error)
+    return 0
 
 
 def validate(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder, step: int) -> bool:
