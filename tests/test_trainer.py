@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,6 +130,27 @@ def test_a_finished_run_goes_on_with_more_steps_and_with_no_other_change(tmp_pat
     expected, got = lora_file(whole.output), lora_file(short.output)
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     assert "steps: 3" in (short.output / "config.yaml").read_text()
+
+
+def test_the_folder_of_a_run_is_its_output_wherever_it_was_moved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(load("demo", ["output=runs/a", *TINY]))
+    Path("runs").rename("elsewhere: 1")
+    result = CliRunner().invoke(app, ["train", "elsewhere: 1/a", "--resume", "steps=3"])
+    assert result.exit_code == 0 and not Path("runs").exists(), result.output
+    assert [row["step"] for row in RunFolder(Path("elsewhere: 1/a")).metrics()] == [1, 2, 3]
+    assert load("elsewhere: 1/a").output == Path("elsewhere: 1/a")
+    result = CliRunner().invoke(app, ["train", "elsewhere: 1/a", "output=b", "steps=1"])
+    assert result.exit_code == 0 and Path("b/report.html").exists(), "but for another output="
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_resume_that_finds_nothing_says_so(killed, tmp_path, caplog):
+    config = tiny(tmp_path, "steps=1")
+    if killed:
+        RunFolder(config.output).open(config)
+    train(config, resume=True)
+    assert f"--resume: {config.output} holds no checkpoint, so training begins with step 1" in caplog.messages
 
 
 def test_a_checkpoint_of_a_device_that_is_gone_still_loads(tmp_path, monkeypatch):
@@ -596,7 +618,7 @@ def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(damage
     older, newest = sorted((config.output / "checkpoints").iterdir())
     (newest / damaged).write_bytes(b"")
     train(config, resume=True)
-    assert any("step-000003 is damaged" in line and "step-000002 is used" in line for line in caplog.messages)
+    assert any("step-000003 is damaged" in line and "The one before it is used" in line for line in caplog.messages)
     got, again = lora_file(config.output), RunFolder(config.output).metrics()
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     assert [row["loss"] for row in again] == [row["loss"] for row in rows]

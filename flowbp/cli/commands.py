@@ -52,12 +52,15 @@ def train(
 ) -> None:
     """Fine-tune a backbone; writes weights, metrics, samples and report.html into the config's output folder."""
     from flowbp.cli.tables import comparison_table
-    from flowbp.config import load
+    from flowbp.config import load, parse_overrides
+    from flowbp.presets import names
     from flowbp.runtime.processes import launched
-    from flowbp.runtime.run_folder import how_to_go_on
+    from flowbp.runtime.run_folder import how_to_go_on, is_run
     from flowbp.training.run import train as run
 
     settings = load(config, overrides or ())
+    if config not in names() and is_run(Path(config)) and "output" not in parse_overrides(overrides or ()):
+        settings = settings.model_copy(update={"output": Path(config)})
     hide_loading_bars()
     try:
         with launched(processes):

@@ -35,6 +35,8 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> P
     threads = one_thread() if on_cpu and "OMP_NUM_THREADS" not in os.environ else nullcontext()
     with heard_by(interrupt), threads, folder.locked():
         folder.check(config, resume, overwrite)
+        if resume and folder.writes and not checkpoints(folder.path):
+            log.warning("--resume: %s holds no checkpoint, so training begins with step 1", folder.path)
         trainer = Trainer(config)
         folder.open(config, overwrite)
         run(trainer, folder)
