@@ -71,12 +71,13 @@ def checkpoints(output: Path) -> dict[int, Path]:
 
 
 def latest_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint of a run whose progress can be read, else the newest, if it has one."""
-    found = [*checkpoints(output).values()][::-1]
-    for folder in found:
+    """The newest checkpoint of a run whose progress can be read; if that of none can, any; None if there is none."""
+    newest = None
+    for newest in reversed(checkpoints(output).values()):
         with suppress(OSError):
-            return progress(folder) and folder
-    return found[0] if found else None
+            progress(newest)
+            return newest
+    return newest
 
 
 def progress(folder: Path) -> dict[str, int]:

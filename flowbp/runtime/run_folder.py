@@ -111,7 +111,7 @@ class RunFolder:
                 f"its weights still evaluate (flowbp eval {shlex.quote(str(path))}): to train afresh, choose another "
                 "output="
             )
-        found = changed(old | {"output": new["output"]}, new)  # the folder may have moved
+        found = changed({**old, "output": new["output"]}, new)  # the folder may have moved
         if found.keys() - {"steps"} or new["steps"] < old.get("steps", 0):
             changes = ", ".join(f"{key} from {was} to {now}" for key, (was, now) in found.items())
             raise ValueError(

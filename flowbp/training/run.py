@@ -94,7 +94,7 @@ def restore(trainer: Trainer, folder: RunFolder) -> int:
 
     Raises OSError if all are damaged.
     """
-    found = [*checkpoints(folder.path).values()]
+    found = list(checkpoints(folder.path).values())
     for path in reversed(found):
         try:
             return load_checkpoint(path, trainer.model, trainer.optimizer, trainer.rewards)
