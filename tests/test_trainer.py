@@ -6,6 +6,9 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -525,6 +528,26 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_whole_step_and_goes_on_exact
     train(config, resume=True)
     expected, got = lora_file(whole.output), lora_file(config.output)
     assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_two_processes_stop_after_the_same_step_whichever_is_asked(tmp_path):
+    small = ["data.batch_size=1", "rollout.num_steps=2", "method={name: refl, last_n: 1}", f"output={tmp_path / 'run'}"]
+    options = ["evaluation=null", "steps=100000", "checkpoint_every=100000", "--processes", "2"]
+    command = [sys.executable, "-m", "flowbp", "train", "demo", *small, *options]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.is_file() and metrics.read_text()):
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.1)
+        second = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()[-1]
+        os.kill(int(second), signal.SIGTERM)
+        said, errors = first.communicate(timeout=60)
+    finally:
+        first.kill()
+    steps = len(metrics.read_text().splitlines())
+    assert first.returncode == 128 + signal.SIGTERM and "Traceback" not in errors
+    assert f"{steps} steps are saved; to go on: flowbp train {tmp_path / 'run'} --resume --processes 2" in said
 
 
 def written(path, text):
