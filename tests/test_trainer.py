@@ -3,7 +3,14 @@ half-written.
 """
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,12 +28,14 @@ from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
 from flowbp.objective import clip_samples
 from flowbp.replay import Recompute
-from flowbp.rewards import Smoothed, Smoothing, load_reward
-from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowbp.rewards import Smoothed, Smoothing, WeightedRewards, load_reward
+from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, seal
 from flowbp.runtime.data import Prompt, sample_seeds
+from flowbp.runtime.files import remove
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.runtime.weights import load_weights
 from flowbp.surrogate import as_graph, backward, reward_input
+from flowbp.training.interrupts import Stop
 from flowbp.training.run import run, train
 from flowbp.training.trainer import Trainer
 from flowbp.trajectory import rollout
@@ -126,6 +135,27 @@ def test_a_finished_run_goes_on_with_more_steps_and_with_no_other_change(tmp_pat
     assert "steps: 3" in (short.output / "config.yaml").read_text()
 
 
+def test_the_folder_of_a_run_is_its_output_wherever_it_was_moved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(load("demo", ["output=runs/a", *TINY]))
+    Path("runs").rename("elsewhere: 1")
+    result = CliRunner().invoke(app, ["train", "elsewhere: 1/a", "--resume", "steps=3"])
+    assert result.exit_code == 0 and not Path("runs").exists(), result.output
+    assert [row["step"] for row in RunFolder(Path("elsewhere: 1/a")).metrics()] == [1, 2, 3]
+    assert load("elsewhere: 1/a").output == Path("elsewhere: 1/a")
+    result = CliRunner().invoke(app, ["train", "elsewhere: 1/a", "output=b", "steps=1"])
+    assert result.exit_code == 0 and Path("b/report.html").exists(), "but for another output="
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_resume_that_finds_nothing_says_so(killed, tmp_path, caplog):
+    config = tiny(tmp_path, "steps=1")
+    if killed:
+        RunFolder(config.output).open(config)
+    train(config, resume=True)
+    assert f"--resume: {config.output} holds no checkpoint, so training begins with step 1" in caplog.messages
+
+
 def test_a_checkpoint_of_a_device_that_is_gone_still_loads(tmp_path, monkeypatch):
     """As when eight processes resume what the first wrote from its GPU."""
     trainer = Trainer(tiny(tmp_path))
@@ -202,12 +232,15 @@ def test_the_columns_of_a_step_are_reserved_names(tmp_path):
     assert {"step", *row} - {"reward"} - {name for name in row if name.endswith("_seconds")} == set(LOGGED)
 
 
-def test_a_broken_gradient_changes_nothing(tmp_path):
+@pytest.mark.parametrize("gradient", [0.0, float("nan")])
+def test_a_broken_reward_changes_nothing(gradient, tmp_path):
+    """Not even by momentum, where the gradient is 0."""
     trainer = Trainer(tiny(tmp_path))
+    trainer.step(0)
     term = trainer.rewards.terms["reward"]
-    reward, term.reward = term.reward, lambda images, prompts: reward(images, prompts) * float("nan")
+    reward, term.reward = term.reward, lambda images, prompts: reward(images, prompts) * gradient + float("nan")
     before = {key: p.detach().clone() for key, p in trainer.model.parameters.items()}
-    row = trainer.step(0)
+    row = trainer.step(1)
     assert row["skipped"] and all(torch.equal(trainer.model.parameters[key], before[key]) for key in before)
 
 
@@ -382,6 +415,45 @@ def test_a_run_that_is_overwritten_leaves_nothing_but_what_others_put_there(tmp_
     assert (config.output / "metrics.jsonl").read_text() == ""
 
 
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_is_killed_while_it_starts_is_resumed_or_overwritten(overwrite, tmp_path, monkeypatch):
+    """At every file operation, of which some lie between two files, and some within a folder that is removed."""
+    config, folder, kill_at, killed = tiny(tmp_path), RunFolder(tmp_path / "run"), 0, True
+    saved = config.output / "checkpoints"
+    while killed:
+        if overwrite:
+            run_folder(config)
+            for name in ("step-000001/parameters.safetensors", "step-000001/step.json"):
+                (saved / name).parent.mkdir(parents=True, exist_ok=True)
+                (saved / name).write_text('{"step": 1, "processes": 1}')
+        left = kill_at
+
+        def counted(operation, *arguments, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return operation(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            for name in ("mkdir", "replace", "fsync", "unlink", "rmdir"):
+                patch.setattr(os, name, partial(counted, getattr(os, name)))
+            try:
+                folder.open(config, overwrite)
+                killed = False
+            except Killed:
+                kill_at += 1
+        for how in ({"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}):
+            folder.check(config, **how)
+        assert not saved.exists() or len(list(saved.glob("*/*"))) == 2
+        remove(config.output)
+    assert kill_at > 8
+
+
 def test_bad_input_is_found_before_an_old_run_is_overwritten(tmp_path):
     config = tiny(tmp_path, "guidance.embedded=3.5")  # which this backbone does not read
     before = run_folder(tiny(tmp_path, "seed=7"))
@@ -440,6 +512,108 @@ def saved_run(config):
     return latest_checkpoint(config.output), state
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_saves_its_last_whole_step_and_goes_on_exactly(number, tmp_path, monkeypatch):
+    whole = tiny(tmp_path / "whole", "steps=3", "checkpoint_every=100")
+    train(whole)
+    config, step = tiny(tmp_path, "steps=3", "checkpoint_every=100"), Trainer.step
+
+    def interrupted(self, index):
+        if index == 1:
+            os.kill(os.getpid(), number)
+        return step(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        result = CliRunner().invoke(app, ["train", str(written(tmp_path / "config.yaml", dump(config)))])
+    assert result.exit_code == 128 + number, result.output
+    assert f"2 steps are saved; to go on: flowbp train {config.output} --resume" in result.output.replace("\n", "")
+    train(config, resume=True)
+    expected, got = lora_file(whole.output), lora_file(config.output)
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_two_processes_stop_after_the_same_step_whichever_is_asked(tmp_path):
+    small = ["data.batch_size=1", "rollout.num_steps=2", "method={name: refl, last_n: 1}", f"output={tmp_path / 'run'}"]
+    options = ["evaluation=null", "steps=100000", "checkpoint_every=100000", "--processes", "2"]
+    command = [sys.executable, "-m", "flowbp", "train", "demo", *small, *options]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.is_file() and metrics.read_text()):
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.1)
+        second = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()[-1]
+        os.kill(int(second), signal.SIGTERM)
+        said, errors = first.communicate(timeout=60)
+    finally:
+        first.kill()
+    steps = len(metrics.read_text().splitlines())
+    assert first.returncode == 128 + signal.SIGTERM and "Traceback" not in errors
+    assert f"{steps} steps are saved; to go on: flowbp train {tmp_path / 'run'} --resume --processes 2" in said
+
+
+def written(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_a_second_request_to_stop_interrupts_at_once_and_an_echo_of_the_first_does_not(monkeypatch):
+    stop, clock = Stop(), iter([10.0, 10.5, 12.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    stop.hear(signal.SIGINT)
+    stop.hear(signal.SIGTERM)
+    assert stop.number == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        stop.hear(signal.SIGINT)
+
+
+def test_sigterm_before_the_first_step_says_what_to_type(tmp_path, monkeypatch):
+    monkeypatch.setattr(RunFolder, "check", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    result = CliRunner().invoke(app, ["train", "demo", *TINY, f"output={tmp_path / 'run'}"])
+    assert result.exit_code == 128 + signal.SIGTERM and "stopped. Nothing was trained yet" in result.output
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def broken_at(steps, monkeypatch, gradient=0.0):
+    """Let all rewards be NaN at `steps`, which begin with 0. gradient: 0 as behind a hinge, or NaN."""
+    scored, step = WeightedRewards.score, Trainer.step
+
+    def take(self, index):
+        self.rewards.broken = index in steps
+        return step(self, index)
+
+    def score(self, *arguments):
+        scores = scored(self, *arguments)
+        return scores * gradient + float("nan") if self.broken else scores
+
+    monkeypatch.setattr(Trainer, "step", take)
+    monkeypatch.setattr(WeightedRewards, "score", score)
+
+
+@pytest.mark.parametrize("gradient", [0.0, float("nan")])
+def test_a_run_whose_every_image_is_nan_ends_with_an_error(gradient, tmp_path, monkeypatch, caplog):
+    broken_at(range(100), monkeypatch, gradient)
+    config = tiny(tmp_path, "steps=99", "checkpoint_every=99")
+    with pytest.raises(ValueError, match="^10 steps in a row had no finite reward or gradient.*last at step 10"):
+        train(config)
+    assert [record.getMessage()[:6] for record in caplog.records if "skipped" in record.getMessage()] == ["step 1"]
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (config.output / "metrics.jsonl").open()]
+    assert len(rows) == 10 and all(row["skipped"] and row["reward"] is None for row in rows)
+    assert latest_checkpoint(config.output).name == "step-000010"
+    with pytest.raises(ValueError, match="^2 steps in a row"):
+        train(tiny(tmp_path / "short"))
+
+
+def test_a_skipped_step_is_counted(tmp_path, monkeypatch, capsys):
+    broken_at([1], monkeypatch)
+    config = tiny(tmp_path, "steps=3")
+    train(config)
+    assert [row["skipped"] for row in RunFolder(config.output).metrics()] == [False, True, False]
+    assert "1 of 3 steps, which had no finite reward or gradient" in (config.output / "report.html").read_text()
+    assert ", 1 skipped" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["parameters.safetensors", "state.pt", "step.json"])
 @pytest.mark.parametrize("share", [0, 0.5])
 def test_a_damaged_checkpoint_is_named(name, share, tmp_path):
@@ -450,10 +624,66 @@ def test_a_damaged_checkpoint_is_named(name, share, tmp_path):
         load_checkpoint(folder, *state)
 
 
+def test_no_flipped_bit_of_a_checkpoint_goes_unseen(tmp_path):
+    folder, state = saved_run(tiny(tmp_path))
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        for place in {0, len(content) // 2, len(content) - 1}:
+            file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(OSError, match="step-000001 is damaged"):
+                load_checkpoint(folder, *state)
+        file.write_bytes(content)
+    assert load_checkpoint(folder, *state) == 1
+
+
+@pytest.mark.parametrize("damaged", ["state.pt", "step.json"])
+def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(damaged, tmp_path, caplog):
+    config = tiny(tmp_path, "steps=3")
+    train(config)
+    expected, rows = lora_file(config.output), RunFolder(config.output).metrics()
+    older, newest = sorted((config.output / "checkpoints").iterdir())
+    (newest / damaged).write_bytes(b"")
+    train(config, resume=True)
+    assert any("step-000003 is damaged" in line and "The one before it is used" in line for line in caplog.messages)
+    got, again = lora_file(config.output), RunFolder(config.output).metrics()
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+    for folder in (older, newest):
+        (folder / damaged).write_bytes(b"")
+    with pytest.raises(OSError, match="step-00000. is damaged .*: delete it"):
+        train(config, resume=True)
+
+
+def test_the_last_two_checkpoints_are_kept_and_nothing_of_others_is_one(tmp_path):
+    trainer, saved = Trainer(tiny(tmp_path)), tmp_path / "checkpoints"
+    own = [
+        "step-best",
+        "step-7",
+        "step-0000007",
+        "step-000009.tar.gz",
+        "step-000005 (copy)",
+        ".step-000001.old.partial",
+    ]
+    for name in own:
+        (saved / name).mkdir(parents=True)
+    (saved / "step-000008").touch()
+    for step in (3, 999_999, 1_000_000):
+        save_checkpoint(tmp_path, step, trainer.model, trainer.optimizer, trainer.rewards)
+        assert latest_checkpoint(tmp_path).name == f"step-{step:06d}"
+    kept = {"step-000008", "step-999999", "step-1000000", *own[:-1]}
+    assert {path.name for path in saved.iterdir()} == kept
+    config = tiny(tmp_path / "other")
+    RunFolder(config.output).open(config)
+    (config.output / "validation").mkdir()
+    (config.output / "validation" / "step-best.safetensors").touch()
+    assert RunFolder(config.output).validations() == {}
+
+
 def test_a_resumed_run_has_as_many_processes(tmp_path):
     config = tiny(tmp_path)
     folder, _ = saved_run(config)
     (folder / "step.json").write_text('{"step": 1, "processes": 8}')
+    seal(folder)
     with pytest.raises(ValueError, match="step-000001 is of 8 processes, and this run has 1: .* Start 8"):
         train(config, resume=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -62,21 +63,24 @@ def train(
     processes: Processes = 1,
 ) -> None:
     """Fine-tune a backbone; writes weights, metrics, samples and report.html into the config's output folder."""
-    from flowbp.config import load
+    from flowbp.config import load, parse_overrides
 
     settings = load(config, overrides or ())
     from flowbp.cli.tables import comparison_table
+    from flowbp.presets import names
     from flowbp.runtime.processes import launched
-    from flowbp.runtime.run_folder import how_to_go_on
+    from flowbp.runtime.run_folder import how_to_go_on, is_run
     from flowbp.training.run import train as run
 
+    if config not in names() and is_run(Path(config)) and "output" not in parse_overrides(overrides or ()):
+        settings = settings.model_copy(update={"output": Path(config)})
     hide_loading_bars()
     try:
         with launched(processes):
             output = run(settings, resume, overwrite)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         say_unwrapped(f"\nstopped. {how_to_go_on(settings.output)}")
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
     except ConnectionError as error:
         raise ConnectionError(f"{error}. {how_to_go_on(settings.output)}") from error
     if console.quiet:

@@ -2,9 +2,8 @@
 
 import json
 import pickle
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 
 from flowbp.rewards import WeightedRewards
 from flowbp.runtime.distributed import gathered, process_state, shard_like
-from flowbp.runtime.files import replacing
+from flowbp.runtime.files import SCRATCH, by_step, digest_files, remove, replacing, step_name
 from flowbp.runtime.tuning import assign
 
 if TYPE_CHECKING:
@@ -25,12 +24,15 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"  # in a run's folder
 CHECKPOINT = "parameters.safetensors"
 STATE = "state.pt"
+PROGRESS = "step.json"
+SUMS = "SHA256SUMS"  # of the other files, as `sha256sum -c` reads it
 
 
 def save_checkpoint(
     output: Path, step: int, model: "TunedModel", optimizer: Optimizer, rewards: WeightedRewards
 ) -> None:
-    """Write all that a run needs to go on after `step` optimizer steps, then remove older checkpoints.
+    """Write all that a run needs to go on after `step` optimizer steps, then remove all checkpoints but it and the one
+    before.
 
     Every process must call it, because shards are gathered from all. The main process writes.
     """
@@ -39,32 +41,54 @@ def save_checkpoint(
     state = gathered({"optimizer": optimizer.state_dict(), "ema": averages, "rewards": rewards.state_dict()})
     if not process_state().is_main_process:
         return
-    folder = output / CHECKPOINTS / f"step-{step:06d}"
+    folder = output / CHECKPOINTS / step_name(step)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as scratch:
         scratch.mkdir()
         save_file({name: p.contiguous() for name, p in tensors.items()}, scratch / CHECKPOINT)
         torch.save(state, scratch / STATE)
-        (scratch / "step.json").write_text(json.dumps({"step": step, "processes": process_state().num_processes}))
-    for other in folder.parent.glob("step-*"):
-        if other != folder:
-            shutil.rmtree(other)
+        (scratch / PROGRESS).write_text(json.dumps({"step": step, "processes": process_state().num_processes}))
+        seal(scratch)
+    saved = checkpoints(output)
+    before = max((other for other in saved if other < step), default=step)
+    old = [path for other, path in saved.items() if other not in (before, step)]
+    for path in (*old, *folder.parent.glob(f".step-*{SCRATCH}")):
+        remove(path)
+
+
+def seal(folder: Path) -> None:
+    """Write the digests of a checkpoint's files, which are checked whenever one is read."""
+    (folder / SUMS).write_text("".join(digest_line(folder / name) for name in (CHECKPOINT, STATE, PROGRESS)))
+
+
+def digest_line(file: Path) -> str:
+    return f"{digest_files([file])}  {file.name}\n"
+
+
+def checkpoints(output: Path) -> dict[int, Path]:
+    """The checkpoints of a run by step, increasing."""
+    return {step: path for step, path in by_step(output / CHECKPOINTS).items() if path.is_dir()}
 
 
 def latest_checkpoint(output: Path) -> Path | None:
-    """The newest whole checkpoint of a run, if it has one."""
-    return max((output / CHECKPOINTS).glob("step-*"), default=None)
+    """The newest checkpoint of a run whose progress can be read; if that of none can, any; None if there is none."""
+    newest = None
+    for newest in reversed(checkpoints(output).values()):
+        with suppress(OSError):
+            progress(newest)
+            return newest
+    return newest
 
 
 def progress(folder: Path) -> dict[str, int]:
     """{"step": optimizer steps done, "processes": that took them} of a checkpoint. Raises OSError if it is damaged."""
-    with reading(folder):
-        return json.loads((folder / "step.json").read_text())
+    with reading(folder / PROGRESS):
+        return json.loads((folder / PROGRESS).read_text())
 
 
 def load_parameters(folder: Path) -> dict[str, Tensor]:
     """The trained parameters of a checkpoint, on the CPU. Raises OSError if it is damaged."""
-    with reading(folder):
+    with reading(folder / CHECKPOINT):
         return load_file(folder / CHECKPOINT)
 
 
@@ -73,19 +97,25 @@ def load_state(folder: Path) -> dict:
 
     It is loaded to the CPU, because the main process wrote it from a device that this process may not have.
     """
-    with reading(folder):
+    with reading(folder / STATE):
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
 
 
 @contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """Let errors that come from a damaged checkpoint say so, as OSErrors."""
+def reading(file: Path) -> Iterator[None]:
+    """Check the digest of a checkpoint's file, and let errors that come from damage say so, as OSErrors.
+
+    A checkpoint of 0.1 has no digests.
+    """
+    folder = file.parent
     try:
+        if (folder / SUMS).exists() and digest_line(file) not in (folder / SUMS).read_text().splitlines(keepends=True):
+            raise ValueError(f"{file.name} or {SUMS} has changed since it was written")
         yield
     except (ValueError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         cause, way_out = (str(error) or type(error).__name__).splitlines()[0], "or restore it from a copy"
         raise OSError(
-            f"the checkpoint {folder} is damaged ({cause}): delete it to resume from the first step, {way_out}"
+            f"the checkpoint {folder} is damaged ({cause}): delete it to resume from an earlier step, {way_out}"
         ) from error
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+SCRATCH = ".partial"  # ends the name of what a kill leaves; it begins with a dot
+
 
 @contextmanager
 def replacing(path: Path, cache: bool = False) -> Iterator[Path]:
@@ -31,13 +33,13 @@ def replacing(path: Path, cache: bool = False) -> Iterator[Path]:
     Raises OSError if `path` cannot be written, also where safetensors and torch raise errors of their own, as they do
     on a full disk.
     """
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial" if cache else f".{path.name}.partial")
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}{SCRATCH}" if cache else f".{path.name}{SCRATCH}")
     remove(scratch)
     try:
         yield scratch
         if not cache:
             flush(scratch)
-        old = path.with_name(f".{path.name}.old.partial")
+        old = path.with_name(f".{path.name}.old{SCRATCH}")
         if path.is_dir():  # one folder cannot replace another
             remove(old)
             os.replace(path, old)
@@ -80,10 +82,28 @@ def digest_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def step_name(step: int) -> str:
+    """The name, without its suffix, of what a run keeps of the weights after `step` optimizer steps."""
+    return f"step-{step:06d}"
+
+
+def by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
+    """What lies in `folder` under `step_name` and `suffix`, by step, increasing. All other names are a user's own."""
+    names = {path: path.name.removeprefix("step-").removesuffix(suffix) for path in folder.glob(f"step-*{suffix}")}
+    found = {int(digits): path for path, digits in names.items() if digits.isdecimal()}
+    return {step: found[step] for step in sorted(found) if found[step].name == step_name(step) + suffix}
+
+
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all it holds, if it is there."""
+    """Remove a file, a link or a folder with all it holds, if it is there. A kill leaves no half of a folder under its
+    name.
+    """
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        gone = path if path.match(f".*{SCRATCH}") else path.with_name(f".{path.name}.gone{SCRATCH}")
+        if gone != path:
+            remove(gone)
+            os.replace(path, gone)
+        shutil.rmtree(gone)
     else:
         path.unlink(missing_ok=True)
 

@@ -31,16 +31,18 @@ from flowbp.config.loading import CONFIG
 from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress
 from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import ENVIRONMENT, environment
-from flowbp.runtime.files import remove, replacing, write_file, write_json
+from flowbp.runtime.files import SCRATCH, by_step, remove, replacing, step_name, without_nan, write_file, write_json
 from flowbp.runtime.weights import LORA, TRANSFORMER, save_weights
 
 METRICS = "metrics.jsonl"
 BEST = "best"
 VALIDATION = "validation"
 MARK = ".flowbp"  # in a folder that a command wrote; it holds the name of the command
-WRITTEN = (  # all that a run leaves in its folder, as patterns
-    *(CONFIG, METRICS, LORA, TRANSFORMER, BEST, CHECKPOINTS, VALIDATION, "tensorboard", ENVIRONMENT, "evaluation.json"),
-    *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", ".*.partial"),
+# All that a run leaves in its folder beside CONFIG and METRICS, as patterns: in this order it is emptied, so that what
+# a kill leaves is a run that goes on as it would have, from its first step.
+WRITTEN = (
+    *(CHECKPOINTS, VALIDATION, BEST, LORA, TRANSFORMER, "tensorboard", ENVIRONMENT, "evaluation.json"),
+    *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", f".*{SCRATCH}"),
 )
 
 Values = Mapping[str, np.ndarray]  # scores [n] float64 by metric
@@ -89,7 +91,7 @@ class RunFolder:
         path = self.path
         if resume and overwrite:
             raise ValueError("--resume and --overwrite exclude each other: continue the run, or start it afresh")
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        if not path.exists() or (path.is_dir() and not contents(path)):
             return
         if not is_run(path):
             run = f"a run of flowbp (which has a {CONFIG} of its own and {METRICS})"
@@ -109,7 +111,7 @@ class RunFolder:
                 f"its weights still evaluate (flowbp eval {shlex.quote(str(path))}): to train afresh, choose another "
                 "output="
             )
-        found = changed(old, new)
+        found = changed({**old, "output": new["output"]}, new)  # the folder may have moved
         if found.keys() - {"steps"} or new["steps"] < old.get("steps", 0):
             changes = ", ".join(f"{key} from {was} to {now}" for key, (was, now) in found.items())
             raise ValueError(
@@ -134,8 +136,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             for child in [child for pattern in WRITTEN for child in self.path.glob(pattern)] if overwrite else ():
                 remove(child)
-            (self.path / METRICS).touch()
             self.write(CONFIG, dump(config))
+            if overwrite or not (self.path / METRICS).is_file():
+                self.write(METRICS, "")
             write_json(self.path / ENVIRONMENT, environment())
 
         on_main(prepare)
@@ -155,10 +158,10 @@ class RunFolder:
     # -- while training ----------------------------------------------------------------------------------------------
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append a step's row to metrics.jsonl."""
+        """Append a step's row to metrics.jsonl; a number that is not finite becomes null."""
         if self.writes:
             with (self.path / METRICS).open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(without_nan(row)) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of all steps so far."""
@@ -181,7 +184,7 @@ class RunFolder:
     def keep_validation(self, step: int, values: Values) -> None:
         """Keep the scores of the weights after `step` steps."""
         if self.writes:
-            file = self.path / VALIDATION / f"step-{step:06d}.safetensors"
+            file = self.path / VALIDATION / f"{step_name(step)}.safetensors"
             file.parent.mkdir(exist_ok=True)
             with replacing(file) as scratch:
                 save_file({name: np.ascontiguousarray(column) for name, column in values.items()}, scratch)
@@ -192,20 +195,27 @@ class RunFolder:
         return broadcast_object_list(found)[0]  # pyright: ignore[reportReturnType]
 
     def _validations(self) -> dict[int, Path]:
-        files = sorted((self.path / VALIDATION).glob("step-*.safetensors"))
-        return {int(file.stem.removeprefix("step-")): file for file in files}
+        return by_step(self.path / VALIDATION, ".safetensors")
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run wrote `folder`: it holds metrics, and a config.yaml that names all that a run must name."""
-    if not ((folder / CONFIG).is_file() and (folder / METRICS).is_file()):
+    """Whether a run wrote `folder`: it holds metrics, and a config.yaml that names all that a run must name; or nothing
+    but a config.yaml that names every key, as a run that was killed while it started.
+    """
+    started = (folder / METRICS).is_file()
+    if not (folder / CONFIG).is_file() or not (started or contents(folder) == {CONFIG}):
         return False
     try:
         keys = yaml.safe_load((folder / CONFIG).read_text())
     except (yaml.YAMLError, UnicodeDecodeError):
         return False
-    needed = {name for name, field in RunConfig.model_fields.items() if field.is_required()}
+    needed = {name for name, field in RunConfig.model_fields.items() if field.is_required() or not started}
     return isinstance(keys, dict) and needed <= keys.keys()
+
+
+def contents(folder: Path) -> set[str]:
+    """The names of what lies in `folder`, but for what a killed write left."""
+    return {path.name for path in folder.iterdir() if not path.match(f".*{SCRATCH}")}
 
 
 def how_to_go_on(output: Path) -> str:

@@ -46,10 +46,13 @@ def write_report(
         folder.write_json("validation.json", validation)
     rows, name, monitors = folder.metrics(), folder.path.name, config.evaluation.monitors if config.evaluation else ()
     held_out = [*config.reward, *monitors, "checker", *IMAGE_STATISTICS]  # in the order of the tables
+    facts = training_facts(config, rows)
+    if skipped := sum(row["skipped"] for row in rows):
+        facts["skipped"] = f"{skipped} of {len(rows)} steps, which had no finite reward or gradient"
     page = render(
         "report.html",
         name=name,
-        facts_of_run=training_facts(config, rows) | {"made with": describe_environment(environment())},
+        facts_of_run=facts | {"made with": describe_environment(environment())},
         differences=differences,
         validation=validation,
         evaluation=config.evaluation,

@@ -1,19 +1,25 @@
 """A run from its config to its report: train, watch held-out samples, keep checkpoints, evaluate."""
 
+import logging
 import os
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 
 from flowbp.config import RunConfig
-from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowbp.runtime.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.distributed import process_state
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
 from flowbp.runtime.run_folder import BEST, RunFolder
+from flowbp.training.interrupts import Stop, heard_by, interrupt
 from flowbp.training.report import write_report
 from flowbp.training.sentinel import Sentinel
 from flowbp.training.trainer import Trainer
+
+SKIPPED = 10  # steps in a row without a finite reward or gradient end the run, and so does a run of nothing else
+log = logging.getLogger(__name__)
 
 
 @naming_the_dead()
@@ -21,13 +27,16 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> P
     """Train `config` to its last step, evaluate it against the base weights and write the report.
 
     Returns the run's folder. On a CPU a process computes on one thread, or on $OMP_NUM_THREADS. All input is checked
-    before the folder is touched. Raises ValueError or FileExistsError on bad input, and ConnectionError if another
-    process of the run has ended.
+    before the folder is touched. Raises ValueError or FileExistsError on bad input, ConnectionError if another process
+    of the run has ended, and KeyboardInterrupt on Ctrl-C or SIGTERM, in training after a checkpoint of the last step.
     """
     on_cpu = process_state().device.type == "cpu"
     folder = RunFolder(config.output)
-    with one_thread() if on_cpu and "OMP_NUM_THREADS" not in os.environ else nullcontext(), folder.locked():
+    threads = one_thread() if on_cpu and "OMP_NUM_THREADS" not in os.environ else nullcontext()
+    with heard_by(interrupt), threads, folder.locked():
         folder.check(config, resume, overwrite)
+        if resume and folder.writes and not checkpoints(folder.path):
+            log.warning("--resume: %s holds no checkpoint, so training begins with step 1", folder.path)
         trainer = Trainer(config)
         folder.open(config, overwrite)
         run(trainer, folder)
@@ -37,30 +46,64 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> P
 def run(trainer: Trainer, folder: RunFolder) -> None:
     """Train from the folder's last checkpoint to the last step, or to the sentinel's stop; then evaluate and report."""
     config, model, accelerator = trainer.config, trainer.model, trainer.model.ranks.accelerator
-    found = latest_checkpoint(folder.path)
-    done = load_checkpoint(found, model, trainer.optimizer, trainer.rewards) if found else 0
+    done = restore(trainer, folder)
     folder.forget_after(done)
     watched = config.evaluation is not None and config.evaluation.every is not None
     sentinel = Sentinel(config.evaluation, config.reward, folder.validations()) if watched else None
     accelerator.init_trackers("tensorboard")
-    with progress_bar("train", "step", config.steps, done) as bar:
-        stopped = validate(trainer, sentinel, folder, done)
-        for step in range(done, config.steps if not stopped else done):
+    stop, skipped, in_a_row, limit = Stop(), 0, 0, min(SKIPPED, config.steps)
+    with heard_by(stop.hear), progress_bar("train", "step", config.steps, done) as bar:
+        ends = validate(trainer, sentinel, folder, done)
+        for step in range(done, config.steps if not ends else done):
             row = {"step": step + 1} | trainer.step(step)
             folder.log(row)
             accelerator.log({key: value for key, value in row.items() if key not in ("step", "nodes")}, step=step + 1)
             scores = ", ".join(f"{name} {row[name]:.4f}" for name in config.reward)
-            bar.set_postfix_str(f"{scores}, {row['seconds']:.2f} s/step, peak {row['peak_mb']:.0f} MB", refresh=False)
+            skipped, in_a_row = skipped + row["skipped"], in_a_row + 1 if row["skipped"] else 0
+            if row["skipped"] and skipped == 1 and folder.writes:
+                log.warning("step %d has no finite reward or gradient and is skipped; so are others like it", step + 1)
+            told = f"{scores}, {skipped} skipped" if skipped else scores
+            bar.set_postfix_str(f"{told}, {row['seconds']:.2f} s/step, peak {row['peak_mb']:.0f} MB", refresh=False)
             bar.update()
-            stopped = validate(trainer, sentinel, folder, step + 1)
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or stopped:
+            asked = model.ranks.mean({"asked": float(stop.number > 0)})["asked"] > 0  # of any process
+            ends = asked or in_a_row == limit  # nothing is validated first: who asks may not wait
+            ends = ends or validate(trainer, sentinel, folder, step + 1)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or ends:
                 save_checkpoint(folder.path, step + 1, model, trainer.optimizer, trainer.rewards)
-            if stopped:
+                process_state().wait_for_everyone()  # the main process writes
+            if in_a_row == limit:
+                raise ValueError(
+                    f"{limit} steps in a row had no finite reward or gradient and were skipped, the last at step "
+                    f"{step + 1} ({scores}, gradient {row['grad_norm']:g}): look at the reward and its images, or "
+                    "train with a lower optimizer.lr"
+                )
+            if asked:
+                interrupt(stop.number or signal.SIGTERM)
+            if ends:
                 break
+    if stop.number:
+        interrupt(stop.number)
     with model.using(model.tuned) as backbone:
         folder.save_weights(backbone)
     report(trainer, sentinel, folder)
     accelerator.end_training()
+
+
+def restore(trainer: Trainer, folder: RunFolder) -> int:
+    """Load the newest checkpoint of the folder that is whole; returns its step, or 0 if there is none at all.
+
+    Raises OSError if all are damaged.
+    """
+    found = list(checkpoints(folder.path).values())
+    for path in reversed(found):
+        try:
+            return load_checkpoint(path, trainer.model, trainer.optimizer, trainer.rewards)
+        except OSError as error:
+            if path == found[0]:
+                raise
+            if folder.writes:
+                log.warning("%s. The one before it is used", error)
+    return 0
 
 
 def validate(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder, step: int) -> bool:

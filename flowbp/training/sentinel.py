@@ -80,18 +80,32 @@ def validation_samples(config: EvaluationConfig) -> Samples:
     return draw_samples(prompts, config.model_copy(update={"samples": 2 * pairs, "grid": 0}), of_each=2)
 
 
-def best_step(history: History, metric: str) -> int:
-    """The first step with the highest mean of `metric`. A mean that is not a number counts as the lowest."""
-    return max(history, key=lambda step: (np.nan_to_num(history[step].values[metric].mean(), nan=-np.inf), -step))
+def best_step(history: History, metric: str) -> int | None:
+    """The first step with the highest mean of `metric`, or None if no step has a finite score.
+
+    Step after step is compared with the best one before it, over the samples that had a finite score at all steps so
+    far: an image without one decides nothing, and the best step is one whose weights were kept. A step without any
+    finite score is never the best.
+    """
+    best, finite = None, np.True_
+    for step, scores in history.items():
+        own = np.isfinite(column := scores.values[metric])
+        if not own.any():
+            continue
+        finite = finite & own
+        if best is None or (finite.any() and column[finite].mean() > history[best].values[metric][finite].mean()):
+            best = step
+    return best
 
 
 def exhausted(history: History, metric: str, patience: int) -> bool:
     """Whether `patience` evaluations have passed since the best step."""
-    return bool(history) and sum(step > best_step(history, metric) for step in history) >= patience
+    best = best_step(history, metric)
+    return best is not None and sum(step > best for step in history) >= patience
 
 
 def warnings(history: History, trained: Sequence[str], held_out: Sequence[str]) -> list[str]:
-    """What the last evaluation says against the run, each in one line.
+    """What the last evaluation says against the run, each in one line; and images that had no finite score.
 
     A held-out metric fell from its best step on while a trained reward rose: both paired 95 % intervals exclude zero.
     An image statistic changed by more than `LIMITS` since the first evaluation, and its interval excludes zero. If
@@ -109,8 +123,12 @@ def warnings(history: History, trained: Sequence[str], held_out: Sequence[str]) 
         if metric in held_out and np.isnan(row.low)
     ]
     for metric in held_out:
+        scored = np.isfinite([scores.values[metric] for scores in history.values()]).all(axis=0)
+        if not scored.all():
+            lost = f"{(~scored).sum()} of {len(scored)} images have no finite {metric} at some step"
+            found.append(f"{lost}: the others decide which step is best")
         peak = best_step(history, metric)
-        changes = overall(history[peak], history[last]) if peak != last else {}
+        changes = overall(history[peak], history[last]) if peak not in (None, last) else {}
         for reward in trained if changes else ():
             if changes[reward].low > 0 and changes[metric].high < 0:
                 rise, fall = change(changes[reward]), change(changes[metric])

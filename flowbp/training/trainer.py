@@ -76,12 +76,15 @@ class Trainer:
         row["nodes"] = rows[-1]["nodes"]
         row["images"] = self.model.ranks.size * len(rows) * self.config.data.batch_size
         with self.phases("update"):
-            row |= self.update(step)
+            row |= self.update(step, row.pop("finite") > 0)
         seconds = {f"{name}_seconds": seconds for name, seconds in self.phases.seconds.items()}
         return row | {"seconds": now() - began} | seconds | {"peak_mb": peak_memory_mb()}
 
-    def update(self, step: int) -> dict:
+    def update(self, step: int, rewarded: bool = True) -> dict:
         """Clip the gradient, and step the optimizer and the average. A gradient that is not finite is skipped.
+
+        rewarded: whether any sample has a finite reward. Without one the step is skipped too, because a hinge gives NaN
+        a gradient of 0.
 
         Raises ValueError if a trained parameter has no gradient.
         """
@@ -89,13 +92,14 @@ class Trainer:
         self.model.take_gradients()
         norm = unshard(torch.nn.utils.clip_grad_norm_(masters.values(), options.max_grad_norm)).item()
         lr = options.lr * min(1.0, (step + 1) / (options.warmup + 1))
-        if np.isfinite(norm):
+        skipped = not (rewarded and np.isfinite(norm))
+        if not skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
             self.model.follow_masters()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"grad_norm": norm, "skipped": not np.isfinite(norm), "lr": lr}
+        return {"grad_norm": norm, "skipped": skipped, "lr": lr}
 
     def accumulate_gradient(self, step: int, micro: int) -> dict:
         """Add one micro-batch's gradient to the parameters' .grad."""
@@ -153,6 +157,7 @@ class Trainer:
         norms = g.flatten(1).norm(dim=1) * len(g)
         logged |= {name: torch.cat([scores[name] for scores in watched]).mean().item() for name in self.monitors}
         logged |= self.rewards.update(ranks.accelerator.gather(rewards))
+        logged["finite"] = rewards.isfinite().all(dim=1).float().mean().item()  # share of samples
         logged |= {"loss": loss.item(), "sample_grad_norm": norms.mean().item()}
         return clip_samples(g, config.optimizer.max_sample_grad_norm), logged
 

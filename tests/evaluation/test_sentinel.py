@@ -95,6 +95,43 @@ def test_the_best_step_is_the_first_of_the_highest_and_patience_counts_from_it()
     assert not exhausted({}, "monitor", 1)
 
 
+def with_nan(seen, metric, *places):
+    """The history with no finite score of `metric` at (step, samples)."""
+    for step, samples in places:
+        seen[step].values[metric][samples] = np.nan
+    return seen
+
+
+def test_one_image_without_a_score_does_not_choose_the_best_step():
+    curve = [0, 1.5, 2, 1]
+    for step in (0, 100, 150):
+        seen = with_nan(history(monitor=curve), "monitor", (step, 7))
+        assert best_step(seen, "monitor") == 100 and not exhausted(seen, "monitor", 2)
+    seen = with_nan(history(monitor=curve), "monitor", (100, slice(None)))
+    assert best_step(seen, "monitor") == 50, "a step without any score is not the best"
+    assert exhausted(seen, "monitor", 2), "but it counts"
+    seen = with_nan(history(monitor=curve), "monitor", *((step, slice(None)) for step in (0, 50, 100, 150)))
+    assert best_step(seen, "monitor") is None and not exhausted(seen, "monitor", 1)
+
+
+def test_the_best_step_is_one_whose_weights_were_kept():
+    """An image that loses its score later does not move the choice back to weights that were overwritten."""
+    seen = history(monitor=[0, 1, 0.5])
+    seen[0].values["monitor"][7] = -1e3  # without this image step 0 is above step 50
+    seen[50].values["monitor"][:] -= 2
+    seen[50].values["monitor"][7] = 1e3
+    seen[100].values["monitor"][:] = -9
+    kept = [best_step(dict(list(seen.items())[: i + 1]), "monitor") for i in range(2)]
+    with_nan(seen, "monitor", (100, 7))
+    assert kept == [0, 50] and best_step(seen, "monitor") == 50
+
+
+def test_images_without_a_score_are_told():
+    seen = with_nan(history(reward=[0, 1, 2], monitor=[0, 1, 2]), "monitor", (50, [3, 8]), (100, 3))
+    (line,) = warnings(seen, ["reward"], ["monitor"])
+    assert line.startswith(f"2 of {N} images have no finite monitor at some step: the others decide")
+
+
 PERIODIC = [
     "evaluation.every=1",
     "evaluation.best=monitor",
