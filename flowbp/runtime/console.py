@@ -33,8 +33,8 @@ class TextConsole(Console):
     `rich.text.Text`. It is quiet on processes other than the main one, unless `quiet` says otherwise.
     """
 
-    def __init__(self, **options: Any):
-        super().__init__(**({"quiet": not is_main()} | options))
+    def __init__(self, quiet: bool | None = None, **options: Any):
+        super().__init__(quiet=not is_main() if quiet is None else quiet, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         options.update(markup=False, emoji=False)
