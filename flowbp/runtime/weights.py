@@ -107,6 +107,7 @@ def load_weights(backbone: Backbone, source: Path) -> None:
         load_transformer(backbone, file.parent)
     else:
         load_lora(backbone, file)
+    backbone.denoiser.eval()  # the layers of a new adapter drop out
 
 
 def load_transformer(backbone: Backbone, folder: Path) -> None:
@@ -166,8 +167,8 @@ def load_lora(backbone: Backbone, file: Path) -> None:
     for name, parts in layers.items():
         scale = parts["alpha"].item() / len(parts["A"]) if "alpha" in parts else 1
         adapter = None if "alpha" in parts else adapter  # which says the same of all layers
-        state |= {f"transformer.{name}.lora_A.weight": parts["A"]}
-        state |= {f"transformer.{name}.lora_B.weight": parts["B"] * scale}
+        down, up = parts["A"].to(denoiser.dtype), (parts["B"].float() * scale).to(denoiser.dtype)
+        state |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
     ask(denoiser.load_lora_adapter, state, metadata=adapter, low_cpu_mem_usage=True)
     loaded = sum(name.endswith("lora_A") for name, _ in denoiser.named_modules())
     if loaded != len(layers):
@@ -236,4 +237,3 @@ def load_training_checkpoint(backbone: Backbone, folder: Path) -> None:
     average = load_state(folder)["ema"]
     delivered = dict(zip(parameters, average["shadow_params"], strict=True)) if average else saved
     assign(parameters, check_finite(delivered, folder))
-    backbone.denoiser.eval()  # the layers of a new adapter drop out

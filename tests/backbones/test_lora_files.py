@@ -117,6 +117,25 @@ def test_layers_that_another_program_fuses_are_split_by_diffusers_or_refused(lor
         assert not hasattr(backbone.denoiser, "peft_config")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_lora_in_fewer_bits_is_read_into_the_networks_dtype(lora, dtype, tmp_path):
+    name, layers, _ = lora
+    narrow = {layer: (a.to(dtype), b.to(dtype)) for layer, (a, b) in layers.items()}
+    save_file(renamed(narrow, *FORMS["alpha beside lora_A"]), tmp_path / "theirs.safetensors")
+    backbone = fresh(name)
+    load_weights(backbone, tmp_path / "theirs.safetensors")
+    check_loaded(backbone, {layer: (a.float(), b.float()) for layer, (a, b) in narrow.items()})
+
+
+def test_a_lora_that_was_trained_with_dropout_is_read_without(tmp_path):
+    backbone = fresh(SD3)
+    trainable_parameters(backbone, TuningConfig(rank=RANK, dropout=0.5))
+    save_weights(backbone, tmp_path)
+    read = fresh(SD3)
+    load_weights(read, tmp_path)
+    assert not any(module.training for module in read.denoiser.modules())
+
+
 def test_layers_of_a_text_encoder_are_left_out_and_named(lora, tmp_path, caplog):
     name, layers, _ = lora
     backbone = fresh(name)
