@@ -46,6 +46,11 @@ __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
+        try:
+            return importlib.import_module(f"flowbp.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"flowbp.{name}":
+                raise
         raise AttributeError(f"flowbp has no {name!r}; it has {', '.join(sorted(_HOME))}")
     value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
     return value

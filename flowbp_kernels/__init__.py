@@ -6,7 +6,7 @@ leap_residuals        mean |x + sum_k w_k v_{n_k} - x'|, both leaps      nothing
 cfg_euler_step        v = v_u + s (v_c - v_u);  x + h v                  x, v_c, v_u      cuda, triton, cpu
 bridge_cotangents     c_k = w_k (g + a_k g_x)                            g, g_x           cuda, triton, cpu
 straight_through      value of one tensor, scaled gradient of another    surrogate        PyTorch's copy
-selective_recompute   cached value; backward replays the active nodes    parameters       PyTorch autograd
+selective_recompute   cached value; backward replays the active nodes    parameters       bridge_cotangents
 
 Every op has a reference in plain PyTorch, which runs on any device and in any dtype; the kernels take float32, bfloat16
 and float16, and a float8_e4m3fn cache. Sums accumulate in float32 (float64 where a tensor is float64) and are rounded

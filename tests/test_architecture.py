@@ -87,3 +87,8 @@ def test_importing_flowbp_loads_nothing_and_each_of_its_names_is_there():
             assert getattr(flowbp, name) is getattr(importlib.import_module(module), name)
     with pytest.raises(AttributeError, match="flowbp has no 'rolout'; it has .*rollout"):
         flowbp.rolout  # noqa: B018
+
+
+def test_only_the_runtime_asks_which_process_is_the_main_one():
+    asking = {name for name, path in MODULES.items() if "is_main" in path.read_text()}
+    assert {room_of(name) for name in asking} == {"runtime"}

@@ -91,10 +91,9 @@ def locate(name: str) -> str:
         return str(PIPELINE)
     location = KNOWN_MODELS.get(name, name)
     if not Path(location).is_dir() and "/" not in location:
-        raise ValueError(
-            f"unknown backbone {name!r}; {nearest(location, KNOWN_MODELS)}known: shapes, {', '.join(KNOWN_MODELS)}, "
-            "a local folder, a Hub id owner/name"
-        )
+        known = ("shapes", *KNOWN_MODELS)
+        hint = f"{nearest(location, known)}known: {', '.join(known)}, a local folder, a Hub id owner/name"
+        raise ValueError(f"unknown backbone {name!r}; {hint}")
     if Path(location).is_dir() and not Path(location, "model_index.json").is_file():
         raise ValueError(f"{location} holds no model_index.json: pass the folder of a diffusers pipeline")
     return location

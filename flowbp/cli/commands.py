@@ -152,7 +152,7 @@ def sample(
     prompts: Annotated[list[str], Argument(help="prompts to draw")],
     weights: Annotated[Path | None, Option(help="folder of a finished run; without it the base model is drawn")] = None,
     out: Annotated[Path, Option(help="PNG to write")] = Path("samples.png"),
-    seed: Annotated[int, Option(help="seed of the initial noise")] = 0,
+    seed: Annotated[int, Option(min=0, help="seed of the initial noise")] = 0,
 ) -> None:
     """Draw prompts with the base or the tuned model."""
     from flowbp.config import load
@@ -260,8 +260,8 @@ def plan(
     method: Annotated[str, Argument(help="a method's name, such as flowbp-lagrange")],
     overrides: Annotated[list[str] | None, Argument(help="field=value of the method, such as alpha=0.3")] = None,
     steps: Annotated[int, Option(min=1, help="rollout steps")] = 25,
-    shift: Annotated[float, Option(help="timestep shift of the noise schedule")] = 3.0,
-    seed: Annotated[int, Option(help="seed of the draw")] = 0,
+    shift: Annotated[float, Option(min=1e-3, help="timestep shift of the noise schedule")] = 3.0,
+    seed: Annotated[int, Option(min=0, help="seed of the draw")] = 0,
     png: Annotated[Path | None, Option(help="also draw the plan")] = None,
 ) -> None:
     """Draw one plan of a method and print its nodes, noise levels, weights and bridge."""

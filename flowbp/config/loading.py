@@ -143,8 +143,9 @@ def _number_or_yaml(text: str) -> Any:
 
 
 def _readable(error: Mapping[str, Any]) -> str:
-    parts = error["loc"][error["loc"][:2] == ("reward", "reward") :]  # one reward is not named in the config
-    where = ".".join(str(part) for part in parts)
+    # The config names neither one reward nor the form of a checker.
+    parts = error["loc"][error["loc"][:2] == ("reward", "reward") :]
+    where = ".".join(str(part) for part in parts).replace("checker.name", "checker")
     message = error["msg"].removeprefix("Value error, ")
     given = "" if error["type"] in ("value_error", "missing") else f", got {error['input']!r}"[:80]
     return f"{where}{': ' if where else ''}{message}{given}"

@@ -14,8 +14,8 @@ from flowbp.runtime.tuned_model import TunedModel
 class Evaluator:
     """Scores any weights of a model on the samples of `config.evaluation`, or on others.
 
-    With `evaluation.watch`, monitors and checker stay in memory from the first evaluation on. Without it, they are
-    released after each one.
+    Monitors and checker are loaded at the start, so that a missing one is an error before training. With
+    `evaluation.watch` they stay in memory. Without it they are released, and loaded again for each evaluation.
     """
 
     def __init__(self, config: RunConfig, rewards: Mapping[str, Reward], device: str):
@@ -23,10 +23,10 @@ class Evaluator:
         self.config, self.rewards, self.device = config, rewards, device
         options = config.evaluation
         self.samples = draw_samples(load_prompts(options.prompts), options)
-        # Monitors are loaded even if they are not watched, so that a missing one is an error before training.
-        monitors = options.load_monitors(device if options.watch else "cpu")
-        self.monitors = monitors if options.watch else {}
-        self._scorers: dict[str, Scorer] | None = None
+        place = device if options.watch else "cpu"
+        monitors = options.load_monitors(place)
+        loaded = scorers(options, rewards, monitors, place)
+        self.monitors, self._scorers = (monitors, loaded) if options.watch else ({}, None)
 
     def score(
         self,
@@ -37,8 +37,6 @@ class Evaluator:
     ) -> Scores:
         """Scores of images drawn with `weights`. The processes share the work and all get all scores."""
         scored_by = self._scorers or self.load()
-        if self.config.evaluation.watch:
-            self._scorers = scored_by
         sampling, guidance = self.config.evaluation_rollout, self.config.guidance
         with model.using(weights) as backbone:
             return evaluate(backbone, samples or self.samples, sampling, guidance, scored_by, progress)

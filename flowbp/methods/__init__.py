@@ -33,7 +33,7 @@ __all__ += ["DRTune", "DRaFTLV", "FlowBPBridge", "FlowBPLagrange", "FlowBPSparse
 
 
 class Method(Protocol):
-    """Anything that draws a plan. To use your own from a config, write a frozen dataclass and add it to METHODS."""
+    """Anything that draws a plan. A config names your own as "module:Class", a frozen dataclass."""
 
     def plan(self, sigmas: np.ndarray, rng: np.random.Generator) -> SurrogatePlan:
         """A plan for the noise levels `sigmas` [N + 1], strictly decreasing to 0. Raises ValueError when N is too small
