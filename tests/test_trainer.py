@@ -32,10 +32,10 @@ from flowbp.rewards import Smoothed, Smoothing, WeightedRewards, load_reward
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, seal
 from flowbp.runtime.data import Prompt, sample_seeds
 from flowbp.runtime.files import remove
+from flowbp.runtime.interrupts import Stop
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.runtime.weights import load_weights
 from flowbp.surrogate import as_graph, backward, reward_input
-from flowbp.training.interrupts import Stop
 from flowbp.training.run import run, train
 from flowbp.training.trainer import Trainer
 from flowbp.trajectory import rollout

@@ -10,10 +10,10 @@ from flowbp.config import RunConfig
 from flowbp.runtime.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.distributed import process_state
+from flowbp.runtime.interrupts import Stop, heard_by, interrupt
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
 from flowbp.runtime.run_folder import BEST, RunFolder
-from flowbp.training.interrupts import Stop, heard_by, interrupt
 from flowbp.training.report import write_report
 from flowbp.training.sentinel import Sentinel
 from flowbp.training.trainer import Trainer
