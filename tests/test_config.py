@@ -74,7 +74,7 @@ def test_another_method_does_not_inherit_the_fields_of_the_preset_one():
         (["lr=1e-4"], "unknown key 'lr'; did you mean optimizer.lr?"),
         (["output=$NOWHERE/a"], "output: \\$NOWHERE/a names a user or a variable that is not known here"),
         (["steps=0300"], "override 'steps=0300': .*0300 would be read in base 60 or 8"),
-        (["evaluation.checker=shapes", "evaluation.checker.detector=a"], "checker is 'shapes', which has no detector"),
+        (["tuning.mode=full", "tuning.mode.rank=3"], "mode is 'full', which has no rank: give mode once"),
         (["rollout.num_steps=3000000"], "rollout.num_steps: .*less than or equal to 1000, got 3000000"),
         (["compile=inducter"], "compile: unknown compile backend 'inducter'; did you mean 'inductor'"),
     ],

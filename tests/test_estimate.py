@@ -213,13 +213,13 @@ def test_where_nothing_fits_the_smallest_found_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("24GB", 24e9), ("24 GiB", 24 * 2**30), ("80e9", 80e9), ("1.5tb", 1.5e12), ("8000M", 8e9)]
+    ("text", "size"), [("24GB", 24e9), ("24 GiB", 24 * 2**30), ("80e9", 80e9), ("1.5tb", 1.5e12), ("512M", 512e6)]
 )
 def test_sizes_are_read(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "24", "512MB", "24 apples", "0GB", "-1GB", "1.2.3GB", "nan"])
+@pytest.mark.parametrize("text", ["", "GB", "24", "24 apples", "0GB", "-1GB", "1.2.3GB", "nan"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="write 24GB, 24GiB or 80e9"):
         parse_size(text)

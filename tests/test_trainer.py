@@ -523,9 +523,12 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_whole_step_and_goes_on_exact
             os.kill(os.getpid(), number)
         return step(self, index)
 
+    # A shell that starts the tests in the background lets them ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", interrupted)
         result = CliRunner().invoke(app, ["train", str(written(tmp_path / "config.yaml", dump(config)))])
+    signal.signal(signal.SIGINT, before)
     assert result.exit_code == 128 + number, result.output
     assert f"2 steps are saved; to go on: flowbp train {config.output} --resume" in result.output.replace("\n", "")
     train(config, resume=True)

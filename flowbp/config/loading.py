@@ -94,13 +94,14 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 def merge(base: dict[str, Any], extra: Mapping[str, Any]) -> None:
     """Merge nested mappings in place. A method, pair sampler or reward of another name drops the old one's fields; its
-    name alone is short for {name: it}. Raises ConfigError for a mapping that would be laid over any other text.
+    name alone is short for {name: it}. A checker is replaced whole. Raises ConfigError for a mapping that would be laid
+    over any other text.
     """
     for key, value in extra.items():
         old = base.get(key)
         if key in NAMED:
             value, old = ({"name": it} if isinstance(it, str) else it for it in (value, old))
-        elif isinstance(value, Mapping) and isinstance(old, str):
+        elif key != "checker" and isinstance(value, Mapping) and isinstance(old, str):
             raise ConfigError(f"{key} is {old!r}, which has no {' or '.join(map(str, value))}: give {key} once")
         nested = isinstance(value, Mapping) and isinstance(old, dict)
         if nested and key in NAMED and "name" in old:

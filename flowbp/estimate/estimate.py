@@ -230,7 +230,7 @@ def parse_size(text: str) -> float:
     number, unit = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", "(?:[KMGT]I?)?"
     match = re.fullmatch(rf"\s*({number})\s*({unit})B?\s*", text, re.IGNORECASE)
     size = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
-    if not 1e9 <= size < math.inf:
+    if not 0 < size < math.inf or (not match[2] and size < 1e9):  # a bare 24 would be 24 bytes
         raise ValueError(f"{text!r} is no size of a GPU in bytes: write 24GB, 24GiB or 80e9")
     return size
 

@@ -21,6 +21,7 @@ from flowbp.config import load
 from flowbp.evaluation import models as evaluation_run
 from flowbp.evaluation import scores as evaluation
 from flowbp.evaluation.models import BASE, Model, name_models, run_evaluation
+from flowbp.runtime.checkpoint import latest_checkpoint
 from flowbp.runtime.weights import LORA, load_weights
 from flowbp.training.run import train
 
@@ -76,7 +77,7 @@ def test_two_processes_write_the_same_bytes_as_one(run, whole, tmp_path):
 
 
 def test_every_form_of_the_weights_gives_the_same_scores(run, tmp_path):
-    (step,) = (run / "checkpoints").iterdir()
+    step = latest_checkpoint(run)
     lora = tmp_path / "renamed.safetensors"
     lora.write_bytes((run / LORA).read_bytes())
     forms = {"run": run, "file": run / LORA, "renamed": lora, "folder": tmp_path, "checkpoint": step}
