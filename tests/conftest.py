@@ -20,6 +20,7 @@ SLOW_PLACES = (
     "evaluation/test_evaluation.py",
     "evaluation/test_geneval.py",
     "evaluation/test_sentinel.py",
+    "kernels/test_compiled_ops.py",  # each case in every instruction set
     "test_cli.py",
     "test_docs.py",
     "test_embeddings.py",
