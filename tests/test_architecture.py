@@ -1,7 +1,7 @@
 """The public names, and who may import whom: no folder imports one above it, and no module takes part in a cycle."""
 
 import ast
-import importlib
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,22 +44,16 @@ def room_of(module: str) -> str:
 
 
 def imported_by(module: str) -> Iterator[str]:
-    """The modules of both packages that `module` imports, anywhere in it but under TYPE_CHECKING."""
-    tree = ast.parse(MODULES[module].read_text())
-    typing = {
-        id(inner) for node in ast.walk(tree) if isinstance(node, ast.If) for inner in ast.walk(node) if named(node.test)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in typing:
+    """The modules of both packages that `module` imports, anywhere in it, for type checkers alone too."""
+    package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                yield from {whole if whole in MODULES else node.module} & MODULES.keys() - {module}
+                whole = f"{source}.{alias.name}"
+                yield from {whole if whole in MODULES else source} & MODULES.keys() - {module}
         elif isinstance(node, ast.Import):
             yield from {alias.name for alias in node.names} & MODULES.keys()
-
-
-def named(test: ast.expr) -> bool:
-    return isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"
 
 
 ENTRANCES = {"flowbp", "flowbp.__main__"}  # the public names, and the command

@@ -17,20 +17,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowbp.rewards.clip import image_features
+from flowbp.config import GenEvalConfig
+from flowbp.rewards.clip import CLIPReward, image_features
 from flowbp.rewards.preprocessing import fit_short_side, normalise
 from flowbp.runtime.data import read_lines
-
-if TYPE_CHECKING:
-    from flowbp.config import GenEvalConfig
-    from flowbp.rewards.clip import CLIPReward
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -206,7 +203,7 @@ class GenEval:
 # -- networks ----------------------------------------------------------------------------------------------------------
 
 
-def load_geneval(config: "GenEvalConfig", metadata: Sequence[str], device: str = "cpu") -> GenEval:
+def load_geneval(config: GenEvalConfig, metadata: Sequence[str], device: str = "cpu") -> GenEval:
     """The scorer that `config` describes, for the prompts of the files `metadata`."""
     requirements = {prompt: requirement for path in metadata for prompt, requirement in load_requirements(path).items()}
     from flowbp.rewards import load_reward
@@ -316,7 +313,7 @@ class ClipColours:
     Crops are prepared as by open_clip, which GenEval uses.
     """
 
-    def __init__(self, clip: "CLIPReward"):
+    def __init__(self, clip: CLIPReward):
         self.clip = clip
         self._texts: dict[str, Tensor] = {}
 

@@ -4,7 +4,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import yaml
@@ -13,14 +13,12 @@ from matplotlib.figure import Figure
 from flowbp.config import RewardConfig, RolloutConfig, RunConfig, flatten
 from flowbp.evaluation import figures
 from flowbp.evaluation.numbers import FILTERS, by_metric, duration
+from flowbp.evaluation.scores import Scores
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import plain
 from flowbp.runtime.environment import describe_environment, environment
 from flowbp.runtime.files import write_file
-
-if TYPE_CHECKING:
-    from flowbp.evaluation.scores import Scores
 
 AXES = {  # metric -> title of its panel, and what its vertical axis counts; any other metric is a score
     "grad_norm": ("gradient norm", "L2 norm before clipping"),
@@ -48,7 +46,7 @@ def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[st
     return pictures
 
 
-def draw_samples(scores: "Scores") -> Figure:
+def draw_samples(scores: Scores) -> Figure:
     """The images that `scores` kept, with their prompts, framed by the checker's verdict if there is one."""
     checker = scores.values.get("checker")
     passed = [None if checker is None else bool(checker[i]) for i in range(len(scores.images))]
@@ -123,7 +121,7 @@ def with_fields(name: str, fields: Mapping[str, Any]) -> str:
 # -- the page of an evaluation -----------------------------------------------------------------------------------------
 
 
-def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], scores: "Mapping[str, Scores]") -> None:
+def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], scores: Mapping[str, Scores]) -> None:
     """samples_<model>.png and report.html of an evaluation."""
     pictures = {name: as_png(draw_samples(own)) for name, own in scores.items()}
     for name, png in pictures.items():

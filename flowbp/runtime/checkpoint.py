@@ -5,7 +5,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -18,9 +18,6 @@ from flowbp.runtime.distributed import gathered, process_state, shard_like
 from flowbp.runtime.files import SCRATCH, by_step, digest_files, remove, replacing, step_name
 from flowbp.runtime.tuning import assign
 
-if TYPE_CHECKING:
-    from flowbp.runtime.tuned_model import TunedModel
-
 CHECKPOINTS = "checkpoints"  # in a run's folder
 CHECKPOINT = "parameters.safetensors"
 STATE = "state.pt"
@@ -28,9 +25,15 @@ PROGRESS = "step.json"
 SUMS = "SHA256SUMS"  # of the other files, as `sha256sum -c` reads it
 
 
-def save_checkpoint(
-    output: Path, step: int, model: "TunedModel", optimizer: Optimizer, rewards: WeightedRewards
-) -> None:
+class Trained(Protocol):
+    """What a checkpoint keeps of a `TunedModel`."""
+
+    parameters: dict[str, Tensor]
+    masters: dict[str, Tensor]
+    ema: Any
+
+
+def save_checkpoint(output: Path, step: int, model: Trained, optimizer: Optimizer, rewards: WeightedRewards) -> None:
     """Write all that a run needs to go on after `step` optimizer steps, then remove all checkpoints but it and the one
     before.
 
@@ -119,7 +122,7 @@ def reading(file: Path) -> Iterator[None]:
         ) from error
 
 
-def load_checkpoint(folder: Path, model: "TunedModel", optimizer: Optimizer, rewards: WeightedRewards) -> int:
+def load_checkpoint(folder: Path, model: Trained, optimizer: Optimizer, rewards: WeightedRewards) -> int:
     """Restore what `save_checkpoint` wrote, in place; returns the number of steps done. Raises OSError if damaged."""
     saved, masters = load_parameters(folder), model.masters
     if saved.keys() != masters.keys():

@@ -47,7 +47,7 @@ def load_prompts(source: str) -> list[Prompt]:
         return [Prompt(*prompt) for prompt in prompts(source.removeprefix("shapes:"))]
     path = Path(source)
     if not path.exists():
-        keys = "data.prompts and evaluation.prompts name text files with one prompt a line"
+        keys = "data.prompts and evaluation.prompts name files or folders of prompts"
         raise FileNotFoundError(f"prompt file {source!r} does not exist; {keys}")
     found = _read_folder(path) if path.is_dir() else _read_prompts(path)
     prompts = [Prompt(text.strip(), category) for text, category in found if text.strip()]

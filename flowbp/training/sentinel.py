@@ -35,7 +35,9 @@ class Decision(NamedTuple):
 
 
 class Sentinel:
-    """The history of a run's periodic evaluations, and what follows from it. It reads and writes nothing."""
+    """The history of a run's periodic evaluations, and what follows from it. It writes nothing, and reads the
+    prompts alone.
+    """
 
     def __init__(self, config: EvaluationConfig, trained: Iterable[str], past: Past | None = None):
         """trained: names of the rewards that training maximises. past: scores by step, of a run that goes on."""
