@@ -249,7 +249,8 @@ def scores(case, folder, world):
     from.
     """
     evaluation_config = (
-        f"evaluation={{prompts: {folder}/prompts.txt, samples: 5, batch_size: 2, grid: 3, num_steps: 3, checker: null}}"
+        f"evaluation={{prompts: {folder}/prompts.txt, samples: 5, batch_size: 2, grid: 3, num_steps: 3, watch: false, "
+        "checker: null}"
     )
     trainer = make_trainer(case, folder, world, evaluation_config)
     chunks, named = [], trainer.evaluator.load()
