@@ -1,6 +1,6 @@
 """Classifier-free guidance: turns a network's velocity into the guided velocity that the rollout and the sweep see.
 
-    v = v_neg + scale (v_pos - v_neg)          scale > 1; otherwise v = v_pos alone
+    v = v_neg + scale (v_pos - v_neg)          scale > 1 and sigma in the interval; otherwise v = v_pos alone
 
 Whether the negative branch carries gradient is decided here. Detached (the default), v_neg is a constant for parameters
 and input, so the VJP of v is scale times the VJP of v_pos, and a replay does not run the negative branch at all.
@@ -8,7 +8,7 @@ and input, so the VJP of v is scale times the VJP of v_pos, and a replay does no
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,21 +28,45 @@ class Guidance:
     compensate        divide the gradient by `scale`, which otherwise multiplies it
     embedded          guidance scale that a guidance-distilled network takes as an input (FLUX.1-dev: 3.5); None for
                       every other network
+    interval          (low, high): the noise levels low <= sigma <= high are guided, the others take the positive branch
+                      alone, at half the network's work (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: all
     """
 
     scale: float = 1.0
     detach_negative: bool = True
     compensate: bool = False
     embedded: float | None = None
+    interval: tuple[float, float] | None = None
 
     def __post_init__(self):
         for name, value in (("scale", self.scale), ("embedded", self.embedded)):
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"guidance {name} must be a finite number of 0 or more, got {value}")
+        if self.interval is not None:
+            low, high = self.interval
+            if not 0 <= low < high <= 1:
+                raise ValueError(f"guidance interval must be two noise levels, 0 <= low < high <= 1, not {low}, {high}")
+            if self.compensate:
+                raise ValueError(
+                    "guidance.compensate divides every gradient by the scale, which levels outside the interval never "
+                    "multiplied: set compensate to false, or interval to null"
+                )
 
     @property
     def active(self) -> bool:
         return self.scale > 1.0
+
+    def guides(self, level: float) -> bool:
+        """Whether the velocity at a noise level has a negative branch."""
+        return self.active and (self.interval is None or self.interval[0] <= level <= self.interval[1])
+
+    def scale_at(self, sigma: Tensor) -> float | Tensor:
+        """`scale`; with an interval, a tensor shaped as sigma [] or [B] that is 1 at the levels outside."""
+        if self.interval is None:
+            return self.scale
+        low, high = self.interval
+        inside = (sigma.double() >= low) & (sigma.double() <= high)  # in double, as `guides`
+        return torch.where(inside, self.scale, 1.0)
 
     @property
     def divisor(self) -> float:
@@ -76,7 +100,18 @@ class GuidedVelocity:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         positive, negative = self.branches(x, sigma)
-        return positive if negative is None else negative + self.guidance.scale * (positive - negative)
+        return positive if negative is None else negative + self._scale(x, sigma) * (positive - negative)
+
+    def at(self, level: float) -> "GuidedVelocity":
+        """The velocity at one noise level: this one, or its positive branch alone where the level is not guided."""
+        if not self.guidance.active or self.guidance.guides(level):
+            return self
+        return GuidedVelocity(self.network, self.positive, None, replace(self.guidance, scale=1.0, interval=None))
+
+    def _scale(self, x: Tensor, sigma: Tensor) -> float | Tensor:
+        """The guidance scale, as a factor of velocities like x."""
+        scale = self.guidance.scale_at(sigma)
+        return scale if isinstance(scale, float | int) else scale.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
     def branches(self, x: Tensor, sigma: Tensor, replayed: bool = False) -> tuple[Tensor, Tensor | None]:
         """(v_pos, v_neg); v_neg is None without guidance, and records no graph when it is detached.
@@ -105,7 +140,7 @@ class GuidedVelocity:
         if copies > 1:
             return self._repeated(copies).replay(x, sigma)
         if self.guidance.active and self.guidance.detach_negative:
-            return self.guidance.scale * self.network(x, sigma, self.positive)
+            return self._scale(x, sigma) * self.network(x, sigma, self.positive)
         return self(x, sigma)
 
     def _repeated(self, copies: int) -> "GuidedVelocity":

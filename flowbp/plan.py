@@ -92,12 +92,14 @@ class Replay(NamedTuple):
     weight  factor of the VJP
     gate    alpha where gradient enters the network's input (an active bridge), 0 elsewhere
     output  the block of the reward input that the velocity contributes to: 0 the sample, m + 1 copy m
+    share   factor on what comes back through the bridge: the velocity's weight in x_j, over its weight in x_N
     """
 
     node: Node
     weight: Number
     gate: Number = 0.0
     output: int = 0
+    share: Number = 1.0
 
     @property
     def gated(self) -> bool:
@@ -139,12 +141,14 @@ class SurrogatePlan:
     bridge        the node where the quadrature is split in two, with its gradient gate
     similarity    how residuals weigh the samples; None weighs them equally
     num_renoised  extra copies of the sample, re-noised to the last noise level and denoised in one step (DRaFT-LV)
+    shares        of each velocity's weight in x_N, what it has in the bridge's latent x_j. None: all of it before j, as
+                  with Euler. A multistep solver takes the velocities just before j into steps on both sides of it
 
     Gradient, with g = dR/dx_hat and every network input detached:
 
         dR/dtheta = sum_i grad_weights_i (dv_i/dtheta)^T c_i
-        c_i = g                                          i >= j, or no bridge
-        c_i = g + alpha grad_weights_j (dv_j/dx)^T g     i <  j
+        c_i = g                                                   i >= j, or no bridge
+        c_i = g + alpha shares_i grad_weights_j (dv_j/dx)^T g     i <  j
     """
 
     nodes: tuple[int, ...]
@@ -155,21 +159,23 @@ class SurrogatePlan:
     bridge: Bridge | None = None
     similarity: Similarity | None = None
     num_renoised: int = 0
+    shares: tuple[float, ...] | None = None
 
     def __post_init__(self):
         # Any sequence is accepted, NumPy scalars included. Hashable Python numbers are stored.
-        for name, number in (("nodes", int), ("weights", float), ("grad_weights", float)):
+        numbers = {"nodes": int, "weights": float, "grad_weights": float}
+        if self.shares is not None:
+            numbers["shares"] = float
+        for name, number in numbers.items():
             object.__setattr__(self, name, tuple(map(number, getattr(self, name))))
-        nodes, sizes = self.nodes, (len(self.nodes), len(self.weights), len(self.grad_weights))
-        if len(set(sizes)) != 1 or not nodes:
-            raise ValueError(
-                f"a plan needs as many weights and grad_weights as nodes, and at least one node; got {sizes}"
-            )
+        nodes, sizes = self.nodes, {name: len(getattr(self, name)) for name in numbers}
+        if len(set(sizes.values())) != 1 or not nodes:
+            raise ValueError(f"a plan needs at least one node, and as many weights of each kind as nodes; got {sizes}")
         if any(a >= b for a, b in zip(nodes, nodes[1:], strict=False)) or nodes[0] < 0:
             raise ValueError(
                 f"plan nodes must be non-negative and strictly increasing, got {nodes}: sort them, drop repeats"
             )
-        for name in ("weights", "grad_weights"):
+        for name in tuple(numbers)[1:]:
             if not all(map(math.isfinite, getattr(self, name))):
                 raise ValueError(f"plan {name} must be finite, got {getattr(self, name)}")
         if not self.active:
@@ -207,7 +213,8 @@ class SurrogatePlan:
         """The active nodes in rollout order, then the re-noised copies. The sweep takes them in reverse."""
         bridge = self.active_bridge
         gates = {bridge.node: bridge.alpha} if bridge else {}
-        nodes = [Replay(i, weight, gates.get(i, 0.0)) for i, weight in self.active]
+        shares = dict(zip(self.nodes, self.shares, strict=True)) if bridge and self.shares else {}
+        nodes = [Replay(i, weight, gates.get(i, 0.0), share=shares.get(i, 1.0)) for i, weight in self.active]
         copies = [Replay(Copy(m), self.grad_weights[-1], output=m + 1) for m in range(self.num_renoised)]
         return (*nodes, *copies)
 

@@ -8,8 +8,14 @@ and always sum to sigma_stop - sigma_start. Everything is computed in float64.
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
+
+Solver = Literal["euler", "adams-2", "adams-3"]
+ORDERS: dict[Solver, int] = {"euler": 1, "adams-2": 2, "adams-3": 3}
+# Of a solver's absolute weights in one step, in step lengths. Adams-Bashforth of order 3 has 3.67 on even steps.
+LARGEST_SUM = 5.0
 
 
 def check_sigmas(sigmas: Sequence[float]) -> np.ndarray:
@@ -67,6 +73,37 @@ def lagrange(sigmas: np.ndarray, nodes: Sequence[int], start: int, stop: int) ->
         basis = np.prod((t[:, None] - others) / (x[m] - others), axis=1)
         weights.append(half * point_weights @ basis)
     return np.array(weights)
+
+
+def solver_table(sigmas: np.ndarray, solver: Solver) -> np.ndarray:
+    """B [N, N] of a linear multistep rollout x_{n+1} = x_n + sum_i B[n, i] v_i, in sigma units.
+
+    adams-q is Adams-Bashforth of order q: row n is the Lagrange rule of the nodes n-q+1 ... n over the step [n, n + 1).
+    A row takes the highest order up to q with sum_i |B[n, i]| <= 5 |h_n|, because the rule of nodes that lie close
+    together amplifies velocities. The first steps have fewer nodes, so that adams-3 too converges with order 2. "euler"
+    is diag(h).
+
+    So x_j = x_0 + sum_i W_i v_i with W_i = sum_{n<j} B[n, i]: a column's sum down to row j is the weight of a velocity
+    in x_j (`weights_in`). Raises ValueError for an unknown solver.
+    """
+    if solver not in ORDERS:
+        raise ValueError(f"solver must be one of {', '.join(ORDERS)}, not {solver!r}")
+    table = np.zeros((len(sigmas) - 1, len(sigmas) - 1))
+    for n in range(len(table)):
+        for order in range(min(ORDERS[solver], n + 1), 0, -1):
+            nodes = range(n - order + 1, n + 1)
+            row = lagrange(sigmas, nodes, n, n + 1) if order > 1 else euler(sigmas, nodes)
+            if order == 1 or np.abs(row).sum() <= LARGEST_SUM * abs(leap(sigmas, n, n + 1)):
+                table[n, nodes] = row
+                break
+    return table
+
+
+def weights_in(table: np.ndarray, stop: int) -> np.ndarray:
+    """[N] weights W with x_stop = x_0 + sum_i W_i v_i, of the rollout with `solver_table`. Euler: h_i, and 0 from
+    `stop` on.
+    """
+    return table[:stop].sum(axis=0)
 
 
 def lagrange_supports(start: int, stop: int, order: int) -> tuple[int, ...]:

@@ -71,19 +71,17 @@ def as_graph(plan: SurrogatePlan, trajectory: Trajectory, velocity: ReplayedVelo
     velocities before it.
     """
     values = reward_input(plan, trajectory).split(len(trajectory.sample))
-    # Sums of weight (v - v.detach()), zero in value: over the nodes before the bridge, and over the others by output.
-    before: Any = 0.0
-    after: list[Any] = [0.0] * len(values)
+    # Sums of weight (v - v.detach()), zero in value: into the bridge's latent, and by output.
+    joint: Any = 0.0
+    sums: list[Any] = [0.0] * len(values)
     bridge = plan.active_bridge
-    for node, weight, gate, output in plan.replays:
+    for node, weight, gate, output, share in plan.replays:
         x = trajectory.latents[node]
-        v = velocity(straight_through(x, before, gate) if gate else x, trajectory.level(node))
-        if bridge is not None and node < bridge.node:
-            before = before + weight * (v - v.detach())
-        else:
-            after[output] = after[output] + weight * (v - v.detach())
-    after[0] = before + after[0]
-    return torch.cat([straight_through(value, surrogate) for value, surrogate in zip(values, after, strict=True)])
+        v = velocity(straight_through(x, joint, gate) if gate else x, trajectory.level(node))
+        if bridge is not None and not output and node < bridge.node:
+            joint = joint + share * weight * (v - v.detach())
+        sums[output] = sums[output] + weight * (v - v.detach())
+    return torch.cat([straight_through(value, surrogate) for value, surrogate in zip(values, sums, strict=True)])
 
 
 def residuals(plan: Plan, trajectory: Trajectory) -> tuple[Tensor, Tensor]:

@@ -1,31 +1,39 @@
-"""The rollout: Euler steps from noise to sample without gradient. It caches the latents and velocities that the plan
-reads, and those graphs that `recompute` keeps.
+"""The rollout: a solver's steps from noise to sample without gradient. The rollout caches the latents and velocities
+that the plan reads, and those graphs that `recompute` keeps.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowbp.guidance import GuidedVelocity
 from flowbp.plan import Copy, Node, Place, PlanBatch, SurrogatePlan, in_order
+from flowbp.quadrature import ORDERS, Solver, solver_table
 from flowbp.replay import Recompute
-from flowbp_kernels import RngState, cfg_euler_step
+from flowbp_kernels import RngState, cfg_euler_step, quadrature_update
 from flowbp_kernels.sweep import Graph, as_in_the_rollout, autocast_state, record
 
 
 class NodeCache:
-    """One tensor [n, B, *S] with a row for each cached node and each copy of the sample."""
+    """One tensor [n + ring, B, *S] with a row for each cached node and each copy of the sample. Behind them is a ring
+    of rows, in which the last nodes lie that no plan reads.
+    """
 
-    def __init__(self, what: str, nodes: Iterable[Place], like: Tensor):
-        self.what, self.nodes = what, tuple(in_order(nodes))
+    def __init__(self, what: str, nodes: Iterable[Place], like: Tensor, ring: int = 0):
+        self.what, self.nodes, self.ring = what, tuple(in_order(nodes)), ring
         self._slot = {node: slot for slot, node in enumerate(self.nodes)}
-        self.rows = like.new_empty(len(self.nodes), *like.shape)
+        self.rows = like.new_empty(len(self.nodes) + ring, *like.shape)
 
     def row(self, node: Place) -> Tensor | None:
-        """Where to write this node's value; None if the plan does not read it."""
-        return self.rows[self._slot[node]] if node in self._slot else None
+        """Where to write this node's value; None if nothing reads it."""
+        return self.rows[self.last_slot(node)] if self.ring or node in self._slot else None
+
+    def last_slot(self, node: Any) -> int:
+        """Which of `self.rows` holds one of the last `ring` nodes."""
+        return self._slot[node] if node in self._slot else len(self.nodes) + node % self.ring
 
     def slots(self, nodes: Sequence[Node]) -> list:
         """Which of `self.rows` belongs to each of `nodes`: an int, or one a sample where a node of `nodes` is a tuple.
@@ -46,6 +54,11 @@ class NodeCache:
         """[B, *S] at `node`, or each sample's row at its own."""
         (slot,) = self.slots([node])
         return self.rows[slot] if isinstance(slot, int) else self.rows[slot, range(len(slot))]
+
+
+def ring_rows(solver: Solver) -> int:
+    """How many of the last velocities a step of `solver` reads from the cache; 0 for Euler, which reads none."""
+    return ORDERS[solver] if ORDERS[solver] > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -107,8 +120,10 @@ def rollout(
     plan: SurrogatePlan | PlanBatch | None = None,
     renoise: Sequence[Tensor] = (),
     recompute: Recompute | None = None,
+    solver: Solver = "euler",
 ) -> Trajectory:
-    """Integrate dx/dsigma = v from `noise` [B, *S] along `sigmas` [N + 1]: x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v_i.
+    """Integrate dx/dsigma = v from `noise` [B, *S] along `sigmas` [N + 1]: x_{n+1} = x_n + sum_i B[n, i] v_i, with the
+    table B of `flowbp.quadrature.solver_table`. Euler: x_{n+1} = x_n + (sigma_{n+1} - sigma_n) v_n.
 
     Without a plan nothing is cached: plain sampling. With one, the rollout stops where the plan's reward input is
     known. `renoise` holds the standard normal noise [B, *S] of each of the plan's re-noised copies. `recompute` says
@@ -120,21 +135,30 @@ def rollout(
     if len(renoise) != copies:
         raise ValueError(f"the plan re-noises {copies} copies, but renoise holds noise for {len(renoise)}")
     latents = NodeCache("latents", plan.cached_latents if plan else (), noise)
-    velocities = NodeCache("velocities", plan.cached_velocities if plan else (), noise)
-    levels, steps = sigmas.to(noise.device), torch.diff(sigmas.double()).tolist()
-    recorder = _Recorder(velocity, plan, recompute or Recompute(), noise.device)
-    scale, last = velocity.guidance.scale, sigmas[-2].item()
+    table, visited = solver_table(sigmas.double().cpu().numpy(), solver), plan.num_steps(total) if plan else total
+    velocities = NodeCache("velocities", plan.cached_velocities if plan else (), noise, ring_rows(solver))
+    levels, host_levels = sigmas.to(noise.device), sigmas.tolist()
+    recorder = _Recorder(plan, recompute or Recompute(), noise.device)
+    scale, last = velocity.guidance.scale, host_levels[-2]
+    if plan is not None and plan.reward_input is not None:
+        table[-1] = [*[0.0] * (total - 1), -last]  # an Euler step ends at the posterior mean, of which copies are made
 
     x = noise
     if (first := latents.row(0)) is not None:
         first.copy_(noise)
-    for i in range(plan.num_steps(total) if plan else total):
-        v, v_neg = recorder.branches(x, levels[i], i)
+    for i in range(visited):
+        v, v_neg = recorder.branches(velocity.at(host_levels[i]), x, levels[i], i)
         # One pass over the latent: guide v_neg and v, where there are two; step; write the rows of both caches.
-        x, _ = cfg_euler_step(x, v, v_neg, scale, steps[i], velocity_out=velocities.row(i), out=latents.row(i + 1))
+        row, out = velocities.row(i), latents.row(i + 1)
+        stepped, _ = cfg_euler_step(x, v, v_neg, scale, float(table[i, i]), velocity_out=row, out=out)
+        (nodes,) = table[i].nonzero()
+        if len(nodes) > 1:
+            slots = [velocities.last_slot(int(node)) for node in nodes]
+            stepped = quadrature_update(x, velocities.rows, slots, table[i, nodes].tolist(), out=stepped)
+        x = stepped
     for m, eps in enumerate(renoise):
         noised = latents[Copy(m)].copy_((1 - last) * x + last * eps)
-        v, v_neg = recorder.branches(noised, levels[-2], Copy(m))
+        v, v_neg = recorder.branches(velocity.at(last), noised, levels[-2], Copy(m))
         cfg_euler_step(noised, v, v_neg, scale, -last, velocity_out=velocities.row(Copy(m)))
     autocast = autocast_state(noise.device.type)
     return Trajectory(levels, latents, velocities, x, recorder.kept, recorder.rng, autocast)
@@ -145,19 +169,13 @@ class _Recorder:
     `recompute` says so, or the random state from which a replay draws the same numbers.
     """
 
-    def __init__(
-        self,
-        velocity: GuidedVelocity,
-        plan: SurrogatePlan | PlanBatch | None,
-        recompute: Recompute,
-        device: torch.device,
-    ):
+    def __init__(self, plan: SurrogatePlan | PlanBatch | None, recompute: Recompute, device: torch.device):
         if isinstance(plan, PlanBatch) and recompute.mode != "always":
             raise ValueError(
                 f"recompute={recompute.mode!r} keeps the graph of a node as the whole batch passes it, but with one "
                 "plan a sample each sample has nodes of its own: use recompute='always', or one plan for the batch"
             )
-        self.velocity, self.recompute = velocity, recompute
+        self.recompute = recompute
         self.gated: dict[Place, bool] = {}  # active node -> whether its input collects a gradient
         for replay in plan.replays if plan else ():
             nodes = replay.node if isinstance(replay.node, tuple) else (replay.node,)
@@ -167,21 +185,21 @@ class _Recorder:
         self.rng: dict[Place, RngState] = {}
         recompute.begin(device)
 
-    def branches(self, x: Tensor, sigma: Tensor, node: Place) -> tuple[Tensor, Tensor | None]:
+    def branches(self, velocity: GuidedVelocity, x: Tensor, sigma: Tensor, node: Place) -> tuple[Tensor, Tensor | None]:
         """(v_pos, v_neg), still to be guided; or (v, None) with the whole velocity, where there is no guidance or where
         a graph was recorded: the sweep differentiates the guided velocity, so that is what is recorded.
         """
         if node not in self.gated:
-            return self.velocity.branches(x, sigma)
+            return velocity.branches(x, sigma)
         before = RngState.capture(x.device)
 
         def forward() -> Graph:
             # A copy of x: x may be a row of the cache, and autograd refuses a graph on a tensor whose other rows are
             # written later.
-            return record(self.velocity, x.clone(), sigma, self.gated[node])
+            return record(velocity, x.clone(), sigma, self.gated[node])
 
         graph, keep = self.recompute.record(self.remaining, forward, x.device)
-        v, v_neg = self.velocity.branches(x, sigma, replayed=True) if graph is None else (graph.v.detach(), None)
+        v, v_neg = velocity.branches(x, sigma, replayed=True) if graph is None else (graph.v.detach(), None)
         if keep and graph is not None:
             self.kept[node] = graph
         if RngState.capture(x.device) != before:
@@ -190,12 +208,13 @@ class _Recorder:
         return v, v_neg
 
 
-def rollout_with_graph(velocity: GuidedVelocity, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """x_N [B, *S] with the autograd graph of the whole Euler chain: every Jacobian chained, memory grows with N.
+def rollout_with_graph(velocity: GuidedVelocity, noise: Tensor, sigmas: Tensor, solver: Solver = "euler") -> Tensor:
+    """x_N [B, *S] with the autograd graph of the solver's whole chain: every Jacobian chained, memory grows with N.
 
     The ground truth that surrogates are judged by, affordable for small models only.
     """
-    x, device_sigmas = noise, sigmas.to(noise.device)
-    for i, h in enumerate(torch.diff(sigmas.double()).tolist()):
-        x = x + h * velocity(x, device_sigmas[i])
+    x, velocities, levels = noise, [], sigmas.to(noise.device)
+    for n, row in enumerate(solver_table(sigmas.double().cpu().numpy(), solver)):
+        velocities.append(velocity(x, levels[n]))
+        x = x + sum(float(row[i]) * velocities[i] for i in row.nonzero()[0])
     return x

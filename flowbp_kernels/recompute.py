@@ -32,6 +32,7 @@ def selective_recompute(
     grad_weights: Sequence[float],
     bridge: tuple[int, float] | None = None,
     *,
+    shares: Sequence[float] | None = None,
     params: Iterable[Tensor],
     rng_states: Sequence[RngState] | None = None,
     reduces_gradients: bool = False,
@@ -43,6 +44,8 @@ def selective_recompute(
     sigmas: [K], not increasing, handed to velocity as given.
     grad_weights: K numbers, sigma units; a node of weight 0 is not replayed.
     bridge: (position in latents, alpha in [0, 1]); the nodes before that position also get the pullback through it.
+    shares: K factors of that pullback; None for ones. After a multistep solver: the weight of v_i in the bridge's
+        latent, over its weight in the endpoint.
     params: what the velocity is differentiated with respect to; each must get a gradient from some node.
     rng_states: RngState.capture(device) from before each node of the rollout, so that dropout draws its mask again.
     reduces_gradients: with several ranks and no DistributedDataParallel, states that the loop reduces gradients itself.
@@ -63,8 +66,9 @@ def selective_recompute(
         (-reward(decode(x_hat)).mean()).backward()
     """
     params, latents, grad_weights = tuple(params), tuple(latents), tuple(float(w) for w in grad_weights)
+    shares = (1.0,) * len(latents) if shares is None else tuple(float(share) for share in shares)
     _check_params(params)
-    _check_nodes(value, latents, sigmas, grad_weights, rng_states)
+    _check_nodes(value, latents, sigmas, grad_weights, shares, rng_states)
     gates = {}
     if bridge is not None:
         position, alpha = bridge
@@ -73,10 +77,11 @@ def selective_recompute(
         if not 0 <= alpha <= 1:
             raise ValueError(f"bridge alpha must lie in [0, 1], not {alpha}")
         gates = {position: alpha}
+    nodes = range(len(latents) - 1, -1, -1)  # clean end first
     call = _Call(
         velocity=velocity,
         sigmas=sigmas,
-        passes=[[(i, w, gates.get(i, 0.0), 0)] for i, w in reversed(list(enumerate(grad_weights))) if w != 0],
+        passes=[[(i, grad_weights[i], gates.get(i, 0.0), 0, shares[i])] for i in nodes if grad_weights[i] != 0],
         rng_states=rng_states,
         autocast=autocast_state(value.device.type),
         needs_ddp=not reduces_gradients and _world_size() > 1,
@@ -144,7 +149,7 @@ def _gradients(call: _Call, latents: tuple[Tensor, ...], g: Tensor) -> list[Tens
         return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
 
     def forward(replays: Sequence[Replay]) -> Graph:
-        ((i, _, gate, _),) = replays
+        ((i, _, gate, _, _),) = replays
         rng = None if call.rng_states is None else call.rng_states[i]
         with as_in_the_rollout(g.device, call.autocast, rng):
             return record(call.velocity, latents[i], call.sigmas[i], requires_grad=gate != 0)
@@ -184,14 +189,17 @@ def _check_params(params: tuple[Tensor, ...]) -> None:
         )
 
 
-def _check_nodes(value, latents, sigmas, grad_weights, rng_states) -> None:
-    counts = {"latents": len(latents), "sigmas": len(sigmas), "grad_weights": len(grad_weights)}
+def _check_nodes(value, latents, sigmas, grad_weights, shares, rng_states) -> None:
+    counts = {
+        "latents": len(latents), "sigmas": len(sigmas), "grad_weights": len(grad_weights), "shares": len(shares),
+    }  # fmt: skip
     if rng_states is not None:
         counts["rng_states"] = len(rng_states)
     if len(set(counts.values())) > 1:
         raise ValueError(f"each needs one entry a node; got {counts}")
-    if not all(map(math.isfinite, grad_weights)):
-        raise ValueError(f"grad_weights must be finite, not {list(grad_weights)}")
+    for name, numbers in (("grad_weights", grad_weights), ("shares", shares)):
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{name} must be finite, not {list(numbers)}")
     if not any(grad_weights):
         raise ValueError(f"no node has a weight: grad_weights is {list(grad_weights)}, so nothing would be trained")
     levels = [float(sigma) for sigma in sigmas]

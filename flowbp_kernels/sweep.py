@@ -8,7 +8,9 @@ input x_j, and the cotangents of the nodes before j are made of both g and g_x.
 
     dR/dtheta = sum_i w_i (dv_i/dtheta)^T c_i
           c_i = g                            i >= j, or no bridge
-          c_i = g + alpha g_x                i <  j          g_x = w_j (dv_j/dx)^T g
+          c_i = g + alpha s_i g_x            i <  j          g_x = w_j (dv_j/dx)^T g
+
+s_i is 1 for Euler. A multistep solver takes v_i into steps on both sides of j, and s_i is its weight in x_j over w_i.
 
 Callers differ in the last move alone: flowbp's trainer calls v.backward, `selective_recompute` torch.autograd.grad.
 """
@@ -22,11 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flowbp_kernels.arguments import accumulation_dtype
 from flowbp_kernels.bridge_cotangents import bridge_cotangents
 
 Number = float | tuple[float, ...]  # one for the whole batch, or one a sample
-Replay = tuple[Any, Number, Number, int]  # (node, weight, gate, output): see sweep
+Replay = tuple[Any, Number, Number, int, Number]  # (node, weight, gate, output, share): see sweep
 
 
 class Graph(NamedTuple):
@@ -45,11 +46,12 @@ def sweep(
     """Run the passes in the order given, which is clean end first; one graph is alive at a time.
 
     grads: g [B, *S], the gradient at the end of the rollout, then at each further output of nodes; any float dtype.
-    passes: each a sequence of n replays (node, weight, gate, output), which run as one batch of n B samples.
+    passes: each a sequence of n replays (node, weight, gate, output, share), which run as one batch of n B samples.
         node: known to `forward` alone.  weight: w_i, one for the batch or one a sample.
         gate: alpha at a bridge, one for the batch or one a sample; 0 at any other node. A bridge has a pass of its
             own. A sample has one bridge at most; those of two samples may be in different passes.
         output: which of `grads` the node starts from. What comes back through a bridge joins the first of them.
+        share: s_i, one for the batch or one a sample.
     forward(replays): the graph of a pass, x and v [n B, *S]; x requires grad at a bridge.
     pull(x, v, seed): runs the backward pass of v from seed [n B, *S], of v's dtype; returns dR/dx at a bridge.
 
@@ -62,18 +64,33 @@ def sweep(
         x, v = forward(replays)
         # The seeds of this pass alone: those of all nodes at once would hold K latents beside the network's graph.
         seed = v.new_empty(len(replays), *g_x.shape)
-        for row, (_, weight, _, output) in zip(seed.split(1), replays, strict=True):
-            bridge_cotangents(grads[output], g_x, [weight], [0.0 if output else alpha], out=row)
+        for row, (_, weight, _, output, share) in zip(seed.split(1), replays, strict=True):
+            bridge_cotangents(
+                grads[output], g_x, [weight], [0.0 if output else _times(alpha, share, len(g_x))], out=row
+            )
         pulled = pull(x, v, seed.view_as(v))
         if x.requires_grad:
             if pulled is None:
                 raise RuntimeError("velocity at the bridge node does not depend on its input x: is x detached in it?")
-            if alpha:  # the bridge of other samples was in an earlier pass: what came back through it joins their g
-                dtype = accumulation_dtype(grads[0], g_x)
-                grads[0] = bridge_cotangents(grads[0], g_x, [1.0], [alpha], dtype=dtype)[0]
-            ((_, _, gate, _),) = replays
+            ((_, _, gate, _, _),) = replays
+            if alpha:  # the bridge of other samples was in an earlier pass: they keep what came back through it
+                before, here = _each(alpha, len(g_x)), _each(gate, len(g_x))
+                earlier = torch.tensor([sample for sample, a in enumerate(before) if a], device=g_x.device)
+                pulled = pulled.index_copy(0, earlier, g_x[earlier])
+                gate = tuple(map(max, before, here))
             g_x, alpha = pulled, gate
         del x, v, seed  # free this graph before the next is recorded
+
+
+def _each(number: Number, batch: int) -> tuple[float, ...]:
+    """The number of each sample."""
+    return number if isinstance(number, tuple) else (number,) * batch
+
+
+def _times(a: Number, b: Number, batch: int) -> Number:
+    if isinstance(a, tuple) or isinstance(b, tuple):
+        return tuple(x * y for x, y in zip(_each(a, batch), _each(b, batch), strict=True))
+    return a * b
 
 
 def record(velocity: Callable[[Tensor, Any], Tensor], x: Tensor, sigma: Any, requires_grad: bool) -> Graph:

@@ -119,7 +119,7 @@ def plan_with(**changes):
         (lambda: Similarity(0.0), "must be positive, got 0.0"),
         (lambda: plan_with(nodes=(3, 1)), "strictly increasing"),
         (lambda: plan_with(nodes=(-1, 3)), "non-negative"),
-        (lambda: plan_with(weights=(1.0,)), "as many weights"),
+        (lambda: plan_with(weights=(1.0,)), "as many weights of each kind"),
         (lambda: plan_with(weights=(1.0, float("inf"))), "finite"),
         (lambda: plan_with(grad_weights=(0.0, 0.0)), "no node"),
         (lambda: plan_with(start=2), "start must lie in"),

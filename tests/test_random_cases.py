@@ -38,6 +38,21 @@ class Problem:
     sigmas: np.ndarray
     guidance: Guidance
     hinge: float | None
+    solver: str
+
+    def table(self):
+        """B of x_{n+1} = x_n + sum_i B[n, i] v_i: the rule that integrates polynomials through the last nodes."""
+        s, order = self.sigmas, {"euler": 1, "adams-2": 2, "adams-3": 3}[self.solver]
+        B = np.zeros((len(s) - 1, len(s) - 1))
+        for n in range(len(B)):
+            for q in range(min(order, n + 1), 0, -1):
+                nodes, degree = s[n - q + 1 : n + 1] - s[n], np.arange(q)[:, None]
+                moments = (s[n + 1] - s[n]) ** (degree + 1) / (degree + 1)
+                row = np.linalg.solve(nodes[None] ** degree, moments)[:, 0]
+                if q == 1 or abs(row).sum() <= 5 * (s[n] - s[n + 1]):
+                    B[n, n - q + 1 : n + 1] = row
+                    break
+        return B
 
     def branch(self, z, s, c):
         W1, b1, c1, U, W2, b2 = self.theta
@@ -85,11 +100,11 @@ class Expected:
 def by_hand(problem, kind, method, draw):
     """The released update rule of one method. draw: the indices, and for DRaFT-LV the noise."""
     P, s = problem, problem.sigmas
-    N, h = len(s) - 1, np.diff(s)
+    N, h, B = len(s) - 1, np.diff(s), P.table()
     xs, vs = [P.x], []
     for i in range(N):
         vs.append(P.v(xs[i], s[i]))
-        xs.append(xs[i] + h[i] * vs[i])
+        xs.append(xs[i] + sum(B[i, k] * vs[k] for k in range(i + 1)))
     total = [np.zeros_like(t) for t in P.theta]
 
     def seed(i, y, z=None):
@@ -144,16 +159,17 @@ def by_hand(problem, kind, method, draw):
     if kind in ("flowbp-sparse", "flowbp-bridge"):
         loss, g = objective(xs[N])
         window = max(1 if kind == "flowbp-sparse" else 3, int(np.ceil(N * method.tail_ratio)))
-        factor = rho(np.abs(h[N - window :]).sum(), np.abs(h[draw["active"]]).sum(), method.rescale)
-        j = draw.get("j", -1)  # without a bridge every node is a post step
+        j = draw.get("j", 0)  # without a bridge every node is a post step
+        W, W_j = B.sum(0), B[:j].sum(0)  # weights of the velocities in x_N and in x_j
+        factor = rho(np.abs(W[N - window :]).sum(), np.abs(W[draw["active"]]).sum(), method.rescale)
         g_x = 0.0
         for i in draw["active"]:
             if i >= j:
-                x_part = seed(i, factor * h[i] * g)
+                x_part = seed(i, factor * W[i] * g)
                 g_x = x_part if i == j else g_x
         for i in draw["active"]:
             if i < j:
-                seed(i, factor * h[i] * (g + method.alpha * g_x))
+                seed(i, factor * (W[i] * g + method.alpha * W_j[i] * g_x))
         return done(xs[N], loss)
 
     k, j = draw["k"], draw["j"]
@@ -221,7 +237,8 @@ def by_flowbp(problem, plan, eps, nodes_per_forward):
         return torch.tanh(z @ W1.T + b1 + c1 * sigma.reshape(-1, 1).to(z) + conditioning["c"] @ U.T) @ W2.T + b2
 
     velocity = GuidedVelocity(network, {"c": p}, {"c": n}, problem.guidance)
-    trajectory = rollout(velocity, x, torch.tensor(problem.sigmas), plan, [torch.tensor(e) for e in eps])
+    copies = [torch.tensor(e) for e in eps]
+    trajectory = rollout(velocity, x, torch.tensor(problem.sigmas), plan, copies, solver=problem.solver)
     z = reward_input(plan, trajectory).requires_grad_()
     weights, keep = torch.ones(len(x), dtype=x.dtype), torch.ones(len(x), dtype=torch.bool)
     if plan.similarity is not None:
@@ -253,7 +270,8 @@ def problems(draw, fewest_steps=1):
     p, n = rng.standard_normal((2, B, TEXT))
     a, q = rng.standard_normal((2, SIZE))
     hinge = draw(st.sampled_from([None, 0.0, 1.0]))
-    return Problem(drawn, p, n, a, q, rng.standard_normal((B, SIZE)), sigmas, guidance, hinge), rng
+    solver = draw(st.sampled_from(["euler", "euler", "adams-2", "adams-3"]))
+    return Problem(drawn, p, n, a, q, rng.standard_normal((B, SIZE)), sigmas, guidance, hinge, solver), rng
 
 
 @st.composite
@@ -277,11 +295,11 @@ def cases(draw, kind):
     elif kind == "flowbp-sparse":
         method = FlowBPSparse(rescale=rescale, tail_ratio=tail)
         indices = {"active": sorted(draw(st.sets(st.integers(0, N - 1), min_size=1)))}
-        plan = method.at(s, indices["active"])
+        plan = method.at(s, indices["active"], problem.solver)
     elif kind == "flowbp-bridge":
         method, j = FlowBPBridge(rescale=rescale, alpha=alpha, tail_ratio=tail), draw(st.integers(0, N - 1))
         indices = {"j": j, "active": sorted(draw(st.sets(st.integers(0, N - 1))) | {j})}
-        plan = method.at(s, j, indices["active"])
+        plan = method.at(s, j, indices["active"], problem.solver)
     else:
         k, j = sorted(draw(st.lists(st.integers(0, N - 1), min_size=2, max_size=2, unique=True)))
         indices, tau = {"k": k, "j": j}, draw(st.sampled_from([1e-3, 0.1, 10.0]))

@@ -13,9 +13,10 @@ from toy import ToyField, as_recompute, toy_reward, toy_rollout, toy_sigmas, toy
 
 from flowbp.active_sets import stratified
 from flowbp.guidance import Guidance, GuidedVelocity
-from flowbp.methods import METHODS, FlowBPSparse, LeapAlign, draw_plans
+from flowbp.methods import METHODS, FlowBPBridge, FlowBPSparse, LeapAlign, draw_plan, draw_plans
 from flowbp.objective import Objective, loss_factors, reward_gradient, sample_weights
 from flowbp.plan import Bridge, PlanBatch, PosteriorMean, Similarity, SurrogatePlan
+from flowbp.quadrature import ORDERS, solver_table, weights_in
 from flowbp.replay import Recompute, spare_bytes, weigh
 from flowbp.runtime.memory import LiveBytes
 from flowbp.surrogate import as_graph, backward, residuals, reward_input
@@ -25,9 +26,11 @@ from flowbp_kernels.sweep import record
 GUIDANCES = {"none": Guidance(), "detached": Guidance(3.5), "both branches": Guidance(3.5, detach_negative=False)}
 
 
-def sweep_gradient(plan, num_steps=12, guidance=Guidance(), recompute=None, nodes_per_forward=1, field=None):
+def sweep_gradient(
+    plan, num_steps=12, guidance=Guidance(), recompute=None, nodes_per_forward=1, field=None, solver="euler"
+):
     field = field or ToyField()
-    trajectory = toy_rollout(field, plan, num_steps, guidance=guidance, recompute=recompute)
+    trajectory = toy_rollout(field, plan, num_steps, guidance=guidance, recompute=recompute, solver=solver)
     z = reward_input(plan, trajectory).requires_grad_()
     (g,) = torch.autograd.grad(toy_reward(z).mean(), z)
     backward(plan, trajectory, toy_velocity(field, guidance=guidance).replay, g, nodes_per_forward=nodes_per_forward)
@@ -35,9 +38,9 @@ def sweep_gradient(plan, num_steps=12, guidance=Guidance(), recompute=None, node
     return field.gradient()
 
 
-def graph_gradient(plan, num_steps=12, guidance=Guidance(), graph=as_graph):
+def graph_gradient(plan, num_steps=12, guidance=Guidance(), graph=as_graph, solver="euler"):
     field = ToyField()
-    trajectory = toy_rollout(field, plan, num_steps, guidance=guidance)
+    trajectory = toy_rollout(field, plan, num_steps, guidance=guidance, solver=solver)
     z = graph(plan, trajectory, toy_velocity(field, guidance=guidance).replay)
     assert torch.equal(z, reward_input(plan, trajectory))
     toy_reward(z).mean().backward()
@@ -110,6 +113,69 @@ def test_two_steps_with_an_open_bridge_are_the_true_gradient():
     noise = torch.randn(3, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     toy_reward(rollout_with_graph(toy_velocity(field), noise, sigmas)).mean().backward()
     torch.testing.assert_close(sweep_gradient(plan, num_steps=2), field.gradient(), rtol=1e-12, atol=1e-14)
+
+
+def detached_chain(solver, num_steps, bridge=None, alpha=0.0):
+    """The gradient of the solver's own chain with every input of the network cut, but a share alpha of the bridge's."""
+    field, sigmas, velocities = ToyField(), toy_sigmas(num_steps), []
+    velocity, x = (
+        toy_velocity(field),
+        torch.randn(3, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64),
+    )
+    for n, row in enumerate(solver_table(sigmas.numpy(), solver)):
+        share = alpha if n == bridge else 0.0
+        velocities.append(velocity(share * x + (1 - share) * x.detach(), sigmas[n]))
+        x = x + sum(weight * v for weight, v in zip(row.tolist(), velocities, strict=False))
+    toy_reward(x).mean().backward()
+    return x.detach(), field.gradient()
+
+
+@pytest.mark.parametrize("solver", ORDERS)
+@pytest.mark.parametrize("bridge", [None, *range(8)])
+def test_a_dense_plan_is_the_chain_of_its_solver(solver, bridge):
+    """All steps active: the surrogate is the multistep chain with its network inputs cut, for every bridge."""
+    sigmas = toy_sigmas(8).numpy()
+    if bridge is None:
+        plan = FlowBPSparse(8, rescale=0.0).at(sigmas, range(8), solver)
+    else:
+        plan = FlowBPBridge(8, rescale=0.0, alpha=0.7).at(sigmas, bridge, range(8), solver)
+    sample, expected = detached_chain(solver, 8, bridge, 0.7)
+    torch.testing.assert_close(toy_rollout(ToyField(), plan, 8, solver=solver).sample, sample, rtol=1e-12, atol=1e-14)
+    for found in (sweep_gradient(plan, 8, solver=solver), graph_gradient(plan, 8, solver=solver)):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+    by_function = graph_gradient(plan, 8, graph=as_recompute, solver=solver)
+    torch.testing.assert_close(by_function, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("solver", ["adams-2", "adams-3"])
+def test_two_steps_of_a_multistep_solver_with_an_open_bridge_are_the_true_gradient(solver):
+    table = solver_table(toy_sigmas(2).numpy(), solver)
+    weights, through = weights_in(table, 2), weights_in(table, 1)
+    plan = SurrogatePlan((0, 1), weights, weights, bridge=Bridge(1, 1.0), shares=through / weights)
+    field = ToyField()
+    noise = torch.randn(3, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    toy_reward(rollout_with_graph(toy_velocity(field), noise, toy_sigmas(2), solver)).mean().backward()
+    swept = sweep_gradient(plan, num_steps=2, solver=solver)
+    torch.testing.assert_close(swept, field.gradient(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("solver", ["adams-2", "adams-3"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_sweeps_a_multistep_rollout(name, solver):
+    method = METHODS[name](5) if name == "refl" else METHODS[name]()
+    plan = draw_plan(method, toy_sigmas(12).numpy(), np.random.default_rng(5), solver)
+    swept = sweep_gradient(plan, solver=solver)
+    for graph in (as_graph, as_recompute):
+        other = graph_gradient(plan, graph=graph, solver=solver)
+        torch.testing.assert_close(swept, other, rtol=1e-12, atol=1e-14)
+
+
+def test_a_multistep_rollout_keeps_the_velocities_of_its_last_steps_alone():
+    plan = FlowBPSparse(2).at(toy_sigmas(12).numpy(), [1, 5], "adams-2")
+    assert len(toy_rollout(ToyField(), plan, 12, solver="adams-2").velocities.rows) == 2
+    leaps = LeapAlign().at(toy_sigmas(12).numpy(), 2, 7)  # reads v_2 and v_7 at the end
+    assert len(toy_rollout(ToyField(), leaps, 12, solver="adams-3").velocities.rows) == 2 + 3
+    assert len(toy_rollout(ToyField(), plan, 12).velocities.rows) == 0
 
 
 def test_alpha_zero_equals_no_bridge():
@@ -199,6 +265,71 @@ def test_the_guided_velocity_has_the_same_value_with_and_without_gradient():
         torch.testing.assert_close(velocity(x, torch.tensor(0.4)), without, rtol=1e-14, atol=1e-14)
 
 
+# -- guidance in an interval -------------------------------------------------------------------------------------------
+
+WITHIN = {
+    "detached": Guidance(3.5, interval=(0.3, 0.8)),
+    "both branches": Guidance(3.5, detach_negative=False, interval=(0.3, 0.8)),
+}
+
+
+@pytest.mark.parametrize("guidance", WITHIN.values(), ids=WITHIN)
+@pytest.mark.parametrize("name", ["flowbp-bridge", "flowbp-lagrange", "draft-lv"])
+def test_levels_outside_the_interval_take_the_positive_branch_alone(name, guidance):
+    plan, sigmas = METHODS[name]().plan(toy_sigmas(12).numpy(), np.random.default_rng(5)), toy_sigmas(12).tolist()
+    guided, field = [0.3 <= sigma <= 0.8 for sigma in sigmas[:-1]], ToyField()
+    trajectory, x = toy_rollout(field, plan, 12, guidance=guidance), None
+    copies = plan.num_renoised * (1 + guided[-1])
+    assert field.rows == 3 * (sum(1 + each for each in guided) + copies) and 0 < sum(guided) < 12
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for i, each in enumerate(guided):
+        velocity = toy_velocity(field, guidance=Guidance(3.5 if each else 1.0))
+        x = x + (sigmas[i + 1] - sigmas[i]) * velocity(x, torch.tensor(sigmas[i], dtype=torch.float64)).detach()
+    torch.testing.assert_close(trajectory.sample, x, rtol=1e-12, atol=1e-14)
+    swept = sweep_gradient(plan, guidance=guidance)
+    for other in (
+        graph_gradient(plan, guidance=guidance),
+        sweep_gradient(plan, guidance=guidance, nodes_per_forward=3),
+        sweep_gradient(plan, guidance=guidance, recompute=Recompute("never")),
+        by_levels(plan, guidance),
+    ):
+        torch.testing.assert_close(other, swept, rtol=1e-12, atol=1e-14)
+
+
+def by_levels(plan, guidance):
+    """The sweep's gradient with a guidance of its own at each level: that of the interval, or none."""
+    field = ToyField()
+    trajectory = toy_rollout(field, plan, 12, guidance=guidance)
+    z = reward_input(plan, trajectory).requires_grad_()
+    (g,) = torch.autograd.grad(toy_reward(z).mean(), z)
+
+    def velocity(x, sigma):
+        inside = replace(guidance, interval=None) if 0.3 <= sigma <= 0.8 else Guidance()
+        return toy_velocity(field, guidance=inside).replay(x, sigma)
+
+    backward(plan, trajectory, velocity, g)
+    return field.gradient()
+
+
+def test_a_level_on_the_border_is_guided_in_the_rollout_and_in_the_replay():
+    guidance, sigma = Guidance(3.5, interval=(0.1, 0.3)), torch.tensor(0.3)  # in float32 a little above .3
+    assert guidance.guides(sigma.item()) == (guidance.scale_at(sigma).item() == 3.5)
+    assert guidance.guides(0.1) and guidance.guides(0.3) and not guidance.guides(0.31) and not Guidance().guides(0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"interval": (0.8, 0.3)}, "0 <= low < high <= 1, not 0.8, 0.3"),
+        ({"interval": (0.3, float("nan"))}, "not 0.3, nan"),
+        ({"interval": (0.3, 1.0), "compensate": True}, "compensate to false"),
+    ],
+)
+def test_an_interval_that_means_nothing_is_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        Guidance(3.5, **options)
+
+
 def test_residuals_vanish_when_every_step_is_a_support():
     plan = METHODS["flowbp-bridge"]().plan(toy_sigmas(12).numpy(), np.random.default_rng(0))
     plan = replace(plan, similarity=Similarity(0.1))
@@ -209,7 +340,7 @@ def test_residuals_vanish_when_every_step_is_a_support():
 # -- one plan a sample -------------------------------------------------------------------------------------------------
 
 
-def batch_gradient(plan, guidance=Guidance(), field=None, only=None, nodes_per_forward=1):
+def batch_gradient(plan, guidance=Guidance(), field=None, only=None, nodes_per_forward=1, solver="euler"):
     """The gradient of the summed weighted reward, of the whole toy batch or of sample `only`; and the residuals."""
     field, rows = field or ToyField(), slice(None) if only is None else slice(only, only + 1)
     whole = toy_velocity(field, guidance=guidance)
@@ -219,7 +350,7 @@ def batch_gradient(plan, guidance=Guidance(), field=None, only=None, nodes_per_f
     noise, *renoise = (
         torch.randn(3, 6, generator=generator, dtype=torch.float64)[rows] for _ in range(1 + plan.num_renoised)
     )
-    trajectory = rollout(velocity, noise, toy_sigmas(12), plan, renoise)
+    trajectory = rollout(velocity, noise, toy_sigmas(12), plan, renoise, solver=solver)
     d = residuals(plan, trajectory) if plan.similarity else ()
     weights = sample_weights(plan.similarity, *d)[0] if d else torch.ones_like(noise[:, 0])
     z = reward_input(plan, trajectory).requires_grad_()
@@ -228,14 +359,17 @@ def batch_gradient(plan, guidance=Guidance(), field=None, only=None, nodes_per_f
     return field.gradient(), d
 
 
-@pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
+@pytest.mark.parametrize(
+    ("guidance", "solver"), [*((each, "euler") for each in GUIDANCES), ("none", "adams-2"), ("detached", "adams-3")]
+)
 @pytest.mark.parametrize("name", METHODS)
-def test_a_batch_of_plans_sums_the_gradients_of_its_samples(name, guidance):
+def test_a_batch_of_plans_sums_the_gradients_of_its_samples(name, guidance, solver):
     method, rng = METHODS[name](5) if name == "refl" else METHODS[name](), np.random.default_rng(5)
-    plans = [method.plan(toy_sigmas(12).numpy(), rng) for _ in range(3)]
-    alone = [batch_gradient(plan, guidance, only=b) for b, plan in enumerate(plans)]
+    plans = [draw_plan(method, toy_sigmas(12).numpy(), rng, solver) for _ in range(3)]
+    settings = {"guidance": GUIDANCES[guidance], "solver": solver}
+    alone = [batch_gradient(plan, only=b, **settings) for b, plan in enumerate(plans)]
     for nodes_per_forward in (1, 2):
-        together, d = batch_gradient(PlanBatch(plans), guidance, nodes_per_forward=nodes_per_forward)
+        together, d = batch_gradient(PlanBatch(plans), nodes_per_forward=nodes_per_forward, **settings)
         torch.testing.assert_close(together, sum(gradient for gradient, _ in alone), rtol=1e-11, atol=1e-13)
         for which, residual in enumerate(d):
             torch.testing.assert_close(residual, torch.cat([ds[which] for _, ds in alone]), rtol=1e-12, atol=1e-14)

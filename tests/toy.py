@@ -58,11 +58,12 @@ def toy_sigmas(num_steps):
     return torch.cat([3 * u / (1 + 2 * u), torch.zeros(1, dtype=torch.float64)])
 
 
-def toy_rollout(field, plan, num_steps, batch=3, guidance=Guidance(), recompute=None):
+def toy_rollout(field, plan, num_steps, batch=3, guidance=Guidance(), recompute=None, solver="euler"):
     generator = torch.Generator().manual_seed(2)
     noise = torch.randn(batch, 6, generator=generator, dtype=torch.float64)
     renoise = [torch.randn(batch, 6, generator=generator, dtype=torch.float64) for _ in range(plan.num_renoised)]
-    return rollout(toy_velocity(field, batch, guidance), noise, toy_sigmas(num_steps), plan, renoise, recompute)
+    velocity = toy_velocity(field, batch, guidance)
+    return rollout(velocity, noise, toy_sigmas(num_steps), plan, renoise, recompute, solver)
 
 
 def as_recompute(plan, trajectory, velocity, params=None):
@@ -77,7 +78,10 @@ def as_recompute(plan, trajectory, velocity, params=None):
         nodes, weights = [replay.node for replay in replays], [replay.weight for replay in replays]
         latents, levels = [trajectory.latents[node] for node in nodes], [trajectory.level(node) for node in nodes]
         crossing = (nodes.index(bridge.node), bridge.alpha) if bridge and not output else None
-        blocks.append(selective_recompute(value, velocity, latents, levels, weights, crossing, params=params))
+        shares = [replay.share for replay in replays]
+        blocks.append(
+            selective_recompute(value, velocity, latents, levels, weights, crossing, shares=shares, params=params)
+        )
     return torch.cat(blocks)
 
 

@@ -166,7 +166,8 @@ def sample(
 
     hide_loading_bars()
     backbone = frozen_backbone(run, weights, str(process_state().device))
-    images = generate(backbone, prompts, sample_seeds(seed, count=count), run.evaluation_rollout, run.guidance)
+    seeds, sampling = sample_seeds(seed, count=count), (run.evaluation_rollout, run.evaluation_guidance)
+    images = generate(backbone, prompts, seeds, *sampling)
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     sample_grid(pixels, prompts, [None] * count, columns=min(4, count)).savefig(out, dpi=110)
     console.print(f"wrote {out}")

@@ -5,6 +5,7 @@ Unknown keys are errors.
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -16,8 +17,9 @@ from pydantic import model_validator as validator
 from flowbp.config.registry import FINITE, ConfigError, build_method, describe, from_mapping, unknown
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import IMAGE_STATISTICS
-from flowbp.methods import METHODS
+from flowbp.methods import METHODS, draw_plan
 from flowbp.objective import Objective
+from flowbp.quadrature import Solver
 from flowbp.rewards import Reward, RunningScale, Smoothing, Term, check_options, load_reward
 
 # Names that no reward or monitor may have: the columns that the trainer logs (a test keeps them equal) and `SCORED`.
@@ -116,6 +118,7 @@ class RolloutConfig(Strict):
     has timesteps in bfloat16."""
 
     num_steps: Steps = 25
+    solver: Solver = key("euler", "adams-2 and adams-3 read the last two or three velocities: Adams-Bashforth")
     height: Pixels = 512
     width: Pixels = 512
     sigmas: Levels = key("published", "noise levels: the published ones, or those of the pipeline's own sampler")
@@ -271,15 +274,17 @@ def without_nulls(monitors: Any) -> Any:
 
 
 class EvaluationConfig(Strict):
-    """The images that are scored after training, and with `every` during training too. num_steps and sigmas are those
-    of their rollout; num_steps=null means as many as in training."""
+    """The images that are scored after training, and with `every` during training too. num_steps, solver, sigmas and
+    interval are those of their rollout, whatever training uses; num_steps=null means as many as in training."""
 
     prompts: Text
     samples: Count = 256
     batch_size: Count = 64
     seed: Seed = 1234
     num_steps: Count | None = key(None, "rollout steps of the images that are scored; null means as in training")
-    sigmas: Levels = key("pipeline", "their noise levels, as in rollout.sigmas, which is not taken over")
+    solver: Solver = key("euler", "of those rollouts")
+    sigmas: Levels = key("pipeline", "their noise levels, as in rollout.sigmas")
+    interval: tuple[Share, Share] | None = key(None, "their guidance.interval")
     monitors: Annotated[dict[MetricName, ScorerConfig], BeforeValidator(without_nulls)] = key({}, "never trained on")
     watch: bool = key(True, "let the monitors score every training step; false loads them to evaluate only")
     checker: CheckerField | None = None
@@ -363,7 +368,7 @@ class RunConfig(Strict):
     def _method_fits_the_rollout(self):
         steps = self.rollout.num_steps
         try:
-            self.method.plan(np.linspace(1, 0, steps + 1), np.random.default_rng(0))
+            draw_plan(self.method, np.linspace(1, 0, steps + 1), np.random.default_rng(0), self.rollout.solver)
         except ValueError as error:
             raise ValueError(f"method {self.method_name} with rollout.num_steps={steps}: {error}") from error
         return self
@@ -383,8 +388,17 @@ class RunConfig(Strict):
     def evaluation_rollout(self) -> RolloutConfig:
         """The rollout of images that are scored, or drawn by `flowbp sample`; by default on the pipeline's levels."""
         size, options = self.rollout, self.evaluation
-        num_steps, sigmas = (options.num_steps, options.sigmas) if options else (None, "pipeline")
-        return RolloutConfig(num_steps=num_steps or size.num_steps, height=size.height, width=size.width, sigmas=sigmas)
+        steps, solver, levels = (
+            (options.num_steps, options.solver, options.sigmas) if options else (None, "euler", "pipeline")
+        )
+        return RolloutConfig(
+            num_steps=steps or size.num_steps, solver=solver, height=size.height, width=size.width, sigmas=levels
+        )
+
+    @property
+    def evaluation_guidance(self) -> Guidance:
+        """The guidance of those rollouts: that of training, in the interval that the evaluation names."""
+        return replace(self.guidance, interval=self.evaluation.interval if self.evaluation else None)
 
     @property
     def method_name(self) -> str:

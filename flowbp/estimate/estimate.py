@@ -24,6 +24,7 @@ import numpy as np
 from flowbp.config import RunConfig, load
 from flowbp.estimate.passes import NetworkPass, RewardPass, TextPass, draw_plan, network_pass, reward_pass, text_pass
 from flowbp.plan import PlanBatch, SurrogatePlan
+from flowbp.trajectory import ring_rows
 
 MARGIN = 0.15  # of a GPU's memory left for what is not counted
 DRAWS = 64  # plans that a method's node counts are averaged over
@@ -142,6 +143,7 @@ class Estimate:
         # FSDP2 adds gradients up and reduces them in float32
         whole = self.wide_bytes if self.shards > 1 else network.trained_bytes
         cached = max(len(plan.cached_latents) + len(plan.cached_velocities) for plan in self.plans)
+        cached += ring_rows(self.config.rollout.solver)
         return {
             "gradients": network.trained_bytes // self.shards if split else whole,
             "gradients of two blocks": network.trained_block_bytes * whole // network.trained_bytes if split else 0,
@@ -191,6 +193,10 @@ class Estimate:
         """Network calls of a guided velocity."""
         return 2 if self.config.guidance.active else 1
 
+    def branches_at(self, node: int) -> int:
+        """Network calls of the rollout at a node."""
+        return 2 if self.config.guidance.guides(self.network.sigmas[node]) else 1
+
     @property
     def forward_flops(self) -> int:
         """FLOPs of one forward pass over the micro-batch."""
@@ -204,9 +210,10 @@ class Estimate:
         """
         config, replays = self.config, float(np.mean(self.replays))
         with_gradient = 1 if config.guidance.detach_negative else self.branches
-        steps = float(np.mean([plan.num_steps(config.rollout.num_steps) + plan.num_renoised for plan in self.plans]))
+        last = config.rollout.num_steps - 1
+        visited = [[*range(plan.num_steps(last + 1)), *[last] * plan.num_renoised] for plan in self.plans]
         return {
-            "rollout": steps * self.branches,
+            "rollout": float(np.mean([sum(map(self.branches_at, nodes)) for nodes in visited])),
             "replays": 0.0 if config.memory.recompute == "never" else replays * with_gradient,
             "backward": replays * with_gradient * (3 if config.memory.checkpointing else 2),
         }
@@ -214,7 +221,7 @@ class Estimate:
     @property
     def sampling(self) -> int:
         """Forward passes of plain sampling."""
-        return self.config.rollout.num_steps * self.branches
+        return sum(map(self.branches_at, range(self.config.rollout.num_steps)))
 
     @property
     def relative_cost(self) -> float:

@@ -115,7 +115,7 @@ def reward_pass(config: RunConfig) -> RewardPass:
 def draw_plan(config: RunConfig, draw: int, sigmas: np.ndarray) -> SurrogatePlan | PlanBatch:
     """A plan of the run's batch."""
     rng = np.random.default_rng((config.seed, draw))
-    return draw_plans(config.method, sigmas, rng, config.data.batch_size, config.plans)
+    return draw_plans(config.method, sigmas, rng, config.data.batch_size, config.plans, config.rollout.solver)
 
 
 # -- network ---------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Evaluator:
     ) -> Scores:
         """Scores of images drawn with `weights`. The processes share the work and all get all scores."""
         scored_by = self._scorers or self.load()
-        sampling, guidance = self.config.evaluation_rollout, self.config.guidance
+        sampling, guidance = self.config.evaluation_rollout, self.config.evaluation_guidance
         with model.using(weights) as backbone:
             return evaluate(backbone, samples or self.samples, sampling, guidance, scored_by, progress)
 

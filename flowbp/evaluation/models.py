@@ -162,7 +162,7 @@ def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path,
     share = [(i, samples.chunks[i]) for i in missing if i % state.num_processes == state.process_index]
     with one_thread(), progress_bar(model.name, "image", sum(scoring.length(chunk) for _, chunk in share)) as bar:
         for i, chunk in share:
-            part = scoring.score_chunk(backbone, samples, sampling, config.guidance, scored_by, chunk)
+            part = scoring.score_chunk(backbone, samples, sampling, config.evaluation_guidance, scored_by, chunk)
             write_chunk(chunk_file(folder, i), part)
             bar.update(scoring.length(chunk))
 

@@ -91,12 +91,14 @@ def describe_backbone(config: RunConfig) -> str:
 
 
 def describe_rollout(sampling: RolloutConfig, guidance: Guidance) -> str:
-    """The sampler's steps and noise levels, the size of its images, and its guidance."""
+    """The sampler's steps, solver and noise levels, the size of its images, and its guidance."""
     levels = "published noise levels" if sampling.sigmas == "published" else "noise levels of the pipeline"
     scales = [f"{guidance.scale:g}"] if guidance.active or guidance.embedded is None else []
     scales += [f"{guidance.embedded:g} (embedded)"] if guidance.embedded is not None else []
+    within = " for noise levels {:g} to {:g}".format(*guidance.interval) if guidance.interval else ""
+    steps = "steps" if sampling.solver == "euler" else f"steps of {sampling.solver}"
     size = f"{sampling.height} x {sampling.width} pixels"
-    return f"{sampling.num_steps} steps on the {levels}, {size}, guidance {' and '.join(scales)}"
+    return f"{sampling.num_steps} {steps} on the {levels}, {size}, guidance {' and '.join(scales)}{within}"
 
 
 def images_a_step(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> int:
@@ -132,7 +134,7 @@ def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], s
         "models": ", ".join(scores),
         "backbone": describe_backbone(config),
         "prompts": f"{options.prompts}, {options.samples} images a model",
-        "rollout": describe_rollout(config.evaluation_rollout, config.guidance),
+        "rollout": describe_rollout(config.evaluation_rollout, config.evaluation_guidance),
         "seed": str(options.seed),
         "made with": describe_environment(made_with),
     }

@@ -52,7 +52,7 @@ def generate(
     noise = backbone.noise(height, width, [torch.Generator().manual_seed(seed) for seed in seeds])
     sigmas = backbone.sigmas(sampling.num_steps, height, width, sampling.sigmas)
     velocity = bind_velocity(backbone, texts, guidance, sampling.timesteps)
-    return backbone.decode(rollout(velocity, noise, sigmas).sample)
+    return backbone.decode(rollout(velocity, noise, sigmas, solver=sampling.solver).sample)
 
 
 def scorers(

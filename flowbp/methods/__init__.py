@@ -6,14 +6,15 @@
 | draft-lv        | posterior mean, last     | last node + re-noised copies  | leap               |             |
 | drtune          | posterior mean, node e   | K equally spaced up to e      | Euler              |             |
 | leapalign       | sampled image            | k, j                          | two leaps          | j, alpha    |
-| flowbp-sparse   | sampled image            | K late-biased                 | Euler, rescaled    |             |
-| flowbp-bridge   | sampled image            | K late-biased on both sides   | Euler, rescaled    | j, alpha    |
+| flowbp-sparse   | sampled image            | K late-biased                 | solver's, rescaled |             |
+| flowbp-bridge   | sampled image            | K late-biased on both sides   | solver's, rescaled | j, alpha    |
 | flowbp-lagrange | sampled image            | first supports of each leap   | Lagrange, rescaled | j, alpha    |
 
 `plan(sigmas, rng)` draws the indices. `at(sigmas, ...)` takes them as arguments, so that any published case can be
 rebuilt exactly.
 """
 
+import inspect
 from typing import Literal, Protocol
 
 import numpy as np
@@ -27,13 +28,18 @@ from flowbp.methods.flowbp_sparse import FlowBPSparse
 from flowbp.methods.leapalign import LeapAlign
 from flowbp.methods.refl import ReFL
 from flowbp.plan import PlanBatch, SurrogatePlan
+from flowbp.quadrature import Solver
 
-__all__ = ["METHODS", "Method", "draw_plans"]
+__all__ = ["METHODS", "Method", "draw_plan", "draw_plans"]
 __all__ += ["DRTune", "DRaFTLV", "FlowBPBridge", "FlowBPLagrange", "FlowBPSparse", "LeapAlign", "ReFL"]
 
 
 class Method(Protocol):
-    """Anything that draws a plan. A config names your own as "module:Class", a frozen dataclass."""
+    """Anything that draws a plan. A config names your own as "module:Class", a frozen dataclass.
+
+    A method that sums the rollout's own steps takes `solver` too, as FlowBP-Sparse does: plan(sigmas, rng, solver). The
+    other methods leap over the steps and need not know how they were made.
+    """
 
     def plan(self, sigmas: np.ndarray, rng: np.random.Generator) -> SurrogatePlan:
         """A plan for the noise levels `sigmas` [N + 1], strictly decreasing to 0. Raises ValueError when N is too small
@@ -53,12 +59,19 @@ METHODS: dict[str, type] = {
 }
 
 
+def draw_plan(method: Method, sigmas: np.ndarray, rng: np.random.Generator, solver: Solver = "euler") -> SurrogatePlan:
+    """One plan of `method` for a rollout with `solver` on the noise levels `sigmas` [N + 1]."""
+    takes_solver = "solver" in inspect.signature(method.plan).parameters
+    return method.plan(sigmas, rng, **({"solver": solver} if takes_solver else {}))
+
+
 def draw_plans(
     method: Method,
     sigmas: np.ndarray,
     rng: np.random.Generator,
     batch: int,
     plans: Literal["shared", "per_batch", "per_sample", "stratified"],
+    solver: Solver = "euler",
 ) -> SurrogatePlan | PlanBatch:
     """The plan of a batch, or one plan a sample.
 
@@ -71,12 +84,12 @@ def draw_plans(
     The expected gradient is the same whichever is chosen; its variance is not.
     """
     if plans in ("shared", "per_batch"):
-        return method.plan(sigmas, rng)
+        return draw_plan(method, sigmas, rng, solver)
     if plans == "per_sample":
-        return PlanBatch(tuple(method.plan(sigmas, rng) for _ in range(batch)))
+        return PlanBatch(tuple(draw_plan(method, sigmas, rng, solver) for _ in range(batch)))
 
     def position(plan: SurrogatePlan) -> float:
         nodes, weights = np.array(plan.active).T
         return float(np.average(nodes, weights=np.abs(weights)))
 
-    return PlanBatch(tuple(stratified_draws(lambda rng: method.plan(sigmas, rng), batch, position, rng)))
+    return PlanBatch(tuple(stratified_draws(lambda rng: draw_plan(method, sigmas, rng, solver), batch, position, rng)))

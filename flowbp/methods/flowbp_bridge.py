@@ -1,10 +1,11 @@
-"""FlowBP-Bridge: sparse Euler steps on both sides of a gated bridge."""
+"""FlowBP-Bridge: a sparse sum of steps on both sides of a gated bridge."""
 
 from dataclasses import dataclass
 
 from flowbp.active_sets import PairSampler, UniformPair, bridge_allocation, check_count, late_biased, train_window
-from flowbp.methods.flowbp_sparse import sparse_euler
+from flowbp.methods.flowbp_sparse import sparse_sum
 from flowbp.plan import Bridge, SurrogatePlan
+from flowbp.quadrature import Solver, check_sigmas, solver_table, weights_in
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class FlowBPBridge:
     pairs: PairSampler = UniformPair()
     tail_ratio: float = 1.0
 
-    def plan(self, sigmas, rng) -> SurrogatePlan:
+    def plan(self, sigmas, rng, solver: Solver = "euler") -> SurrogatePlan:
         num_steps = len(sigmas) - 1
         start, stop = train_window(num_steps, self.tail_ratio, min_length=3)
         check_count(self.num_active, stop - start)
@@ -30,10 +31,14 @@ class FlowBPBridge:
         num_pre, num_post = bridge_allocation(self.num_active, j - start, stop - j)
         pre = late_biased(range(start, j), num_pre, self.late_bias, rng)
         post = late_biased(range(j + 1, stop), num_post - 1, self.late_bias, rng) if num_post > 1 else ()
-        return self.at(sigmas, j, (*pre, j, *post))
+        return self.at(sigmas, j, (*pre, j, *post), solver)
 
-    def at(self, sigmas, j: int, active) -> SurrogatePlan:
+    def at(self, sigmas, j: int, active, solver: Solver = "euler") -> SurrogatePlan:
         if j not in active:
             raise ValueError(f"bridge node {j} must be an active node; active nodes are {list(active)}")
-        nodes, weights, grad_weights = sparse_euler(sigmas, active, self.rescale, self.tail_ratio, min_window=3)
-        return SurrogatePlan(nodes, weights, grad_weights, bridge=Bridge(j, self.alpha))
+        table = solver_table(check_sigmas(sigmas), solver)
+        nodes, weights, gradients = sparse_sum(table, active, self.rescale, self.tail_ratio, min_window=3)
+        shares = tuple(
+            part / whole if whole else 1.0 for part, whole in zip(weights_in(table, j), weights, strict=True)
+        )
+        return SurrogatePlan(nodes, weights, gradients, bridge=Bridge(j, self.alpha), shares=shares)

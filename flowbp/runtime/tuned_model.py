@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowbp.backbones import Backbone, check_guidance, load_backbone
 from flowbp.config import RunConfig
+from flowbp.methods import draw_plan
 from flowbp.runtime.distributed import Ranks
 from flowbp.runtime.embeddings import embed_once
 from flowbp.runtime.memory import compile_blocks, save_memory
@@ -43,7 +44,8 @@ class TunedModel:
         check_targets(self.backbone.denoiser, config.tuning.targets or [])
         size = config.rollout
         self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas)
-        config.method.plan(self.sigmas.double().numpy(), np.random.default_rng(0))  # raises if the method does not fit
+        # raises if the method does not fit
+        draw_plan(config.method, self.sigmas.double().numpy(), np.random.default_rng(0), size.solver)
         if config.data.embeddings == "cached":
             embed_once(self.backbone, texts, config.data.cache, accelerator.device)
         torch.manual_seed(config.seed)  # LoRA's initial weights

@@ -11,6 +11,7 @@ from flowbp.evaluation import figures
 from flowbp.evaluation.pages import as_data_uri, as_png, draw_samples, panels, render, training_facts
 from flowbp.evaluation.scores import Scores, compare
 from flowbp.image_statistics import IMAGE_STATISTICS
+from flowbp.methods import draw_plan
 from flowbp.runtime.environment import describe_environment, environment
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.training.trainer import Trainer
@@ -32,7 +33,7 @@ def write_report(
     if not folder.writes:
         return
     config, sigmas = trainer.config, trainer.model.sigmas.double().numpy()
-    plan = config.method.plan(sigmas, np.random.default_rng(config.seed))
+    plan = draw_plan(config.method, sigmas, np.random.default_rng(config.seed), config.rollout.solver)
     drawn = figures.draw_plan(plan, sigmas.tolist(), f"{config.method_name}: one plan of {len(sigmas) - 1} steps")
     folder.write("plan.png", as_png(drawn))
     grids = {name: draw_samples(each) for name, each in scores.items()}

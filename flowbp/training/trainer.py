@@ -107,7 +107,8 @@ class Trainer:
         key = (config.seed, step, micro)
         everyone, rows = self.model.ranks.size * data.batch_size, self.model.ranks.rows(data.batch_size)
         draws = np.random.default_rng((config.seed, step, 0 if config.plans == "shared" else micro, PLANS))
-        plan = draw_plans(config.method, self.model.sigmas.double().numpy(), draws, everyone, config.plans)
+        levels = self.model.sigmas.double().numpy()
+        plan = draw_plans(config.method, levels, draws, everyone, config.plans, size.solver)
         if isinstance(plan, PlanBatch):
             plan = plan.rows(rows)
         texts = [prompt.text for prompt in self.prompts.batch(step * data.accumulate + micro, everyone)[rows]]
@@ -119,7 +120,7 @@ class Trainer:
             velocity = bind_velocity(self.model.backbone, texts, config.guidance, size.timesteps)
             noise = self.model.backbone.noise(size.height, size.width, generators)
             renoise = [self.model.backbone.noise(size.height, size.width, generators) for _ in range(plan.num_renoised)]
-            trajectory = rollout(velocity, noise, self.model.sigmas, plan, renoise, self.recompute)
+            trajectory = rollout(velocity, noise, self.model.sigmas, plan, renoise, self.recompute, size.solver)
         with self.phases("reward"):
             g, logged = self.reward_cotangent(plan, trajectory, texts, key)
         with self.phases("sweep"):
