@@ -121,5 +121,6 @@ def _passes(plan: Plan, trajectory: Trajectory, nodes_per_forward: int) -> list[
 
 def _posterior_mean(trajectory: Trajectory, node: Node) -> Tensor:
     """x - sigma v at a cached node, [B, *S]."""
-    velocities, weights = trajectory.velocities, -trajectory.level(node).reshape(1, -1).cpu()
+    velocities, sigma = trajectory.velocities, trajectory.sigma(node)
+    weights: list = [[-level for level in sigma] if isinstance(sigma, tuple) else -sigma]
     return quadrature_update(trajectory.latents[node], velocities.rows, velocities.slots([node]), weights)

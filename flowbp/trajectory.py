@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowbp.guidance import GuidedVelocity
-from flowbp.plan import Copy, Node, Place, PlanBatch, SurrogatePlan, in_order
+from flowbp.plan import Copy, Node, Number, Place, PlanBatch, SurrogatePlan, in_order
 from flowbp.quadrature import ORDERS, Solver, solver_table
 from flowbp.replay import Recompute
 from flowbp_kernels import RngState, cfg_euler_step, quadrature_update
@@ -65,7 +65,7 @@ def ring_rows(solver: Solver) -> int:
 class Trajectory:
     """What is left of a rollout of N steps.
 
-    levels       [N + 1] noise levels, on the latents' device
+    levels       [N + 1] noise levels, on the latents' device; `sigmas` holds them as numbers
     latents      x_i of the nodes and copies that the plan reads; [B, *S] each
     velocities   v_i of the nodes and copies that the plan reads, guided
     sample       [B, *S] x_N, or the latent after the last step taken when the plan stops early
@@ -75,12 +75,19 @@ class Trajectory:
     """
 
     levels: Tensor
+    sigmas: tuple[float, ...]
     latents: NodeCache
     velocities: NodeCache
     sample: Tensor
     kept: dict[Place, Graph] = field(default_factory=dict)
     rng: dict[Place, RngState] = field(default_factory=dict)
     autocast: tuple[dict, ...] = ()
+
+    def sigma(self, node: Node) -> Number:
+        """As `level`, in numbers: no copy from the device."""
+        if isinstance(node, Copy):
+            return self.sigmas[-2]
+        return tuple(self.sigmas[i] for i in node) if isinstance(node, tuple) else self.sigmas[node]
 
     def level(self, node: Node) -> Tensor:
         """The noise level of `node`, [] or one a sample [B]. Copies are at the last level before 0."""
@@ -137,9 +144,9 @@ def rollout(
     latents = NodeCache("latents", plan.cached_latents if plan else (), noise)
     table, visited = solver_table(sigmas.double().cpu().numpy(), solver), plan.num_steps(total) if plan else total
     velocities = NodeCache("velocities", plan.cached_velocities if plan else (), noise, ring_rows(solver))
-    levels, host_levels = sigmas.to(noise.device), sigmas.tolist()
+    levels, numbers = sigmas.to(noise.device), tuple(sigmas.tolist())
     recorder = _Recorder(plan, recompute or Recompute(), noise.device)
-    scale, last = velocity.guidance.scale, host_levels[-2]
+    scale, last = velocity.guidance.scale, numbers[-2]
     if plan is not None and plan.reward_input is not None:
         table[-1] = [*[0.0] * (total - 1), -last]  # an Euler step ends at the posterior mean, of which copies are made
 
@@ -147,7 +154,7 @@ def rollout(
     if (first := latents.row(0)) is not None:
         first.copy_(noise)
     for i in range(visited):
-        v, v_neg = recorder.branches(velocity.at(host_levels[i]), x, levels[i], i)
+        v, v_neg = recorder.branches(velocity.at(numbers[i]), x, levels[i], i)
         # One pass over the latent: guide v_neg and v, where there are two; step; write the rows of both caches.
         row, out = velocities.row(i), latents.row(i + 1)
         stepped, _ = cfg_euler_step(x, v, v_neg, scale, float(table[i, i]), velocity_out=row, out=out)
@@ -161,7 +168,7 @@ def rollout(
         v, v_neg = recorder.branches(velocity.at(last), noised, levels[-2], Copy(m))
         cfg_euler_step(noised, v, v_neg, scale, -last, velocity_out=velocities.row(Copy(m)))
     autocast = autocast_state(noise.device.type)
-    return Trajectory(levels, latents, velocities, x, recorder.kept, recorder.rng, autocast)
+    return Trajectory(levels, numbers, latents, velocities, x, recorder.kept, recorder.rng, autocast)
 
 
 class _Recorder:

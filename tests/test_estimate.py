@@ -169,6 +169,7 @@ def test_copied_gradients_are_whole_and_sharded_ones_where_backward_passes_accum
         ("guidance.scale=1", "memory.checkpointing=true", (12, 3, 9)),
         ("guidance.scale=3", "memory.recompute=always", (24, 3, 6)),
         ("guidance={scale: 3, detach_negative: false}", "memory.recompute=always", (24, 6, 12)),
+        ("guidance={scale: 3, interval: [0, 0.45]}", "memory.recompute=always", (12 + 3, 3, 6)),
     ],
 )
 def test_network_calls_are_those_of_the_plan(guidance, memory, calls, tmp_path):

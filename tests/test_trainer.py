@@ -65,6 +65,27 @@ def test_every_method_trains_the_embedded_model(name, tmp_path):
     assert all("transformer_blocks.3.attn.add_q_proj" in key for key in still)
 
 
+def test_a_run_rolls_out_and_guides_as_its_config_says_and_evaluates_as_the_model_is_used(tmp_path, monkeypatch):
+    interval = "guidance={scale: 3.0, interval: [0.3, 0.9]}"
+    calls, samples = [], []
+
+    def watched(velocity, *arguments):
+        calls.append((velocity.guidance, arguments[-1]))
+        trajectory = rollout(velocity, *arguments)
+        samples.append(trajectory.sample)
+        return trajectory
+
+    monkeypatch.setattr("flowbp.training.trainer.rollout", watched)
+    config = tiny(tmp_path, interval, "rollout.solver=adams-2", "evaluation={prompts: shapes:test}")
+    plain = tiny(tmp_path / "plain", interval)
+    for each in (config, plain):
+        Trainer(each).step(0)
+    assert calls == [(config.guidance, "adams-2"), (plain.guidance, "euler")] and not torch.equal(*samples)
+    assert config.evaluation_rollout.solver == "euler" and config.evaluation_guidance == Guidance(3.0)
+    asked = load("demo", [interval, "evaluation.solver=adams-3", "evaluation.interval=[0.1, 1]"])
+    assert asked.evaluation_rollout.solver == "adams-3" and asked.evaluation_guidance.interval == (0.1, 1.0)
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0], ids=["unguided", "guided"])
 def test_sweep_equals_graph_on_every_backbone(scale, backbone_overrides, tmp_path):
     """To float64 accuracy, however the graphs of active nodes come about."""
