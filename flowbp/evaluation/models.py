@@ -34,7 +34,7 @@ from flowbp.runtime.environment import versions
 from flowbp.runtime.files import digest_files, replacing, write_file, write_json
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
-from flowbp.runtime.run_folder import mark_folder
+from flowbp.runtime.run_folder import contents, mark_folder
 from flowbp.runtime.tuned_model import frozen_backbone
 from flowbp.runtime.weights import weight_files
 
@@ -137,7 +137,7 @@ def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> 
             raise ValueError(f"{folder} holds scores of another evaluation: {'; '.join(differing)}. {way_out}")
         for file in scores:
             file.unlink()
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and contents(folder):
         raise FileExistsError(f"{folder} exists and holds no scores (it has no {MANIFEST}): choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(about, indent=1))

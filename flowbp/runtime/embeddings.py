@@ -29,7 +29,7 @@ from flowbp.guidance import Conditioning
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.distributed import process_state
 from flowbp.runtime.environment import versions
-from flowbp.runtime.files import replacing
+from flowbp.runtime.files import remove_left, replacing
 
 BATCH = 8  # prompts that are encoded together, always equally many, because rounding depends on the size of a batch
 
@@ -115,6 +115,7 @@ class EmbeddingCache:
             again = "cached embeddings in %s are damaged: computing them again"
             log.warning(f"%d of %d {again}", damaged, len(prompts), self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_left(self.folder)
         self._check_space(len(missing))
         for first in range(0, len(missing), BATCH):
             chunk = missing[first : first + BATCH]

@@ -31,7 +31,17 @@ from flowbp.config.loading import CONFIG
 from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress
 from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import ENVIRONMENT, environment
-from flowbp.runtime.files import SCRATCH, by_step, remove, replacing, step_name, without_nan, write_file, write_json
+from flowbp.runtime.files import (
+    LEFT,
+    by_step,
+    remove,
+    remove_left,
+    replacing,
+    step_name,
+    without_nan,
+    write_file,
+    write_json,
+)
 from flowbp.runtime.weights import LORA, TRANSFORMER, save_weights
 
 METRICS = "metrics.jsonl"
@@ -42,7 +52,7 @@ MARK = ".flowbp"  # in a folder that a command wrote; it holds the name of the c
 # a kill leaves is a run that goes on as it would have, from its first step.
 WRITTEN = (
     *(CHECKPOINTS, VALIDATION, BEST, LORA, TRANSFORMER, "tensorboard", ENVIRONMENT, "evaluation.json"),
-    *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", f".*{SCRATCH}"),
+    *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html"),
 )
 
 Values = Mapping[str, np.ndarray]  # scores [n] float64 by metric
@@ -134,6 +144,7 @@ class RunFolder:
 
         def prepare() -> None:
             self.path.mkdir(parents=True, exist_ok=True)
+            remove_left(self.path)
             for child in [child for pattern in WRITTEN for child in self.path.glob(pattern)] if overwrite else ():
                 remove(child)
             self.write(CONFIG, dump(config))
@@ -215,7 +226,7 @@ def is_run(folder: Path) -> bool:
 
 def contents(folder: Path) -> set[str]:
     """The names of what lies in `folder`, but for what a killed write left."""
-    return {path.name for path in folder.iterdir() if not path.match(f".*{SCRATCH}")}
+    return {path.name for path in folder.iterdir() if not path.match(LEFT)}
 
 
 def how_to_go_on(output: Path) -> str:
@@ -237,7 +248,7 @@ def mark_folder(folder: Path, command: str) -> None:
     mark = folder / MARK
     if mark.is_file() and mark.read_text() == command:
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or contents(folder)):
         raise FileExistsError(
             f"{folder} holds what {command} did not write there: choose another --out, or an empty folder"
         )
