@@ -113,7 +113,7 @@ def estimate(
     """Predict the peak memory and the cost of a training step. Needs no GPU and reads no weights."""
     from flowbp.config import load
 
-    run = load(config, overrides or ())
+    run = load(config, overrides or (), run_code=False)
     from flowbp.cli.tables import estimate_table, gigabytes
     from flowbp.estimate import estimate as estimates
 
@@ -157,7 +157,7 @@ def sample(
     """Draw prompts with the base or the tuned model."""
     from flowbp.config import load
 
-    run, count = load(config), len(prompts)
+    run, count = load(config, run_code=False), len(prompts)
     from flowbp.evaluation.figures import sample_grid
     from flowbp.evaluation.scores import generate
     from flowbp.runtime.data import sample_seeds
@@ -259,7 +259,7 @@ def compare(
 def plan(
     method: Annotated[str, Argument(help="a method's name, such as flowbp-lagrange")],
     overrides: Annotated[list[str] | None, Argument(help="field=value of the method, such as alpha=0.3")] = None,
-    steps: Annotated[int, Option(min=1, help="rollout steps")] = 25,
+    steps: Annotated[int, Option(min=1, max=1000, help="rollout steps")] = 25,
     shift: Annotated[float, Option(min=1e-3, help="timestep shift of the noise schedule")] = 3.0,
     seed: Annotated[int, Option(min=0, help="seed of the draw")] = 0,
     png: Annotated[Path | None, Option(help="also draw the plan")] = None,
@@ -313,7 +313,7 @@ def presets(name: Annotated[str | None, Argument(help="print this one as a confi
     from flowbp.presets import names
 
     if name is not None:
-        typer.echo(dump(load(name)), nl=False)
+        typer.echo(dump(load(name, run_code=False)), nl=False)
         return
     settings = (Column(key, overflow="fold") for key in ("batch", "guidance", "method"))
     title = "flowbp train PRESET; defaults are left out, flowbp presets PRESET prints all"

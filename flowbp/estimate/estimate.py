@@ -242,12 +242,16 @@ def suggest(name: str, overrides: Iterable[str], memory: float, processes: int =
     step as it is come first. After these, the weights are sharded over twice as many processes, as long as that helps.
     """
     overrides, added = list(overrides), []
-    config = load(name, overrides)
-    found, left = estimate(config, processes), changes(config)
+
+    def estimate_with(more: list[str], processes: int) -> Estimate:
+        return estimate(load(name, [*overrides, *more], run_code=False), processes)
+
+    found = estimate_with([], processes)
+    left = changes(found.config)
     while not found.fits(memory):
         for phases, change in left:
             candidate = over(added, change)
-            tried = estimate(load(name, [*overrides, *candidate]), processes) if found.peak_phase in phases else found
+            tried = estimate_with(candidate, processes) if found.peak_phase in phases else found
             if tried.peak < found.peak:
                 break
         else:
@@ -256,7 +260,7 @@ def suggest(name: str, overrides: Iterable[str], memory: float, processes: int =
         added, found = candidate, tried
     while not found.fits(memory):
         candidate = over(added, ["memory.shard=true"])
-        tried = estimate(load(name, [*overrides, *candidate]), 2 * processes)
+        tried = estimate_with(candidate, 2 * processes)
         if tried.peak >= found.peak:
             break
         added, processes, found = candidate, 2 * processes, tried

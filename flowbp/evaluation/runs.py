@@ -93,7 +93,7 @@ def read_run(folder: Path, name: str) -> Run:
             way_out = "pass the folders that flowbp train wrote (its output)"
             raise FileNotFoundError(f"{folder} holds no {file}, so it is no run: {way_out}")
     try:
-        config = load(folder / CONFIG)
+        config = load(folder / CONFIG, run_code=False)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG} is not of this version of flowbp: {error}") from None
     # The last part is empty, or a line that a run is writing at this moment.

@@ -60,7 +60,7 @@ def save_weights(backbone: Backbone, output: Path, write: bool = True) -> Path:
     output.mkdir(exist_ok=True)
     with replacing(output / LORA) as scratch:
         kept = {"transformer_lora_layers": layers, "transformer_lora_adapter_metadata": adapter}
-        type(backbone.pipe).save_lora_weights(output, weight_name=scratch.name, **kept)
+        type(backbone.pipe).save_lora_weights(scratch.parent, weight_name=scratch.name, **kept)
     return output / LORA
 
 
@@ -230,7 +230,7 @@ def load_training_checkpoint(backbone: Backbone, folder: Path) -> None:
     if not config.is_file():
         missing = f"{config}, which says what was trained, is missing"
         raise FileNotFoundError(f"{folder} is a checkpoint of a run, but {missing}")
-    saved, parameters = load_parameters(folder), trainable_parameters(backbone, load(config).tuning)
+    saved, parameters = load_parameters(folder), trainable_parameters(backbone, load(config, run_code=False).tuning)
     if saved.keys() != parameters.keys():
         tensors = f"{folder} holds {len(saved)} tensors and {config} trains {len(parameters)}"
         raise ValueError(f"{tensors}: they belong to different models")
