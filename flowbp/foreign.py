@@ -19,9 +19,19 @@ def short(value: Any) -> str:
     return cut(text)
 
 
-def cut(text: str, most: int = 80) -> str:
-    """`text`, of which `most` characters are shown."""
+def cut(value: Any, most: int = 80) -> str:
+    """str(value), of which `most` characters are shown."""
+    text = str(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` of `folder`. Raises ValueError for a link that leads out of it, whose target the folder's author
+    could not read but whoever runs this can.
+    """
+    if not (path := folder / name).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path} is a link that leads out of {folder}: put a copy of the file in its place")
+    return path
 
 
 def read_text(path: Path, most: int = LARGEST) -> str:

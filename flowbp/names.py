@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flowbp.foreign import cut, short
+
 FOLDERS: list[Path] = []  # beside the working folder, where `find` looks
 
 
@@ -39,4 +41,4 @@ def find(kind: str, name: str) -> Any:
         places = (
             f"modules are searched in {Path().resolve()}, in the folder of the config, and among installed packages"
         )
-        raise ValueError(f"cannot import the {kind} {name!r}: {error}; {places}") from error
+        raise ValueError(f"cannot import the {kind} {short(name)}: {cut(error, 400)}; {places}") from error

@@ -14,6 +14,7 @@ from flowbp.backbones.flux import FluxBackbone
 from flowbp.backbones.flux2 import Flux2Backbone
 from flowbp.backbones.sd3 import SD3Backbone
 from flowbp.backbones.zimage import ZImageBackbone
+from flowbp.foreign import short
 from flowbp.names import nearest
 
 __all__ = ["BACKBONES", "KNOWN_MODELS", "load_backbone", "locate"]
@@ -93,7 +94,7 @@ def locate(name: str) -> str:
     if not Path(location).is_dir() and "/" not in location:
         known = ("shapes", *KNOWN_MODELS)
         hint = f"{nearest(location, known)}known: {', '.join(known)}, a local folder, a Hub id owner/name"
-        raise ValueError(f"unknown backbone {name!r}; {hint}")
+        raise ValueError(f"unknown backbone {short(name)}; {hint}")
     if Path(location).is_dir() and not Path(location, "model_index.json").is_file():
         raise ValueError(f"{location} holds no model_index.json: pass the folder of a diffusers pipeline")
     return location

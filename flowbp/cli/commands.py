@@ -14,7 +14,8 @@ from rich.text import Text
 from typer import Argument, Option
 
 from flowbp import __version__
-from flowbp.runtime.console import TextConsole, hide_loading_bars, hush_libraries
+from flowbp.foreign import cut
+from flowbp.runtime.console import TextConsole, hide_loading_bars, tame_libraries
 
 # Commands read their config before they import what it takes to run it, so that a mistake is told within two seconds.
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -30,10 +31,17 @@ Processes = Annotated[int, Option(min=1, help="of this machine; a step takes dat
 def main() -> None:
     """Run the command line; errors of the user's making end with one clear message instead of a traceback."""
     try:
-        app()
-    except (ValueError, OSError) as error:
-        to_stderr = TextConsole(stderr=True, quiet=False)
-        to_stderr.print(Text("error:", "bold red"), str(error), highlight=False, soft_wrap=True)
+        if code := app(standalone_mode=False):
+            sys.exit(code)
+    except Exception as error:
+        message = str(error)
+        if hasattr(error, "format_message"):  # typer's own errors, whose class differs between its versions
+            message = error.format_message() and f"{error.format_message()} ({error.ctx.command_path} --help)"
+        elif not isinstance(error, ValueError | OSError | RecursionError):
+            raise
+        if message:  # none after the help that a command without arguments has printed
+            to_stderr = TextConsole(stderr=True, quiet=False)
+            to_stderr.print(Text("error:", "bold red"), cut(message, 4000), highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -51,7 +59,7 @@ def quiet_libraries(
 ) -> None:
     """Align text-to-image flow models by reward backpropagation."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    hush_libraries()
+    tame_libraries()
 
 
 @app.command()

@@ -50,7 +50,7 @@ def read(name: str | Path) -> list[dict[str, Any]]:
     try:
         values = yaml.load(read_text(path, LONGEST), StrictYAML) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {cut(str(error), 400)}") from error
+        raise ConfigError(f"{path} is not valid YAML: {cut(error, 400)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, got {type(values).__name__}")
     search_in(path.parent)
@@ -100,7 +100,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             try:
                 value = {part: value if isinstance(value, dict) else _number_or_yaml(value)}
             except yaml.YAMLError as error:
-                cause = cut(str(error.problem or error))
+                cause = cut(error.problem or error)
                 raise ConfigError(f"override {short(override)}: the value is not YAML ({cause}); quote it") from None
         merge(values, value)
     return values
@@ -117,7 +117,7 @@ def merge(base: dict[str, Any], extra: Mapping[str, Any]) -> None:
             value, old = ({"name": it} if isinstance(it, str) else it for it in (value, old))
         elif key != "checker" and isinstance(value, Mapping) and isinstance(old, str):
             raise ConfigError(
-                f"{key} is {short(old)}, which has no {cut(' or '.join(map(str, value)))}: give {cut(str(key))} once"
+                f"{key} is {short(old)}, which has no {cut(' or '.join(map(str, value)))}: give {cut(key)} once"
             )
         nested = isinstance(value, Mapping) and isinstance(old, dict)
         if nested and key in NAMED and "name" in old:
@@ -162,7 +162,7 @@ def _number_or_yaml(text: str) -> Any:
 def _readable(error: Mapping[str, Any]) -> str:
     # The config names neither one reward nor the form of a checker.
     parts = error["loc"][error["loc"][:2] == ("reward", "reward") :]
-    where = ".".join(cut(str(part)) for part in parts).replace("checker.name", "checker")
+    where = ".".join(cut(part) for part in parts).replace("checker.name", "checker")
     message = error["msg"].removeprefix("Value error, ")
     given = "" if error["type"] in ("value_error", "missing") else f", got {short(error['input'])}"
     return f"{where}{': ' if where else ''}{message}{given}"

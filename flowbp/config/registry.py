@@ -62,9 +62,9 @@ def build_named(kind: str, registry: Mapping[str, type], spec: Any) -> Any:
     if isinstance(name, str) and ":" in name:
         cls = find(kind, name)
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-            raise ConfigError(f"{kind} {name!r} is {short(cls)}: name a dataclass")
+            raise ConfigError(f"{kind} {short(name)} is {short(cls)}: name a dataclass")
         return build(cls, fields)
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         raise unknown(kind, name, registry)
     return build(registry[name], fields)
 

@@ -39,10 +39,14 @@ def no_switch(value: Any) -> Any:
 
 
 def expanded(value: PathLike) -> PathLike:
-    """`value` with ~ and environment variables replaced. Raises ValueError where one of them is unknown."""
+    """`value` with ~ and environment variables replaced. Raises ValueError where one of them is unknown, and for a
+    text that is too long for a path.
+    """
     text = os.path.expandvars(os.path.expanduser(str(value)))
     if text.startswith("~") or "$" in text:
         raise ValueError(f"{cut(text)} names a user or a variable that is not known here: write the path out")
+    if len(text) > 1000:
+        raise ValueError(f"{cut(text)} has more than 1000 characters")
     return type(value)(text)
 
 
@@ -67,7 +71,7 @@ Positive = Annotated[float, Number, Field(gt=0)]
 NonNegative = Annotated[float, Number, Field(ge=0)]
 Share = Annotated[float, Number, Field(ge=0, le=1)]
 Decay = Annotated[float, Number, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(expanded)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(expanded)]
 Folder = Annotated[Path, AfterValidator(expanded)]
 MetricName = Annotated[str, Field(pattern=r"^\w[\w .-]*$", max_length=80)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
@@ -233,7 +237,7 @@ class TuningConfig(Strict):
         for name, value in given.items():
             if self.mode == "full" and value is not None:
                 way_out = "leave it out, as mode=full trains all weights, or use mode=lora"
-                raise ValueError(f"{name}={cut(str(value))} is a setting of LoRA: {way_out}")
+                raise ValueError(f"{name}={cut(value)} is a setting of LoRA: {way_out}")
         return self
 
 
@@ -312,7 +316,7 @@ class EvaluationConfig(Strict):
             raise unknown("held-out metric for evaluation.best", self.best, self.held_out)
         for name in ("best", "validation_prompts"):
             if (value := getattr(self, name)) is not None and self.every is None:
-                raise ValueError(f"{name}={cut(str(value))} needs every: the steps between evaluations during training")
+                raise ValueError(f"{name}={cut(value)} needs every: the steps between evaluations during training")
         if self.patience is not None and self.best is None:
             raise ValueError(f"patience={self.patience} needs best: the held-out metric that must improve")
         return self

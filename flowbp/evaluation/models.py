@@ -26,6 +26,7 @@ from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.evaluation import scores as scoring
 from flowbp.evaluation.pages import write_evaluation
 from flowbp.evaluation.scores import Part, Samples, Scores, compare, summarise
+from flowbp.foreign import cut
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.data import load_prompts
@@ -146,7 +147,7 @@ def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """How two manifests differ, in words. The place of the weights is no difference; their SHA-256 is compared."""
     before, after = ({key: value for key, value in side.items() if key != "weights"} for side in (old, new))
-    return [f"{key} was {was} and is {now}" for key, (was, now) in changed(before, after).items()]
+    return [f"{key} was {cut(was)} and is {cut(now)}" for key, (was, now) in changed(before, after).items()]
 
 
 def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path, state: PartialState) -> None:

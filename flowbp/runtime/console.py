@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -46,8 +47,16 @@ class TextBar(tqdm):
         return plain(super().__str__())
 
 
-def hush_libraries() -> None:
-    """Drop the HARMLESS messages; all other warnings of the libraries are shown. Imports none of them."""
+class TextRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return plain(super().getMessage())
+
+
+def tame_libraries() -> None:
+    """Drop the HARMLESS messages, and show all others that are logged or warned of as text. Imports no library."""
+    logging.setLogRecordFactory(TextRecord)
+    warning = warnings.formatwarning
+    warnings.formatwarning = lambda *about, **options: plain(warning(*about, **options))
     for name, part in HARMLESS.items():
         logging.getLogger(name).addFilter(lambda record, part=part: part not in record.getMessage())
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowbp.backbones import Backbone
+from flowbp.foreign import short
 from flowbp.guidance import Conditioning
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.distributed import process_state
@@ -88,8 +89,8 @@ class EmbeddingCache:
             rows = [load_file(self.path(prompt)) for prompt in prompts]
         except (FileNotFoundError, SafetensorError) as error:
             raise ValueError(
-                f"the text encoders were released and a prompt of {prompts} is not in {self.folder}, or was removed "
-                f"since ({error}): start again with --resume, or keep the encoders with data.embeddings=live"
+                f"the text encoders were released and a prompt of {short(prompts)} is not in {self.folder}, or was "
+                f"removed since ({error}): start again with --resume, or keep the encoders with data.embeddings=live"
             ) from error
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 

@@ -28,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 from flowbp.backbones import Backbone
 from flowbp.config import RunConfig, changed, dump
 from flowbp.config.loading import CONFIG
+from flowbp.foreign import cut
 from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress
 from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import ENVIRONMENT, environment
@@ -123,7 +124,7 @@ class RunFolder:
             )
         found = changed({**old, "output": new["output"]}, new)  # the folder may have moved
         if found.keys() - {"steps"} or new["steps"] < old.get("steps", 0):
-            changes = ", ".join(f"{key} from {was} to {now}" for key, (was, now) in found.items())
+            changes = ", ".join(f"{key} from {cut(was)} to {cut(now)}" for key, (was, now) in found.items())
             raise ValueError(
                 f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from "
                 f"{path}, or choose another output="
@@ -218,7 +219,7 @@ def is_run(folder: Path) -> bool:
         return False
     try:
         keys = yaml.safe_load((folder / CONFIG).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         return False
     needed = {name for name, field in RunConfig.model_fields.items() if field.is_required() or not started}
     return isinstance(keys, dict) and needed <= keys.keys()
