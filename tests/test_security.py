@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from flowbp import cli
+from flowbp.backbones import load_backbone
 from flowbp.config import ConfigError, RunConfig, dump, flatten, load, loading
 from flowbp.evaluation.runs import read_run
 from flowbp.foreign import cut, read_text, short
 from flowbp.names import find
+from flowbp.shapes import PIPELINE
 
 STRANGER = {"method": "stranger:Method", "reward": {"name": "stranger:reward"}, "output": "run"}
 DEMO = yaml.safe_load(dump(load("demo")))
@@ -69,6 +71,21 @@ def test_code_that_is_typed_or_trained_with_runs(strangers):
         load(strangers / "a")
     assert (strangers / "mark").exists()
     assert find("checker", "flowbp.shapes.checker:load_checker")
+
+
+def test_a_pipeline_that_brings_code_of_its_own_is_refused(strangers):
+    index = json.loads((PIPELINE / "model_index.json").read_text())
+    for part, value in {"transformer": ["stranger", "Network"], "vae": ["stranger", "VAE"]}.items():
+        folder = strangers / part
+        (folder / part).mkdir(parents=True)
+        (folder / part / "stranger.py").write_text((strangers / "a" / "stranger.py").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {part: value}))
+        with pytest.raises(ValueError, match=f"has code of its own for its {part}"):
+            load_backbone(str(folder))
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": ["stranger", "Pipeline"]}))
+    with pytest.raises(ValueError, match="no backbone for .'stranger', 'Pipeline'"):
+        load_backbone(str(folder))
+    assert not (strangers / "mark").exists()
 
 
 # -- what a message shows ----------------------------------------------------------------------------------------------
