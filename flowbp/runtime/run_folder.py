@@ -32,17 +32,7 @@ from flowbp.foreign import cut
 from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress
 from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import ENVIRONMENT, environment
-from flowbp.runtime.files import (
-    LEFT,
-    by_step,
-    remove,
-    remove_left,
-    replacing,
-    step_name,
-    without_nan,
-    write_file,
-    write_json,
-)
+from flowbp.runtime.files import LEFT, by_step, remove, replacing, step_name, without_nan, write_file, write_json
 from flowbp.runtime.weights import LORA, TRANSFORMER, save_weights
 
 METRICS = "metrics.jsonl"
@@ -53,7 +43,7 @@ MARK = ".flowbp"  # in a folder that a command wrote; it holds the name of the c
 # a kill leaves is a run that goes on as it would have, from its first step.
 WRITTEN = (
     *(CHECKPOINTS, VALIDATION, BEST, LORA, TRANSFORMER, "tensorboard", ENVIRONMENT, "evaluation.json"),
-    *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html"),
+    *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", LEFT),
 )
 
 Values = Mapping[str, np.ndarray]  # scores [n] float64 by metric
@@ -145,7 +135,6 @@ class RunFolder:
 
         def prepare() -> None:
             self.path.mkdir(parents=True, exist_ok=True)
-            remove_left(self.path)
             for child in [child for pattern in WRITTEN for child in self.path.glob(pattern)] if overwrite else ():
                 remove(child)
             self.write(CONFIG, dump(config))
