@@ -7,9 +7,11 @@ import re
 import sys
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from flowbp import cli
@@ -18,6 +20,7 @@ from flowbp.config import ConfigError, RunConfig, dump, flatten, load, loading
 from flowbp.evaluation.runs import read_run
 from flowbp.foreign import cut, read_text, short
 from flowbp.names import find
+from flowbp.runtime.weights import read_lora
 from flowbp.shapes import PIPELINE
 
 STRANGER = {"method": "stranger:Method", "reward": {"name": "stranger:reward"}, "output": "run"}
@@ -148,7 +151,7 @@ def test_a_short_text_of_anything_is_short(value):
 
 @pytest.mark.parametrize("depth", [100, 1000])
 def test_overrides_may_nest_as_deep_as_they_like(depth):
-    for override in (f"method={'[' * depth}", f"{'a.' * depth}a=1", f"method={'{a: ' * depth}"):
+    for override in (f"method={'[' * depth}", f"{'a.' * depth}a=1", f"method={'{a: ' * depth}", f"seed={'9' * 5000}"):
         with pytest.raises(ConfigError) as refused:
             load("demo", [override])
         assert len(str(refused.value)) < 2000
@@ -193,6 +196,12 @@ def test_a_file_is_read_up_to_a_size(tmp_path):
     assert read_text(tmp_path / "a", 3) == "äbc"
     with pytest.raises(ValueError, match="longer than the 2 characters"):
         read_text(tmp_path / "a", 2)
+
+
+def test_a_tensor_may_not_have_a_name_that_takes_minutes_to_read(tmp_path):
+    save_file({"transformer." * 10_000: torch.ones(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="a tensor's name has more than 1000"):
+        read_lora(tmp_path / "a.safetensors")
 
 
 # -- links and pictures ------------------------------------------------------------------------------------------------

@@ -99,8 +99,8 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         for part in reversed(key.split(".")):
             try:
                 value = {part: value if isinstance(value, dict) else _number_or_yaml(value)}
-            except yaml.YAMLError as error:
-                cause = cut(error.problem or error)
+            except (yaml.YAMLError, ValueError, RecursionError) as error:
+                cause = cut(getattr(error, "problem", None) or error)
                 raise ConfigError(f"override {short(override)}: the value is not YAML ({cause}); quote it") from None
         merge(values, value)
     return values

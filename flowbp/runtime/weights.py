@@ -204,6 +204,8 @@ def read_lora(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         with safe_open(file, "pt") as opened:
             adapter = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "null"))
+            if any(len(name) > 1000 for name in opened.keys()):  # noqa: SIM118
+                raise ValueError("a tensor's name has more than 1000 characters")
             return {name: opened.get_tensor(name) for name in opened.keys()}, adapter  # noqa: SIM118
     except (SafetensorError, ValueError, RecursionError) as error:
         way_out = "pass a run, its checkpoint, or a LoRA file"
