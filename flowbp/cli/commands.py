@@ -36,7 +36,8 @@ def main() -> None:
     except Exception as error:
         message = str(error)
         if hasattr(error, "format_message"):  # typer's own errors, whose class differs between its versions
-            message = error.format_message() and f"{error.format_message()} ({error.ctx.command_path} --help)"
+            command = getattr(getattr(error, "ctx", None), "command_path", "flowbp")
+            message = error.format_message() and f"{error.format_message()} ({command} --help)"
         elif not isinstance(error, ValueError | OSError | RecursionError):
             raise
         if message:  # none after the help that a command without arguments has printed
