@@ -23,6 +23,7 @@ import numpy as np
 
 from flowbp.config import RunConfig, load
 from flowbp.estimate.passes import NetworkPass, RewardPass, TextPass, draw_plan, network_pass, reward_pass, text_pass
+from flowbp.foreign import short
 from flowbp.plan import PlanBatch, SurrogatePlan
 
 MARGIN = 0.15  # of a GPU's memory left for what is not counted
@@ -227,11 +228,11 @@ class Estimate:
 
 def parse_size(text: str) -> float:
     """Bytes of "24GB" (1e9), "24GiB" (2^30) or "80e9"."""
-    number, unit = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", "(?:[KMGT]I?)?"
+    number, unit = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?", "(?:[KMGT]I?)?"
     match = re.fullmatch(rf"\s*({number})\s*({unit})B?\s*", text, re.IGNORECASE)
     size = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
     if not 0 < size < math.inf or (not match[2] and size < 1e9):  # a bare 24 would be 24 bytes
-        raise ValueError(f"{text!r} is no size of a GPU in bytes: write 24GB, 24GiB or 80e9")
+        raise ValueError(f"{short(text)} is no size of a GPU in bytes: write 24GB, 24GiB or 80e9")
     return size
 
 
