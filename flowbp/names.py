@@ -7,6 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from flowbp.foreign import cut, short
+
+FOLDERS: list[Path] = []  # beside the working folder, where `find` looks
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """'did you mean ...? ', or nothing where no name is near."""
@@ -16,20 +20,25 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def search_in(folder: Path) -> None:
     """Let `find` import modules of `folder`, after those of the working folder."""
-    if (place := str(folder.resolve())) not in sys.path:
-        sys.path.append(place)
+    FOLDERS.append(folder)
 
 
 def find(kind: str, name: str) -> Any:
-    """The object that "module:attribute" names. Modules of the working folder are found as well, because a console
-    script has the folder of the script in its place. Raises ValueError if there is no such module or attribute.
+    """The object that "module:attribute" names, whose module is run. Modules of the working folder are found as well,
+    because a console script has the folder of the script in its place. Raises ValueError if there is no such module or
+    attribute.
+
+    The folders are added to Python's path here and nowhere else, so that the modules that lie beside a config are out
+    of reach until code of one's own is asked for.
     """
-    search_in(Path())
     module, _, attribute = name.partition(":")
+    if not module.startswith("flowbp."):
+        places = [str(folder.resolve()) for folder in (Path(), *FOLDERS)]
+        sys.path += [place for place in dict.fromkeys(places) if place not in sys.path]
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         places = (
             f"modules are searched in {Path().resolve()}, in the folder of the config, and among installed packages"
         )
-        raise ValueError(f"cannot import the {kind} {name!r}: {error}; {places}") from error
+        raise ValueError(f"cannot import the {kind} {short(name)}: {cut(error, 400)}; {places}") from error

@@ -191,8 +191,8 @@ class SurrogatePlan:
             raise ValueError(
                 "similarity weights compare two joined quadratures: give the plan a bridge, or similarity=None"
             )
-        if self.num_renoised < 0:
-            raise ValueError(f"num_renoised must be 0 or more, got {self.num_renoised}")
+        if not 0 <= self.num_renoised <= 1000:
+            raise ValueError(f"num_renoised must be 0 to 1000, got {self.num_renoised}")
 
     @property
     def active(self) -> tuple[tuple[int, float], ...]:

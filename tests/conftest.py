@@ -29,6 +29,7 @@ SLOW_PLACES = (
     "test_random_cases.py",
     "test_readme.py",
     "test_reproducible.py",
+    "test_security.py",
     "test_train_step.py",
     "test_trainer.py",
     "test_tuning.py",

@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from rich.table import Table
 import flowbp
 from flowbp.cli import commands
 from flowbp.cli.tables import comparison_table, listed, means_table
-from flowbp.runtime.console import HARMLESS, TextConsole, hush_libraries, plain, progress_bar
+from flowbp.runtime.console import HARMLESS, TextConsole, plain, progress_bar, tame_libraries
 
 TYPED = "a [/b] [red]cat[/red] :cat: $$ 猫 👨\u200d👩"
 OBEYED = "\x1b[2J\x1b]0;owned\x07\r\x9b1m\u202e\udc80"
@@ -43,7 +44,7 @@ def test_only_harmless_messages_are_hushed(caplog):
     seen = []
     handler = logging.Handler()
     handler.emit = lambda record: seen.append(record.getMessage())
-    hush_libraries()
+    tame_libraries()
     for name, harmless in HARMLESS.items():
         logger = logging.getLogger(name)
         caplog.set_level(logging.WARNING, name)
@@ -91,7 +92,7 @@ def test_categories_models_and_runs_are_shown_as_they_were_typed():
 
 
 def test_an_error_and_a_bar_show_names_as_they_were_typed(monkeypatch, capsys):
-    def fail():
+    def fail(**options):
         raise ValueError(f"no folder {TYPED}{OBEYED}")
 
     monkeypatch.setattr(commands, "app", fail)
@@ -104,6 +105,29 @@ def test_an_error_and_a_bar_show_names_as_they_were_typed(monkeypatch, capsys):
         bar.set_postfix_str("\x1b[3J")
         bar.update()
     assert r"[/b]\x1b[2J" in stream.getvalue() and "\x1b" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("arguments", [["train", f"--no{OBEYED}"], [f"no{OBEYED}"], ["plan", "refl", f"--{OBEYED}"]])
+def test_what_typer_refuses_is_shown_as_it_was_typed(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["flowbp", *arguments])
+    with pytest.raises(SystemExit) as end:
+        commands.main()
+    shown = capsys.readouterr().err
+    assert end.value.code == 2 and shown.startswith("error: ") and not set(OBEYED) & set(shown) - set(WRITTEN)
+    assert "--help)" in shown and r"\x1b" in shown
+
+
+def test_what_libraries_log_and_warn_of_is_shown_as_text(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(logging, "_logRecordFactory", logging.getLogRecordFactory())
+    stream = io.StringIO()
+    monkeypatch.setattr(logging, "lastResort", logging.StreamHandler(stream))
+    tame_libraries()
+    logger = logging.Logger("stranger")
+    logger.addHandler(logging.lastResort)
+    logger.warning("%s is left out", OBEYED)
+    assert stream.getvalue() == f"{WRITTEN} is left out\n"
+    assert WRITTEN in warnings.formatwarning(OBEYED, UserWarning, "a.py", 1, "")
 
 
 def test_nothing_prints_past_the_owner_of_plain_text():

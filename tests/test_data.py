@@ -124,7 +124,7 @@ def test_a_folder_of_text_files_has_no_categories(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("p.json", "[1]", "p.json cannot be read: '1' is neither a prompt"),
+        ("p.json", "[1]", "p.json cannot be read: 1 is neither a prompt"),
         ("p.json", "[{}]", "neither a prompt nor an object"),
         ("p.json", '{"anime": ["a"', "cannot be read: Expecting"),
         ("p.jsonl", '{"prompt": "a"}\n\n{', "p.jsonl, line 3 cannot be read"),

@@ -6,7 +6,7 @@ import os
 import pytest
 from safetensors import SafetensorError
 
-from flowbp.runtime.files import digest_files, remove, replacing, write_file, write_json
+from flowbp.runtime.files import digest_files, remove, remove_left, replacing, write_file, write_json
 
 
 def names(folder):
@@ -48,11 +48,40 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
 
 
 def test_scraps_of_a_killed_write_do_not_stop_the_next(tmp_path):
-    (tmp_path / ".folder.partial").mkdir()
-    (tmp_path / ".folder.partial" / "half").touch()
+    (tmp_path / ".folder.a1b2c3d4.partial" / "folder").mkdir(parents=True)
+    others = [".folder.partial", ".folder2.a1b2c3d4.partial", ".other.a1b2c3d4.partial", "folder.a1b2c3d4.partial"]
+    for name in others:
+        (tmp_path / name / "half").mkdir(parents=True)
     with replacing(tmp_path / "folder") as scratch:
         scratch.mkdir()
-    assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == []
+    assert names(tmp_path) == sorted([*others, "folder"]) and names(tmp_path / "folder") == []
+    remove_left(tmp_path)
+    assert names(tmp_path) == [".folder.partial", "folder", "folder.a1b2c3d4.partial"]
+
+
+def test_a_link_that_lies_in_wait_is_not_followed(tmp_path):
+    """Neither under names that could be guessed, nor as what a kill seems to have left."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "kept").write_text("kept")
+    for name in (".a.partial", ".a.old.partial", ".a.gone.partial", ".a.a1b2c3d4.partial"):
+        (tmp_path / name).symlink_to(tmp_path / "theirs", target_is_directory=True)
+    (tmp_path / "a").symlink_to(tmp_path / "theirs" / "kept")
+    write_file(tmp_path / "a", "ours")
+    assert (tmp_path / "theirs" / "kept").read_text() == "kept" and names(tmp_path / "theirs") == ["kept"]
+    assert (tmp_path / "a").read_text() == "ours" and not (tmp_path / "a").is_symlink()
+
+
+def test_nobody_else_can_reach_what_is_being_written(tmp_path):
+    """Its folder has another name each time, is open to the user alone, and is no leftover while it is in use."""
+    seen = set()
+    for _ in range(3):
+        with replacing(tmp_path / "a") as scratch:
+            scratch.touch()
+            remove_left(tmp_path)
+            assert scratch.exists() and scratch.parent.stat().st_mode & 0o777 == 0o700
+            seen.add(scratch.parent.name)
+    (tmp_path / "plain").touch()
+    assert len(seen) == 3 and (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_two_writers_of_a_cache_do_not_meet(tmp_path):
@@ -70,7 +99,8 @@ def test_bytes_reach_the_disk_before_their_name_does(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(os, "replace", lambda old, new: seen.append("moved") or replace(old, new))
     write_file(tmp_path / "a", "content")
-    assert seen == [str(tmp_path / ".a.partial"), "moved", str(tmp_path)]
+    written, *rest = seen
+    assert written.endswith(".partial/a") and rest == ["moved", str(tmp_path)]
 
 
 def test_json_has_null_for_what_is_not_a_number(tmp_path):

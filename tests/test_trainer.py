@@ -428,8 +428,9 @@ def test_a_run_that_is_overwritten_leaves_nothing_but_what_others_put_there(tmp_
     run_folder(config)
     for name in ("checkpoints/step-000001", "best/transformer", "validation", "tensorboard"):
         (config.output / name).mkdir(parents=True)
-    for name in ("scores_before.csv", "samples_after.png", "report.html", ".plan.png.partial", "notes.txt"):
+    for name in ("scores_before.csv", "samples_after.png", "report.html", "notes.txt"):
         (config.output / name).write_text("")
+    (config.output / ".plan.png.a1b2c3d4.partial" / "half").mkdir(parents=True)
     RunFolder(config.output).open(config, overwrite=True)
     written = ["config.yaml", "environment.json", "metrics.jsonl", "notes.txt"]
     assert sorted(path.name for path in config.output.iterdir()) == written
@@ -686,7 +687,7 @@ def test_the_last_two_checkpoints_are_kept_and_nothing_of_others_is_one(tmp_path
         "step-0000007",
         "step-000009.tar.gz",
         "step-000005 (copy)",
-        ".step-000001.old.partial",
+        ".step-000001.a1b2c3d4.partial/half",
     ]
     for name in own:
         (saved / name).mkdir(parents=True)

@@ -14,6 +14,7 @@ from flowbp.backbones.flux import FluxBackbone
 from flowbp.backbones.flux2 import Flux2Backbone
 from flowbp.backbones.sd3 import SD3Backbone
 from flowbp.backbones.zimage import ZImageBackbone
+from flowbp.foreign import cut, short
 from flowbp.names import nearest
 
 __all__ = ["BACKBONES", "KNOWN_MODELS", "load_backbone", "locate"]
@@ -62,11 +63,13 @@ def load_backbone(
             f"accept a licence, do so and run `hf auth login`. To work offline, run `hf download {location} "
             "--local-dir FOLDER` where there is a network, and set backbone.name=FOLDER"
         ) from error
-    class_name = index["_class_name"]
+    class_name = str(index.get("_class_name"))
     if class_name not in BACKBONES:
-        raise ValueError(f"no backbone for {class_name} ({location}); there is one for {', '.join(BACKBONES)}")
+        raise ValueError(f"no backbone for {cut(class_name)} ({location}); there is one for {', '.join(BACKBONES)}")
     # model_index.json lists a part that was left out, such as the T5 of an SD3, as [null, null].
     parts = {part: tuple(value) for part, value in index.items() if isinstance(value, (list, tuple))}
+    if strange := [part for part, value in parts.items() if value[0] not in (None, "diffusers", "transformers")]:
+        raise ValueError(f"{location} has code of its own for its {cut(strange[0])}, which would have to run: refused")
     absent = [part for part, value in parts.items() if value == (None, None)]
     missing = [part for part in parts if offline and part not in absent and not Path(location, part).is_dir()]
     if missing:
@@ -93,7 +96,7 @@ def locate(name: str) -> str:
     if not Path(location).is_dir() and "/" not in location:
         known = ("shapes", *KNOWN_MODELS)
         hint = f"{nearest(location, known)}known: {', '.join(known)}, a local folder, a Hub id owner/name"
-        raise ValueError(f"unknown backbone {name!r}; {hint}")
+        raise ValueError(f"unknown backbone {short(name)}; {hint}")
     if Path(location).is_dir() and not Path(location, "model_index.json").is_file():
         raise ValueError(f"{location} holds no model_index.json: pass the folder of a diffusers pipeline")
     return location

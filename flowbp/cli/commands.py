@@ -14,7 +14,8 @@ from rich.text import Text
 from typer import Argument, Option
 
 from flowbp import __version__
-from flowbp.runtime.console import TextConsole, hide_loading_bars, hush_libraries
+from flowbp.foreign import cut
+from flowbp.runtime.console import TextConsole, hide_loading_bars, tame_libraries
 
 # Commands read their config before they import what it takes to run it, so that a mistake is told within two seconds.
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -30,10 +31,18 @@ Processes = Annotated[int, Option(min=1, help="of this machine; a step takes dat
 def main() -> None:
     """Run the command line; errors of the user's making end with one clear message instead of a traceback."""
     try:
-        app()
-    except (ValueError, OSError) as error:
-        to_stderr = TextConsole(stderr=True, quiet=False)
-        to_stderr.print(Text("error:", "bold red"), str(error), highlight=False, soft_wrap=True)
+        if code := app(standalone_mode=False):
+            sys.exit(code)
+    except Exception as error:
+        message = str(error)
+        if hasattr(error, "format_message"):  # typer's own errors, whose class differs between its versions
+            command = getattr(getattr(error, "ctx", None), "command_path", "flowbp")
+            message = error.format_message() and f"{error.format_message()} ({command} --help)"
+        elif not isinstance(error, ValueError | OSError | RecursionError):
+            raise
+        if message:  # none after the help that a command without arguments has printed
+            to_stderr = TextConsole(stderr=True, quiet=False)
+            to_stderr.print(Text("error:", "bold red"), cut(message, 4000), highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -51,7 +60,7 @@ def quiet_libraries(
 ) -> None:
     """Align text-to-image flow models by reward backpropagation."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    hush_libraries()
+    tame_libraries()
 
 
 @app.command()
@@ -113,7 +122,7 @@ def estimate(
     """Predict the peak memory and the cost of a training step. Needs no GPU and reads no weights."""
     from flowbp.config import load
 
-    run = load(config, overrides or ())
+    run = load(config, overrides or (), run_code=False)
     from flowbp.cli.tables import estimate_table, gigabytes
     from flowbp.estimate import estimate as estimates
 
@@ -157,7 +166,7 @@ def sample(
     """Draw prompts with the base or the tuned model."""
     from flowbp.config import load
 
-    run, count = load(config), len(prompts)
+    run, count = load(config, run_code=False), len(prompts)
     from flowbp.evaluation.figures import sample_grid
     from flowbp.evaluation.scores import generate
     from flowbp.runtime.data import sample_seeds
@@ -260,7 +269,7 @@ def compare(
 def plan(
     method: Annotated[str, Argument(help="a method's name, such as flowbp-lagrange")],
     overrides: Annotated[list[str] | None, Argument(help="field=value of the method, such as alpha=0.3")] = None,
-    steps: Annotated[int, Option(min=1, help="rollout steps")] = 25,
+    steps: Annotated[int, Option(min=1, max=1000, help="rollout steps")] = 25,
     shift: Annotated[float, Option(min=1e-3, help="timestep shift of the noise schedule")] = 3.0,
     seed: Annotated[int, Option(min=0, help="seed of the draw")] = 0,
     png: Annotated[Path | None, Option(help="also draw the plan")] = None,
@@ -314,7 +323,7 @@ def presets(name: Annotated[str | None, Argument(help="print this one as a confi
     from flowbp.presets import names
 
     if name is not None:
-        typer.echo(dump(load(name)), nl=False)
+        typer.echo(dump(load(name, run_code=False)), nl=False)
         return
     settings = (Column(key, overflow="fold") for key in ("batch", "guidance", "method"))
     title = "flowbp train PRESET; defaults are left out, flowbp presets PRESET prints all"

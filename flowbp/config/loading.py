@@ -9,24 +9,32 @@ import yaml
 from pydantic import ValidationError
 
 from flowbp import presets
-from flowbp.config.registry import ConfigError
+from flowbp.config.registry import ConfigError, own_code
 from flowbp.config.schema import RunConfig, is_one_reward
+from flowbp.foreign import cut, read_text, short
 from flowbp.names import nearest, search_in
 
 CONFIG = "config.yaml"  # in the folder of a run
+LONGEST = 2**16  # characters of a config
 NAMED = ("method", "pairs", "reward")  # keys of {name: ..., **fields}
 
 
-def load(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """The config of a YAML file, a run's folder or a preset, with overrides `key.path=value`. Raises ConfigError."""
+def load(name: str | Path, overrides: Iterable[str] = (), run_code: bool = True) -> RunConfig:
+    """The config of a YAML file, a run's folder or a preset, with overrides `key.path=value`. Raises ConfigError.
+
+    A config is code: a method that it names as "module:Class" is imported, which runs the module; so are its rewards
+    and its checker when they are loaded. Without `run_code`, as for a config that is only read, a method is imported
+    if an override names it, and is `Unimported` otherwise.
+    """
     values: dict[str, Any] = {}
-    for layer in read(name):
-        merge(values, layer)
-    merge(values, parse_overrides(overrides))
     try:
-        return RunConfig.model_validate(values)
+        for layer in (*read(name), typed := parse_overrides(overrides)):
+            merge(values, layer)
+        return RunConfig.model_validate(values, context=None if run_code else own_code(typed))
     except ValidationError as error:
-        raise ConfigError("\n".join(_readable(e) for e in error.errors())) from None
+        raise ConfigError("\n".join(_readable(e) for e in error.errors()[:10])) from None
+    except RecursionError:
+        raise ConfigError(f"{name} or an override nests deeper than any config does") from None
 
 
 def read(name: str | Path) -> list[dict[str, Any]]:
@@ -40,9 +48,9 @@ def read(name: str | Path) -> list[dict[str, Any]]:
         hint = f"{nearest(str(name), presets.names())}flowbp presets lists them"
         raise ConfigError(f"no config file {str(path)!r}, and unknown preset {str(name)!r}; {hint}")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), StrictYAML) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        values = yaml.load(read_text(path, LONGEST), StrictYAML) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {cut(error, 400)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, got {type(values).__name__}")
     search_in(path.parent)
@@ -50,14 +58,20 @@ def read(name: str | Path) -> list[dict[str, Any]]:
 
 
 class StrictYAML(yaml.SafeLoader):
-    """YAML without what surprises: a key that stands twice, of which the last would win; 0300, which is 192; and 1:30,
-    which is 90."""
+    """YAML without what surprises: a key that stands twice, of which the last would win; 0300, which is 192; 1:30,
+    which is 90; and an alias, of which a few lines can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            problem, mark = "an alias is not read here: write its value out", self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for name, _ in node.value:
             if str(name.value) in seen:
-                problem = f"the key {name.value!r} stands here again"
+                problem = f"the key {short(name.value)} stands here again"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=name.start_mark)
             seen.add(str(name.value))
         return super().construct_mapping(node, deep)
@@ -65,7 +79,7 @@ class StrictYAML(yaml.SafeLoader):
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         text = node.value.lstrip("+-")
         if ":" in text or (text.startswith("0") and text[1:2].isdigit()):
-            problem = f"{node.value} would be read in base 60 or 8: write a plain number"
+            problem = f"{cut(node.value)} would be read in base 60 or 8: write a plain number"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         is_int = node.tag.endswith(":int")
         return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
@@ -81,13 +95,13 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"override {override!r} must read key.path=value, such as method.alpha=0.3")
+            raise ConfigError(f"override {short(override)} must read key.path=value, such as method.alpha=0.3")
         for part in reversed(key.split(".")):
             try:
                 value = {part: value if isinstance(value, dict) else _number_or_yaml(value)}
-            except yaml.YAMLError as error:
-                cause = error.problem or error
-                raise ConfigError(f"override {override!r}: the value is not YAML ({cause}); quote it") from None
+            except (yaml.YAMLError, ValueError, RecursionError) as error:
+                cause = cut(getattr(error, "problem", None) or error)
+                raise ConfigError(f"override {short(override)}: the value is not YAML ({cause}); quote it") from None
         merge(values, value)
     return values
 
@@ -102,7 +116,9 @@ def merge(base: dict[str, Any], extra: Mapping[str, Any]) -> None:
         if key in NAMED:
             value, old = ({"name": it} if isinstance(it, str) else it for it in (value, old))
         elif key != "checker" and isinstance(value, Mapping) and isinstance(old, str):
-            raise ConfigError(f"{key} is {old!r}, which has no {' or '.join(map(str, value))}: give {key} once")
+            raise ConfigError(
+                f"{key} is {short(old)}, which has no {cut(' or '.join(map(str, value)))}: give {cut(key)} once"
+            )
         nested = isinstance(value, Mapping) and isinstance(old, dict)
         if nested and key in NAMED and "name" in old:
             nested = value.get("name", old["name"]) == old["name"]
@@ -146,7 +162,7 @@ def _number_or_yaml(text: str) -> Any:
 def _readable(error: Mapping[str, Any]) -> str:
     # The config names neither one reward nor the form of a checker.
     parts = error["loc"][error["loc"][:2] == ("reward", "reward") :]
-    where = ".".join(str(part) for part in parts).replace("checker.name", "checker")
+    where = ".".join(cut(part) for part in parts).replace("checker.name", "checker")
     message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] in ("value_error", "missing") else f", got {error['input']!r}"[:80]
+    given = "" if error["type"] in ("value_error", "missing") else f", got {short(error['input'])}"
     return f"{where}{': ' if where else ''}{message}{given}"

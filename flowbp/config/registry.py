@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from flowbp.active_sets import PAIR_SAMPLERS, PairSampler
+from flowbp.foreign import short
 from flowbp.methods import METHODS
 from flowbp.names import find, nearest
 
@@ -20,7 +21,7 @@ class ConfigError(ValueError):
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a name that does not exist, with the nearest one that does."""
     known = sorted(known)
-    return ConfigError(f"unknown {kind} {name!r}; {nearest(name, known)}known: {', '.join(known)}")
+    return ConfigError(f"unknown {kind} {short(name)}; {nearest(name, known)}known: {', '.join(known)}")
 
 
 def build(cls: type, values: Mapping[str, Any]) -> Any:
@@ -38,7 +39,7 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
             try:
                 arguments[key] = TypeAdapter(hints[key], config=FINITE).validate_python(value)
             except ValidationError as error:
-                raise ConfigError(f"{key} = {value!r}: {error.errors()[0]['msg']}") from None
+                raise ConfigError(f"{key} = {short(value)}: {error.errors()[0]['msg']}") from None
     return cls(**arguments)
 
 
@@ -55,21 +56,23 @@ def build_named(kind: str, registry: Mapping[str, type], spec: Any) -> Any:
         return spec  # already built
     if not isinstance(spec, (str, Mapping)):
         known = ", ".join(sorted(registry))
-        raise ConfigError(f"{spec!r} is no {kind}: give a name, or a mapping of name and fields; known: {known}")
+        raise ConfigError(f"{short(spec)} is no {kind}: give a name, or a mapping of name and fields; known: {known}")
     fields = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = fields.pop("name", None)
     if isinstance(name, str) and ":" in name:
         cls = find(kind, name)
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-            raise ConfigError(f"{kind} {name!r} is {cls!r}: name a dataclass")
+            raise ConfigError(f"{kind} {short(name)} is {short(cls)}: name a dataclass")
         return build(cls, fields)
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         raise unknown(kind, name, registry)
     return build(registry[name], fields)
 
 
 def describe(built: Any, registry: Mapping[str, type]) -> dict[str, Any]:
     """The inverse of `build_named`: {name: ..., **fields}."""
+    if isinstance(built, Unimported):
+        return built.spec
     names = {cls: name for name, cls in registry.items()}
     described = {"name": names.get(type(built), f"{type(built).__module__}:{type(built).__qualname__}")}
     for field in dataclasses.fields(built):
@@ -78,11 +81,38 @@ def describe(built: Any, registry: Mapping[str, type]) -> dict[str, Any]:
     return described
 
 
-def build_method(spec: Any) -> Any:
-    """The method that `spec` ("name" or {name: ..., **fields}) describes."""
+@dataclasses.dataclass(frozen=True)
+class Unimported:
+    """A method that a file describes by code of its author's, which only commands that run a method import."""
+
+    spec: dict[str, Any]
+
+    def plan(self, sigmas: Any, rng: Any) -> Any:
+        """Raises ConfigError: the code would have to run."""
+        way_out = f"to run it here, type it, such as method={self.spec['name']}"
+        raise ConfigError(
+            f"{', '.join(own_code(self.spec))} is code that a file names, and reading it runs none: {way_out}"
+        )
+
+
+def own_code(values: Any) -> list[str]:
+    """All texts "module:attribute" in nested mappings."""
+    if isinstance(values, Mapping):
+        return [name for value in values.values() for name in own_code(value)]
+    return [values] if isinstance(values, str) and ":" in values else []
+
+
+def build_method(spec: Any, typed: Iterable[str] | None = None) -> Any:
+    """The method that `spec` ("name" or {name: ..., **fields}) describes.
+
+    typed: the code that may be imported; a method that needs other code is returned `Unimported`. None allows all.
+    """
+    fields = {"name": spec} if isinstance(spec, str) else spec
+    if typed is not None and not set(own_code(fields)) <= set(typed) and isinstance(fields.get("name"), str):
+        return Unimported(dict(fields))
     method = build_named("method", METHODS, spec)
     if not hasattr(method, "plan"):
-        raise ConfigError(f"{spec!r} is no method: it has no plan(sigmas, rng)")
+        raise ConfigError(f"{short(spec)} is no method: it has no plan(sigmas, rng)")
     return method
 
 

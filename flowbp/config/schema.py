@@ -14,7 +14,8 @@ import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag
 from pydantic import model_validator as validator
 
-from flowbp.config.registry import FINITE, ConfigError, build_method, describe, from_mapping, unknown
+from flowbp.config.registry import FINITE, ConfigError, Unimported, build_method, describe, from_mapping, unknown
+from flowbp.foreign import cut, short
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.methods import METHODS, draw_plan
@@ -40,10 +41,14 @@ def no_switch(value: Any) -> Any:
 
 
 def expanded(value: PathLike) -> PathLike:
-    """`value` with ~ and environment variables replaced. Raises ValueError where one of them is unknown."""
+    """`value` with ~ and environment variables replaced. Raises ValueError where one of them is unknown, and for a
+    text that is too long for a path.
+    """
     text = os.path.expandvars(os.path.expanduser(str(value)))
     if text.startswith("~") or "$" in text:
-        raise ValueError(f"{value} names a user or a variable that is not known here: write the path out")
+        raise ValueError(f"{cut(text)} names a user or a variable that is not known here: write the path out")
+    if len(text) > 1000:
+        raise ValueError(f"{cut(text)} has more than 1000 characters")
     return type(value)(text)
 
 
@@ -55,11 +60,14 @@ def known_backend(name: str) -> str:
 
 
 Number = BeforeValidator(no_switch)
-Whole = Annotated[int, Number, Field(ge=0)]
-Count = Annotated[int, Number, Field(ge=1)]
+# What takes memory has a bound that no run comes near, so that a slip of the keyboard is told before it is allocated.
+Whole = Annotated[int, Number, Field(ge=0, le=10**9)]
+Count = Annotated[int, Number, Field(ge=1, le=10**9)]  # of what comes one after the other
+Size = Annotated[int, Number, Field(ge=1, le=10**4)]  # of what is there at once
+Samples = Annotated[int, Number, Field(ge=1, le=10**6)]
 Steps = Annotated[int, Number, Field(ge=1, le=1000)]  # of a rollout
 Seed = Annotated[int, Number, Field(ge=0, lt=2**63)]
-Pixels = Annotated[int, Number, Field(ge=8, multiple_of=8)]
+Pixels = Annotated[int, Number, Field(ge=8, le=2**14, multiple_of=8)]
 Real = Annotated[float, Number]
 Positive = Annotated[float, Number, Field(gt=0)]
 NonNegative = Annotated[float, Number, Field(ge=0)]
@@ -67,11 +75,15 @@ Share = Annotated[float, Number, Field(ge=0, le=1)]
 Decay = Annotated[float, Number, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(expanded)]
 Folder = Annotated[Path, AfterValidator(expanded)]
-MetricName = Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
+MetricName = Annotated[str, Field(pattern=r"^\w[\w .-]*$", max_length=80)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
 Backend = Annotated[str, AfterValidator(known_backend)]
 Levels = Literal["published", "pipeline"]
-MethodField = Annotated[Any, BeforeValidator(build_method), PlainSerializer(lambda method: describe(method, METHODS))]
+MethodField = Annotated[
+    Any,
+    BeforeValidator(lambda spec, info: build_method(spec, info.context)),  # `load` says what it may import
+    PlainSerializer(lambda method: describe(method, METHODS)),
+]
 
 
 def key(default: Any, description: str) -> Any:
@@ -109,7 +121,7 @@ class BackboneConfig(Strict):
     name: Text = key(..., '"shapes", a known model, a local diffusers folder or a Hub id')
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     precision: Literal["pipeline", "float32"] = key("float32", "of the latents between network calls")
-    max_sequence_length: Count | None = key(None, "tokens of the prompt embedding; null means the pipeline's default")
+    max_sequence_length: Size | None = key(None, "tokens of the prompt embedding; null means the pipeline's default")
     variant: Text | None = key(None, "of the weight files: fp16 for model.fp16.safetensors")
 
 
@@ -181,7 +193,7 @@ class DataConfig(Strict):
     """Prompts. "cached" embeds all once, to disk, and releases the text encoders; "live" encodes every batch."""
 
     prompts: Text = key(..., 'a file or folder of prompts, or "shapes:train"')
-    batch_size: Count = 8
+    batch_size: Size = 8
     accumulate: Count = key(1, "micro-batches an optimizer step")
     embeddings: Literal["cached", "live"] = key("cached", "embed all prompts once, or every batch anew")
     cache: Folder | None = key(None, "folder of cached embeddings; null means $FLOWBP_CACHE, else ~/.cache/flowbp")
@@ -195,8 +207,8 @@ class MemoryConfig(Strict):
 
     recompute: Recompute = key("always", "replay active nodes, keep their graphs, or keep what fits")
     budget_gb: NonNegative | None = key(None, "1e9 bytes for the graphs that recompute=auto keeps; null: what is free")
-    nodes_per_forward: Count = key(1, "active nodes replayed in one batched forward pass")
-    reward_batch: Count | None = key(None, "samples decoded and scored at a time; null takes the whole batch")
+    nodes_per_forward: Size = key(1, "active nodes replayed in one batched forward pass")
+    reward_batch: Size | None = key(None, "samples decoded and scored at a time; null takes the whole batch")
     checkpointing: bool = key(False, "keep only the inputs of the transformer's blocks, and run them again in backward")
     vae_checkpointing: bool = key(False, "the same in the VAE's decoder")
     vae_slicing: bool = key(False, "decode one image at a time; saves memory together with vae_checkpointing")
@@ -216,7 +228,7 @@ class MemoryConfig(Strict):
 
 class TuningConfig(Strict):
     mode: Literal["lora", "full"] = "lora"
-    rank: Count = key(16, "of the LoRA matrices")
+    rank: Size = key(16, "of the LoRA matrices")
     alpha: Positive | None = key(None, "LoRA scale numerator; null means equal to rank")
     dropout: Decay = key(0.0, "of the LoRA branches' inputs; replays draw the rollout's masks again")
     targets: Annotated[list[Text], Field(min_length=1)] | None = key(None, "module names; null: the backbone's default")
@@ -228,7 +240,7 @@ class TuningConfig(Strict):
         for name, value in given.items():
             if self.mode == "full" and value is not None:
                 way_out = "leave it out, as mode=full trains all weights, or use mode=lora"
-                raise ValueError(f"{name}={value} is a setting of LoRA: {way_out}")
+                raise ValueError(f"{name}={cut(value)} is a setting of LoRA: {way_out}")
         return self
 
 
@@ -256,7 +268,7 @@ class GenEvalConfig(Strict):
 def known_checker(name: str) -> str:
     if name != "shapes" and ":" not in name:
         known = "shapes, a loader of your own as module:function, {detector: ...} of GenEval, or null"
-        raise ValueError(f"unknown checker {name!r}; known: {known}")
+        raise ValueError(f"unknown checker {short(name)}; known: {known}")
     return name
 
 
@@ -278,20 +290,20 @@ class EvaluationConfig(Strict):
     interval are those of their rollout, whatever training uses; num_steps=null means as many as in training."""
 
     prompts: Text
-    samples: Count = 256
-    batch_size: Count = 64
+    samples: Samples = 256
+    batch_size: Size = 64
     seed: Seed = 1234
-    num_steps: Count | None = key(None, "rollout steps of the images that are scored; null means as in training")
+    num_steps: Steps | None = key(None, "rollout steps of the images that are scored; null means as in training")
     solver: Solver = key("euler", "of those rollouts")
     sigmas: Levels = key("pipeline", "their noise levels, as in rollout.sigmas")
     interval: tuple[Share, Share] | None = key(None, "their guidance.interval")
     monitors: Annotated[dict[MetricName, ScorerConfig], BeforeValidator(without_nulls)] = key({}, "never trained on")
     watch: bool = key(True, "let the monitors score every training step; false loads them to evaluate only")
     checker: CheckerField | None = None
-    grid: Count = key(16, "images in the before/after grids")
+    grid: Size = key(16, "images in the before/after grids")
     every: Count | None = key(None, "steps between evaluations during training; null makes none")
     validation_prompts: Text | None = key(None, "prompts of those; null: `prompts`, which then chose the best step")
-    validation_samples: int = Field(96, ge=2)
+    validation_samples: Samples = Field(96, ge=2)
     best: str | None = key(None, "held-out metric (a monitor or checker) by which the best step's weights are kept")
     patience: Count | None = key(None, "stop after so many evaluations without a new best step")
 
@@ -309,7 +321,7 @@ class EvaluationConfig(Strict):
             raise unknown("held-out metric for evaluation.best", self.best, self.held_out)
         for name in ("best", "validation_prompts"):
             if (value := getattr(self, name)) is not None and self.every is None:
-                raise ValueError(f"{name}={value} needs every: the steps between evaluations during training")
+                raise ValueError(f"{name}={cut(value)} needs every: the steps between evaluations during training")
         if self.patience is not None and self.best is None:
             raise ValueError(f"patience={self.patience} needs best: the held-out metric that must improve")
         return self
@@ -367,6 +379,8 @@ class RunConfig(Strict):
     @validator(mode="after")
     def _method_fits_the_rollout(self):
         steps = self.rollout.num_steps
+        if isinstance(self.method, Unimported):
+            return self
         try:
             draw_plan(self.method, np.linspace(1, 0, steps + 1), np.random.default_rng(0), self.rollout.solver)
         except ValueError as error:

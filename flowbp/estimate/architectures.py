@@ -116,8 +116,8 @@ def read_architecture(name: str) -> Architecture:
     if index.get("tokenizer", [None, None])[1]:
         others["tokenizer"] = transformers.AutoTokenizer.from_pretrained(location, subfolder="tokenizer", **here)
     encoders = tuple(part(name) for name in index if name.startswith("text_encoder") and index[name][1])
-    scheduler = part("scheduler")[1]
-    return Architecture(index["_class_name"], part("transformer"), part("vae"), scheduler, {}, encoders, others)
+    pipeline, scheduler = str(index.get("_class_name")), part("scheduler")[1]
+    return Architecture(pipeline, part("transformer"), part("vae"), scheduler, {}, encoders, others)
 
 
 def random_embeddings(backbone: Backbone, prompts: list[str]) -> Conditioning:

@@ -23,6 +23,7 @@ import numpy as np
 
 from flowbp.config import RunConfig, load
 from flowbp.estimate.passes import NetworkPass, RewardPass, TextPass, draw_plan, network_pass, reward_pass, text_pass
+from flowbp.foreign import short
 from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.trajectory import ring_rows
 
@@ -234,11 +235,11 @@ class Estimate:
 
 def parse_size(text: str) -> float:
     """Bytes of "24GB" (1e9), "24GiB" (2^30) or "80e9"."""
-    number, unit = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", "(?:[KMGT]I?)?"
+    number, unit = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?", "(?:[KMGT]I?)?"
     match = re.fullmatch(rf"\s*({number})\s*({unit})B?\s*", text, re.IGNORECASE)
     size = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
     if not 0 < size < math.inf or (not match[2] and size < 1e9):  # a bare 24 would be 24 bytes
-        raise ValueError(f"{text!r} is no size of a GPU in bytes: write 24GB, 24GiB or 80e9")
+        raise ValueError(f"{short(text)} is no size of a GPU in bytes: write 24GB, 24GiB or 80e9")
     return size
 
 
@@ -249,12 +250,16 @@ def suggest(name: str, overrides: Iterable[str], memory: float, processes: int =
     step as it is come first. After these, the weights are sharded over twice as many processes, as long as that helps.
     """
     overrides, added = list(overrides), []
-    config = load(name, overrides)
-    found, left = estimate(config, processes), changes(config)
+
+    def estimate_with(more: list[str], processes: int) -> Estimate:
+        return estimate(load(name, [*overrides, *more], run_code=False), processes)
+
+    found = estimate_with([], processes)
+    left = changes(found.config)
     while not found.fits(memory):
         for phases, change in left:
             candidate = over(added, change)
-            tried = estimate(load(name, [*overrides, *candidate]), processes) if found.peak_phase in phases else found
+            tried = estimate_with(candidate, processes) if found.peak_phase in phases else found
             if tried.peak < found.peak:
                 break
         else:
@@ -263,7 +268,7 @@ def suggest(name: str, overrides: Iterable[str], memory: float, processes: int =
         added, found = candidate, tried
     while not found.fits(memory):
         candidate = over(added, ["memory.shard=true"])
-        tried = estimate(load(name, [*overrides, *candidate]), 2 * processes)
+        tried = estimate_with(candidate, 2 * processes)
         if tried.peak >= found.peak:
             break
         added, processes, found = candidate, 2 * processes, tried

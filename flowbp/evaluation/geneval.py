@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowbp.config import GenEvalConfig
+from flowbp.foreign import cut, once, short
 from flowbp.rewards.clip import CLIPReward, image_features
 from flowbp.rewards.preprocessing import fit_short_side, normalise
 from flowbp.runtime.data import read_lines
@@ -64,7 +65,10 @@ class Clause:
     @classmethod
     def parse(cls, entry: Mapping[str, Any]) -> "Clause":
         position = (entry["position"][0], int(entry["position"][1])) if "position" in entry else None
-        return cls(entry["class"], int(entry["count"]), entry.get("color"), position)
+        name, count = entry["class"], int(entry["count"])
+        if not isinstance(name, str) or count < 1:
+            raise ValueError(f"{short(entry)} must have the name of a class, and a count of 1 or more")
+        return cls(name, count, entry.get("color"), position)
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,10 @@ class Requirement:
         include, exclude = (tuple(map(Clause.parse, entry.get(key, ()))) for key in ("include", "exclude"))
         for i, clause in enumerate(include):
             if clause.colour is not None and clause.colour not in COLOURS:
-                raise ValueError(f"colour {clause.colour!r} in {entry!r} must be one of {', '.join(COLOURS)}")
+                raise ValueError(f"colour {short(clause.colour)} in {short(entry)} must be one of {', '.join(COLOURS)}")
             if clause.position is not None and (clause.position[0] not in RELATIONS or not 0 <= clause.position[1] < i):
                 rule = f"must be [{' or '.join(RELATIONS)}, index of an earlier clause]"
-                raise ValueError(f"position {clause.position!r} in {entry!r} {rule}")
+                raise ValueError(f"position {short(clause.position)} in {short(entry)} {rule}")
         return cls(entry["tag"], include, exclude)
 
     @property
@@ -108,13 +112,13 @@ def load_requirements(path: str) -> dict[str, Requirement]:
             continue
         where = f"{path}, line {number}"
         try:
-            entry = json.loads(line)
+            entry = json.loads(line, object_pairs_hook=once)
             prompt, requirement = entry["prompt"].strip(), Requirement.parse(entry)
-        except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
             rule = "GenEval's metadata has tag, prompt, include and exclude in every line"
-            raise ValueError(f"{where}: {error!r}; {rule}") from error
+            raise ValueError(f"{where}: {cut(repr(error), 300)}; {rule}") from error
         if requirements.setdefault(prompt, requirement) != requirement:
-            raise ValueError(f"{where}: {prompt!r} stands there twice with different requirements; word one otherwise")
+            raise ValueError(f"{where}: {short(prompt)} stands there twice with other requirements; word one otherwise")
     return requirements
 
 
@@ -190,7 +194,7 @@ class GenEval:
         """What is wrong with the image [3, H, W] of a prompt. Raises ValueError for a prompt without a requirement."""
         if prompt not in self.requirements:
             rule = "evaluation.prompts must be the evaluation_metadata.jsonl"
-            raise ValueError(f"no GenEval metadata for the prompt {prompt!r}: {rule}")
+            raise ValueError(f"no GenEval metadata for the prompt {short(prompt)}: {rule}")
         requirement = self.requirements[prompt]
         least = self.counting_threshold if requirement.tag == "counting" else self.threshold
         detected = {

@@ -26,6 +26,7 @@ from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.evaluation import scores as scoring
 from flowbp.evaluation.pages import write_evaluation
 from flowbp.evaluation.scores import Part, Samples, Scores, compare, summarise
+from flowbp.foreign import cut
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.data import load_prompts
@@ -34,7 +35,7 @@ from flowbp.runtime.environment import versions
 from flowbp.runtime.files import digest_files, replacing, write_file, write_json
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
-from flowbp.runtime.run_folder import mark_folder
+from flowbp.runtime.run_folder import contents, mark_folder
 from flowbp.runtime.tuned_model import frozen_backbone
 from flowbp.runtime.weights import weight_files
 
@@ -137,7 +138,7 @@ def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> 
             raise ValueError(f"{folder} holds scores of another evaluation: {'; '.join(differing)}. {way_out}")
         for file in scores:
             file.unlink()
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and contents(folder):
         raise FileExistsError(f"{folder} exists and holds no scores (it has no {MANIFEST}): choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(about, indent=1))
@@ -146,7 +147,7 @@ def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """How two manifests differ, in words. The place of the weights is no difference; their SHA-256 is compared."""
     before, after = ({key: value for key, value in side.items() if key != "weights"} for side in (old, new))
-    return [f"{key} was {was} and is {now}" for key, (was, now) in changed(before, after).items()]
+    return [f"{key} was {cut(was)} and is {cut(now)}" for key, (was, now) in changed(before, after).items()]
 
 
 def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path, state: PartialState) -> None:

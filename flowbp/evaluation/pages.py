@@ -9,11 +9,13 @@ from typing import Any
 import jinja2
 import yaml
 from matplotlib.figure import Figure
+from PIL import Image
 
 from flowbp.config import RewardConfig, RolloutConfig, RunConfig, flatten
 from flowbp.evaluation import figures
 from flowbp.evaluation.numbers import FILTERS, by_metric, duration
 from flowbp.evaluation.scores import Scores
+from flowbp.foreign import LARGEST, cut
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import plain
@@ -58,6 +60,18 @@ def as_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def read_png(path: Path) -> bytes:
+    """The bytes of a PNG. Raises ValueError for any other file, and for a PNG that is cut off or too large to show."""
+    try:
+        with path.open("rb") as file:
+            png = file.read(LARGEST)  # a longer one is then cut off
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
+            picture.verify()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no PNG that a page can show ({cut(error)}): remove it") from error
+    return png
 
 
 def as_data_uri(picture: Figure | bytes) -> str:

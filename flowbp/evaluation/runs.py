@@ -19,6 +19,7 @@ from flowbp.config import ConfigError, RewardConfig, RunConfig, by_name, dump, f
 from flowbp.evaluation import figures, pages
 from flowbp.evaluation.numbers import by_metric
 from flowbp.evaluation.scores import Scores, compare, summarise
+from flowbp.foreign import cut, inside, read_text
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.environment import ENVIRONMENT, describe_environment
 from flowbp.runtime.files import without_nan, write_file, write_json
@@ -89,22 +90,29 @@ def read_run(folder: Path, name: str) -> Run:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: pass the folders of runs")
     for file in (CONFIG, METRICS):
-        if not (folder / file).is_file():
+        if not inside(folder, file).is_file():
             way_out = "pass the folders that flowbp train wrote (its output)"
             raise FileNotFoundError(f"{folder} holds no {file}, so it is no run: {way_out}")
     try:
-        config = load(folder / CONFIG)
+        config = load(folder / CONFIG, run_code=False)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG} is not of this version of flowbp: {error}") from None
     # The last part is empty, or a line that a run is writing at this moment.
-    *lines, _ = (folder / METRICS).read_text().split("\n")
+    *lines, _ = read_text(folder / METRICS).split("\n")
     if not lines:
         raise FileNotFoundError(f"{folder / METRICS} is empty: the run has not taken a step")
-    tables = (folder / f"scores_{side}.csv" for side in ("before", "after"))
+    tables = (inside(folder, f"scores_{side}.csv") for side in ("before", "after"))
     scores = (read_scores(table) if table.is_file() else None for table in tables)
-    recorded = folder / ENVIRONMENT
-    environment = json.loads(recorded.read_text()) if recorded.is_file() else {}
-    return Run(name, folder, config, [json.loads(line) for line in lines], *scores, environment)
+    recorded = inside(folder, ENVIRONMENT)
+    try:
+        environment = dict(json.loads(read_text(recorded))) if recorded.is_file() else {}
+        rows = [dict(json.loads(line)) for line in lines]
+        if not all(isinstance(row.get(key), int | float) for row in rows for key in ("step", "seconds", "peak_mb")):
+            raise ValueError("a row lacks step, seconds or peak_mb")
+    except (TypeError, ValueError, RecursionError) as error:
+        damage = f"{METRICS} or {ENVIRONMENT} is not as flowbp train wrote it ({cut(error)})"
+        raise ValueError(f"{folder} cannot be compared: {damage}") from error
+    return Run(name, folder, config, rows, *scores, environment)
 
 
 def read_scores(path: Path) -> Scores:
@@ -112,7 +120,8 @@ def read_scores(path: Path) -> Scores:
     try:
         return Scores.read_csv(path)
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no whole table of scores ({error}): move it away to compare without it") from None
+        way_out = "move it away to compare without it"
+        raise ValueError(f"{path} is no whole table of scores ({cut(error)}): {way_out}") from None
 
 
 # -- configs -----------------------------------------------------------------------------------------------------------
@@ -265,7 +274,7 @@ def page(runs: Sequence[Run], results: Mapping[str, Any]) -> str:
     overall = by_metric(results["means"], "run")
     metrics = dict.fromkeys([*(name for run in runs for name in run.config.reward), *overall, "grad_norm"])
     curves = [metric for metric in metrics if metric not in IMAGE_STATISTICS]
-    grids = {run.name: run.folder / "samples_after.png" for run in runs}
+    grids = {run.name: inside(run.folder, "samples_after.png") for run in runs}
     return pages.render(
         "comparison.html",
         name=f"{first} against {' and '.join(others) if len(others) < 3 else f'{len(others)} runs'}",
@@ -276,6 +285,6 @@ def page(runs: Sequence[Run], results: Mapping[str, Any]) -> str:
         differences=lambda values: grouped(values, names),
         overall=overall,
         curves=pages.panels({run.name: run.rows for run in runs}, curves),
-        grids={name: pages.as_data_uri(png.read_bytes()) for name, png in grids.items() if png.is_file()},
+        grids={name: pages.as_data_uri(pages.read_png(png)) for name, png in grids.items() if png.is_file()},
         checker=any(run.config.evaluation and run.config.evaluation.checker for run in runs),
     )

@@ -36,8 +36,8 @@ class Smoothing:
     noise: float = 0.02
 
     def __post_init__(self):
-        if self.copies < 1 or self.shift < 0 or self.noise < 0:
-            raise ValueError(f"smoothing needs copies >= 1, shift >= 0 and noise >= 0, got {self}")
+        if not (1 <= self.copies <= 1000 and 0 <= self.shift <= 1000 and self.noise >= 0):
+            raise ValueError(f"smoothing needs 1 to 1000 copies, a shift of 0 to 1000 and noise >= 0, got {self}")
 
 
 class Smoothed:

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import yaml
 
+from flowbp.foreign import cut, short
 from flowbp.names import nearest
 from flowbp.rewards.base import Reward
 from flowbp.rewards.callable import CallableReward
@@ -98,7 +99,7 @@ def check_options(name: str, model: str | None, dtype: str | None, revision: str
     """Raise ValueError for an unknown reward, and for options that it does not take. No file is read."""
     if ":" in name:
         if any(value is not None for value in (model, dtype, revision, sha256)):
-            raise ValueError(f"{name} is code of your own: model, dtype, revision and sha256 are not for it")
+            raise ValueError(f"{cut(name)} is code of your own: model, dtype, revision and sha256 are not for it")
     elif sha256 is not None and "*" in find_source(name).files["model"].names[0]:
         raise ValueError(
             f"the reward {name!r} comes in several files, which one sha256 cannot cover: pin it with revision="
@@ -111,7 +112,7 @@ def find_source(name: str) -> RewardSource:
     """The entry of `REWARDS`. Raises ValueError for an unknown name, and suggests the nearest."""
     if name not in REWARDS:
         raise ValueError(
-            f"unknown reward {name!r}; {nearest(name, REWARDS)}known: {', '.join(REWARDS)}, "
+            f"unknown reward {short(name)}; {nearest(name, REWARDS)}known: {', '.join(REWARDS)}, "
             "or a callable of your own as module:function"
         )
     return REWARDS[name]

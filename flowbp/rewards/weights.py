@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowbp.foreign import cut
+
 State = dict[str, Tensor]
 
 
@@ -27,9 +29,9 @@ def frozen_model(cls, config, state: State, dtype: torch.dtype, checkpoint: str,
     try:
         model, report = cls.from_pretrained(None, output_loading_info=True, **options)
     except RuntimeError as error:  # another shape
-        raise ValueError(f"these are not the weights of {checkpoint}: {error}") from error
+        raise ValueError(f"these are not the weights of {checkpoint}: {cut(error, 400)}") from error
     if report["missing_keys"] or report["unexpected_keys"]:
-        missing, left_over = (sorted(report[keys])[:3] for keys in ("missing_keys", "unexpected_keys"))
+        missing, left_over = (list(map(cut, sorted(report[keys])[:3])) for keys in ("missing_keys", "unexpected_keys"))
         raise ValueError(f"these are not the weights of {checkpoint}: missing {missing}, left over {left_over}")
     return model.eval().requires_grad_(False)
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from flowbp.rewards import WeightedRewards
 from flowbp.runtime.distributed import gathered, process_state, shard_like
-from flowbp.runtime.files import SCRATCH, by_step, digest_files, remove, replacing, step_name
+from flowbp.runtime.files import by_step, digest_files, remove, remove_left, replacing, step_name
 from flowbp.runtime.tuning import assign
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
@@ -54,9 +54,9 @@ def save_checkpoint(output: Path, step: int, model: Trained, optimizer: Optimize
         seal(scratch)
     saved = checkpoints(output)
     before = max((other for other in saved if other < step), default=step)
-    old = [path for other, path in saved.items() if other not in (before, step)]
-    for path in (*old, *folder.parent.glob(f".step-*{SCRATCH}")):
+    for path in [path for other, path in saved.items() if other not in (before, step)]:
         remove(path)
+    remove_left(folder.parent)
 
 
 def seal(folder: Path) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -18,6 +19,7 @@ HARMLESS = {  # logger: a part of its messages that ask for nothing
 }
 # Control characters but tab and line end, those that turn the direction of text, and halves of UTF-16.
 OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+WARNING = warnings.formatwarning
 LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed} gone, {remaining} left{postfix}"
 
 
@@ -46,8 +48,15 @@ class TextBar(tqdm):
         return plain(super().__str__())
 
 
-def hush_libraries() -> None:
-    """Drop the HARMLESS messages; all other warnings of the libraries are shown. Imports none of them."""
+class TextRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return plain(super().getMessage())
+
+
+def tame_libraries() -> None:
+    """Drop the HARMLESS messages, and show all others that are logged or warned of as text. Imports no library."""
+    logging.setLogRecordFactory(TextRecord)
+    warnings.formatwarning = lambda *about, **options: plain(WARNING(*about, **options))
     for name, part in HARMLESS.items():
         logging.getLogger(name).addFilter(lambda record, part=part: part not in record.getMessage())
 

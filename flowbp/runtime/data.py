@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flowbp.foreign import cut, once, read_text, short
+
 PROMPT, CATEGORY = ("prompt", "prompts", "text"), ("category", "tag")  # what keys and columns are called, in any case
 SUFFIXES = ("", ".txt", ".json", ".jsonl", ".csv", ".tsv")
 QUOTED = re.compile('"(?:[^"]|"")*"')
@@ -48,23 +50,20 @@ def load_prompts(source: str) -> list[Prompt]:
     path = Path(source)
     if not path.exists():
         keys = "data.prompts and evaluation.prompts name files or folders of prompts"
-        raise FileNotFoundError(f"prompt file {source!r} does not exist; {keys}")
+        raise FileNotFoundError(f"prompt file {short(source)} does not exist; {keys}")
     found = _read_folder(path) if path.is_dir() else _read_prompts(path)
     prompts = [Prompt(text.strip(), category) for text, category in found if text.strip()]
     if not prompts:
         raise ValueError(f"prompt file {source!r} holds no prompt; write one a line")
     for prompt in prompts:
         if NO_TEXT.search("".join(prompt)):
-            raise ValueError(f"prompt file {source!r} holds {str(prompt)[:80]}, which is no text: save it as UTF-8")
+            raise ValueError(f"prompt file {source!r} holds {short(tuple(prompt))}, which is no text: save it as UTF-8")
     return prompts
 
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file. Only line ends divide them: prompts may hold the other separators of Unicode."""
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompt file {str(path)!r} is not UTF-8 text ({error}): save it as UTF-8") from error
+    return read_text(path).split("\n")
 
 
 def _read_folder(folder: Path) -> list[Prompt]:
@@ -88,11 +87,11 @@ def _read_prompts(path: Path) -> list[Prompt]:
         found = []
         for number, line in enumerate(lines, 1):
             with _naming(f"{path}, line {number}"):
-                found += [_prompt(json.loads(line, object_pairs_hook=_object))] if line.strip() else []
+                found += [_prompt(json.loads(line, object_pairs_hook=once))] if line.strip() else []
         return found
     if suffix == ".json":
         with _naming(str(path)):
-            data = json.loads("\n".join(lines), object_pairs_hook=_object)
+            data = json.loads("\n".join(lines), object_pairs_hook=once)
             lists = isinstance(data, dict) and all(isinstance(value, list) for value in data.values())
             if lists and _value(data, CATEGORY) is None:  # with a list of categories these are columns
                 entries = ((style, _prompt(entry)) for style in data for entry in data[style])
@@ -110,13 +109,7 @@ def _naming(where: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, RecursionError) as error:
         way_out = 'write {"prompt": ..., "category": ...}, or columns of these names'
-        raise ValueError(f"prompt file {where} cannot be read: {error}; {way_out}") from error
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError(f"a key stands there twice: {str([key for key, _ in pairs])[:80]}")
-    return found
+        raise ValueError(f"prompt file {where} cannot be read: {cut(error, 200)}; {way_out}") from error
 
 
 def _value(values: dict[str, Any], names: tuple[str, ...]) -> Any:
@@ -130,8 +123,8 @@ def _prompt(entry: Any) -> Prompt:
     values = {"prompt": entry} if isinstance(entry, str) else entry
     text = _value(values, PROMPT) if isinstance(values, dict) else None
     if not isinstance(text, str):
-        keys = f": its keys are {str(list(values))[:80]}" if isinstance(values, dict) else ""
-        raise TypeError(f"{str(entry)[:60]!r} is neither a prompt nor an object with the text 'prompt'{keys}")
+        keys = f": its keys are {short(list(values))}" if isinstance(values, dict) else ""
+        raise TypeError(f"{short(entry)} is neither a prompt nor an object with the text 'prompt'{keys}")
     return Prompt(text, str(_value(values, CATEGORY) or ""))
 
 
@@ -146,17 +139,17 @@ def _table(text: str, path: Path, tabs: bool) -> list[Prompt]:
             line = reader.line_num + 1
     except csv.Error as error:
         rule = "quotes stand around a whole field, and a quote within it is written twice"
-        raise ValueError(f"prompt file {path}, line {line} cannot be read: {error}; {rule}") from error
+        raise ValueError(f"prompt file {path}, line {line} cannot be read: {cut(error, 200)}; {rule}") from error
     names = [name.strip() for name in rows[0][1]] if rows else []
     if rows and _value(dict.fromkeys(names, ""), PROMPT) is None:
-        columns = f"a column must be called prompt, not {str(names)[:80]}"
+        columns = f"a column must be called prompt, not {short(names)}"
         raise ValueError(f"prompt file {str(path)!r} cannot be read: {columns}")
     found, last = [], None
     for line, row in rows[1:]:
         with _naming(f"{path}, line {line}"):
             if any(map(str.strip, row[len(names) :])):
                 raise ValueError(f"{len(row)} fields in {len(names)} columns: put quotes around a prompt with commas")
-            values = _object([(name, cell) for name, cell in zip(names, row, strict=False) if name])
+            values = once([(name, cell) for name, cell in zip(names, row, strict=False) if name])
             prompt, item = _prompt(values), values.get("item_id")
             if item is None or (item, prompt) != last:
                 found.append(prompt)

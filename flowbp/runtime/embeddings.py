@@ -25,11 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowbp.backbones import Backbone
+from flowbp.foreign import short
 from flowbp.guidance import Conditioning
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.distributed import process_state
 from flowbp.runtime.environment import versions
-from flowbp.runtime.files import replacing
+from flowbp.runtime.files import remove_left, replacing
 
 BATCH = 8  # prompts that are encoded together, always equally many, because rounding depends on the size of a batch
 
@@ -88,8 +89,8 @@ class EmbeddingCache:
             rows = [load_file(self.path(prompt)) for prompt in prompts]
         except (FileNotFoundError, SafetensorError) as error:
             raise ValueError(
-                f"the text encoders were released and a prompt of {prompts} is not in {self.folder}, or was removed "
-                f"since ({error}): start again with --resume, or keep the encoders with data.embeddings=live"
+                f"the text encoders were released and a prompt of {short(prompts)} is not in {self.folder}, or was "
+                f"removed since ({error}): start again with --resume, or keep the encoders with data.embeddings=live"
             ) from error
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
@@ -115,6 +116,7 @@ class EmbeddingCache:
             again = "cached embeddings in %s are damaged: computing them again"
             log.warning(f"%d of %d {again}", damaged, len(prompts), self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_left(self.folder)
         self._check_space(len(missing))
         for first in range(0, len(missing), BATCH):
             chunk = missing[first : first + BATCH]

@@ -1,56 +1,88 @@
 """Files and folders that are whole or not there.
 
-Everything is written under a scratch name beside its place and moved there in one step. Its bytes reach the disk before
+Everything is written in a scratch folder beside its place and moved there in one step. Its bytes reach the disk before
 its name does, so that a kill, a full disk or a power cut leaves either the old one or the new one.
 """
 
+import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
 import shutil
-import uuid
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-SCRATCH = ".partial"  # ends the name of what a kill leaves; it begins with a dot
+SCRATCH = ".partial"
+LEFT = f".*.{'[a-z0-9_]' * 8}{SCRATCH}"  # what a kill leaves
 
 
 @contextmanager
 def replacing(path: Path, cache: bool = False) -> Iterator[Path]:
     """A scratch path for the block to write, as a file or a folder, which then takes the place of `path`.
 
-    If the block raises, `path` stays as it was and the scratch is removed. A kill leaves the scratch, named
-    `.NAME.partial`, for the next write to remove.
+    If the block raises, `path` stays as it was and the scratch is removed. The next write removes what a kill left.
 
-    cache: for files that several processes may write at once, and whose readers check them. Each write has a scratch
-    of its own, and none waits for the disk.
+    cache: for files that need not outlast a power cut, as their readers check them. The write does not wait for the
+    disk, and leaves `remove_left` to the owner of the folder, which may be large.
 
     Raises OSError if `path` cannot be written, also where safetensors and torch raise errors of their own, as they do
     on a full disk.
     """
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}{SCRATCH}" if cache else f".{path.name}{SCRATCH}")
-    remove(scratch)
+    if not cache:
+        remove_left(path.parent, glob.escape(path.name))
     try:
-        yield scratch
-        if not cache:
-            flush(scratch)
-        old = path.with_name(f".{path.name}.old{SCRATCH}")
-        if path.is_dir():  # one folder cannot replace another
-            remove(old)
-            os.replace(path, old)
-        os.replace(scratch, path)
-        remove(old)
+        with scratch_folder(path) as folder:
+            scratch = folder / path.name
+            yield scratch
+            if not cache:
+                flush(scratch)
+            if path.is_dir():  # one folder cannot replace another
+                os.replace(path, folder / "old")
+            os.replace(scratch, path)
         if not cache:
             sync(path.parent)
     except (SafetensorError, RuntimeError) as error:
         raise OSError(f"{path} cannot be written: {error}. Its disk may be full") from error
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A new folder `.NAME.xxxxxxxx.partial` beside `path`, which is removed after the block with all that it holds.
+
+    Its name is random and only this user may enter it, so that nobody can plant a link where the block will write. It
+    is locked, and the kernel frees the lock of a killed process.
+    """
+    folder = Path(tempfile.mkdtemp(SCRATCH, f".{path.name}.", path.parent))
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield folder
     finally:
-        remove(scratch)
+        shutil.rmtree(folder)
+        os.close(handle)
+
+
+def remove_left(folder: Path, name: str = "*") -> None:
+    """Remove the scratch folders that killed writes of files called `name`, a pattern, left in `folder`.
+
+    Those that a live process has locked stay, and so does all that is no folder.
+    """
+    for left in folder.glob(LEFT.replace("*", name)):
+        with suppress(OSError):  # locked, a link, a file, or removed in this moment by another process
+            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.listdir(handle):  # an empty one may be of a process that has yet to lock it
+                    shutil.rmtree(left)
+            finally:
+                os.close(handle)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -99,11 +131,8 @@ def remove(path: Path) -> None:
     name.
     """
     if path.is_dir() and not path.is_symlink():
-        gone = path if path.match(f".*{SCRATCH}") else path.with_name(f".{path.name}.gone{SCRATCH}")
-        if gone != path:
-            remove(gone)
-            os.replace(path, gone)
-        shutil.rmtree(gone)
+        with scratch_folder(path) as folder:
+            os.replace(path, folder / path.name)
     else:
         path.unlink(missing_ok=True)
 

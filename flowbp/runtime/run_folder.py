@@ -28,10 +28,11 @@ from safetensors.numpy import load_file, save_file
 from flowbp.backbones import Backbone
 from flowbp.config import RunConfig, changed, dump
 from flowbp.config.loading import CONFIG
+from flowbp.foreign import cut
 from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress
 from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import ENVIRONMENT, environment
-from flowbp.runtime.files import SCRATCH, by_step, remove, replacing, step_name, without_nan, write_file, write_json
+from flowbp.runtime.files import LEFT, by_step, remove, replacing, step_name, without_nan, write_file, write_json
 from flowbp.runtime.weights import LORA, TRANSFORMER, save_weights
 
 METRICS = "metrics.jsonl"
@@ -42,7 +43,7 @@ MARK = ".flowbp"  # in a folder that a command wrote; it holds the name of the c
 # a kill leaves is a run that goes on as it would have, from its first step.
 WRITTEN = (
     *(CHECKPOINTS, VALIDATION, BEST, LORA, TRANSFORMER, "tensorboard", ENVIRONMENT, "evaluation.json"),
-    *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", f".*{SCRATCH}"),
+    *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", LEFT),
 )
 
 Values = Mapping[str, np.ndarray]  # scores [n] float64 by metric
@@ -113,7 +114,7 @@ class RunFolder:
             )
         found = changed({**old, "output": new["output"]}, new)  # the folder may have moved
         if found.keys() - {"steps"} or new["steps"] < old.get("steps", 0):
-            changes = ", ".join(f"{key} from {was} to {now}" for key, (was, now) in found.items())
+            changes = ", ".join(f"{key} from {cut(was)} to {cut(now)}" for key, (was, now) in found.items())
             raise ValueError(
                 f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from "
                 f"{path}, or choose another output="
@@ -207,7 +208,7 @@ def is_run(folder: Path) -> bool:
         return False
     try:
         keys = yaml.safe_load((folder / CONFIG).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         return False
     needed = {name for name, field in RunConfig.model_fields.items() if field.is_required() or not started}
     return isinstance(keys, dict) and needed <= keys.keys()
@@ -215,7 +216,7 @@ def is_run(folder: Path) -> bool:
 
 def contents(folder: Path) -> set[str]:
     """The names of what lies in `folder`, but for what a killed write left."""
-    return {path.name for path in folder.iterdir() if not path.match(f".*{SCRATCH}")}
+    return {path.name for path in folder.iterdir() if not path.match(LEFT)}
 
 
 def how_to_go_on(output: Path) -> str:
@@ -237,7 +238,7 @@ def mark_folder(folder: Path, command: str) -> None:
     mark = folder / MARK
     if mark.is_file() and mark.read_text() == command:
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or contents(folder)):
         raise FileExistsError(
             f"{folder} holds what {command} did not write there: choose another --out, or an empty folder"
         )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flowbp.backbones import Backbone
 from flowbp.config import ConfigError, OptimizerConfig, TuningConfig
+from flowbp.foreign import short
 from flowbp.names import nearest
 from flowbp.runtime.distributed import shard_like
 
@@ -57,8 +58,8 @@ def check_targets(denoiser: nn.Module, targets: Iterable[str]) -> None:
             linear = [name.split(".") for name, module in modules.items() if isinstance(module, nn.Linear)]
             ends = sorted({".".join(parts[-length:]) for parts in linear})
             raise ConfigError(
-                f"tuning.targets: {target!r} names {what} of this {type(denoiser).__name__}; {nearest(target, ends)}"
-                f"name linear layers, by the end of their names: {', '.join(ends[:8])}"
+                f"tuning.targets: {short(target)} names {what} of this {type(denoiser).__name__}; "
+                f"{nearest(target, ends)}name linear layers, by the end of their names: {', '.join(ends[:8])}"
             )
 
 

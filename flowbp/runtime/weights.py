@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flowbp.backbones import Backbone
 from flowbp.config import load
 from flowbp.config.loading import CONFIG
+from flowbp.foreign import cut
 from flowbp.runtime.checkpoint import CHECKPOINT, STATE, latest_checkpoint, load_parameters, load_state
 from flowbp.runtime.distributed import gathered
 from flowbp.runtime.files import replacing
@@ -60,7 +61,7 @@ def save_weights(backbone: Backbone, output: Path, write: bool = True) -> Path:
     output.mkdir(exist_ok=True)
     with replacing(output / LORA) as scratch:
         kept = {"transformer_lora_layers": layers, "transformer_lora_adapter_metadata": adapter}
-        type(backbone.pipe).save_lora_weights(output, weight_name=scratch.name, **kept)
+        type(backbone.pipe).save_lora_weights(scratch.parent, weight_name=scratch.name, **kept)
     return output / LORA
 
 
@@ -117,7 +118,7 @@ def load_transformer(backbone: Backbone, folder: Path) -> None:
     strange = [*report["missing_keys"], *report["unexpected_keys"], *own.keys() ^ state.keys()]
     strange += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     if strange:
-        raise another_model(backbone, folder, f"{len(strange)} tensors, such as {strange[0]},")
+        raise another_model(backbone, folder, f"{len(strange)} tensors, such as {cut(strange[0])},")
     backbone.denoiser.load_state_dict(check_finite(state, folder))
 
 
@@ -131,7 +132,7 @@ def check_finite(tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     """`tensors`. Raises ValueError if one holds NaN or inf."""
     broken = [name for name, value in tensors.items() if not value.float().isfinite().all()]
     if broken:
-        many = f"{len(broken)} of its {len(tensors)} tensors, such as {broken[0]}"
+        many = f"{len(broken)} of its {len(tensors)} tensors, such as {cut(broken[0])}"
         raise ValueError(f"{source} holds NaN or inf in {many}: what wrote it had diverged; take earlier weights")
     return tensors
 
@@ -147,7 +148,8 @@ def load_lora(backbone: Backbone, file: Path) -> None:
         try:
             return function(tensors, **options)
         except Exception as error:  # diffusers raises whatever a strange file leads it to
-            raise ValueError(f"diffusers does not read {file} as a LoRA of this class: {error!r}") from error
+            cause = cut(repr(error), 300)
+            raise ValueError(f"diffusers does not read {file} as a LoRA of this class: {cause}") from error
 
     denoiser, (tensors, adapter) = backbone.denoiser, read_lora(file)
     check_finite(tensors, file)
@@ -160,9 +162,10 @@ def load_lora(backbone: Backbone, file: Path) -> None:
     strange = [name for name, parts in layers.items() if not fits(shapes[name], **parts)]
     if strange or not layers:
         misfits, of = (strange, f"{len(layers)} layers") if strange else (left, f"{len(tensors)} tensors")
-        raise another_model(backbone, file, f"{len(misfits)} of its {of} ({', '.join(misfits[:3])})")
+        raise another_model(backbone, file, f"{len(misfits)} of its {of} ({', '.join(map(cut, misfits[:3]))})")
     if left:
-        log.warning("%s: %d tensors have no place in the network and are left out: %s", file, len(left), left[:8])
+        names = [cut(name) for name in left[:8]]
+        log.warning("%s: %d tensors have no place in the network and are left out: %s", file, len(left), names)
     state = {}
     for name, parts in layers.items():
         scale = parts["alpha"].item() / len(parts["A"]) if "alpha" in parts else 1
@@ -201,10 +204,12 @@ def read_lora(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         with safe_open(file, "pt") as opened:
             adapter = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "null"))
+            if any(len(name) > 1000 for name in opened.keys()):  # noqa: SIM118
+                raise ValueError("a tensor's name has more than 1000 characters")
             return {name: opened.get_tensor(name) for name in opened.keys()}, adapter  # noqa: SIM118
     except (SafetensorError, ValueError, RecursionError) as error:
         way_out = "pass a run, its checkpoint, or a LoRA file"
-        raise ValueError(f"{file} is not a LoRA in safetensors: {error}; {way_out}") from error
+        raise ValueError(f"{file} is not a LoRA in safetensors: {cut(error, 300)}; {way_out}") from error
 
 
 def weight_files(source: Path) -> list[Path]:
@@ -230,7 +235,7 @@ def load_training_checkpoint(backbone: Backbone, folder: Path) -> None:
     if not config.is_file():
         missing = f"{config}, which says what was trained, is missing"
         raise FileNotFoundError(f"{folder} is a checkpoint of a run, but {missing}")
-    saved, parameters = load_parameters(folder), trainable_parameters(backbone, load(config).tuning)
+    saved, parameters = load_parameters(folder), trainable_parameters(backbone, load(config, run_code=False).tuning)
     if saved.keys() != parameters.keys():
         tensors = f"{folder} holds {len(saved)} tensors and {config} trains {len(parameters)}"
         raise ValueError(f"{tensors}: they belong to different models")

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flowbp.foreign import short
+
 SIZE = 32
 SHAPES = ("circle", "square", "triangle", "cross")
 HUES = {"red": 0, "yellow": 54, "green": 120, "cyan": 180, "blue": 235, "purple": 290}  # degrees
@@ -74,7 +76,7 @@ def parse(text: str) -> Spec:
         *colour, shape = words.split()
         if shape not in SHAPES or len(colour) > 1 or any(c not in HUES for c in colour):
             known = f"shapes {SHAPES}, colours {tuple(HUES)}"
-            raise ValueError(f"{words!r} in caption {text!r} is not '[colour] shape'; {known}")
+            raise ValueError(f"{short(words)} in caption {short(text)} is not '[colour] shape'; {known}")
         return (colour[0] if colour else None), shape
 
     number, _, rest = text.partition(" ")

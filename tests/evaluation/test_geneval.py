@@ -115,6 +115,11 @@ def test_metadata_that_cannot_be_judged_is_refused(clause, says):
             "line 1: IndexError",
         ),
         (["[1]"], "line 1: TypeError"),
+        (["[" * 100_000], "line 1: RecursionError"),
+        (['{"tag": "t", "prompt": "p", "prompt": "q"}'], "line 1: ValueError.*a key stands there twice"),
+        (['{"tag": "t", "prompt": "p", "include": [{"class": "a", "count": 1e999}]}'], "line 1: OverflowError"),
+        (['{"tag": "t", "prompt": "p", "include": [{"class": "a", "count": -1}]}'], "line 1: .*a count of 1 or more"),
+        (['{"tag": "t", "prompt": "p", "include": [{"class": [1], "count": 1}]}'], "line 1: .*the name of a class"),
         (['{"tag": "t", "prompt": "p"}', '{"tag": "counting", "prompt": "p"}'], "line 2: 'p' stands there twice"),
     ],
 )

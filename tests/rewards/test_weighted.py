@@ -210,7 +210,7 @@ def test_several_rewards_have_names_weights_hinges_and_scales(tmp_path):
         ("reward={loss: {model: shapes}}", "'loss' names two metrics"),
         ("reward={monitor: {model: shapes}}", "'monitor' names two metrics"),
         ("reward.weight=0", "greater than 0"),
-        ("reward.smooth.copies=0", "smoothing needs copies >= 1"),
+        ("reward.smooth.copies=0", "smoothing needs 1 to 1000 copies"),
         ("evaluation.monitors.monitor.hinge=1", "unknown key 'hinge'"),
     ],
 )
