@@ -13,8 +13,6 @@ The passes are run on the meta device (`passes`). What an allocator adds to thei
 the CUDA context) is not counted. No estimate was compared with a GPU.
 """
 
-import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +25,6 @@ from flowbp.plan import PlanBatch, SurrogatePlan
 
 MARGIN = 0.15  # of a GPU's memory left for what is not counted
 DRAWS = 64  # plans that a method's node counts are averaged over
-UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 def estimate(config: RunConfig, processes: int = 1) -> "Estimate":
@@ -223,16 +220,6 @@ class Estimate:
 
 
 # -- what fits -------------------------------------------------------------------------------------------------------
-
-
-def parse_size(text: str) -> float:
-    """Bytes of "24GB" (1e9), "24GiB" (2^30) or "80e9"."""
-    number, unit = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", "(?:[KMGT]I?)?"
-    match = re.fullmatch(rf"\s*({number})\s*({unit})B?\s*", text, re.IGNORECASE)
-    size = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
-    if not 0 < size < math.inf or (not match[2] and size < 1e9):  # a bare 24 would be 24 bytes
-        raise ValueError(f"{text!r} is no size of a GPU in bytes: write 24GB, 24GiB or 80e9")
-    return size
 
 
 def suggest(name: str, overrides: Iterable[str], memory: float, processes: int = 1) -> tuple[list[str], int, Estimate]:

@@ -4,11 +4,10 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import yaml
-from matplotlib.figure import Figure
 
 from flowbp.config import RewardConfig, RolloutConfig, RunConfig, flatten
 from flowbp.evaluation import figures
@@ -19,6 +18,9 @@ from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import plain
 from flowbp.runtime.environment import describe_environment, environment
 from flowbp.runtime.files import write_file
+
+if TYPE_CHECKING:  # importing it takes long, and whoever checks a command's input does without
+    from matplotlib.figure import Figure
 
 AXES = {  # metric -> title of its panel, and what its vertical axis counts; any other metric is a score
     "grad_norm": ("gradient norm", "L2 norm before clipping"),
@@ -46,7 +48,7 @@ def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[st
     return pictures
 
 
-def draw_samples(scores: Scores) -> Figure:
+def draw_samples(scores: Scores) -> "Figure":
     """The images that `scores` kept, with their prompts, framed by the checker's verdict if there is one."""
     checker = scores.values.get("checker")
     passed = [None if checker is None else bool(checker[i]) for i in range(len(scores.images))]
@@ -54,13 +56,13 @@ def draw_samples(scores: Scores) -> Figure:
     return figures.sample_grid(scores.images.permute(0, 2, 3, 1).numpy(), captions, passed)
 
 
-def as_png(figure: Figure) -> bytes:
+def as_png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 
-def as_data_uri(picture: Figure | bytes) -> str:
+def as_data_uri(picture: "Figure | bytes") -> str:
     """A figure, or the bytes of a PNG, as a data: URI."""
     png = picture if isinstance(picture, bytes) else as_png(picture)
     return "data:image/png;base64," + base64.b64encode(png).decode()

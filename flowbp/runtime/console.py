@@ -52,13 +52,6 @@ def hush_libraries() -> None:
         logging.getLogger(name).addFilter(lambda record, part=part: part not in record.getMessage())
 
 
-def hide_loading_bars() -> None:
-    """Load pipelines without diffusers' bar of seven parts."""
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
-
-
 def is_main() -> bool:
     """Whether this is the main one of the processes that a launcher started. It loads nothing."""
     return os.environ.get("RANK", "0") == "0"
