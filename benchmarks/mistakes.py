@@ -4,7 +4,8 @@
 
 Every mistake is a command of its own, run in a folder with a few files to be wrong about. A good answer comes within
 LIMIT seconds, before the libraries of models are imported, names what is wrong in one line, and shows neither a
-traceback nor a raw "[Errno". A slow answer is asked for twice more, and the least counts. The script exits with code 1 if any answer is not good.
+traceback nor a raw "[Errno". A slow answer is asked for twice more, and the least counts. The script exits with code 1
+if any answer is not good.
 """
 
 import argparse
