@@ -6,6 +6,9 @@ seconds to import, so what needs it is loaded when it is first used.
 
 import importlib
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKBONES", "KNOWN_MODELS", "load_backbone", "locate"]
 __all__ += ["Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "check_guidance"]
+
+# diffusers imports transformers' image processors, which say that they lack torchvision; nothing here calls them.
+logging.getLogger("transformers.utils.import_utils").addFilter(lambda said: "torchvision" not in said.getMessage())
 
 ABSENT = [None, None]
 KNOWN_MODELS = {
@@ -54,7 +60,6 @@ def load_backbone(
     """
     location, index = read_index(name)
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
 
     from flowbp.backbones.classes import BACKBONES
 
@@ -63,17 +68,29 @@ def load_backbone(
         raise ValueError(f"no backbone for {class_name} ({location}); there is one for {', '.join(BACKBONES)}")
     absent = [part for part, value in index.items() if value == ABSENT]
     options = dict.fromkeys(absent) | {"dtype": getattr(torch, dtype), "local_files_only": offline, "variant": variant}
-    shown = logging.is_progress_bar_enabled()
     try:
-        logging.disable_progress_bar()  # of the pipeline's parts, here alone
-        pipe = DiffusionPipeline.from_pretrained(location, **options)
+        with without_bars():
+            pipe = DiffusionPipeline.from_pretrained(location, **options)
     except (OSError, ValueError) as error:
         way_out = "names such as model.fp16.safetensors need backbone.variant=fp16, others null"
         raise OSError(f"{location} cannot be read with backbone.variant={variant}: {error}; {way_out}") from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     return BACKBONES[class_name](pipe.to(device), precision, max_sequence_length)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hide the bars of diffusers and transformers, one for each part of a pipeline, during the block."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [bars for bars in (of_diffusers, of_transformers) if bars.is_progress_bar_enabled()]
+    for bars in shown:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for bars in shown:
+            bars.enable_progress_bar()
 
 
 def read_index(name: str) -> tuple[str, dict[str, Any]]:

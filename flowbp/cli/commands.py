@@ -156,7 +156,15 @@ def estimate(
         price = f"most steps of optimizer.lr={run.optimizer.lr:g} round to nothing in bfloat16: docs/training.md"
         size = f"{gigabytes(narrow.peak)} GB"
         say(f"without master weights (tuning.master_weights=false) it takes {size}, and {price}")
-    added, count, smaller = estimates.suggest(config, overrides or [], memory, processes)
+    say("looking for what fits:")
+
+    def tell(added: list[str], count: int, found: estimates.Estimate) -> None:
+        if count == 2 * processes:
+            say(f"no setting that is known here fits {processes} process{'es' if processes > 1 else ''}:")
+        on = f"{count} processes, " if count > processes else ""
+        say_unwrapped(f"  {gigabytes(found.peak)} GB with {on}{added[-1]}")
+
+    added, count, smaller = estimates.suggest(config, overrides or [], memory, processes, tell)
     outcome = "fits" if smaller.fits(memory) else f"the smallest found still does not fit, for the {smaller.peak_phase}"
     say(f"{outcome}: {gigabytes(smaller.peak)} GB a process, {smaller.relative_cost:.1f} x sampling, with")
     say_unwrapped(f"  {' '.join(added) or 'nothing changed'}")
@@ -265,7 +273,7 @@ def compare(
     results = compare_runs(runs, out)
     first, *others = names = [run["name"] for run in results["runs"]]
     if results["unfair"]:
-        reason = "more than the method differs" if results["point"] else "of equal methods"
+        reason = "more than the method differs" if results["point"] else "the methods are equal, other settings differ"
         title = Text.assemble(("not a fair comparison", "bold yellow"), f": {reason}")
         table = Table(Column("key", overflow="fold"), "value: runs", "so it is", title=title)
         for key, difference in results["unfair"].items():
@@ -352,11 +360,11 @@ def rewards(
 def presets(name: Annotated[str | None, Argument(help="print this one as a config")] = None) -> None:
     """List the presets, or print one as a config to start from."""
     from flowbp.cli.tables import non_defaults
-    from flowbp.config import dump, load
+    from flowbp.config import commented, dump, load
     from flowbp.presets import names
 
     if name is not None:
-        typer.echo(dump(load(name)), nl=False)
+        typer.echo(commented(dump(load(name))), nl=False)
         return
     settings = (Column(key, overflow="fold") for key in ("batch", "guidance", "method"))
     title = "flowbp train PRESET; defaults are left out, flowbp presets PRESET prints all"

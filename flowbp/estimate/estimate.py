@@ -13,7 +13,7 @@ The passes are run on the meta device (`passes`). What an allocator adds to thei
 the CUDA context) is not counted. No estimate was compared with a GPU.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -222,11 +222,19 @@ class Estimate:
 # -- what fits -------------------------------------------------------------------------------------------------------
 
 
-def suggest(name: str, overrides: Iterable[str], memory: float, processes: int = 1) -> tuple[list[str], int, Estimate]:
+def suggest(
+    name: str,
+    overrides: Iterable[str],
+    memory: float,
+    processes: int = 1,
+    tell: Callable[[list[str], int, Estimate], object] = lambda added, processes, found: None,
+) -> tuple[list[str], int, Estimate]:
     """(overrides to add, processes, the estimate) of a run that fits into `memory` bytes, or of the smallest found.
 
     Each round takes the first change that acts on the phase of the peak and lowers the peak. Changes that leave the
     step as it is come first. After these, the weights are sharded over twice as many processes, as long as that helps.
+
+    tell is called with each better run on the way.
     """
     overrides, added = list(overrides), []
     config = load(name, overrides)
@@ -241,12 +249,14 @@ def suggest(name: str, overrides: Iterable[str], memory: float, processes: int =
             break
         left.remove((phases, change))
         added, found = candidate, tried
+        tell(added, processes, found)
     while not found.fits(memory):
         candidate = over(added, ["memory.shard=true"])
         tried = estimate(load(name, [*overrides, *candidate]), 2 * processes)
         if tried.peak >= found.peak:
             break
         added, processes, found = candidate, 2 * processes, tried
+        tell(added, processes, found)
     return added, processes, found
 
 

@@ -108,7 +108,7 @@ def announce(trainer: Trainer, output: Path, done: int) -> None:
     }
     console = TextConsole(stderr=True)
     for label, text in facts.items():
-        console.print(f"{label:8} {text}", highlight=False)
+        console.print(f"{label:8} {text}", highlight=False, soft_wrap=True)
 
 
 def restore(trainer: Trainer, folder: RunFolder) -> int:
