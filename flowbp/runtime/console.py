@@ -46,6 +46,8 @@ class TextBar(tqdm):
     """Progress in one line, which holds the figures of the postfix, from the first on, that fit the terminal whole."""
 
     def __str__(self) -> str:
+        if self.bar_format is not None:
+            return plain(super().__str__())
         about = self.format_dict
         gone, left = self.format_meter(**about | {"bar_format": "{elapsed},{remaining}"}).split(",")
         first, *others = about["postfix"].split(", ") if about["postfix"] else [f"{left} left"]
