@@ -85,7 +85,7 @@ def check_flowbp(arguments: list[str]) -> None:
     overrides = given.get("overrides") or ()
     if name == "plan":
         build_method({"name": given["method"]} | parse_overrides(overrides))
-    elif name == "rewards" and given["name"] is not None:
+    elif name == "rewards" and given["name"] is not None and ":" not in given["name"]:
         find_source(given["name"])
     elif name == "presets" and given["name"] is not None:
         load(given["name"])

@@ -36,6 +36,25 @@ def test_ctrl_c_says_what_is_saved_and_how_to_go_on(tmp_path, monkeypatch):
     result = CliRunner().invoke(cli.app, ["train", str(run), "--resume"])
     assert result.exit_code == 0, result.output
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    said = " ".join(result.output.split())
+    for fact in (
+        "flowbp-lagrange",
+        "LoRA of rank 32",
+        "clip (model shapes",
+        "2 images on",
+        "goes on after step 2 of 3",
+    ):
+        assert fact in said
+    assert steps_in_tensorboard(run) == [1, 2, 3]
+
+
+def steps_in_tensorboard(run):
+    """The steps of the loss, as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return [event.step for event in events.Scalars("loss")]
 
 
 def test_ctrl_c_before_the_first_checkpoint_says_so(tmp_path, monkeypatch):
@@ -48,6 +67,13 @@ def test_the_folder_of_a_run_is_its_config(tmp_path):
         yaml.safe_dump({"output": "here"} | load("demo", ["seed=7"]).model_dump(mode="json"))
     )
     assert load(tmp_path) == load("demo", ["seed=7"])
+
+
+def test_a_preset_is_printed_with_what_its_keys_mean_and_is_a_config(tmp_path):
+    printed = CliRunner().invoke(cli.app, ["presets", "demo"]).output
+    assert "  hinge: 0.8  # target in the reward's own units" in printed and "  every: null  # steps between" in printed
+    (tmp_path / "config.yaml").write_text(printed)
+    assert load(tmp_path) == load("demo")
 
 
 @pytest.mark.parametrize(

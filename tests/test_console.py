@@ -13,7 +13,7 @@ from rich.table import Table
 import flowbp
 from flowbp.cli import commands
 from flowbp.cli.tables import comparison_table, listed, means_table
-from flowbp.runtime.console import HARMLESS, TextConsole, plain, progress_bar, tame_libraries
+from flowbp.runtime.console import HARMLESS, TextBar, TextConsole, plain, progress_bar, tame_libraries
 
 TYPED = "a [/b] [red]cat[/red] :cat: $$ 猫 👨\u200d👩"
 OBEYED = "\x1b[2J\x1b]0;owned\x07\r\x9b1m\u202e\udc80"
@@ -29,6 +29,17 @@ def test_progress_in_a_file_is_lines_without_control_characters(monkeypatch):
     first, last = stream.getvalue().splitlines()
     assert first.startswith("train: 1/3 steps") and last.startswith("train: 3/3 steps") and last.endswith("reward 0.5")
     assert not {"\r", "\x1b"} & set(stream.getvalue())
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
+def test_a_bar_is_one_line_of_whole_figures_of_which_the_first_stay(width):
+    figures = ["reward 0.4934", "00:00 left", "2 skipped", "1.32 s/step", "peak 740 MB", "00:00 gone"]
+    bar = TextBar(desc="train", total=300, initial=120, ncols=width, file=io.StringIO())
+    bar.set_postfix_str(", ".join(figures[:1] + figures[2:5]), refresh=False)
+    line = re.sub(r"\|.*\|", ",", str(bar)).replace(" ,", ",").replace("? left", "00:00 left")
+    begun, *told = line.split(", ")
+    assert len(str(bar)) < width and begun == "train 120/300" and told == figures[: len(told)]
+    assert len(told) >= {20: 0, 40: 1, 60: 3, 80: 5, 120: 6}[width]
 
 
 def test_one_process_of_several_shows_progress(monkeypatch):

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from flowbp.backbones import load_backbone
 from flowbp.cli import app
 from flowbp.config import load
-from flowbp.estimate.estimate import estimate, parse_size, suggest, without_masters
+from flowbp.estimate.estimate import estimate, suggest, without_masters
 from flowbp.runtime.embeddings import embed_once, text_encoders
+from flowbp.runtime.inputs import parse_size
 from flowbp.runtime.memory import LiveBytes, Phases
 from flowbp.training.trainer import Trainer
 

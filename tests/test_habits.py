@@ -31,6 +31,12 @@ def test_github_accepts_the_workflow(path):
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+def test_the_source_distribution_holds_every_folder_of_the_checkout():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    folders = {path.partition("/")[0] for path in tracked if "/" in path} - {"flowbp", "flowbp_kernels"}
+    assert folders <= set(re.findall(r"^graft (\S+)$", (ROOT / "MANIFEST.in").read_text(), re.MULTILINE))
+
+
 @pytest.mark.parametrize("path", [*WORKFLOWS, ROOT / ".ci/run", ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
 def test_every_target_of_make_that_is_named_exists(path):
     lines = path.read_text().replace("`", "\n")

@@ -1,32 +1,39 @@
 """Backbones: diffusers pipelines behind one protocol. They know diffusers and no method.
 
-The pipeline class that a checkpoint names in its model_index.json chooses the backbone. To add a backbone, add one file
-and one line of BACKBONES.
+The pipeline class that a checkpoint names in its model_index.json chooses the backbone (`classes`). diffusers takes
+seconds to import, so what needs it is loaded when it is first used.
 """
 
+import importlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline
 
-from flowbp.backbones.base import Backbone, DiffusersBackbone, Precision, bind_velocity, check_guidance
-from flowbp.backbones.flux import FluxBackbone
-from flowbp.backbones.flux2 import Flux2Backbone
-from flowbp.backbones.sd3 import SD3Backbone
-from flowbp.backbones.zimage import ZImageBackbone
-from flowbp.foreign import cut, short
+from flowbp.foreign import cut, read_text, short
 from flowbp.names import nearest
+
+if TYPE_CHECKING:
+    from flowbp.backbones.classes import (  # noqa: F401
+        BACKBONES,
+        Backbone,
+        DiffusersBackbone,
+        Precision,
+        bind_velocity,
+        check_guidance,
+    )
 
 __all__ = ["BACKBONES", "KNOWN_MODELS", "load_backbone", "locate"]
 __all__ += ["Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "check_guidance"]
 
-BACKBONES: dict[str, type[DiffusersBackbone]] = {
-    "StableDiffusion3Pipeline": SD3Backbone,
-    "FluxPipeline": FluxBackbone,
-    "Flux2KleinPipeline": Flux2Backbone,
-    "ZImagePipeline": ZImageBackbone,
-}
+# diffusers imports transformers' image processors, which say that they lack torchvision; nothing here calls them.
+logging.getLogger("transformers.utils.import_utils").addFilter(lambda said: "torchvision" not in said.getMessage())
 
+ABSENT = [None, None]
 KNOWN_MODELS = {
     "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
     "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
@@ -41,10 +48,10 @@ def load_backbone(
     name: str,
     dtype: str = "float32",
     device: str = "cpu",
-    precision: Precision = "float32",
+    precision: "Precision" = "float32",
     max_sequence_length: int | None = None,
     variant: str | None = None,
-) -> Backbone:
+) -> "Backbone":
     """The backbone of `name`: "shapes" (the embedded model), a known model, a local pipeline folder, or a Hub id.
 
     dtype: of the weights, "float32", "bfloat16" or "float16".  precision, max_sequence_length: see `DiffusersBackbone`.
@@ -52,38 +59,72 @@ def load_backbone(
     Raises ValueError for an unknown name, a folder that is no pipeline, or a class without a backbone; OSError for a
     model that can be neither read nor downloaded, and for a folder without a part that its model_index.json names.
     """
-    location = locate(name)
-    offline = Path(location).is_dir()
+    location, index = read_index(name)
+    from diffusers import DiffusionPipeline
+
+    from flowbp.backbones.classes import BACKBONES
+
+    class_name, offline = index.get("_class_name"), Path(location).is_dir()
+    if class_name not in BACKBONES:
+        raise ValueError(f"no backbone for {cut(class_name)} ({location}); there is one for {', '.join(BACKBONES)}")
+    absent = [part for part, value in index.items() if value == ABSENT]
+    options = dict.fromkeys(absent) | {"dtype": getattr(torch, dtype), "local_files_only": offline, "variant": variant}
     try:
-        index = DiffusionPipeline.load_config(location, local_files_only=offline)
-    except OSError as error:
+        with without_bars():
+            pipe = DiffusionPipeline.from_pretrained(location, **options)
+    except (OSError, ValueError) as error:
+        way_out = "names such as model.fp16.safetensors need backbone.variant=fp16, others null"
+        raise OSError(f"{location} cannot be read with backbone.variant={variant}: {error}; {way_out}") from error
+    return BACKBONES[class_name](pipe.to(device), precision, max_sequence_length)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hide the bars of diffusers and transformers, one for each part of a pipeline, during the block."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [bars for bars in (of_diffusers, of_transformers) if bars.is_progress_bar_enabled()]
+    for bars in shown:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for bars in shown:
+            bars.enable_progress_bar()
+
+
+def read_index(name: str) -> tuple[str, dict[str, Any]]:
+    """(where the model of `name` is, its model_index.json), without diffusers. Raises as `load_backbone` does."""
+    location = locate(name)
+    try:
+        if Path(location).is_dir():
+            file = Path(location, "model_index.json")
+        else:
+            from huggingface_hub import hf_hub_download
+
+            file = Path(hf_hub_download(location, "model_index.json"))
+        index = json.loads(read_text(file))
+        if not isinstance(index, dict):
+            raise ValueError(f"{file} is no object of JSON")
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or no Hub id
         cause = str(error).splitlines()[0].rstrip(".")
         raise OSError(
             f"{location} is neither on this disk nor within reach ({cause}). If its page on huggingface.co asks to "
             f"accept a licence, do so and run `hf auth login`. To work offline, run `hf download {location} "
             "--local-dir FOLDER` where there is a network, and set backbone.name=FOLDER"
         ) from error
-    class_name = str(index.get("_class_name"))
-    if class_name not in BACKBONES:
-        raise ValueError(f"no backbone for {cut(class_name)} ({location}); there is one for {', '.join(BACKBONES)}")
-    # model_index.json lists a part that was left out, such as the T5 of an SD3, as [null, null].
-    parts = {part: tuple(value) for part, value in index.items() if isinstance(value, (list, tuple))}
-    if strange := [part for part, value in parts.items() if value[0] not in (None, "diffusers", "transformers")]:
+    # It lists a part that was left out, such as the T5 of an SD3, as [null, null].
+    parts = {part: value for part, value in index.items() if isinstance(value, list) and value != ABSENT}
+    if strange := [part for part, value in parts.items() if value[:1] not in (["diffusers"], ["transformers"])]:
         raise ValueError(f"{location} has code of its own for its {cut(strange[0])}, which would have to run: refused")
-    absent = [part for part, value in parts.items() if value == (None, None)]
-    missing = [part for part in parts if offline and part not in absent and not Path(location, part).is_dir()]
+    missing = [part for part in parts if Path(location).is_dir() and not Path(location, part).is_dir()]
     if missing:
         raise OSError(
             f"{location} lacks the folder {missing[0]}, which its model_index.json names: download it, or, for a part "
             f'that the model does without (the T5 of an SD3), write "{missing[0]}": [null, null] there'
         )
-    options = dict.fromkeys(absent) | {"dtype": getattr(torch, dtype), "local_files_only": offline, "variant": variant}
-    try:
-        pipe = DiffusionPipeline.from_pretrained(location, **options)
-    except (OSError, ValueError) as error:
-        way_out = "names such as model.fp16.safetensors need backbone.variant=fp16, others null"
-        raise OSError(f"{location} cannot be read with backbone.variant={variant}: {error}; {way_out}") from error
-    return BACKBONES[class_name](pipe.to(device), precision, max_sequence_length)
+    return location, index
 
 
 def locate(name: str) -> str:
@@ -100,3 +141,9 @@ def locate(name: str) -> str:
     if Path(location).is_dir() and not Path(location, "model_index.json").is_file():
         raise ValueError(f"{location} holds no model_index.json: pass the folder of a diffusers pipeline")
     return location
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"{__name__} has no {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"{__name__}.classes"), name)

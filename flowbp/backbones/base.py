@@ -6,6 +6,7 @@ Euler step acts on each entry by itself.
 """
 
 import functools
+import logging
 from abc import ABC, abstractmethod
 from typing import Any, Literal, Protocol
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from flowbp.guidance import Conditioning, Guidance, GuidedVelocity, NetworkVelocity
 
+log = logging.getLogger(__name__)
 Precision = Literal["pipeline", "float32"]
 NoiseLevels = Literal["published", "pipeline"]
 
@@ -141,6 +143,19 @@ class DiffusersBackbone(ABC):
 
     @abstractmethod
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
+
+    def warn_of_cut(self, prompts: list[str], **template: Any) -> None:
+        """Say which prompts are longer than what the network reads of them, for pipelines that do not say it.
+
+        template: options of the tokenizer's chat template.
+        """
+        tokenizer = self.pipe.tokenizer
+        for prompt in prompts:
+            turn = [{"role": "user", "content": prompt}]
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **template)
+            if (count := len(tokenizer(text).input_ids)) > self.text_tokens:
+                cut = f"has {count} tokens with its template, of which {self.text_tokens} are read"
+                log.warning("the prompt %.60r %s: raise backbone.max_sequence_length", prompt, cut)
 
     def pipeline_levels(self, num_steps: int) -> dict[str, Any]:
         """The arguments by which the pipeline names its noise levels, before their shift, to `set_timesteps`. Most

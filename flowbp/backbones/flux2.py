@@ -31,6 +31,7 @@ class Flux2Backbone(DiffusersBackbone):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
+        self.warn_of_cut(prompts, enable_thinking=False)
         embeds, _ = self.pipe.encode_prompt(prompts, device=self.text_device, **self.text_options)
         return {"encoder_hidden_states": embeds}
 

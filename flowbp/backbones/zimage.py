@@ -30,6 +30,7 @@ class ZImageBackbone(DiffusersBackbone):
         """Embeddings [B, max_sequence_length, D], which are 0 from each prompt's length on, and the lengths [B]."""
         options = {"device": self.text_device, "max_sequence_length": self.text_tokens}
         prompts = list(prompts)  # a copy, because the pipeline writes its chat template into the list
+        self.warn_of_cut(prompts, enable_thinking=True)
         embeds, _ = self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **options)
         lengths = [len(embed) for embed in embeds]
         padded = [F.pad(embed, (0, 0, 0, self.text_tokens - len(embed))) for embed in embeds]

@@ -1,5 +1,6 @@
 """The command line: train, presets, estimate, sample, export, eval, compare, plan, rewards, doctor, bench."""
 
+import gc
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from typer import Argument, Option
 
 from flowbp import __version__
 from flowbp.foreign import cut
-from flowbp.runtime.console import TextConsole, hide_loading_bars, tame_libraries
+from flowbp.runtime.console import TextConsole, tame_libraries
 
 # Commands read their config before they import what it takes to run it, so that a mistake is told within two seconds.
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -30,6 +31,7 @@ Processes = Annotated[int, Option(min=1, help="of this machine; a step takes dat
 
 def main() -> None:
     """Run the command line; errors of the user's making end with one clear message instead of a traceback."""
+    gc.disable()  # looking for garbage, of which imports leave none, takes a tenth of their time
     try:
         if code := app(standalone_mode=False):
             sys.exit(code)
@@ -38,12 +40,16 @@ def main() -> None:
         if hasattr(error, "format_message"):  # typer's own errors, whose class differs between its versions
             command = getattr(getattr(error, "ctx", None), "command_path", "flowbp")
             message = error.format_message() and f"{error.format_message()} ({command} --help)"
+        elif isinstance(error, OSError) and error.strerror and error.filename:  # else: "[Errno 2] No such file ..."
+            message = f"{error.filename}: {error.strerror}"
         elif not isinstance(error, ValueError | OSError | RecursionError):
             raise
         if message:  # none after the help that a command without arguments has printed
             to_stderr = TextConsole(stderr=True, quiet=False)
             to_stderr.print(Text("error:", "bold red"), cut(message, 4000), highlight=False, soft_wrap=True)
         sys.exit(2)
+    finally:
+        gc.enable()
 
 
 def show_version(wanted: bool) -> None:
@@ -75,17 +81,21 @@ def train(
     from flowbp.config import load, parse_overrides
 
     settings = load(config, overrides or ())
-    from flowbp.cli.tables import comparison_table
     from flowbp.presets import names
+    from flowbp.runtime.inputs import check_inputs
     from flowbp.runtime.processes import launched
-    from flowbp.runtime.run_folder import how_to_go_on, is_run
-    from flowbp.training.run import train as run
+    from flowbp.runtime.run_folder import RunFolder, how_to_go_on, is_run
 
     if config not in names() and is_run(Path(config)) and "output" not in parse_overrides(overrides or ()):
         settings = settings.model_copy(update={"output": Path(config)})
-    hide_loading_bars()
     try:
         with launched(processes):
+            RunFolder(settings.output).check(settings, resume, overwrite)
+            check_inputs(settings, train=True)
+            from flowbp.cli.tables import comparison_table
+            from flowbp.training.run import train as run
+
+            gc.enable()
             output = run(settings, resume, overwrite)
     except KeyboardInterrupt as stop:
         say_unwrapped(f"\nstopped. {how_to_go_on(settings.output)}")
@@ -123,10 +133,18 @@ def estimate(
     from flowbp.config import load
 
     run = load(config, overrides or (), run_code=False)
+    from flowbp.backbones import KNOWN_MODELS, read_index
+    from flowbp.runtime.inputs import check_target, parse_size
+
+    memory = None if gpu_memory is None else parse_size(gpu_memory)
+    if json_file is not None:
+        check_target("--json", json_file)
+    if run.backbone.name not in KNOWN_MODELS:  # their sizes are known
+        read_index(run.backbone.name)
     from flowbp.cli.tables import estimate_table, gigabytes
     from flowbp.estimate import estimate as estimates
 
-    memory = None if gpu_memory is None else estimates.parse_size(gpu_memory)
+    gc.enable()
     whole = estimates.estimate(run, processes)
     console.print(estimate_table(whole, f"{config}, {processes} process{'es' if processes > 1 else ''}"))
     calls = ", ".join(f"{name} {count:.1f}" for name, count in whole.calls.items())
@@ -147,7 +165,15 @@ def estimate(
         price = f"most steps of optimizer.lr={run.optimizer.lr:g} round to nothing in bfloat16: docs/training.md"
         size = f"{gigabytes(narrow.peak)} GB"
         say(f"without master weights (tuning.master_weights=false) it takes {size}, and {price}")
-    added, count, smaller = estimates.suggest(config, overrides or [], memory, processes)
+    say("looking for what fits:")
+
+    def tell(added: list[str], count: int, found: estimates.Estimate) -> None:
+        if count == 2 * processes:
+            say(f"no setting that is known here fits {processes} process{'es' if processes > 1 else ''}:")
+        on = f"{count} processes, " if count > processes else ""
+        say_unwrapped(f"  {gigabytes(found.peak)} GB with {on}{added[-1]}")
+
+    added, count, smaller = estimates.suggest(config, overrides or [], memory, processes, tell)
     outcome = "fits" if smaller.fits(memory) else f"the smallest found still does not fit, for the {smaller.peak_phase}"
     say(f"{outcome}: {gigabytes(smaller.peak)} GB a process, {smaller.relative_cost:.1f} x sampling, with")
     say_unwrapped(f"  {' '.join(added) or 'nothing changed'}")
@@ -167,13 +193,21 @@ def sample(
     from flowbp.config import load
 
     run, count = load(config, run_code=False), len(prompts)
+    from flowbp.backbones import read_index
+    from flowbp.runtime.inputs import check_target
+    from flowbp.runtime.weights import weight_files
+
+    check_target("--out", out, ".png")
+    read_index(run.backbone.name)
+    if weights is not None:
+        weight_files(weights)
     from flowbp.evaluation.figures import sample_grid
     from flowbp.evaluation.scores import generate
     from flowbp.runtime.data import sample_seeds
     from flowbp.runtime.distributed import process_state
     from flowbp.runtime.tuned_model import frozen_backbone
 
-    hide_loading_bars()
+    gc.enable()
     backbone = frozen_backbone(run, weights, str(process_state().device))
     seeds, sampling = sample_seeds(seed, count=count), (run.evaluation_rollout, run.evaluation_guidance)
     images = generate(backbone, prompts, seeds, *sampling)
@@ -190,8 +224,10 @@ def export(
     """Write a run's LoRA as one file for ComfyUI, with alpha / rank in the weights. (A run's own file is for
     diffusers.)
     """
+    from flowbp.runtime.inputs import check_target
     from flowbp.runtime.weights import export_comfyui
 
+    check_target("the file", out, ".safetensors")
     export_comfyui(run, out)
     console.print(f"wrote {out}", soft_wrap=True)
 
@@ -216,16 +252,19 @@ def evaluate(
 
     is_run = (Path(config) / "config.yaml").is_file()
     run = load(config, overrides or ())
-    from flowbp.cli.tables import evaluation_tables
     from flowbp.evaluation.models import name_models, run_evaluation
+    from flowbp.runtime.inputs import check_inputs
     from flowbp.runtime.processes import launched
 
     models = name_models(weights or ([config] if is_run else []))
     folder = out or Path(f"{config.rstrip('/') if is_run else run.output}-eval")
-    hide_loading_bars()
     with launched(processes):
+        check_inputs(run)
+        gc.enable()
         results = run_evaluation(run, models, folder, overwrite)
     if not console.quiet:
+        from flowbp.cli.tables import evaluation_tables
+
         options = run.evaluation
         for table in evaluation_tables(results, f"{options.prompts}, {options.samples} images, seed {options.seed}"):
             console.print(table)
@@ -244,7 +283,7 @@ def compare(
     results = compare_runs(runs, out)
     first, *others = names = [run["name"] for run in results["runs"]]
     if results["unfair"]:
-        reason = "more than the method differs" if results["point"] else "of equal methods"
+        reason = "more than the method differs" if results["point"] else "the methods are equal, other settings differ"
         title = Text.assemble(("not a fair comparison", "bold yellow"), f": {reason}")
         table = Table(Column("key", overflow="fold"), "value: runs", "so it is", title=title)
         for key, difference in results["unfair"].items():
@@ -279,7 +318,10 @@ def plan(
 
     from flowbp.cli.tables import plan_table
     from flowbp.config import build_method, parse_overrides
+    from flowbp.runtime.inputs import check_target
 
+    if png is not None:
+        check_target("--png", png, ".png")
     u = 1.0 - np.arange(steps) / steps
     sigmas = np.append(shift * u / (1.0 + (shift - 1.0) * u), 0.0)
     drawn = build_method({"name": method} | parse_overrides(overrides or ())).plan(sigmas, np.random.default_rng(seed))
@@ -299,8 +341,17 @@ def rewards(
     name: Annotated[str | None, Argument(help="tell more of one reward, and how to fetch it")] = None,
 ) -> None:
     """List the rewards: their checkpoints, licences, scores and usual hinges."""
-    from flowbp.rewards.registry import REWARDS, find_source, how_to_fetch
+    from flowbp.rewards.registry import EMBEDDED, REWARDS, find_source, how_to_fetch
 
+    if name in EMBEDDED:
+        say(f"{name} is a model of the reward clip, and part of flowbp: reward={{name: clip, model: {name}}}")
+        return
+    if name is not None and ":" in name:
+        from flowbp.rewards.callable import CallableReward
+
+        CallableReward.find(name)
+        say(f"{name} is a reward of your own, and was found: reward={{name: '{name}'}}")
+        return
     columns = (Column("reward, checkpoint, paper", no_wrap=True), "parameters, licence, scores")
     table = Table(*columns, Column("hinge", justify="right"), title="flowbp rewards", show_lines=True)
     for key, source in REWARDS.items() if name is None else [(name, find_source(name))]:
@@ -319,11 +370,11 @@ def rewards(
 def presets(name: Annotated[str | None, Argument(help="print this one as a config")] = None) -> None:
     """List the presets, or print one as a config to start from."""
     from flowbp.cli.tables import non_defaults
-    from flowbp.config import dump, load
+    from flowbp.config import commented, dump, load
     from flowbp.presets import names
 
     if name is not None:
-        typer.echo(dump(load(name, run_code=False)), nl=False)
+        typer.echo(commented(dump(load(name, run_code=False))), nl=False)
         return
     settings = (Column(key, overflow="fold") for key in ("batch", "guidance", "method"))
     title = "flowbp train PRESET; defaults are left out, flowbp presets PRESET prints all"
@@ -368,4 +419,5 @@ def bench(context: typer.Context) -> None:
     """Time the kernels beside eager PyTorch and torch.compile (options: flowbp bench --help)."""
     from flowbp_kernels.bench import main as run
 
+    gc.enable()
     run(context.args)

@@ -5,7 +5,7 @@ overrides. Method, pair sampler, guidance and smoothing are built straight from 
 their configuration. What can be known without loading a model is checked here.
 """
 
-from flowbp.config.loading import changed, dump, flatten, load, parse_overrides
+from flowbp.config.loading import changed, commented, dump, flatten, load, parse_overrides
 from flowbp.config.registry import ConfigError, build_method, describe
 from flowbp.config.schema import (
     BackboneConfig,
@@ -21,6 +21,7 @@ from flowbp.config.schema import (
     by_name,
 )
 
-__all__ = ["ConfigError", "build_method", "changed", "describe", "dump", "flatten", "load", "parse_overrides"]
+__all__ = ["ConfigError", "build_method", "changed", "commented", "describe", "dump"]
+__all__ += ["flatten", "load", "parse_overrides"]
 __all__ += ["BackboneConfig", "EvaluationConfig", "GenEvalConfig", "MemoryConfig", "OptimizerConfig"]
 __all__ += ["RewardConfig", "RolloutConfig", "RunConfig", "ScorerConfig", "TuningConfig", "by_name"]

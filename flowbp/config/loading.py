@@ -151,6 +151,22 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def commented(text: str) -> str:
+    """What `dump` gives, with the description of each key behind it."""
+    lines, path = [], []
+    for line in text.splitlines():
+        name = line.strip().partition(":")[0]
+        if not line.strip().startswith("- "):
+            path = [*path[: (len(line) - len(line.lstrip())) // 2], name]
+        cls, field = RunConfig, None
+        for part in path:
+            field = cls.model_fields.get(part) if cls is not None else None
+            cls = dict(cls.sections()).get(part) if cls is not None else None
+        about = field.description if field is not None and path[-1] == name else None
+        lines.append(f"{line}  # {about}" if about else line)
+    return "\n".join(lines) + "\n"
+
+
 def _number_or_yaml(text: str) -> Any:
     """The YAML value of `text`, but 1e-4 is a number: YAML itself reads a string where there is no point."""
     try:

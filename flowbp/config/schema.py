@@ -392,7 +392,7 @@ class RunConfig(Strict):
         """A token of the known models is 2 x 2 latents of 8 x 8 pixels. Other models are checked when they are read."""
         name, height, width = self.backbone.name, self.rollout.height, self.rollout.width
         if height % 16 or width % 16:
-            from flowbp.backbones import KNOWN_MODELS  # imports diffusers
+            from flowbp.backbones import KNOWN_MODELS
 
             if name in KNOWN_MODELS:
                 raise ValueError(f"{name} draws images whose sides are multiples of 16 pixels, not {height} x {width}")

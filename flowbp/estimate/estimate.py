@@ -13,9 +13,7 @@ The passes are run on the meta device (`passes`). What an allocator adds to thei
 the CUDA context) is not counted. No estimate was compared with a GPU.
 """
 
-import math
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,13 +21,11 @@ import numpy as np
 
 from flowbp.config import RunConfig, load
 from flowbp.estimate.passes import NetworkPass, RewardPass, TextPass, draw_plan, network_pass, reward_pass, text_pass
-from flowbp.foreign import short
 from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.trajectory import ring_rows
 
 MARGIN = 0.15  # of a GPU's memory left for what is not counted
 DRAWS = 64  # plans that a method's node counts are averaged over
-UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 def estimate(config: RunConfig, processes: int = 1) -> "Estimate":
@@ -233,21 +229,19 @@ class Estimate:
 # -- what fits -------------------------------------------------------------------------------------------------------
 
 
-def parse_size(text: str) -> float:
-    """Bytes of "24GB" (1e9), "24GiB" (2^30) or "80e9"."""
-    number, unit = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?", "(?:[KMGT]I?)?"
-    match = re.fullmatch(rf"\s*({number})\s*({unit})B?\s*", text, re.IGNORECASE)
-    size = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
-    if not 0 < size < math.inf or (not match[2] and size < 1e9):  # a bare 24 would be 24 bytes
-        raise ValueError(f"{short(text)} is no size of a GPU in bytes: write 24GB, 24GiB or 80e9")
-    return size
-
-
-def suggest(name: str, overrides: Iterable[str], memory: float, processes: int = 1) -> tuple[list[str], int, Estimate]:
+def suggest(
+    name: str,
+    overrides: Iterable[str],
+    memory: float,
+    processes: int = 1,
+    tell: Callable[[list[str], int, Estimate], object] = lambda added, processes, found: None,
+) -> tuple[list[str], int, Estimate]:
     """(overrides to add, processes, the estimate) of a run that fits into `memory` bytes, or of the smallest found.
 
     Each round takes the first change that acts on the phase of the peak and lowers the peak. Changes that leave the
     step as it is come first. After these, the weights are sharded over twice as many processes, as long as that helps.
+
+    tell is called with each better run on the way.
     """
     overrides, added = list(overrides), []
 
@@ -266,12 +260,14 @@ def suggest(name: str, overrides: Iterable[str], memory: float, processes: int =
             break
         left.remove((phases, change))
         added, found = candidate, tried
+        tell(added, processes, found)
     while not found.fits(memory):
         candidate = over(added, ["memory.shard=true"])
         tried = estimate_with(candidate, 2 * processes)
         if tried.peak >= found.peak:
             break
         added, processes, found = candidate, 2 * processes, tried
+        tell(added, processes, found)
     return added, processes, found
 
 

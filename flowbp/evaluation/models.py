@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 
 from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.evaluation import scores as scoring
-from flowbp.evaluation.pages import write_evaluation
 from flowbp.evaluation.scores import Part, Samples, Scores, compare, summarise
 from flowbp.foreign import cut
 from flowbp.image_statistics import IMAGE_STATISTICS
@@ -36,7 +35,6 @@ from flowbp.runtime.files import digest_files, replacing, write_file, write_json
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
 from flowbp.runtime.run_folder import contents, mark_folder
-from flowbp.runtime.tuned_model import frozen_backbone
 from flowbp.runtime.weights import weight_files
 
 MANIFEST = "model.json"
@@ -156,6 +154,8 @@ def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path,
     missing = [i for i in range(len(samples.chunks)) if not chunk_file(folder, i).is_file()]
     if not missing:
         return
+    from flowbp.runtime.tuned_model import frozen_backbone
+
     device, sampling = str(state.device), config.evaluation_rollout
     backbone = frozen_backbone(config, model.weights, device, [prompt.text for prompt in samples.prompts])
     rewards = {name: spec.load(device) for name, spec in config.reward.items()}
@@ -210,6 +210,8 @@ def write_results(config: RunConfig, folder: Path, results: dict[str, Any], scor
     ]
     write_json(folder / "samples.json", rows)
     write_json(folder / "results.json", results)
+    from flowbp.evaluation.pages import write_evaluation
+
     write_evaluation(config, folder, results, scores)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from flowbp.image_statistics import IMAGE_STATISTICS
 
+NOT_BETTER = [name for name in IMAGE_STATISTICS if name != "diversity"]  # a higher one is neither better nor worse
+
 
 def number(value: float | None, scale: float = 1.0, sign: str = "") -> str:
     """Three decimals; two figures of `scale` where that is below .01, three figures from 100 on. A dash for nan."""

@@ -4,16 +4,15 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import yaml
-from matplotlib.figure import Figure
 from PIL import Image
 
 from flowbp.config import RewardConfig, RolloutConfig, RunConfig, flatten
 from flowbp.evaluation import figures
-from flowbp.evaluation.numbers import FILTERS, by_metric, duration
+from flowbp.evaluation.numbers import FILTERS, NOT_BETTER, by_metric, duration
 from flowbp.evaluation.scores import Scores
 from flowbp.foreign import LARGEST, cut
 from flowbp.guidance import Guidance
@@ -21,6 +20,9 @@ from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import plain
 from flowbp.runtime.environment import describe_environment, environment
 from flowbp.runtime.files import write_file
+
+if TYPE_CHECKING:  # importing it takes long, and whoever checks a command's input does without
+    from matplotlib.figure import Figure
 
 AXES = {  # metric -> title of its panel, and what its vertical axis counts; any other metric is a score
     "grad_norm": ("gradient norm", "L2 norm before clipping"),
@@ -35,7 +37,7 @@ def render(template: str, **values: Any) -> str:
     loader, undefined = jinja2.PackageLoader("flowbp"), jinja2.StrictUndefined
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=undefined)
     environment.filters |= {function.__name__: function for function in FILTERS}
-    environment.globals["statistics"] = list(IMAGE_STATISTICS)
+    environment.globals["not_better"] = NOT_BETTER
     return plain(environment.get_template(template).render(**values))
 
 
@@ -48,7 +50,7 @@ def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[st
     return pictures
 
 
-def draw_samples(scores: Scores) -> Figure:
+def draw_samples(scores: Scores) -> "Figure":
     """The images that `scores` kept, with their prompts, framed by the checker's verdict if there is one."""
     checker = scores.values.get("checker")
     passed = [None if checker is None else bool(checker[i]) for i in range(len(scores.images))]
@@ -56,7 +58,25 @@ def draw_samples(scores: Scores) -> Figure:
     return figures.sample_grid(scores.images.permute(0, 2, 3, 1).numpy(), captions, passed)
 
 
-def as_png(figure: Figure) -> bytes:
+def paired_samples(scores: Mapping[str, Scores], side: int = 256) -> list[dict[str, Any]]:
+    """The images that all of `scores` kept, prompt by prompt, at most `side` pixels wide and high, with the checker's
+    verdict or None: {"prompt", "pictures": [{"name", "source": a data: URI, "passed"}]}.
+    """
+    pairs = []
+    for i in range(min((len(own.images) for own in scores.values()), default=0)):
+        pictures = []
+        for name, own in scores.items():
+            picture, png = Image.fromarray(own.images[i].permute(1, 2, 0).numpy()), io.BytesIO()
+            checker = own.values.get("checker")
+            picture.thumbnail((side, side))
+            picture.save(png, "png")
+            passed = None if checker is None else bool(checker[i])
+            pictures.append({"name": name, "source": as_data_uri(png.getvalue()), "passed": passed})
+        pairs.append({"prompt": next(iter(scores.values())).prompts[i].text, "pictures": pictures})
+    return pairs
+
+
+def as_png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -74,7 +94,7 @@ def read_png(path: Path) -> bytes:
     return png
 
 
-def as_data_uri(picture: Figure | bytes) -> str:
+def as_data_uri(picture: "Figure | bytes") -> str:
     """A figure, or the bytes of a PNG, as a data: URI."""
     png = picture if isinstance(picture, bytes) else as_png(picture)
     return "data:image/png;base64," + base64.b64encode(png).decode()
@@ -83,19 +103,25 @@ def as_data_uri(picture: Figure | bytes) -> str:
 # -- what a page says on top -------------------------------------------------------------------------------------------
 
 
-def training_facts(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What was trained, how, and what it took: {label: text}. rows: of metrics.jsonl."""
+def run_facts(config: RunConfig) -> dict[str, str]:
+    """What is trained, and how: {label: text}."""
     tuned = f"LoRA of rank {config.tuning.rank}" if config.tuning.mode == "lora" else "all weights"
     rewards = {name: describe_reward(spec) for name, spec in config.reward.items()}
-    spent, peak = duration(sum(row["seconds"] for row in rows)), max(row["peak_mb"] for row in rows)
-    steps, images = f"{len(rows)} of {config.steps} steps", images_a_step(config, rows)
     return {
         "method": config.method_name,
         "model": f"{describe_backbone(config)}; trained: {tuned}, learning rate {config.optimizer.lr:g}",
         "reward": "; ".join(said if name == "reward" else f"{name}: {said}" for name, said in rewards.items()),
-        "training": f"{steps}, {images} images each, prompts {config.data.prompts}",
         "rollout": describe_rollout(config.rollout, config.guidance),
         "seed": str(config.seed),
+    }
+
+
+def training_facts(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The same, and what it took. rows: of metrics.jsonl."""
+    spent, peak = duration(sum(row["seconds"] for row in rows)), max(row["peak_mb"] for row in rows)
+    steps, images = f"{len(rows)} of {config.steps} steps", images_a_step(config, rows)
+    return run_facts(config) | {
+        "training": f"{steps}, {images} images each, prompts {config.data.prompts}",
         "took": f"{spent} of training, at most {peak:,.0f} MB of memory",
     }
 
@@ -139,9 +165,8 @@ def with_fields(name: str, fields: Mapping[str, Any]) -> str:
 
 def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], scores: Mapping[str, Scores]) -> None:
     """samples_<model>.png and report.html of an evaluation."""
-    pictures = {name: as_png(draw_samples(own)) for name, own in scores.items()}
-    for name, png in pictures.items():
-        write_file(folder / f"samples_{name}.png", png)
+    for name, own in scores.items():
+        write_file(folder / f"samples_{name}.png", as_png(draw_samples(own)))
     options, about = config.evaluation, results["models"][0]
     made_with = about["versions"] | {"commit": environment()["commit"], "device": about["device"]}
     facts = {
@@ -159,7 +184,7 @@ def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], s
         models=results["models"],
         overall=by_metric(results["means"], "model"),
         changed=results["changes"],
-        grids={name: as_data_uri(png) for name, png in pictures.items()},
+        pairs=paired_samples(scores),
         trained=" and ".join(config.reward),
         config=yaml.safe_dump(about["settings"], sort_keys=False),
         checker=options.checker,

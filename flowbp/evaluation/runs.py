@@ -282,9 +282,7 @@ def page(runs: Sequence[Run], results: Mapping[str, Any]) -> str:
         facts_of_first=pages.training_facts(runs[0].config, runs[0].rows),
         styles=figures.styles(names),
         made_with={run.name: run.made_with for run in runs},
-        differences=lambda values: grouped(values, names),
         overall=overall,
         curves=pages.panels({run.name: run.rows for run in runs}, curves),
-        grids={name: pages.as_data_uri(pages.read_png(png)) for name, png in grids.items() if png.is_file()},
-        checker=any(run.config.evaluation and run.config.evaluation.checker for run in runs),
+        images={name: pages.as_data_uri(pages.read_png(png)) for name, png in grids.items() if png.is_file()},
     )

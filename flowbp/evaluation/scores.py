@@ -10,14 +10,13 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from flowbp.backbones import Backbone, bind_velocity
 from flowbp.config import EvaluationConfig, RolloutConfig
 from flowbp.evaluation.statistics import interval, paired_p_value, weighted_mean
 from flowbp.guidance import Guidance
@@ -26,7 +25,9 @@ from flowbp.names import find
 from flowbp.rewards import ImageEncoder, Reward
 from flowbp.runtime.data import Prompt, load_prompts, sample_seeds
 from flowbp.runtime.distributed import process_state
-from flowbp.trajectory import rollout
+
+if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
+    from flowbp.backbones import Backbone
 
 # (images [B, 3, H, W] in [0, 1], prompts) -> scores [B], or embeddings [B, d]
 Scorer = Callable[[Tensor, list[str]], Tensor]
@@ -42,12 +43,15 @@ CHECKERS = {"shapes": "flowbp.shapes.checker:load_checker"}
 
 @torch.no_grad()
 def generate(
-    backbone: Backbone, texts: list[str], seeds: Sequence[int], sampling: RolloutConfig, guidance: Guidance
+    backbone: "Backbone", texts: list[str], seeds: Sequence[int], sampling: RolloutConfig, guidance: Guidance
 ) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] of `texts`, one seed each.
 
     The same seed gives the same image in any batch, up to rounding.
     """
+    from flowbp.backbones import bind_velocity
+    from flowbp.trajectory import rollout
+
     height, width = sampling.height, sampling.width
     noise = backbone.noise(height, width, [torch.Generator().manual_seed(seed) for seed in seeds])
     sigmas = backbone.sigmas(sampling.num_steps, height, width, sampling.sigmas)
@@ -160,7 +164,12 @@ class Scores:
 
 @torch.no_grad()
 def score_chunk(
-    backbone: Backbone, samples: Samples, sampling: RolloutConfig, guidance: Guidance, scored_by: Scorers, chunk: slice
+    backbone: "Backbone",
+    samples: Samples,
+    sampling: RolloutConfig,
+    guidance: Guidance,
+    scored_by: Scorers,
+    chunk: slice,
 ) -> Part:
     """Generate the samples of one chunk and score them."""
     texts = [prompt.text for prompt in samples.prompts[chunk]]
@@ -184,7 +193,7 @@ def join(samples: Samples, parts: Sequence[Part]) -> Scores:
 
 
 def evaluate(
-    backbone: Backbone,
+    backbone: "Backbone",
     samples: Samples,
     sampling: RolloutConfig,
     guidance: Guidance,

@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 RESAMPLES = 9999
 BATCH = 1000  # resamples held in memory at once
@@ -41,6 +40,8 @@ def interval(
     probability 2^(1 - n), so 95 % takes six. Prompts that all have the same mean give that mean twice: no variation was
     seen, which does not prove that there is none.
     """
+    from scipy import stats
+
     sums, totals = by_prompt(values, weights, prompts)
     if 2.0 ** (1 - len(sums)) > 1 - level:
         return float("nan"), float("nan")
@@ -66,6 +67,8 @@ def paired_p_value(before: np.ndarray, after: np.ndarray, weights: np.ndarray, p
     nan for a single prompt, which cannot be tested. No p is below 2^(1 - prompts), so five prompts or fewer cannot show
     a change at the level of 5 %.
     """
+    from scipy import stats
+
     old, _ = by_prompt(before, weights, prompts)
     new, _ = by_prompt(after, weights, prompts)
     if len(old) < 2:
@@ -80,6 +83,8 @@ def expanded(level: float, prompts: int) -> float:
 
     1 - 2 Phi(-sqrt(n / (n - 1)) t_{n - 1})
     """
+    from scipy import stats
+
     t = stats.t.ppf((1 + level) / 2, prompts - 1)
     return float(1 - 2 * stats.norm.cdf(-t * np.sqrt(prompts / (prompts - 1))))
 

@@ -1,5 +1,9 @@
 """A reward of your own: any Python function of images and prompts. A config names it as "module:function"."""
 
+import traceback
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from flowbp.names import find
@@ -14,12 +18,36 @@ class CallableReward:
     """
 
     def __init__(self, name: str, device: str = "cpu"):
-        found = find("reward", name)
-        self.name = name
+        self.name, found = name, self.find(name)
         self.function: Reward = found(device=device) if isinstance(found, type) else found
 
+    @staticmethod
+    def find(name: str) -> Any:
+        """The function or the class. Raises ValueError for what cannot be imported, or cannot be called."""
+        found = find("reward", name)
+        if not callable(found):
+            raise ValueError(
+                f"the reward {name!r} is {found!r}: name a function (images, prompts) -> scores, or a class"
+            )
+        return found
+
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        scores = self.function(images, prompts)
+        version = images._version
+        try:
+            scores = self.function(images, prompts)
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)[1:2]  # the line of the user's function
+            where = "".join(f" in {frame.filename}, line {frame.lineno}" for frame in frames)
+            said = f"{type(error).__name__}{where}: {error}"
+            called = f"f(images, prompts), images {list(images.shape)} {images.dtype} in [0, 1] and a list of texts"
+            raise ValueError(f"the reward {self.name} raised {said}; it is called as {called}") from error
+        if not isinstance(scores, Tensor):
+            kind = type(scores).__name__
+            raise ValueError(
+                f"the reward {self.name} must return a tensor, got a {kind}: torch.stack keeps the gradient"
+            )
+        if images._version != version:
+            raise ValueError(f"the reward {self.name} writes into the images, which others read: take images.clone()")
         if scores.shape != (len(images),):
             raise ValueError(
                 f"the reward {self.name} must return one score an image, [{len(images)}], got {list(scores.shape)}"
@@ -30,3 +58,15 @@ class CallableReward:
                 "no_grad"
             )
         return scores
+
+    @classmethod
+    def try_out(cls, name: str, device: str, height: int, width: int, gradient: bool) -> None:
+        """Raise ValueError where a function `name` does not score two random images of height x width pixels, or, with
+        `gradient`, where the scores do not depend on them. A class, which may load a model, is only found.
+        """
+        if isinstance(cls.find(name), type):
+            return
+        images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
+        scores = cls(name)(images.requires_grad_(gradient), ["a red circle", "two cats"])
+        if gradient and torch.autograd.grad(scores.sum(), images, allow_unused=True)[0] is None:
+            raise ValueError(f"the reward {name} does not depend on the images: nothing can be learnt from it")

@@ -9,7 +9,8 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
-from tqdm import tqdm
+from tqdm.std import Bar, tqdm
+from tqdm.utils import disp_len
 
 HARMLESS = {  # logger: a part of its messages that ask for nothing
     "transformers.utils.import_utils": "requires torchvision (not installed)",  # rewards preprocess by themselves
@@ -44,8 +45,23 @@ class TextConsole(Console):
 
 
 class TextBar(tqdm):
+    """Progress in one line, which holds the figures of the postfix, from the first on, that fit the terminal whole."""
+
     def __str__(self) -> str:
-        return plain(super().__str__())
+        if self.bar_format is not None:
+            return plain(super().__str__())
+        about = self.format_dict
+        gone, left = self.format_meter(**about | {"bar_format": "{elapsed},{remaining}"}).split(",")
+        first, *others = about["postfix"].split(", ") if about["postfix"] else [f"{left} left"]
+        line, width = plain(f"{about['prefix']} {about['n']}/{about['total']}"), (about["ncols"] or 80) - 1
+        figures = [plain(figure) for figure in dict.fromkeys([first, f"{left} left", *others, f"{gone} gone"])]
+        while figures and disp_len(f"{line}, {', '.join(figures)}") > width:
+            figures.pop()
+        told = ", ".join(figures)
+        if (spare := width - disp_len(f"{line} || {told}")) >= 10:
+            drawn = Bar(about["n"] / max(1, about["total"]), spare, Bar.ASCII if about["ascii"] else Bar.UTF)
+            return f"{line} |{drawn}| {told}"
+        return f"{line}, {told}" if told else line
 
 
 class TextRecord(logging.LogRecord):
@@ -59,13 +75,6 @@ def tame_libraries() -> None:
     warnings.formatwarning = lambda *about, **options: plain(WARNING(*about, **options))
     for name, part in HARMLESS.items():
         logging.getLogger(name).addFilter(lambda record, part=part: part not in record.getMessage())
-
-
-def hide_loading_bars() -> None:
-    """Load pipelines without diffusers' bar of seven parts."""
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def is_main() -> bool:

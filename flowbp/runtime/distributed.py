@@ -19,17 +19,19 @@ Every process draws the plans of the whole batch from the same generator, so tha
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from diffusers import ModelMixin
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from flowbp.backbones import Backbone
 from flowbp.config import MemoryConfig
+
+if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
+    from diffusers import ModelMixin
+
+    from flowbp.backbones import Backbone
 
 
 def process_state() -> PartialState:
@@ -52,7 +54,7 @@ class Ranks:
     the device and split one by one, so that no device ever holds the whole network.
     """
 
-    def __init__(self, accelerator: Accelerator, backbone: Backbone, memory: MemoryConfig):
+    def __init__(self, accelerator: Accelerator, backbone: "Backbone", memory: MemoryConfig):
         self.accelerator, self.size, self.rank = accelerator, accelerator.num_processes, accelerator.process_index
         self.shard_gradients, self.sharded = memory.shard_gradients, None
         if self.size > 1 and memory.shard:
@@ -92,7 +94,7 @@ class Ranks:
         return dict(zip(values, (table / self.size).tolist(), strict=True))
 
 
-def shard_weights(denoiser: ModelMixin, device: torch.device) -> Any:
+def shard_weights(denoiser: "ModelMixin", device: torch.device) -> Any:
     """Apply FSDP2 in place, on `device`: a transformer block's weights are gathered when it runs, and dropped after.
 
     Gradients are accumulated and reduced in float32 (or wider), as the released trainers do, and then rounded to the
@@ -114,6 +116,8 @@ def shard_weights(denoiser: ModelMixin, device: torch.device) -> Any:
 
 def unshard(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded."""
+    from torch.distributed.tensor import DTensor
+
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -135,6 +139,8 @@ def gathered(state: Any) -> Any:
 
 def shard_like(parameter: Tensor, value: Tensor) -> Tensor:
     """`value`, which may be whole or sharded, with the sharding and on the device of `parameter`."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     value = value.to(parameter.device)
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 import flowbp
-from flowbp_kernels.bench import machine
 
 ENVIRONMENT = "environment.json"
 
@@ -19,6 +18,8 @@ def versions(*packages: str) -> dict[str, str]:
 
 def environment() -> dict[str, Any]:
     """What ran: flowbp's version and commit, the libraries and the device."""
+    from flowbp_kernels.bench import machine
+
     about = machine("cuda" if torch.cuda.is_available() else "cpu")
     libraries = about["versions"] | versions("diffusers", "transformers")
     return {"flowbp": flowbp.__version__, "commit": about["commit"], **libraries, "device": about["device"]}

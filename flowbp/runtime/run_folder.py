@@ -18,14 +18,13 @@ import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 from accelerate.utils import broadcast_object_list
 from safetensors.numpy import load_file, save_file
 
-from flowbp.backbones import Backbone
 from flowbp.config import RunConfig, changed, dump
 from flowbp.config.loading import CONFIG
 from flowbp.foreign import cut
@@ -34,6 +33,9 @@ from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import ENVIRONMENT, environment
 from flowbp.runtime.files import LEFT, by_step, remove, replacing, step_name, without_nan, write_file, write_json
 from flowbp.runtime.weights import LORA, TRANSFORMER, save_weights
+
+if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
+    from flowbp.backbones import Backbone
 
 METRICS = "metrics.jsonl"
 BEST = "best"
@@ -178,7 +180,7 @@ class RunFolder:
         if self.writes:
             write_json(self.path / name, value)
 
-    def save_weights(self, backbone: Backbone, name: str = "") -> None:
+    def save_weights(self, backbone: "Backbone", name: str = "") -> None:
         """Write the backbone's weights into the run's folder, or into `name` in it. Every process calls it."""
         save_weights(backbone, self.path / name, write=self.writes)
 

@@ -7,21 +7,23 @@ most steps are. So the optimizer, the average and the checkpoints hold master we
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from flowbp.backbones import Backbone
 from flowbp.config import ConfigError, OptimizerConfig, TuningConfig
 from flowbp.foreign import short
 from flowbp.names import nearest
 from flowbp.runtime.distributed import shard_like
 
+if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
+    from flowbp.backbones import Backbone
+
 log = logging.getLogger(__name__)
 
 
-def trainable_parameters(backbone: Backbone, tuning: TuningConfig) -> dict[str, Tensor]:
+def trainable_parameters(backbone: "Backbone", tuning: TuningConfig) -> dict[str, Tensor]:
     """Add a LoRA adapter to the denoiser, or unfreeze it whole; returns the parameters to train by name.
 
     Raises ConfigError for a target that names no linear layer.
@@ -63,7 +65,7 @@ def check_targets(denoiser: nn.Module, targets: Iterable[str]) -> None:
             )
 
 
-def trained(backbone: Backbone) -> dict[str, Tensor]:
+def trained(backbone: "Backbone") -> dict[str, Tensor]:
     """The denoiser's parameters that require grad, by name."""
     return {name: p for name, p in backbone.denoiser.named_parameters() if p.requires_grad}
 

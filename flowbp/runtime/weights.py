@@ -5,14 +5,13 @@ import logging
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flowbp.backbones import Backbone
 from flowbp.config import load
 from flowbp.config.loading import CONFIG
 from flowbp.foreign import cut
@@ -20,6 +19,9 @@ from flowbp.runtime.checkpoint import CHECKPOINT, STATE, latest_checkpoint, load
 from flowbp.runtime.distributed import gathered
 from flowbp.runtime.files import replacing
 from flowbp.runtime.tuning import assign, trainable_parameters
+
+if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
+    from flowbp.backbones import Backbone
 
 LORA = "pytorch_lora_weights.safetensors"
 TRANSFORMER = "transformer"
@@ -34,7 +36,7 @@ ROLES = {"down": "A", "up": "B", None: "alpha"}
 log = logging.getLogger(__name__)
 
 
-def save_weights(backbone: Backbone, output: Path, write: bool = True) -> Path:
+def save_weights(backbone: "Backbone", output: Path, write: bool = True) -> Path:
     """Write the tuned weights into the folder `output`, and return their path.
 
     A LoRA is the file `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(output)`; full weights are the
@@ -83,7 +85,7 @@ def export_comfyui(source: Path, target: Path) -> None:
         save_file(scaled, scratch, {"format": "pt"})
 
 
-def base_weights(backbone: Backbone, variant: str | None = None) -> dict[str, Tensor]:
+def base_weights(backbone: "Backbone", variant: str | None = None) -> dict[str, Tensor]:
     """The denoiser's weights as its checkpoint has them, on the CPU. Raises ValueError if it comes from none."""
     denoiser = backbone.denoiser
     folder = denoiser.config.get("_name_or_path")
@@ -93,7 +95,7 @@ def base_weights(backbone: Backbone, variant: str | None = None) -> dict[str, Te
     return dict(type(denoiser).from_pretrained(folder, dtype=denoiser.dtype, variant=variant).named_parameters())
 
 
-def load_weights(backbone: Backbone, source: Path) -> None:
+def load_weights(backbone: "Backbone", source: Path) -> None:
     """Load the tuned weights of `source` into the backbone.
 
     source: a LoRA file or its folder, a run, the folder of a transformer, or a checkpoint of a run.
@@ -111,7 +113,7 @@ def load_weights(backbone: Backbone, source: Path) -> None:
     backbone.denoiser.eval()  # the layers of a new adapter drop out
 
 
-def load_transformer(backbone: Backbone, folder: Path) -> None:
+def load_transformer(backbone: "Backbone", folder: Path) -> None:
     """Set all weights of the denoiser to those of `folder`."""
     saved, report = type(backbone.denoiser).from_pretrained(folder, output_loading_info=True)
     own, state = backbone.denoiser.state_dict(), saved.state_dict()
@@ -122,7 +124,7 @@ def load_transformer(backbone: Backbone, folder: Path) -> None:
     backbone.denoiser.load_state_dict(check_finite(state, folder))
 
 
-def another_model(backbone: Backbone, source: Path, what: str) -> ValueError:
+def another_model(backbone: "Backbone", source: Path, what: str) -> ValueError:
     way_out = f"load it into the backbone that its {CONFIG} names"
     network = type(backbone.denoiser).__name__
     return ValueError(f"{source} belongs to another model: {what} do not fit this {network}; {way_out}")
@@ -137,7 +139,7 @@ def check_finite(tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_lora(backbone: Backbone, file: Path) -> None:
+def load_lora(backbone: "Backbone", file: Path) -> None:
     """Add the LoRA of `file` to the denoiser: in diffusers' names, or in any that diffusers converts to them.
 
     What has no place in the denoiser, such as layers of a text encoder, is left out with a warning. Raises ValueError
@@ -229,7 +231,7 @@ def weight_files(source: Path) -> list[Path]:
     raise FileNotFoundError(f"{source} holds no {LORA}, transformer/ or {CHECKPOINT}: {wanted}")
 
 
-def load_training_checkpoint(backbone: Backbone, folder: Path) -> None:
+def load_training_checkpoint(backbone: "Backbone", folder: Path) -> None:
     """Load what a run would have delivered after the checkpoint `folder`: its moving average, if it keeps one."""
     config = folder.parents[1] / CONFIG
     if not config.is_file():

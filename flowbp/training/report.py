@@ -8,7 +8,8 @@ import numpy as np
 
 from flowbp.config import dump
 from flowbp.evaluation import figures
-from flowbp.evaluation.pages import as_data_uri, as_png, draw_samples, panels, render, training_facts
+from flowbp.evaluation.numbers import NOT_BETTER
+from flowbp.evaluation.pages import as_data_uri, as_png, draw_samples, paired_samples, panels, render, training_facts
 from flowbp.evaluation.scores import Scores, compare
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.methods import draw_plan
@@ -36,9 +37,8 @@ def write_report(
     plan = draw_plan(config.method, sigmas, np.random.default_rng(config.seed), config.rollout.solver)
     drawn = figures.draw_plan(plan, sigmas.tolist(), f"{config.method_name}: one plan of {len(sigmas) - 1} steps")
     folder.write("plan.png", as_png(drawn))
-    grids = {name: draw_samples(each) for name, each in scores.items()}
     for name, each in scores.items():
-        folder.write(f"samples_{name}.png", as_png(grids[name]))
+        folder.write(f"samples_{name}.png", as_png(draw_samples(each)))
         folder.write(f"scores_{name}.csv", each.as_csv())
     differences = [asdict(row) for row in compare(*scores.values())] if scores else []
     if scores:
@@ -54,6 +54,7 @@ def write_report(
         "report.html",
         name=name,
         facts_of_run=facts | {"made with": describe_environment(environment())},
+        headline=[row for row in differences if row["category"] == "all" and row["metric"] not in NOT_BETTER],
         differences=differences,
         validation=validation,
         evaluation=config.evaluation,
@@ -62,7 +63,7 @@ def write_report(
         curves=panels({name: rows}, [*config.reward, *monitors, "grad_norm", "d_j", "d_0"]),
         window=max(1, len(rows) // 10),
         trained=" and ".join(config.reward),
-        grids={name: as_data_uri(figure) for name, figure in grids.items()},
+        pairs=paired_samples(scores),
         config=dump(config),
     )
     folder.write("report.html", page)

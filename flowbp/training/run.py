@@ -6,9 +6,12 @@ import signal
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from flowbp.config import RunConfig
+from flowbp.evaluation.pages import run_facts
 from flowbp.runtime.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from flowbp.runtime.console import progress_bar
+from flowbp.runtime.console import TextConsole, progress_bar
 from flowbp.runtime.distributed import process_state
 from flowbp.runtime.interrupts import Stop, heard_by, interrupt
 from flowbp.runtime.processes import naming_the_dead
@@ -48,9 +51,11 @@ def run(trainer: Trainer, folder: RunFolder) -> None:
     config, model, accelerator = trainer.config, trainer.model, trainer.model.ranks.accelerator
     done = restore(trainer, folder)
     folder.forget_after(done)
+    announce(trainer, folder.path, done)
     watched = config.evaluation is not None and config.evaluation.every is not None
     sentinel = Sentinel(config.evaluation, config.reward, folder.validations()) if watched else None
-    accelerator.init_trackers("tensorboard")
+    # TensorBoard hides what a run logged after the checkpoint from which it goes on.
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": done + 1}})
     stop, skipped, in_a_row, limit = Stop(), 0, 0, min(SKIPPED, config.steps)
     with heard_by(stop.hear), progress_bar("train", "step", config.steps, done) as bar:
         ends = validate(trainer, sentinel, folder, done)
@@ -89,6 +94,23 @@ def run(trainer: Trainer, folder: RunFolder) -> None:
     accelerator.end_training()
 
 
+def announce(trainer: Trainer, output: Path, done: int) -> None:
+    """Say on the main process's stderr what will be trained, on what and from where, before the first step."""
+    config, model, ranks = trainer.config, trainer.model, trainer.model.ranks
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else str(ranks.accelerator.device)
+    images = ranks.size * config.data.batch_size * config.data.accumulate
+    begins = f"goes on after step {done}" if done else "begins with step 1"
+    processes = f"{ranks.size} process{'es' if ranks.size > 1 else ''}"
+    facts = run_facts(config) | {
+        "step": f"{images} images on {device} by {processes}, plans {config.plans}",
+        "trained": f"{sum(p.numel() for p in model.parameters.values()):,} parameters",
+        "output": f"{output}, {begins} of {config.steps}",
+    }
+    console = TextConsole(stderr=True)
+    for label, text in facts.items():
+        console.print(f"{label:8} {text}", highlight=False, soft_wrap=True)
+
+
 def restore(trainer: Trainer, folder: RunFolder) -> int:
     """Load the newest checkpoint of the folder that is whole; returns its step, or 0 if there is none at all.
 
@@ -120,6 +142,7 @@ def validate(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder, ste
         if decision.is_best:
             with model.using(model.tuned) as backbone:
                 folder.save_weights(backbone, BEST)
+            folder.write_json(f"{BEST}/step.json", {"step": step})
         folder.keep_validation(step, scores.values)
         means = {f"validation/{name}": float(values.mean()) for name, values in scores.values.items()}
         model.ranks.accelerator.log(means, step=step)

@@ -1,0 +1,16 @@
+"""The backbone of each pipeline class. To add one, add a file and a line here."""
+
+from flowbp.backbones.base import Backbone, DiffusersBackbone, Precision, bind_velocity, check_guidance
+from flowbp.backbones.flux import FluxBackbone
+from flowbp.backbones.flux2 import Flux2Backbone
+from flowbp.backbones.sd3 import SD3Backbone
+from flowbp.backbones.zimage import ZImageBackbone
+
+__all__ = ["Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "check_guidance"]
+
+BACKBONES: dict[str, type[DiffusersBackbone]] = {
+    "StableDiffusion3Pipeline": SD3Backbone,
+    "FluxPipeline": FluxBackbone,
+    "Flux2KleinPipeline": Flux2Backbone,
+    "ZImagePipeline": ZImageBackbone,
+}

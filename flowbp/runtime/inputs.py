@@ -1,0 +1,74 @@
+"""What a command is given, checked before anything is imported or loaded that takes seconds: prompts, the backbone's
+folder, files of rewards, code of one's own, files to write. A mistake is then told at once.
+"""
+
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from flowbp.backbones import read_index
+from flowbp.config import EvaluationConfig, RunConfig
+from flowbp.foreign import short
+from flowbp.names import find
+from flowbp.rewards.callable import CallableReward
+from flowbp.rewards.registry import find_folders, find_source
+from flowbp.runtime.data import load_prompts
+from flowbp.runtime.distributed import process_state
+
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def check_inputs(config: RunConfig, train: bool = False) -> None:
+    """Raise ValueError or OSError for what is not there, or is not of its kind. train: check what training needs too.
+
+    A reward that is a function scores two random images once, with gradient where it is trained on.
+    """
+    evaluation = config.evaluation
+    read_index(config.backbone.name)
+    prompts = [config.data.prompts] if train else []
+    if evaluation is not None:
+        prompts += [source for source in (evaluation.prompts, evaluation.validation_prompts) if source is not None]
+        check_checker(evaluation)
+    for source in prompts:
+        load_prompts(source)
+    if train and config.optimizer.name == "adamw8bit":
+        from flowbp.runtime.tuning import build_optimizer
+
+        build_optimizer([torch.zeros(1)], config.optimizer)
+    device, size = str(process_state().device), (config.rollout.height, config.rollout.width)
+    rewards, monitors = config.reward.values(), evaluation.monitors.values() if evaluation is not None else ()
+    for spec, trained in [*((spec, train) for spec in rewards), *((spec, False) for spec in monitors)]:
+        if ":" in spec.name:
+            CallableReward.try_out(spec.name, device, *size, gradient=trained)
+        else:
+            find_folders(spec.name, find_source(spec.name), spec.model, spec.revision)
+
+
+def check_checker(evaluation: EvaluationConfig) -> None:
+    if isinstance(evaluation.checker, str) and ":" in evaluation.checker:
+        find("checker", evaluation.checker)
+
+
+def check_target(option: str, path: Path, *suffixes: str) -> None:
+    """Raise ValueError or OSError where `path`, which `option` names, cannot be a file with one of `suffixes`."""
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(f"{option} {path} must end in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} {path} is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{option} {path} lies in a folder that does not exist: make {path.parent} first")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{option} {path} lies in a folder that cannot be written to")
+
+
+def parse_size(text: str) -> float:
+    """Bytes of "24GB" (1e9), "24GiB" (2^30) or "80e9"."""
+    number, unit = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?", "(?:[KMGT]I?)?"
+    match = re.fullmatch(rf"\s*({number})\s*({unit})B?\s*", text, re.IGNORECASE)
+    size = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
+    if not 0 < size < math.inf or (not match[2] and size < 1e9):  # a bare 24 would be 24 bytes
+        raise ValueError(f"{short(text)} is no size of a GPU in bytes: write 24GB, 24GiB or 80e9")
+    return size
