@@ -1,6 +1,7 @@
 """Where a config comes from (files, runs and presets, with overrides laid over them), and how two configs differ."""
 
 import copy
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from flowbp.config.schema import RunConfig, is_one_reward
 from flowbp.names import nearest, search_in
 
 CONFIG = "config.yaml"  # in the folder of a run
+SEAL = "# SHA-256 of the lines below, as the run wrote them: "
 NAMED = ("method", "pairs", "reward")  # keys of {name: ..., **fields}
 
 
@@ -40,9 +42,13 @@ def read(name: str | Path) -> list[dict[str, Any]]:
         hint = f"{nearest(str(name), presets.names())}flowbp presets lists them"
         raise ConfigError(f"no config file {str(path)!r}, and unknown preset {str(name)!r}; {hint}")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), StrictYAML) or {}
+        text = path.read_text(encoding="utf-8")
+        values = yaml.load(text, StrictYAML) or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if text.startswith(SEAL) and text != sealed(text.partition("\n")[2]):
+        way_out = "restore it from a copy, or, if you changed it, delete its first line"
+        raise ConfigError(f"{path} has changed since its run wrote it: {way_out}")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, got {type(values).__name__}")
     search_in(path.parent)
@@ -133,6 +139,11 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML, which `load` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def sealed(text: str) -> str:
+    """A config as a run keeps it: its first line, a comment, has the digest of the others, which `read` checks."""
+    return f"{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
 
 
 def _number_or_yaml(text: str) -> Any:
