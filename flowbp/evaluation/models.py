@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
         for about in manifests:
             open_model(folder / about["name"], about, overwrite)
 
-    with locked(folder, "evaluates", "--out") if state.is_main_process else nullcontext():
+    with locked(folder, "evaluates", "--out"):
         on_main(open_all)
         for model, about in zip(models, manifests, strict=True):
             # If the main process refused a folder, the others refuse it here too, instead of waiting for scores.

@@ -20,7 +20,7 @@ import os
 import shlex
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class RunFolder:
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep other runs out of the folder during the block, as the function does."""
-        return locked(self.path, "trains", "output=") if self.writes else nullcontext()
+        return locked(self.path, "trains", "output=")
 
     # -- before training ---------------------------------------------------------------------------------------------
 
@@ -272,11 +272,14 @@ def told_at_the_next_call() -> Iterator[None]:
 @contextmanager
 def locked(folder: Path, does: str, option: str) -> Iterator[None]:
     """Keep out of `folder` during the block whoever asks for the same. It is made if need be, and removed if it stays
-    empty.
+    empty. The main process locks for all.
 
     The kernel holds the lock, so that a killed process leaves none. Raises FileExistsError while another process has
     it. does: what that process does there. option: which names another folder.
     """
+    if not process_state().is_main_process:
+        yield
+        return
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: choose another {option}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,5 @@
 """Files of tensors that carry their digest, so that damage is seen when they are read: safetensors whose metadata say
-what the tensors are of, and the SHA-256 of both.
-
-All that is added to the metadata is one entry, of JSON, because safetensors writes several in random order: equal
-tensors make equal files.
+what the tensors are of, and the SHA-256 of both. Equal tensors of the same thing make equal files.
 """
 
 import hashlib
@@ -17,26 +14,32 @@ from torch import Tensor
 
 from flowbp.runtime.files import replacing
 
-ENTRY, SHA256 = "flowbp", "sha256"
+SHA256 = "sha256"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str], cache: bool = False) -> None:
     """Write tensors, whole or not at all. about: says what they are of. cache: as in `replacing`."""
-    whole = {name: value.contiguous().cpu() for name, value in tensors.items()}
     with replacing(path, cache) as scratch:
-        _save(whole, scratch, {}, about)
+        _save({name: value.contiguous().cpu() for name, value in tensors.items()}, scratch, about)
 
 
 def seal_tensors(path: Path) -> None:
     """Put the digest into a file that another library wrote, beside its own metadata."""
     tensors, about = read_tensors(path, sealed=False)
     path.unlink()  # the tensors read from the old file, which writing in place would change
-    _save(tensors, path, about, {})
+    _save(tensors, path, about)
 
 
-def _save(tensors: dict[str, Tensor], path: Path, others: Mapping[str, str], about: Mapping[str, str]) -> None:
-    entry = {**about, SHA256: digest(tensors, {**others, **about})}
-    save_file(tensors, path, metadata={**others, ENTRY: json.dumps(entry, sort_keys=True)})
+def _save(tensors: dict[str, Tensor], path: Path, about: Mapping[str, str]) -> None:
+    save_file(tensors, path, metadata={**about, SHA256: digest(tensors, about)})
+    with path.open("r+b") as file:  # safetensors leaves the order of the metadata to chance
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(content) == size
+        file.seek(8)
+        file.write(content)
 
 
 def read_tensors(
@@ -49,11 +52,10 @@ def read_tensors(
     try:
         with safe_open(path, "pt") as file:
             tensors, found = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        sealed = sealed or ENTRY in found
-        found |= json.loads(found.pop(ENTRY, "{}"))
-    except (SafetensorError, ValueError, TypeError, RuntimeError, RecursionError) as error:
+    except (SafetensorError, ValueError, RuntimeError) as error:
         raise OSError(f"{path} is damaged, or no file of tensors: {error}") from error
-    if found.pop(SHA256, None) != digest(tensors, found) and sealed:
+    recorded = found.pop(SHA256, None)
+    if (sealed or recorded is not None) and recorded != digest(tensors, found):
         raise OSError(f"{path} is damaged: it has changed since it was written")
     for key, value in (about or {}).items():
         if found.get(key) != value:

@@ -4,6 +4,7 @@
                --overwrite; LoRA and all weights. Then --resume must go on, and every result equal an unbroken run's.
     disks      files that cannot grow, files that cannot be made, a small disk. The error names the file, and after
                --resume every result equals an unbroken run's.
+    ranks      one of two processes is killed. The other ends within a minute and names it.
     damages    one file of a run, an evaluation or a cache is changed, cut, emptied, deleted or another run's. The
                result equals the undamaged one's, or the command ends with an error that names the file.
     fuzz       configs, plans, prompt files, LoRA files and calls of the ops: no exception but flowbp's own.
@@ -17,11 +18,13 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ from reliability.forks import (  # noqa: E402
 )
 
 from flowbp.runtime.environment import environment  # noqa: E402
+from flowbp.runtime.processes import free_port  # noqa: E402
 
 TINY = [
     *("steps=3", "checkpoint_every=1", "data.batch_size=1", "rollout.num_steps=2", "method={name: refl, last_n: 1}"),
@@ -51,7 +55,8 @@ TINY = [
 ]
 MODES = {"lora": [], "full": ["tuning={mode: full, rank: 1}", "optimizer.lr=1e-4", "ema=null"]}
 METRICS = "metrics.jsonl"
-DONE = ("kills", "full disks", "damages", "fuzz inputs")
+NOWHERE = Path("/nowhere")
+DONE = ("kills", "full disks", "damages", "killed ranks", "fuzz inputs")
 FELL = ("refused", "changed", "tracebacks", "nameless", "lost", "silent", "foreign errors", "hangs", "crashes")
 COUNTED = (*DONE, *FELL)
 CHANGING = ("seconds", "peak_mb")  # what no two runs have in common
@@ -107,9 +112,9 @@ class Soak:
     def whole(self, mode: str = "lora") -> Path:
         return self.template("whole", mode)
 
-    def half(self, mode: str = "lora") -> Path:
+    def half(self, mode: str = "lora", name: str = "half", *options: str) -> Path:
         """A run that was killed in its last step."""
-        return self.template("half", mode, before=killed_in_step(2))
+        return self.template(name, mode, *options, before=killed_in_step(2))
 
     def longer(self) -> Path:
         return self.template("longer", "lora", "steps=4")
@@ -125,6 +130,9 @@ class Soak:
                 ended = flowbp_command("eval", run, "--weights", f"tuned={run}", "--out", out)
                 assert ended.code == 0, ended.said
         return path
+
+    def other_evaluation(self) -> Path:
+        return self.evaluation().with_name("other evaluation")
 
     def copy(self, template: Path) -> Path:
         """A copy to work on, always at the same place."""
@@ -209,7 +217,7 @@ class Soak:
 
         share: of these, drawn at random.
         """
-        template, files, other, command, results = self.scenes()[scene]
+        template, files, other, command, results = self.scenes()[scene]()
         ended = command(self.copy(template))
         assert ended.code == 0, ended.said
         expected = self.folder / "expected"
@@ -235,6 +243,37 @@ class Soak:
                     if not (kind == "delete" and told):
                         self.report.fell("silent", f"{where}: {', '.join(found)}; {ended.said[-100:]}")
 
+    # -- one of two processes ----------------------------------------------------------------------------------------
+
+    def ranks(self, killed: int, limit: float = 60) -> None:
+        """Kill one of two processes of a run. The other must end within `limit` seconds, and name it."""
+        work = self.clear()
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+        command = [sys.executable, "-m", "flowbp", "train", "demo", *TINY, "steps=100000", f"output={work}"]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        ranks = [
+            subprocess.Popen(
+                [*command, "evaluation=null"], env=os.environ | where | {"RANK": r, "LOCAL_RANK": r}, **pipes
+            )
+            for r in "01"
+        ]
+        try:
+            while not (work / METRICS).is_file() or len((work / METRICS).read_bytes().splitlines()) < 2:
+                assert all(rank.poll() is None for rank in ranks)
+                time.sleep(0.1)
+            ranks[killed].kill()
+            self.report.count("killed ranks")
+            _, said = ranks[1 - killed].communicate(timeout=limit)
+            named = f"process {killed} of 0 to 1 ended, and process {1 - killed} cannot go on alone" in said
+            if "Traceback" in said or not named:
+                self.report.fell("nameless", f"rank {killed} killed: {said[-300:]}")
+        except subprocess.TimeoutExpired:
+            self.report.fell("hangs", f"rank {killed} killed: the other goes on")
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+
     # -- strange input -----------------------------------------------------------------------------------------------
 
     def fuzz(self, kind: str, count: int, limit: float = 600) -> None:
@@ -257,8 +296,8 @@ class Soak:
         if ended.code != 0:
             self.report.fell("hangs" if ended.code is None else "crashes", f"{kind}: {ended.code} {ended.said[-500:]}")
 
-    def scenes(self) -> dict[str, tuple]:
-        """Name -> (template, its files that are damaged, the other of its kind, the command, what is compared)."""
+    def scenes(self) -> dict[str, Callable[[], tuple]]:
+        """Name -> what makes (template, its files to damage, the other of its kind, the command, what is compared)."""
 
         def of_a_run(run: Path) -> list[Path]:
             patterns = "checkpoints/*/*", "validation/*", "metrics.jsonl", "config.yaml", "*.safetensors", "best/**/*"
@@ -293,30 +332,27 @@ class Soak:
         def lengthen(work: Path) -> Ended:
             return flowbp_command("train", work, "--resume", "steps=4")
 
-        everything = lambda folder: sorted(path for path in folder.rglob("*.safetensors"))  # noqa: E731
-        scenes = {}
+        def tensors(folder: Path) -> list[Path]:
+            return sorted(folder.rglob("*.safetensors"))
+
+        def chunks(folder: Path) -> list[Path]:
+            return [*sorted(folder.glob("*/*.safetensors")), *sorted(folder.glob("*/model.json"))]
+
+        scenes: dict[str, Callable[[], tuple]] = {}
         for mode in MODES:
-            half, whole, other = self.half(mode), self.whole(mode), self.other(mode)
+            half, whole, other = (partial(make, mode) for make in (self.half, self.whole, self.other))
+            other_half = partial(self.half, mode, "other half", "seed=7")
             scenes |= {
-                f"resume, {mode}": (half, of_a_run, other, resume, RESULTS),
-                f"lengthen, {mode}": (whole, of_a_run, other, lengthen, RESULTS),
-                f"eval, {mode}": (whole, weights, Path("/none"), evaluate, ("eval/samples.csv",)),
+                f"resume, {mode}": lambda half=half, other=other_half: (half(), of_a_run, other(), resume, RESULTS),
+                f"lengthen, {mode}": lambda whole=whole, other=other: (whole(), of_a_run, other(), lengthen, RESULTS),
+                f"eval, {mode}": lambda whole=whole: (whole(), weights, NOWHERE, evaluate, ("eval/samples.csv",)),
             }
-        scenes["compare"] = (
-            self.whole(),
-            lambda run: [run / "metrics.jsonl", run / "config.yaml"],
-            self.other(),
-            compare,
-            ("compared/comparison.json",),
-        )
-        scenes["eval again"] = (
-            self.evaluation(),
-            lambda folder: sorted(folder.glob("*/*.safetensors")) + sorted(folder.glob("*/model.json")),
-            self.evaluation().with_name("other evaluation"),
-            score_again,
-            EVALUATION,
-        )
-        scenes["cache"] = (cache(), everything, cache(), cached, tuple(f"run/{pattern}" for pattern in RESULTS))
+        logged = lambda run: [run / METRICS, run / "config.yaml"]  # noqa: E731
+        page = ("compared/comparison.json",)
+        scenes["compare"] = lambda: (self.whole(), logged, self.other(), compare, page)
+        again = lambda: (self.evaluation(), chunks, self.other_evaluation(), score_again, EVALUATION)  # noqa: E731
+        scenes["eval again"] = again
+        scenes["cache"] = lambda: (cache(), tensors, cache(), cached, tuple(f"run/{each}" for each in RESULTS))
         return scenes
 
 
@@ -330,7 +366,7 @@ def damage(file: Path, kind: str, other: Path, draw: random.Random) -> bool:
         place, bit = draw.randrange(len(content)), 1 << draw.randrange(8)
         changed = content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
     else:
-        changed = {"cut": content[: len(content) // 2], "empty": b"", "swap": other.read_bytes()}[kind]
+        changed = other.read_bytes() if kind == "swap" else content[: len(content) // 2 if kind == "cut" else 0]
     file.write_bytes(changed)
     return changed != content
 
@@ -382,6 +418,11 @@ def all_damages(soak: Soak, share: float) -> None:
         soak.damages(scene, share=share)
 
 
+def all_ranks(soak: Soak, share: float) -> None:
+    for killed in (0, 1):
+        soak.ranks(killed)
+
+
 def all_fuzz(soak: Soak, share: float) -> None:
     counts = {"configs": 2000, "overrides": 1500, "plans": 2500, "prompt files": 2000, "LoRA files": 1000}
     for kind, count in (counts | {"op calls": 3000}).items():
@@ -392,8 +433,19 @@ PARTS: dict[str, Callable[[Soak, float], None]] = {
     "kills": all_kills,
     "disks": all_disks,
     "damages": all_damages,
+    "ranks": all_ranks,
     "fuzz": all_fuzz,
 }
+
+
+def short(soak: Soak) -> None:
+    """A few of each kind, in half a minute of one core."""
+    soak.kills("lora", "resume", every=25)
+    soak.disks("lora", [3000], writes=1)
+    soak.damages("resume, lora", share=0.08)
+    soak.damages("eval again", kinds=["flip"], share=0.4)
+    for kind, count in {"configs": 60, "plans": 100, "prompt files": 100, "LoRA files": 40, "op calls": 200}.items():
+        soak.fuzz(kind, count)
 
 
 def main() -> None:
@@ -401,18 +453,22 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"{', '.join(PARTS)}; all if none is named")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--share", type=float, default=1.0, help="of all that is done, drawn at random")
+    parser.add_argument("--short", action="store_true", help="a few of each kind")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         soak = Soak(Path(folder), given.seed)
-        for part in given.parts or PARTS:
+        if given.short:
+            short(soak)
+        for part in () if given.short else given.parts or PARTS:
             began = time.monotonic()
             PARTS[part](soak, given.share)
             soak.report.seconds[part] = round(time.monotonic() - began)
             print(f"{part}: {soak.report.seconds[part]} s", soak.report.counts, flush=True)
     if given.json is not None:
         given.json.write_text(json.dumps(environment() | soak.report.as_dict(), indent=1) + "\n")
-    sys.exit(1 if soak.report.fallen else 0)
+    sys.stdout.flush()
+    os._exit(1 if soak.report.fallen else 0)  # without what libraries say when an interpreter ends
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def report(tmp_path_factory):
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("name", DONE)
+@pytest.mark.parametrize("name", [name for name in DONE if name != "killed ranks"])  # tests/distributed kills those
 def test_faults_are_made(name, report):
     assert report["counts"][name] > 0
 
