@@ -92,7 +92,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             try:
                 value = {part: value if isinstance(value, dict) else _number_or_yaml(value)}
             except yaml.YAMLError as error:
-                cause = error.problem or error
+                cause = getattr(error, "problem", None) or error
                 raise ConfigError(f"override {override!r}: the value is not YAML ({cause}); quote it") from None
         merge(values, value)
     return values

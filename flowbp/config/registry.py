@@ -63,7 +63,7 @@ def build_named(kind: str, registry: Mapping[str, type], spec: Any) -> Any:
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
             raise ConfigError(f"{kind} {name!r} is {cls!r}: name a dataclass")
         return build(cls, fields)
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         raise unknown(kind, name, registry)
     return build(registry[name], fields)
 

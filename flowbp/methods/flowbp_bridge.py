@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from flowbp.active_sets import PairSampler, UniformPair, bridge_allocation, check_count, late_biased, train_window
 from flowbp.methods.flowbp_sparse import sparse_euler
 from flowbp.plan import Bridge, SurrogatePlan
+from flowbp.quadrature import check_sigmas
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class FlowBPBridge:
     tail_ratio: float = 1.0
 
     def plan(self, sigmas, rng) -> SurrogatePlan:
-        num_steps = len(sigmas) - 1
+        num_steps = len(check_sigmas(sigmas)) - 1
         start, stop = train_window(num_steps, self.tail_ratio, min_length=3)
         check_count(self.num_active, stop - start)
         _, j = self.pairs(num_steps, start, rng)

@@ -83,6 +83,7 @@ def fork(function: Callable[[], None], limit: float = 120) -> Ended:
         os.close(reads)
         os.dup2(writes, 1), os.dup2(writes, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+        torch.set_num_threads(1)  # builds torch's pool of threads anew, before several threads would
         os._exit(code_of(function))
     os.close(writes)
     said, deadline = b"", time.monotonic() + limit

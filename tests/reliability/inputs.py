@@ -68,7 +68,9 @@ def configs(draw) -> str:
 def mutated(content, draw: random.Random, times: int):
     """`content`, text or bytes, with some places deleted, doubled or replaced."""
     alphabet = [chr(i) for i in range(256)] if isinstance(content, str) else [bytes([i]) for i in range(256)]
-    for _ in range(times if len(content) else 0):
+    for _ in range(times):
+        if not content:
+            break
         at, length = draw.randrange(len(content)), draw.choice([1, 1, 2, 30])
         piece = draw.choice([content[:0], content[at : at + length] * 2, draw.choice(alphabet) * length])
         content = content[:at] + piece + content[at + length :]
