@@ -43,7 +43,7 @@ def read(name: str | Path) -> list[dict[str, Any]]:
         raise ConfigError(f"no config file {str(path)!r}, and unknown preset {str(name)!r}; {hint}")
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.load(text, StrictYAML) or {}
+        values = yaml.load(text, StrictYAML)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if text.startswith(SEAL) and text != sealed(text.partition("\n")[2]):

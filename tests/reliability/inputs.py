@@ -43,15 +43,15 @@ values = st.recursive(
 
 # -- configs and plans -------------------------------------------------------------------------------------------------
 
-BASE = flatten(yaml.safe_load(dump(load("demo"))))
+DEMO = yaml.safe_load(dump(load("demo")))
 SECTIONS = list(RunConfig.model_fields)
-keys = st.one_of(st.sampled_from([*BASE, *SECTIONS]), text)
+keys = st.one_of(st.sampled_from([*flatten(DEMO), *SECTIONS]), text)
 
 
 @st.composite
 def configs(draw) -> str:
     """The demo's config with some keys changed or gone, as YAML, sometimes with characters changed."""
-    whole = yaml.safe_load(dump(load("demo")))
+    whole = copy.deepcopy(DEMO)
     for key in draw(st.lists(keys, min_size=1, max_size=3)):
         at, parts = whole, key.split(".")
         for part in parts[:-1]:
