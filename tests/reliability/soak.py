@@ -70,31 +70,34 @@ EVALUATION = ("*/*.safetensors", "*/model.json", "results.json", "samples.csv", 
 
 @dataclass
 class Report:
-    """Counts of what was done, and a line for everything that fell."""
+    """Counts of what was done, and a line for everything that fell. Both are written to `file` as they come."""
 
+    file: Path | None = None
+    made_with: dict[str, Any] = field(default_factory=environment)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
     fallen: list[str] = field(default_factory=list)
     seconds: dict[str, int] = field(default_factory=dict)
 
     def count(self, name: str, number: int = 1) -> None:
         self.counts[name] += number
+        self.write()
 
-    def write(self, file: Path | None) -> None:
-        if file is not None:
-            about = environment() | {"counts": self.counts, "fallen": self.fallen, "seconds": self.seconds}
-            file.write_text(json.dumps(about, indent=1) + "\n")
+    def write(self) -> None:
+        if self.file is not None:
+            about = self.made_with | {"counts": self.counts, "fallen": self.fallen, "seconds": self.seconds}
+            self.file.write_text(json.dumps(about, indent=1) + "\n")
 
     def fell(self, name: str, what: str) -> None:
-        self.count(name)
         self.fallen.append(f"{name}: {what}")
+        self.count(name)
         print(f"  {name}: {what}", flush=True)
 
 
 class Soak:
     """Runs in a folder of their own, which everything is compared with, and the faults done to copies of them."""
 
-    def __init__(self, folder: Path, seed: int = 0):
-        self.folder, self.random, self.report = folder, random.Random(seed), Report()
+    def __init__(self, folder: Path, seed: int = 0, json_file: Path | None = None):
+        self.folder, self.random, self.report = folder, random.Random(seed), Report(json_file)
         (folder / "temporary").mkdir()
         tempfile.tempdir = os.environ["TMPDIR"] = str(folder / "temporary")
         os.environ["FLOWBP_CACHE"] = str(folder / "cache")
@@ -462,16 +465,15 @@ def main() -> None:
     given = parser.parse_args()
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # waits for no disk
     with tempfile.TemporaryDirectory(prefix="soak-", dir=memory) as folder:
-        soak = Soak(Path(folder), given.seed)
+        soak = Soak(Path(folder), given.seed, given.json)
         if given.short:
             short(soak)
         for part in () if given.short else given.parts or PARTS:
             began = time.monotonic()
             PARTS[part](soak, given.share)
             soak.report.seconds[part] = round(time.monotonic() - began)
+            soak.report.write()
             print(f"{part}: {soak.report.seconds[part]} s", soak.report.counts, flush=True)
-            soak.report.write(given.json)
-        soak.report.write(given.json)
     sys.stdout.flush()
     os._exit(1 if soak.report.fallen else 0)  # without what libraries say when an interpreter ends
 
