@@ -61,10 +61,15 @@ def save_checkpoint(
         about = {"step": step, "processes": process_state().num_processes, **(record or {})}
         (scratch / PROGRESS).write_text(json.dumps(about))
         seal(scratch)
+    prune(output, step)
+
+
+def prune(output: Path, step: int) -> None:
+    """Remove all checkpoints but that of `step` and the one before, and what killed writes left."""
     saved = checkpoints(output)
     before = max((other for other in saved if other < step), default=step)
     old = [path for other, path in saved.items() if other not in (before, step)]
-    for path in (*old, *folder.parent.glob(f".step-*{SCRATCH}")):
+    for path in (*old, *(output / CHECKPOINTS).glob(f".step-*{SCRATCH}")):
         remove(path)
 
 

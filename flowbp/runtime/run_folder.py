@@ -33,7 +33,7 @@ from accelerate.utils import broadcast_object_list
 from flowbp.backbones import Backbone
 from flowbp.config import RunConfig, changed, dump
 from flowbp.config.loading import CONFIG, read, sealed
-from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress
+from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress, prune
 from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import ENVIRONMENT, environment
 from flowbp.runtime.files import (
@@ -145,7 +145,8 @@ class RunFolder:
         on_main(prepare)
 
     def forget_after(self, done: int) -> None:
-        """Drop what was logged and validated after step `done`, that of the checkpoint from which the run resumes.
+        """Drop what was logged and validated after step `done`, that of the checkpoint from which the run resumes, and
+        checkpoints that a kill kept from being removed.
 
         Without a checkpoint `done` is 0, and nothing is kept: no record says that it is whole.
         """
@@ -156,6 +157,8 @@ class RunFolder:
             for step, file in self._validations().items():
                 if step > done or not done:
                     file.unlink()
+            if done:
+                prune(self.path, done)
 
         on_main(forget)
 
