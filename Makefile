@@ -3,6 +3,7 @@
 #
 #   make install PYTHON=python3.12                   another interpreter (3.11 to 3.13), for a new .venv
 #   make install TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"      another build of torch
+#   make soak                                        kills, full disks, damaged files, strange input: docs/reliability.md
 #   make builds                                      does it install by other compilers, without one, from sdist and wheel?
 #   make wheel                                       a wheel that an index takes, in dist/
 #   make wheel-check TORCH_OTHER="torch==2.12.1"     does that wheel run under another torch (>= 2.10)?
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install check lint types fast test demo builds wheel wheel-check clean
+.PHONY: install check lint types fast test soak demo builds wheel wheel-check clean
 
 install: $(INSTALLED)
 
@@ -34,7 +35,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Nothing is downloaded at run time.
-check fast test demo: export HF_HUB_OFFLINE = 1
+check fast test soak demo: export HF_HUB_OFFLINE = 1
 
 # pytest: one process a core, each with whole files, the slow ones first, so that none is left alone at the end.
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 8
@@ -63,6 +64,10 @@ test: install
 	$(PYTEST) $(BY_FILE)
 	$(BIN)/python -c 'from flowbp_kernels import backend; print(*backend.isas()[1:])' | xargs -r -n 1 -P 2 sh -c \
 	  'FLOWBP_ISA=$$0 $(BIN)/python -m pytest -q -m "not slow" tests/kernels --ignore tests/kernels/test_compiled_ops.py'
+
+# Half an hour on one core. A part of it is in `make test`.
+soak: install
+	$(BIN)/python tests/reliability/soak.py --json docs/reliability.json
 
 # Processes of one thread: threads would wait for each other in every operation as soon as another program takes a core.
 demo: install

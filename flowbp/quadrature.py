@@ -20,7 +20,10 @@ LARGEST_SUM = 5.0
 
 def check_sigmas(sigmas: Sequence[float]) -> np.ndarray:
     """The noise levels [N + 1] as float64; ValueError unless they are finite, strictly decreasing, and end at 0."""
-    levels = np.asarray(sigmas, dtype=np.float64)
+    try:
+        levels = np.asarray(sigmas, dtype=np.float64)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"sigmas must be noise levels, not {repr(sigmas)[:80]}: {error}") from error
     if levels.ndim != 1 or len(levels) < 2:
         raise ValueError(f"sigmas must be a vector of at least two noise levels, got shape {levels.shape}")
     if not np.all(np.isfinite(levels)):

@@ -1,7 +1,9 @@
 """What the ops accept: one check for each kind of argument. Each error names the value, the rule and the way out."""
 
+import sys
 from array import array
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -21,8 +23,20 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def check_float(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if not tensor.dtype.is_floating_point:
         raise ValueError(f"{name} must have a float dtype, not {tensor.dtype}; convert it with .float()")
+
+
+def check_number(name: str, value: float | Tensor) -> None:
+    """A real number that float64 can hold, or a real tensor."""
+    if isinstance(value, Tensor):
+        real = not value.is_complex()
+    else:
+        real = isinstance(value, float) or (isinstance(value, Real) and abs(value) <= sys.float_info.max)
+    if not real:
+        raise ValueError(f"{name} must be a real number or tensor, not {repr(value)[:80]}")
 
 
 def check_like(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
@@ -59,8 +73,8 @@ def check_cache(velocities: Tensor, x: Tensor, scales: Tensor | None) -> None:
 
 def node_table(nodes: Tensor | Sequence, x: Tensor) -> Tensor:
     """Integers as an int64 tensor [K, 1] or [K, B]. A tensor on x's device stays there; all else is on the CPU."""
-    table = _placed("nodes", nodes, x) if isinstance(nodes, Tensor) else _numbers(nodes, "q")
-    if table.dtype.is_floating_point and table.numel():
+    table = _placed("nodes", nodes, x) if isinstance(nodes, Tensor) else _numbers("nodes", nodes, "q")
+    if (table.dtype.is_floating_point or table.is_complex()) and table.numel():
         raise ValueError(f"nodes must be integers, not {table.dtype}")
     return _columns("nodes", table.long(), x.shape[0])
 
@@ -69,7 +83,8 @@ def weight_table(name: str, weights: Tensor | Sequence, x: Tensor) -> Tensor:
     """Numbers as a float64 tensor [K, 1] or [K, B] without gradient. A tensor on x's device stays there; all else is on
     the CPU.
     """
-    table = _placed(name, weights, x) if isinstance(weights, Tensor) else _numbers(weights, "d")
+    table = _placed(name, weights, x) if isinstance(weights, Tensor) else _numbers(name, weights, "d")
+    check_number(name, table)
     return _columns(name, table.double(), x.shape[0])
 
 
@@ -78,6 +93,8 @@ def scalar_table(x: Tensor, **scalars: float | Tensor) -> Tensor:
     on the CPU.
     """
     tensors = [(name, value) for name, value in scalars.items() if isinstance(value, Tensor)]
+    for name, value in scalars.items():
+        check_number(name, value)
     for name, value in tensors:
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-dimensional tensor, not of shape {tuple(value.shape)}")
@@ -145,17 +162,21 @@ def check_out(
         )
 
 
-def _numbers(values: Sequence, typecode: str) -> Tensor:
+def _numbers(name: str, values: Sequence, typecode: str) -> Tensor:
     """A list of numbers as float64 ("d") or int64 ("q"), at a third of the cost of torch.tensor. Any other values go to
     torch.tensor.
     """
     dtype = torch.float64 if typecode == "d" else None
-    if is_traced() or len(values) == 0:  # a buffer can be neither traced nor empty
+    if is_traced():  # a buffer can be neither traced nor empty
         return torch.tensor(values, dtype=dtype)
     try:
         return torch.frombuffer(array(typecode, values), dtype=dtype or torch.int64)
-    except TypeError:
+    except (TypeError, ValueError, OverflowError):
+        pass
+    try:
         return torch.tensor(values, dtype=dtype)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"{name} must be numbers or a tensor, not {repr(values)[:80]}: {error}") from error
 
 
 def _placed(name: str, values: Tensor, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowbp_kernels import backend, reference
-from flowbp_kernels.arguments import COMPILED_DTYPES, check_float, check_like, check_out, scalar_table
+from flowbp_kernels.arguments import COMPILED_DTYPES, check_float, check_like, check_number, check_out, scalar_table
 from flowbp_kernels.bridge_cotangents import bridge_cotangents
 from flowbp_kernels.operators import register
 from flowbp_kernels.quadrature_update import quadrature_update
@@ -57,6 +57,8 @@ def cfg_euler_step(
     if by_operator or isinstance(guidance, Tensor) or isinstance(h, Tensor):
         coefficients: Any = scalar_table(x, guidance=guidance, h=h)
     else:
+        check_number("guidance", guidance)
+        check_number("h", h)
         coefficients = guidance, h
     if v_uncond is None and velocity_out is None and out is None:  # a quadrature of one node
         node = [0] if isinstance(coefficients, tuple) else torch.zeros(1, dtype=torch.long, device=coefficients.device)

@@ -60,6 +60,8 @@ def leap_residuals(
     check_cache(velocities, x_k, scales)
     if x_k.shape[1:].numel() == 0:
         raise ValueError(f"a sample of shape {tuple(x_k.shape[1:])} has no elements to take a mean over")
+    if not isinstance(weights, (Sequence, Tensor)) or isinstance(weights, Tensor) and not weights.dim():
+        raise ValueError(f"weights must hold two rows, one a leap; got {repr(weights)[:80]}")
     if len(weights) != 2:
         raise ValueError(f"weights must hold two rows, one a leap; got {len(weights)}")
     nodes = node_table(nodes, x_k)

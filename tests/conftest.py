@@ -15,6 +15,7 @@ if not request_equal_bytes():  # the first import of a test run; the processes t
 SLOW_PLACES = (
     "backbones",
     "distributed",
+    "reliability",
     "rewards",
     "shapes",
     "evaluation/test_evaluation.py",

@@ -1,12 +1,14 @@
 """Configuration: strict, typed, and readable when it refuses."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from flowbp import presets
 from flowbp.active_sets import DirichletPair, UniformPair
 from flowbp.config import ConfigError, build_method, dump, load, parse_overrides
+from flowbp.config.loading import sealed
 from flowbp.methods import METHODS, FlowBPLagrange, LeapAlign
 
 
@@ -219,3 +221,30 @@ def test_paths_know_the_home_folder_and_variables(monkeypatch):
     config = load("demo", ["output=$RUNS/a", "data.cache=~/cache", "backbone.name=${RUNS}/model"])
     found = str(config.output), str(config.data.cache), config.backbone.name
     assert found == ("/data/runs/a", "/home/somebody/cache", "/data/runs/model")
+
+
+def test_relative_paths_of_a_stored_config_mean_the_same_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "here" / "shapes").mkdir(parents=True)  # a name of the embedded model, whatever lies there
+    (tmp_path / "here" / "prompts.txt").write_text("a red circle\n")
+    monkeypatch.chdir(tmp_path / "here")
+    given = ["data.prompts=prompts.txt", "data.cache=cache", "evaluation.prompts=./prompts.txt", "output=out"]
+    config = load("demo", given)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    monkeypatch.chdir(tmp_path)
+    again = load(tmp_path / "config.yaml")
+    assert again == config and again.backbone.name == "shapes" and again.output == Path("out")
+    here = tmp_path / "here"
+    assert again.data.prompts == again.evaluation.prompts == str(here / "prompts.txt")
+    assert again.data.cache == here / "cache"
+    assert load("demo", ["data.prompts=nowhere.txt"]).data.prompts == "nowhere.txt"
+
+
+def test_a_config_that_changed_since_its_run_wrote_it_is_refused(tmp_path):
+    file, text = tmp_path / "config.yaml", sealed(dump(load("demo")))
+    file.write_text(text)
+    assert load(file) == load("demo")
+    file.write_text(text.replace("seed: 42", "seed: 43"))
+    with pytest.raises(ConfigError, match="config.yaml has changed since its run wrote it: .* delete its first line"):
+        load(file)
+    file.write_text(file.read_text().partition("\n")[2])
+    assert load(file).seed == 43

@@ -639,6 +639,33 @@ def test_a_skipped_step_is_counted(tmp_path, monkeypatch, capsys):
     assert ", 1 skipped" in capsys.readouterr().err
 
 
+def test_a_step_without_gradient_is_told_and_counted(tmp_path, caplog, capsys):
+    config = tiny(tmp_path, "reward.hinge=-10", "rollout.num_steps=2", "method={name: refl, last_n: 1}")
+    train(config)
+    told = [line for line in caplog.messages if "no gradient" in line]
+    assert len(told) == 1 and told[0].startswith("step 1 has no gradient: every sample is dropped or beyond its hinge")
+    assert "2 of 2 steps, every sample of which was dropped" in (config.output / "report.html").read_text()
+    assert ", 2 without gradient" in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_remembers_must_be_whole_or_gone(tmp_path, caplog):
+    watched = ["evaluation={prompts: 'shapes:test', samples: 4, grid: 1, every: 1, validation_samples: 4}"]
+    small = ["rollout.num_steps=2", "method={name: refl, last_n: 1}", *watched]
+    config = load("demo", [*TINY[:-1], f"output={tmp_path / 'run'}", *small])
+    train(config)
+    metrics, first = config.output / "metrics.jsonl", config.output / "validation/step-000001.safetensors"
+    expected = {file: file.read_bytes() for file in (metrics, first)}
+    for file, content in expected.items():
+        for damaged in (content[:-9] + b"\n", content.replace(b"1", b"2", 1)):
+            file.write_bytes(damaged)
+            with pytest.raises(OSError, match=f"{file} is damaged"):
+                train(config, resume=True)
+            file.write_bytes(content)
+    first.unlink()
+    train(config, resume=True)
+    assert f"{first} is gone: the run goes on without what it held" in caplog.messages
+
+
 @pytest.mark.parametrize("name", ["parameters.safetensors", "state.pt", "step.json"])
 @pytest.mark.parametrize("share", [0, 0.5])
 def test_a_damaged_checkpoint_is_named(name, share, tmp_path):

@@ -1,6 +1,7 @@
 """Where a config comes from (files, runs and presets, with overrides laid over them), and how two configs differ."""
 
 import copy
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from flowbp.names import nearest, search_in
 
 CONFIG = "config.yaml"  # in the folder of a run
 LONGEST = 2**16  # characters of a config
+SEAL = "# SHA-256 of the lines below, as the run wrote them: "
 NAMED = ("method", "pairs", "reward")  # keys of {name: ..., **fields}
 
 
@@ -48,9 +50,13 @@ def read(name: str | Path) -> list[dict[str, Any]]:
         hint = f"{nearest(str(name), presets.names())}flowbp presets lists them"
         raise ConfigError(f"no config file {str(path)!r}, and unknown preset {str(name)!r}; {hint}")
     try:
-        values = yaml.load(read_text(path, LONGEST), StrictYAML) or {}
+        text = read_text(path, LONGEST)
+        values = yaml.load(text, StrictYAML)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {cut(error, 400)}") from error
+    if text.startswith(SEAL) and text != sealed(text.partition("\n")[2]):
+        way_out = "restore it from a copy, or, if you changed it, delete its first line"
+        raise ConfigError(f"{path} has changed since its run wrote it: {way_out}")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, got {type(values).__name__}")
     search_in(path.parent)
@@ -165,6 +171,11 @@ def commented(text: str) -> str:
         about = field.description if field is not None and path[-1] == name else None
         lines.append(f"{line}  # {about}" if about else line)
     return "\n".join(lines) + "\n"
+
+
+def sealed(text: str) -> str:
+    """A config as a run keeps it: its first line, a comment, has the digest of the others, which `read` checks."""
+    return f"{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
 
 
 def _number_or_yaml(text: str) -> Any:

@@ -52,6 +52,19 @@ def expanded(value: PathLike) -> PathLike:
     return type(value)(text)
 
 
+def located(value: str) -> str:
+    """The absolute path of a file or folder that is there, so that a stored config means it from any working folder.
+
+    Every other value stays, such as a model's name or an id on the Hub.
+    """
+    if os.path.isdir(value) and os.sep not in value:
+        from flowbp.backbones import KNOWN_MODELS  # imports diffusers
+
+        if value in ("shapes", "shapes-monitor", *KNOWN_MODELS):
+            return value
+    return os.path.abspath(value) if os.path.exists(value) else value
+
+
 def known_backend(name: str) -> str:
     known = torch.compiler.list_backends(exclude_tags=None)
     if name not in known:
@@ -74,7 +87,9 @@ NonNegative = Annotated[float, Number, Field(ge=0)]
 Share = Annotated[float, Number, Field(ge=0, le=1)]
 Decay = Annotated[float, Number, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(expanded)]
+Place = Annotated[Text, AfterValidator(located)]
 Folder = Annotated[Path, AfterValidator(expanded)]
+Cache = Annotated[Folder, AfterValidator(Path.absolute)]
 MetricName = Annotated[str, Field(pattern=r"^\w[\w .-]*$", max_length=80)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
 Backend = Annotated[str, AfterValidator(known_backend)]
@@ -118,7 +133,7 @@ class Strict(BaseModel):
 
 
 class BackboneConfig(Strict):
-    name: Text = key(..., '"shapes", a known model, a local diffusers folder or a Hub id')
+    name: Place = key(..., '"shapes", a known model, a local diffusers folder or a Hub id')
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     precision: Literal["pipeline", "float32"] = key("float32", "of the latents between network calls")
     max_sequence_length: Size | None = key(None, "tokens of the prompt embedding; null means the pipeline's default")
@@ -141,7 +156,7 @@ class ScorerConfig(Strict):
     """A reward model and where its weights are."""
 
     name: Text = key("clip", "one of `flowbp rewards`, or a function of your own as module:function")
-    model: Text | None = key(None, 'a local folder, a Hub id, "shapes" or "shapes-monitor"; null: the published one')
+    model: Place | None = key(None, 'a local folder, a Hub id, "shapes" or "shapes-monitor"; null: the published one')
     dtype: Literal["float32", "bfloat16"] | None = key(None, "of the weights; null means the reward's own")
     revision: Text | None = key(None, "commit of a Hub checkpoint")
     sha256: Sha256 | None = key(None, "digest of the checkpoint file")
@@ -192,11 +207,11 @@ RewardsField = Annotated[RewardSpecs, Field(min_length=1), BeforeValidator(by_na
 class DataConfig(Strict):
     """Prompts. "cached" embeds all once, to disk, and releases the text encoders; "live" encodes every batch."""
 
-    prompts: Text = key(..., 'a file or folder of prompts, or "shapes:train"')
+    prompts: Place = key(..., 'a file or folder of prompts, or "shapes:train"')
     batch_size: Size = 8
     accumulate: Count = key(1, "micro-batches an optimizer step")
     embeddings: Literal["cached", "live"] = key("cached", "embed all prompts once, or every batch anew")
-    cache: Folder | None = key(None, "folder of cached embeddings; null means $FLOWBP_CACHE, else ~/.cache/flowbp")
+    cache: Cache | None = key(None, "folder of cached embeddings; null means $FLOWBP_CACHE, else ~/.cache/flowbp")
 
 
 Recompute = Literal["always", "never", "auto"]
@@ -259,8 +274,8 @@ class GenEvalConfig(Strict):
     """GenEval's judgement of `evaluation.prompts`, which must then be its evaluation_metadata.jsonl. The thresholds are
     those it uses with Mask2Former; a detector with scores of another kind needs its own."""
 
-    detector: Text = key(..., "a local folder or Hub id: OWLv2, Grounding DINO, Mask2Former, DETR, ...")
-    colours: Text = key(..., "a local folder or Hub id of a CLIP model; GenEval: openai/clip-vit-large-patch14")
+    detector: Place = key(..., "a local folder or Hub id: OWLv2, Grounding DINO, Mask2Former, DETR, ...")
+    colours: Place = key(..., "a local folder or Hub id of a CLIP model; GenEval: openai/clip-vit-large-patch14")
     threshold: Share = key(0.3, "least score of a detection")
     counting_threshold: Share = key(0.9, "the same for prompts with the tag 'counting'")
 
@@ -289,7 +304,7 @@ class EvaluationConfig(Strict):
     """The images that are scored after training, and with `every` during training too. num_steps, solver, sigmas and
     interval are those of their rollout, whatever training uses; num_steps=null means as many as in training."""
 
-    prompts: Text
+    prompts: Place
     samples: Samples = 256
     batch_size: Size = 64
     seed: Seed = 1234
@@ -302,7 +317,7 @@ class EvaluationConfig(Strict):
     checker: CheckerField | None = None
     grid: Size = key(16, "images in the before/after grids")
     every: Count | None = key(None, "steps between evaluations during training; null makes none")
-    validation_prompts: Text | None = key(None, "prompts of those; null: `prompts`, which then chose the best step")
+    validation_prompts: Place | None = key(None, "prompts of those; null: `prompts`, which then chose the best step")
     validation_samples: Samples = Field(96, ge=2)
     best: str | None = key(None, "held-out metric (a monitor or checker) by which the best step's weights are kept")
     patience: Count | None = key(None, "stop after so many evaluations without a new best step")

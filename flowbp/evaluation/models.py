@@ -13,6 +13,7 @@ a CPU, every process computes on one thread for that.
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
 
 from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.evaluation import scores as scoring
@@ -31,12 +31,14 @@ from flowbp.runtime.console import progress_bar
 from flowbp.runtime.data import load_prompts
 from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import versions
-from flowbp.runtime.files import digest_files, replacing, write_file, write_json
+from flowbp.runtime.files import digest_files, read_json, write_file, write_json
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
-from flowbp.runtime.run_folder import contents, mark_folder
+from flowbp.runtime.run_folder import contents, locked, mark_folder
+from flowbp.runtime.tensors import read_tensors, write_tensors
 from flowbp.runtime.weights import weight_files
 
+log = logging.getLogger(__name__)
 MANIFEST = "model.json"
 CHUNKS = "[0-9]" * 5 + ".safetensors"
 
@@ -90,16 +92,17 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
         for about in manifests:
             open_model(folder / about["name"], about, overwrite)
 
-    on_main(open_all)
-    for model, about in zip(models, manifests, strict=True):
-        # If the main process refused a folder, the others refuse it here too, instead of waiting for scores.
-        open_model(folder / model.name, about)
-        score_model(config, model, samples, folder / model.name, state)
-    state.wait_for_everyone()
-    metrics = (*config.reward, *config.evaluation.monitors, "checker", *IMAGE_STATISTICS)
-    scores = {model.name: read_scores(folder / model.name, samples, metrics) for model in models}
-    results = summarise_models(manifests, scores)
-    on_main(lambda: write_results(config, folder, results, scores))
+    with locked(folder, "evaluates", "--out"):
+        on_main(open_all)
+        for model, about in zip(models, manifests, strict=True):
+            # If the main process refused a folder, the others refuse it here too, instead of waiting for scores.
+            open_model(folder / model.name, about)
+            score_model(config, model, samples, folder, about, state)
+        state.wait_for_everyone()
+        metrics = (*config.reward, *config.evaluation.monitors, "checker", *IMAGE_STATISTICS)
+        scores = {about["name"]: read_scores(folder, about, samples, metrics) for about in manifests}
+        results = summarise_models(manifests, scores)
+        on_main(lambda: write_results(config, folder, results, scores))
     return results
 
 
@@ -127,7 +130,7 @@ def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> 
     """
     path = folder / MANIFEST
     if path.is_file():
-        differing = differences(json.loads(path.read_text()), about)
+        differing = differences(read_json(path), about)
         if not differing:
             return
         scores = list(folder.glob(CHUNKS))
@@ -148,38 +151,62 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{key} was {cut(was)} and is {cut(now)}" for key, (was, now) in changed(before, after).items()]
 
 
-def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path, state: PartialState) -> None:
-    """Score this process's share of the chunks that have no file yet. Nothing is loaded if no process lacks any."""
+def score_model(
+    config: RunConfig, model: Model, samples: Samples, folder: Path, about: Mapping[str, Any], state: PartialState
+) -> None:
+    """Score this process's share of the chunks that have no whole file yet. Nothing is loaded if no process lacks any.
+
+    Raises OSError if the weights are not those of `about`, as where a training replaced them meanwhile.
+    """
     state.wait_for_everyone()
-    missing = [i for i in range(len(samples.chunks)) if not chunk_file(folder, i).is_file()]
+    missing = [i for i in range(len(samples.chunks)) if read_chunk(folder, about, i) is None]
     if not missing:
         return
     from flowbp.runtime.tuned_model import frozen_backbone
 
     device, sampling = str(state.device), config.evaluation_rollout
     backbone = frozen_backbone(config, model.weights, device, [prompt.text for prompt in samples.prompts])
+    if model.weights is not None and digest_files(weight_files(model.weights)) != about["sha256"]:
+        raise OSError(f"{model.weights} was replaced while it was read: evaluate it once its training is over")
     rewards = {name: spec.load(device) for name, spec in config.reward.items()}
     scored_by = scoring.scorers(config.evaluation, rewards, config.evaluation.load_monitors(device), device)
     share = [(i, samples.chunks[i]) for i in missing if i % state.num_processes == state.process_index]
     with one_thread(), progress_bar(model.name, "image", sum(scoring.length(chunk) for _, chunk in share)) as bar:
         for i, chunk in share:
             part = scoring.score_chunk(backbone, samples, sampling, config.evaluation_guidance, scored_by, chunk)
-            write_chunk(chunk_file(folder, i), part)
+            write_chunk(chunk_file(folder, about, i), part, chunk_of(about, i))
             bar.update(scoring.length(chunk))
 
 
-def chunk_file(folder: Path, index: int) -> Path:
-    return folder / f"{index:05d}.safetensors"
+def chunk_file(folder: Path, about: Mapping[str, Any], index: int) -> Path:
+    return folder / about["name"] / f"{index:05d}.safetensors"
 
 
-def write_chunk(path: Path, part: Part) -> None:
-    with replacing(path) as scratch:
-        save_file(part, scratch)
+def chunk_of(about: Mapping[str, Any], index: int) -> dict[str, str]:
+    """What a chunk says of itself: its number, and all that its scores depend on, as a digest."""
+    settings = json.dumps({key: value for key, value in about.items() if key not in ("name", "weights")})
+    return {"chunk": f"{index} of {hashlib.sha256(settings.encode()).hexdigest()}"}
 
 
-def read_scores(folder: Path, samples: Samples, metrics: Sequence[str]) -> Scores:
+def write_chunk(path: Path, part: Part, about: Mapping[str, str]) -> None:
+    write_tensors(path, part, about)
+
+
+def read_chunk(folder: Path, about: Mapping[str, Any], index: int) -> Part | None:
+    """A chunk, or None if it must be made: it has no file, or a damaged one, which is told."""
+    try:
+        return read_tensors(chunk_file(folder, about, index), chunk_of(about, index))[0]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("%s. It is made again", error)
+        return None
+
+
+def read_scores(folder: Path, about: Mapping[str, Any], samples: Samples, metrics: Sequence[str]) -> Scores:
     """The scores of a model, all chunks of which are there; `metrics` is the order in which they are reported."""
-    scores = scoring.join(samples, [load_file(chunk_file(folder, i)) for i in range(len(samples.chunks))])
+    files = [(chunk_file(folder, about, i), chunk_of(about, i)) for i in range(len(samples.chunks))]
+    scores = scoring.join(samples, [read_tensors(*each)[0] for each in files])
     return replace(scores, values={name: scores.values[name] for name in metrics if name in scores.values})
 
 

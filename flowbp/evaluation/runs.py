@@ -6,7 +6,6 @@ difference that reaches the weights or the scores is named as unfair: a method t
 guidance, or was scored on other prompts has not been compared.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +18,12 @@ from flowbp.config import ConfigError, RewardConfig, RunConfig, by_name, dump, f
 from flowbp.evaluation import figures, pages
 from flowbp.evaluation.numbers import by_metric
 from flowbp.evaluation.scores import Scores, compare, summarise
-from flowbp.foreign import cut, inside, read_text
+from flowbp.foreign import cut, inside
 from flowbp.image_statistics import IMAGE_STATISTICS
+from flowbp.runtime.checkpoint import latest_checkpoint
 from flowbp.runtime.environment import ENVIRONMENT, describe_environment
-from flowbp.runtime.files import without_nan, write_file, write_json
-from flowbp.runtime.run_folder import CONFIG, METRICS, mark_folder
+from flowbp.runtime.files import read_json, without_nan, write_file, write_json
+from flowbp.runtime.run_folder import CONFIG, METRICS, RunFolder, mark_folder
 
 # Verdicts on a difference: it is what runs are compared for, it makes the comparison unfair, or it changes no result.
 POINT, UNFAIR, BOOKKEEPING = "point", "unfair", "bookkeeping"
@@ -84,8 +84,8 @@ class Run:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Raises FileNotFoundError for a folder that holds no run, or a run that has not started, and ConfigError for a
-    run of another version.
+    """Raises FileNotFoundError for a folder that holds no run, or a run that has not started, ConfigError for a run
+    of another version, and OSError for damaged files.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: pass the folders of runs")
@@ -97,21 +97,16 @@ def read_run(folder: Path, name: str) -> Run:
         config = load(folder / CONFIG, run_code=False)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG} is not of this version of flowbp: {error}") from None
-    # The last part is empty, or a line that a run is writing at this moment.
-    *lines, _ = read_text(folder / METRICS).split("\n")
-    if not lines:
+    run = RunFolder(folder)
+    if checkpoint := latest_checkpoint(folder):
+        run.check_record(checkpoint)
+    rows = run.metrics()
+    if not rows:
         raise FileNotFoundError(f"{folder / METRICS} is empty: the run has not taken a step")
     tables = (inside(folder, f"scores_{side}.csv") for side in ("before", "after"))
     scores = (read_scores(table) if table.is_file() else None for table in tables)
     recorded = inside(folder, ENVIRONMENT)
-    try:
-        environment = dict(json.loads(read_text(recorded))) if recorded.is_file() else {}
-        rows = [dict(json.loads(line)) for line in lines]
-        if not all(isinstance(row.get(key), int | float) for row in rows for key in ("step", "seconds", "peak_mb")):
-            raise ValueError("a row lacks step, seconds or peak_mb")
-    except (TypeError, ValueError, RecursionError) as error:
-        damage = f"{METRICS} or {ENVIRONMENT} is not as flowbp train wrote it ({cut(error)})"
-        raise ValueError(f"{folder} cannot be compared: {damage}") from error
+    environment = read_json(recorded) if recorded.is_file() else {}
     return Run(name, folder, config, rows, *scores, environment)
 
 

@@ -23,7 +23,7 @@ class DRTune:
     early_stop_steps: int | None = None
 
     def plan(self, sigmas, rng) -> SurrogatePlan:
-        num_steps = len(sigmas) - 1
+        num_steps = len(check_sigmas(sigmas)) - 1
         check_count(self.num_active, num_steps)
         if not 0.0 <= self.early_stop_ratio <= 1.0:
             raise ValueError(f"early_stop_ratio must lie in [0, 1], got {self.early_stop_ratio}: 0 never stops early")

@@ -24,7 +24,7 @@ class FlowBPBridge:
     tail_ratio: float = 1.0
 
     def plan(self, sigmas, rng, solver: Solver = "euler") -> SurrogatePlan:
-        num_steps = len(sigmas) - 1
+        num_steps = len(check_sigmas(sigmas)) - 1
         start, stop = train_window(num_steps, self.tail_ratio, min_length=3)
         check_count(self.num_active, stop - start)
         _, j = self.pairs(num_steps, start, rng)

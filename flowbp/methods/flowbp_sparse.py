@@ -25,7 +25,7 @@ class FlowBPSparse:
     tail_ratio: float = 1.0
 
     def plan(self, sigmas, rng, solver: Solver = "euler") -> SurrogatePlan:
-        start, stop = train_window(len(sigmas) - 1, self.tail_ratio)
+        start, stop = train_window(len(check_sigmas(sigmas)) - 1, self.tail_ratio)
         active = late_biased(range(start, stop), self.num_active, self.late_bias, rng, first_weight=start + 1)
         return self.at(sigmas, active, solver)
 

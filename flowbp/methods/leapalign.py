@@ -21,7 +21,7 @@ class LeapAlign:
     tail_ratio: float = 1.0
 
     def plan(self, sigmas, rng) -> SurrogatePlan:
-        num_steps = len(sigmas) - 1
+        num_steps = len(check_sigmas(sigmas)) - 1
         start, _ = train_window(num_steps, self.tail_ratio, min_length=3)
         return self.at(sigmas, *self.pairs(num_steps, start, rng))
 

@@ -15,7 +15,7 @@ class ReFL:
     last_n: int = 11
 
     def plan(self, sigmas, rng) -> SurrogatePlan:
-        num_steps = len(sigmas) - 1
+        num_steps = len(check_sigmas(sigmas)) - 1
         if not 1 <= self.last_n <= num_steps:
             raise ValueError(f"last_n must lie in [1, {num_steps}], the steps of the rollout, got {self.last_n}")
         return self.at(sigmas, num_steps - int(rng.integers(1, self.last_n + 1)))

@@ -3,6 +3,7 @@
 loss = sum_k  weight_k / scale_k * mean(max(hinge_k - r_k, 0))        scale_k = 1, or the running deviation of r_k
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -11,12 +12,17 @@ from torch import Tensor
 from flowbp.objective import Objective
 from flowbp.rewards.base import Reward, Smoothed, Smoothing
 
+BOUND = 10.0  # deviations: no score of 10^23 of a normal distribution lies further out
+
 
 class RunningScale:
     """The standard deviation of a reward over recent batches, from exponential averages of its first two moments.
 
     decay: a batch's share shrinks by this factor with every later batch. A batch with a score that is not finite is
-        left out.
+        left out. A score further than BOUND deviations from the mean so far counts as if it lay there, so that one
+        outlier among B scores widens the deviation by a factor of at most (1 + (1 - decay) BOUND^2 / B)^(1/2), while a
+        reward that does change its scale is followed within tens of batches. In the first batch the median and the
+        median absolute deviation take their place.
     """
 
     def __init__(self, decay: float = 0.99):
@@ -25,10 +31,19 @@ class RunningScale:
 
     def update(self, scores: Tensor) -> None:
         """Add a batch of scores [R]."""
-        r = scores.detach().double()
-        batch = torch.stack([torch.ones_like(r[0]), r.mean(), r.square().mean()]).cpu()
-        if batch.isfinite().all():
-            self.moments = self.decay * self.moments + (1 - self.decay) * batch
+        r = scores.detach().double().cpu()
+        if not r.isfinite().all():
+            return
+        weight, first, _ = self.moments.tolist()
+        if weight > 0:
+            middle, width = first / weight, self.value
+        else:
+            middle = r.median().item()
+            width = 1.4826 * (r - middle).abs().median().item() or math.inf  # the deviation of a normal distribution
+        r = r.clamp(middle - BOUND * width, middle + BOUND * width)
+        self.moments = self.decay * self.moments + (1 - self.decay) * torch.stack(
+            [torch.ones_like(r[0]), r.mean(), r.square().mean()]
+        )
 
     @property
     def value(self) -> float:

@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,11 +33,19 @@ class Trained(Protocol):
     ema: Any
 
 
-def save_checkpoint(output: Path, step: int, model: Trained, optimizer: Optimizer, rewards: WeightedRewards) -> None:
+def save_checkpoint(
+    output: Path,
+    step: int,
+    model: Trained,
+    optimizer: Optimizer,
+    rewards: WeightedRewards,
+    record: Mapping[str, Any] | None = None,
+) -> None:
     """Write all that a run needs to go on after `step` optimizer steps, then remove all checkpoints but it and the one
     before.
 
-    Every process must call it, because shards are gathered from all. The main process writes.
+    record: what `RunFolder.record` says of the run's other files, for `progress`. Every process must call this, because
+    shards are gathered from all. The main process writes.
     """
     averages = None if model.ema is None else model.ema.state_dict()
     tensors = gathered(dict(model.masters))
@@ -50,18 +58,32 @@ def save_checkpoint(output: Path, step: int, model: Trained, optimizer: Optimize
         scratch.mkdir()
         save_file({name: p.contiguous() for name, p in tensors.items()}, scratch / CHECKPOINT)
         torch.save(state, scratch / STATE)
-        (scratch / PROGRESS).write_text(json.dumps({"step": step, "processes": process_state().num_processes}))
+        about = {"step": step, "processes": process_state().num_processes, **(record or {})}
+        (scratch / PROGRESS).write_text(json.dumps(about))
         seal(scratch)
+    prune(output, step)
+
+
+def prune(output: Path, step: int) -> None:
+    """Remove all checkpoints but that of `step` and the one before, and what killed writes left."""
     saved = checkpoints(output)
     before = max((other for other in saved if other < step), default=step)
     for path in [path for other, path in saved.items() if other not in (before, step)]:
         remove(path)
-    remove_left(folder.parent)
+    remove_left(output / CHECKPOINTS)
 
 
 def seal(folder: Path) -> None:
-    """Write the digests of a checkpoint's files, which are checked whenever one is read."""
-    (folder / SUMS).write_text("".join(digest_line(folder / name) for name in (CHECKPOINT, STATE, PROGRESS)))
+    """Write the digests of a folder's files, which are checked whenever one is read."""
+    files = sorted(file for file in folder.iterdir() if file.name != SUMS)
+    (folder / SUMS).write_text("".join(map(digest_line, files)))
+
+
+def check_seal(file: Path) -> None:
+    """Raise ValueError if a file has changed since its folder was sealed. A folder of 0.1 has no digests."""
+    sums = file.with_name(SUMS)
+    if sums.exists() and digest_line(file) not in sums.read_text(errors="replace").splitlines(keepends=True):
+        raise ValueError(f"{file} is damaged: it or {SUMS} has changed since it was written")
 
 
 def digest_line(file: Path) -> str:
@@ -83,10 +105,14 @@ def latest_checkpoint(output: Path) -> Path | None:
     return newest
 
 
-def progress(folder: Path) -> dict[str, int]:
-    """{"step": optimizer steps done, "processes": that took them} of a checkpoint. Raises OSError if it is damaged."""
+def progress(folder: Path) -> dict[str, Any]:
+    """{"step": optimizer steps done, "processes": that took them, and what `RunFolder.record` says of the run}.
+
+    Raises OSError if the checkpoint is damaged.
+    """
     with reading(folder / PROGRESS):
-        return json.loads((folder / PROGRESS).read_text())
+        found = json.loads((folder / PROGRESS).read_text())
+        return {"step": found["step"], "processes": found["processes"]} | found
 
 
 def load_parameters(folder: Path) -> dict[str, Tensor]:
@@ -106,16 +132,21 @@ def load_state(folder: Path) -> dict:
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Check the digest of a checkpoint's file, and let errors that come from damage say so, as OSErrors.
-
-    A checkpoint of 0.1 has no digests.
-    """
+    """Check the digest of a checkpoint's file, and let errors that come from damage say so, as OSErrors."""
     folder = file.parent
     try:
-        if (folder / SUMS).exists() and digest_line(file) not in (folder / SUMS).read_text().splitlines(keepends=True):
-            raise ValueError(f"{file.name} or {SUMS} has changed since it was written")
+        check_seal(file)
         yield
-    except (ValueError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
         cause, way_out = (str(error) or type(error).__name__).splitlines()[0], "or restore it from a copy"
         raise OSError(
             f"the checkpoint {folder} is damaged ({cause}): delete it to resume from an earlier step, {way_out}"

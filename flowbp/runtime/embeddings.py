@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from flowbp.backbones import Backbone
 from flowbp.foreign import short
@@ -30,7 +29,8 @@ from flowbp.guidance import Conditioning
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.distributed import process_state
 from flowbp.runtime.environment import versions
-from flowbp.runtime.files import remove_left, replacing
+from flowbp.runtime.files import remove_left
+from flowbp.runtime.tensors import read_tensors, write_tensors
 
 BATCH = 8  # prompts that are encoded together, always equally many, because rounding depends on the size of a batch
 
@@ -126,19 +126,16 @@ class EmbeddingCache:
     def signature(self, prompt: str) -> Signature | None:
         """Dtype and shape of the prompt's tensors by name; None when the file is absent or damaged."""
         try:
-            with safe_open(self.path(prompt), "pt") as file:
-                tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except (OSError, SafetensorError):
+            tensors, _ = read_tensors(self.path(prompt), {"prompt": prompt})
+        except OSError:
             return None
-        whole = about.get("prompt") == prompt and about.get("sha256") == _digest(tensors)
-        return {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()} if whole else None
+        return {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
 
     def _write(self, prompts: list[str], embedded: Conditioning) -> None:
         """Write a file a prompt, whole or not at all. Of several processes that write the same prompt, one wins."""
         for row, prompt in enumerate(prompts):
-            tensors = {name: value[row].contiguous().cpu() for name, value in embedded.items()}
-            with replacing(self.path(prompt), cache=True) as scratch:
-                save_file(tensors, scratch, metadata={"prompt": prompt, "sha256": _digest(tensors)})
+            tensors = {name: value[row] for name, value in embedded.items()}
+            write_tensors(self.path(prompt), tensors, {"prompt": prompt}, cache=True)
 
     def _check_space(self, count: int) -> None:
         one, free = self.path(""), shutil.disk_usage(self.folder).free
@@ -177,17 +174,12 @@ def encoder_hash(backbone: Backbone) -> str:
 def _tokenizer_files(tokenizer) -> dict[str, bytes]:
     """The files that `save_pretrained` writes, by name, without the padding and truncation of the last call."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # tokenizers raises no other
+            raise OSError(f"{folder} cannot be written: {error}. The disk of temporary files may be full") from error
         contents = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
     if "tokenizer.json" in contents:
         kept = json.loads(contents["tokenizer.json"]) | {"padding": None, "truncation": None}
         contents["tokenizer.json"] = json.dumps(kept, sort_keys=True).encode()
     return contents
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -37,19 +37,16 @@ def replacing(path: Path, cache: bool = False) -> Iterator[Path]:
     """
     if not cache:
         remove_left(path.parent, glob.escape(path.name))
-    try:
-        with scratch_folder(path) as folder:
-            scratch = folder / path.name
-            yield scratch
-            if not cache:
-                flush(scratch)
-            if path.is_dir():  # one folder cannot replace another
-                os.replace(path, folder / "old")
-            os.replace(scratch, path)
+    with writing(path), scratch_folder(path) as folder:
+        scratch = folder / path.name
+        yield scratch
+        if not cache:
+            flush(scratch)
+        if path.is_dir():  # one folder cannot replace another
+            os.replace(path, folder / "old")
+        os.replace(scratch, path)
         if not cache:
             sync(path.parent)
-    except (SafetensorError, RuntimeError) as error:
-        raise OSError(f"{path} cannot be written: {error}. Its disk may be full") from error
 
 
 @contextmanager
@@ -85,6 +82,19 @@ def remove_left(folder: Path, name: str = "*") -> None:
                 os.close(handle)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Every error of a full disk becomes an OSError that names `path`: the system names no file where a write fails,
+    and safetensors and torch raise errors of their own.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, OSError) and (error.errno is None or error.filename is not None):
+            raise
+        raise OSError(f"{path} cannot be written: {error}. Its disk may be full") from error
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file, whole or not at all; text as UTF-8."""
     with replacing(path) as scratch:
@@ -94,6 +104,14 @@ def write_file(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, whole or not at all; a number that is not finite becomes null."""
     write_file(path, json.dumps(without_nan(value), indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises OSError, which names it, if it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"{path} is damaged, or no JSON: {error}") from error
 
 
 def without_nan(value: Any) -> Any:

@@ -12,26 +12,43 @@ report.html                          the report, with plan.png, samples_*.png, s
 """
 
 import fcntl
+import hashlib
 import json
+import logging
+import math
 import os
 import shlex
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors.numpy import load_file, save_file
 
 from flowbp.config import RunConfig, changed, dump
-from flowbp.config.loading import CONFIG
+from flowbp.config.loading import CONFIG, read, sealed
 from flowbp.foreign import cut
-from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress
+from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress, prune
 from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import ENVIRONMENT, environment
-from flowbp.runtime.files import LEFT, by_step, remove, replacing, step_name, without_nan, write_file, write_json
+from flowbp.runtime.files import (
+    LEFT,
+    by_step,
+    digest_files,
+    remove,
+    step_name,
+    sync,
+    without_nan,
+    write_file,
+    write_json,
+    writing,
+)
+from flowbp.runtime.tensors import read_tensors, write_tensors
 from flowbp.runtime.weights import LORA, TRANSFORMER, save_weights
 
 if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
@@ -40,15 +57,17 @@ if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's 
 METRICS = "metrics.jsonl"
 BEST = "best"
 VALIDATION = "validation"
+TENSORBOARD = "tensorboard"
 MARK = ".flowbp"  # in a folder that a command wrote; it holds the name of the command
 # All that a run leaves in its folder beside CONFIG and METRICS, as patterns: in this order it is emptied, so that what
 # a kill leaves is a run that goes on as it would have, from its first step.
 WRITTEN = (
-    *(CHECKPOINTS, VALIDATION, BEST, LORA, TRANSFORMER, "tensorboard", ENVIRONMENT, "evaluation.json"),
+    *(CHECKPOINTS, VALIDATION, BEST, LORA, TRANSFORMER, TENSORBOARD, ENVIRONMENT, "evaluation.json"),
     *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", LEFT),
 )
 
 Values = Mapping[str, np.ndarray]  # scores [n] float64 by metric
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -57,37 +76,11 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path, self.writes = path, process_state().is_main_process
 
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other runs out of the folder during the block, as the function does."""
+        return locked(self.path, "trains", "output=")
+
     # -- before training ---------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other runs out of the folder during the block. It is made if need be, and removed if it stays empty.
-
-        The kernel holds the lock, so that a killed process leaves none. Raises FileExistsError while another process
-        has it.
-        """
-        if not self.writes:
-            yield
-            return
-        if self.path.exists() and not self.path.is_dir():
-            raise FileExistsError(f"{self.path} is a file: choose another output=")
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.path, os.W_OK):
-            raise PermissionError(
-                f"{self.path} cannot be written to: choose another output=, or change its permissions"
-            )
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holds = f"another process trains in {self.path} right now"
-                raise FileExistsError(f"{holds}: wait for it, or choose another output=") from None
-            yield
-        finally:
-            os.close(folder)
-            with suppress(OSError):  # it holds something
-                self.path.rmdir()
 
     def check(self, config: RunConfig, resume: bool, overwrite: bool) -> None:
         """Raise unless the folder is empty or absent, or holds a run that a switch says to resume or to replace."""
@@ -100,13 +93,22 @@ class RunFolder:
             run = f"a run of flowbp (which has a {CONFIG} of its own and {METRICS})"
             raise FileExistsError(f"{path} exists and is not {run}: choose another output=")
         if resume:
-            self._check_resume(yaml.safe_load((path / CONFIG).read_text()), yaml.safe_load(dump(config)))
+            last = latest_checkpoint(path)
+            about = progress(last) if last is not None else {}
+            # What a checkpoint says it was trained with stands above a file that may have been changed since.
+            old = about.get("config") or read(path / CONFIG)[0]
+            self._check_resume(old, yaml.safe_load(dump(config)), last, about.get("processes"))
         elif not overwrite:
             switches = "pass --resume to go on, --overwrite to start afresh, or another output="
             raise FileExistsError(f"{path} already holds a run: {switches}")
 
-    def _check_resume(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        """Raise if the run trained otherwise than `new` says: with another config, or on other processes."""
+    def _check_resume(
+        self, old: Mapping[str, Any], new: Mapping[str, Any], last: Path | None, before: int | None
+    ) -> None:
+        """Raise if the run trained otherwise than `new` says: with another config, or on other processes.
+
+        last: the newest checkpoint, of `before` processes.
+        """
         path = self.path
         if "sigmas" not in (old.get("rollout") or {}):
             raise ValueError(
@@ -121,9 +123,8 @@ class RunFolder:
                 f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from "
                 f"{path}, or choose another output="
             )
-        last = latest_checkpoint(path)
         now = process_state().num_processes
-        if last is not None and (before := progress(last)["processes"]) != now:
+        if before is not None and before != now:
             raise ValueError(
                 f"{last} is of {before} process{'es' if before > 1 else ''}, and this run has {now}: a step's samples "
                 f"are processes x batch_size x accumulate, and a resumed run keeps them. Start {before}"
@@ -139,7 +140,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             for child in [child for pattern in WRITTEN for child in self.path.glob(pattern)] if overwrite else ():
                 remove(child)
-            self.write(CONFIG, dump(config))
+            self.write(CONFIG, sealed(dump(config)))
             if overwrite or not (self.path / METRICS).is_file():
                 self.write(METRICS, "")
             write_json(self.path / ENVIRONMENT, environment())
@@ -147,28 +148,70 @@ class RunFolder:
         on_main(prepare)
 
     def forget_after(self, done: int) -> None:
-        """Drop what was logged and validated after step `done`, that of the checkpoint from which the run resumes."""
+        """Drop what was logged and validated after step `done`, that of the checkpoint from which the run resumes, and
+        checkpoints that a kill kept from being removed.
+
+        Without a checkpoint `done` is 0, and nothing is kept: no record says that it is whole.
+        """
 
         def forget() -> None:
-            lines = (self.path / METRICS).read_text().splitlines(keepends=True)
-            self.write(METRICS, "".join(lines[:done]))
+            rows = read_metrics(self.path) if done else []
+            self.write(METRICS, "".join(line for line, row in rows if row["step"] <= done))
             for step, file in self._validations().items():
-                if step > done:
+                if step > done or not done:
                     file.unlink()
+            if done:
+                prune(self.path, done)
 
         on_main(forget)
+
+    def record(self, config: RunConfig) -> dict[str, Any]:
+        """What a checkpoint remembers of the run: its config, and SHA-256 of all that it logged and validated so far.
+
+        {"config": nested, "files": {name: SHA-256}}
+        """
+        if not self.writes:
+            return {}
+        sync(self.path / METRICS)
+        return {"config": yaml.safe_load(dump(config)), "files": self._digests()}
+
+    def check_record(self, checkpoint: Path) -> None:
+        """Raise OSError if a file that `checkpoint` remembers has changed since. One that was deleted is told."""
+        about = progress(checkpoint)
+        found = self._digests(about["step"])
+        for name, digest in about.get("files", {}).items():
+            if name in found and found[name] != digest:
+                way_out = "empty it" if name == METRICS else "delete it"
+                raise OSError(
+                    f"{self.path / name} is damaged: it has changed since {checkpoint} was written. Restore it from a "
+                    f"copy, or {way_out} to go on without it"
+                )
+            if name not in found and self.writes:
+                log.warning("%s is gone: the run goes on without what it held", self.path / name)
+
+    def _digests(self, done: float = math.inf) -> dict[str, str]:
+        """SHA-256 by name of metrics.jsonl, unless it is empty, and of the validation files, as after step `done`."""
+        logged = "".join(line for line, row in read_metrics(self.path) if row["step"] <= done)
+        files = {METRICS: hashlib.sha256(logged.encode()).hexdigest()} if logged else {}
+        kept = [file for step, file in self._validations().items() if step <= done]
+        return files | {f"{VALIDATION}/{file.name}": digest_files([file]) for file in kept}
 
     # -- while training ----------------------------------------------------------------------------------------------
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a step's row to metrics.jsonl; a number that is not finite becomes null."""
         if self.writes:
-            with (self.path / METRICS).open("a") as file:
+            with writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
                 file.write(json.dumps(without_nan(row)) + "\n")
+
+    def track(self, accelerator: Accelerator, values: Mapping[str, Any], step: int) -> None:
+        """Show values of a step to TensorBoard, whose thread tells an error of the disk at the next call."""
+        with writing(self.path / TENSORBOARD):
+            accelerator.log(dict(values), step=step)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of all steps so far."""
-        return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+        return [row for _, row in read_metrics(self.path)]
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file of the run, whole or not at all."""
@@ -184,21 +227,100 @@ class RunFolder:
         """Write the backbone's weights into the run's folder, or into `name` in it. Every process calls it."""
         save_weights(backbone, self.path / name, write=self.writes)
 
-    def keep_validation(self, step: int, values: Values) -> None:
-        """Keep the scores of the weights after `step` steps."""
+    def keep_validation(self, step: int, values: Values, best: bool = False) -> None:
+        """Keep the scores of the weights after `step` steps. best: they are those that were just saved as `BEST`."""
         if self.writes:
             file = self.path / VALIDATION / f"{step_name(step)}.safetensors"
             file.parent.mkdir(exist_ok=True)
-            with replacing(file) as scratch:
-                save_file({name: np.ascontiguousarray(column) for name, column in values.items()}, scratch)
+            columns = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in values.items()}
+            write_tensors(file, columns, {BEST: self._digest_of_best()} if best else {})
 
     def validations(self) -> dict[int, Values]:
-        """All scores that were kept, by step. The main process reads them for all."""
-        found = [{step: load_file(file) for step, file in self._validations().items()} if self.writes else None]
+        """All scores that were kept, by step. The main process reads them for all. Raises OSError if one is damaged."""
+
+        def values(file: Path) -> Values:
+            return {name: column.numpy() for name, column in read_tensors(file)[0].items()}
+
+        found = [{step: values(file) for step, file in self._validations().items()} if self.writes else None]
         return broadcast_object_list(found)[0]  # pyright: ignore[reportReturnType]
+
+    def check_best(self, step: int | None) -> None:
+        """Raise OSError unless `BEST` holds what was saved there after `step` steps."""
+        if self.writes and step is not None:
+            _, about = read_tensors(self._validations()[step])
+            if about.get(BEST) != self._digest_of_best():
+                raise OSError(
+                    f"{self.path / BEST} does not hold the weights of the best step, {step}: they were damaged, "
+                    "deleted or replaced. All else of this run is whole"
+                )
+
+    def _digest_of_best(self) -> str:
+        folder = self.path / BEST
+        return digest_files([*folder.glob(LORA), *sorted(folder.glob(f"{TRANSFORMER}/*"))])
 
     def _validations(self) -> dict[int, Path]:
         return by_step(self.path / VALIDATION, ".safetensors")
+
+
+@contextmanager
+def told_at_the_next_call() -> Iterator[None]:
+    """TensorBoard's thread hands an error of the disk to the next call of `RunFolder.track`. Python's own traceback of
+    the thread would be a second message of it.
+    """
+    before = threading.excepthook
+    threading.excepthook = lambda event: None if issubclass(event.exc_type, OSError) else before(event)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+@contextmanager
+def locked(folder: Path, does: str, option: str) -> Iterator[None]:
+    """Keep out of `folder` during the block whoever asks for the same. It is made if need be, and removed if it stays
+    empty. The main process locks for all.
+
+    The kernel holds the lock, so that a killed process leaves none. Raises FileExistsError while another process has
+    it. does: what that process does there. option: which names another folder.
+    """
+    if not process_state().is_main_process:
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: choose another {option}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written to: choose another {option}, or change its permissions")
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holds = f"another process {does} in {folder} right now"
+            raise FileExistsError(f"{holds}: wait for it, or choose another {option}") from None
+        yield
+    finally:
+        os.close(handle)
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
+
+
+def read_metrics(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(line, row) of each step of a run. A last line without an end is left out: a kill cut it, or it is being written.
+
+    Raises OSError, which names the line, if the file is damaged.
+    """
+    file, rows = folder / METRICS, []
+    try:
+        for line in file.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                row = json.loads(line)
+                if not isinstance(row["step"], int):
+                    raise TypeError("its step is no number")
+                rows.append((line.decode(), row))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise OSError(f"{file} is damaged in line {len(rows) + 1}: {error}. Restore it from a copy") from error
+    return rows
 
 
 def is_run(folder: Path) -> bool:

@@ -8,16 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowbp.config import load
 from flowbp.config.loading import CONFIG
 from flowbp.foreign import cut
-from flowbp.runtime.checkpoint import CHECKPOINT, STATE, latest_checkpoint, load_parameters, load_state
+from flowbp.runtime.checkpoint import (
+    CHECKPOINT,
+    STATE,
+    check_seal,
+    latest_checkpoint,
+    load_parameters,
+    load_state,
+    seal,
+)
 from flowbp.runtime.distributed import gathered
 from flowbp.runtime.files import replacing
+from flowbp.runtime.tensors import read_tensors, seal_tensors
 from flowbp.runtime.tuning import assign, trainable_parameters
 
 if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
@@ -52,6 +60,7 @@ def save_weights(backbone: "Backbone", output: Path, write: bool = True) -> Path
             whole.load_state_dict(state, assign=True)
             with replacing(output / TRANSFORMER) as scratch:
                 whole.save_pretrained(scratch)
+                seal(scratch)
         return output / TRANSFORMER
     from peft import get_peft_model_state_dict
 
@@ -64,6 +73,7 @@ def save_weights(backbone: "Backbone", output: Path, write: bool = True) -> Path
     with replacing(output / LORA) as scratch:
         kept = {"transformer_lora_layers": layers, "transformer_lora_adapter_metadata": adapter}
         type(backbone.pipe).save_lora_weights(scratch.parent, weight_name=scratch.name, **kept)
+        seal_tensors(scratch)
     return output / LORA
 
 
@@ -115,6 +125,8 @@ def load_weights(backbone: "Backbone", source: Path) -> None:
 
 def load_transformer(backbone: "Backbone", folder: Path) -> None:
     """Set all weights of the denoiser to those of `folder`."""
+    for file in (folder / "config.json", *folder.glob("*.safetensors*")):
+        check_seal(file)
     saved, report = type(backbone.denoiser).from_pretrained(folder, output_loading_info=True)
     own, state = backbone.denoiser.state_dict(), saved.state_dict()
     strange = [*report["missing_keys"], *report["unexpected_keys"], *own.keys() ^ state.keys()]
@@ -204,12 +216,11 @@ def fits(shape: torch.Size, A: Tensor | None = None, B: Tensor | None = None, al
 def read_lora(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The tensors of `file`, and what it says of its adapter."""
     try:
-        with safe_open(file, "pt") as opened:
-            adapter = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "null"))
-            if any(len(name) > 1000 for name in opened.keys()):  # noqa: SIM118
-                raise ValueError("a tensor's name has more than 1000 characters")
-            return {name: opened.get_tensor(name) for name in opened.keys()}, adapter  # noqa: SIM118
-    except (SafetensorError, ValueError, RecursionError) as error:
+        tensors, about = read_tensors(file, sealed=False)
+        if any(len(name) > 1000 for name in tensors):
+            raise ValueError("a tensor's name has more than 1000 characters")
+        return tensors, json.loads(about.get("lora_adapter_metadata", "null"))
+    except (OSError, ValueError, RecursionError) as error:
         way_out = "pass a run, its checkpoint, or a LoRA file"
         raise ValueError(f"{file} is not a LoRA in safetensors: {cut(error, 300)}; {way_out}") from error
 

@@ -50,6 +50,8 @@ def write_report(
     facts = training_facts(config, rows)
     if skipped := sum(row["skipped"] for row in rows):
         facts["skipped"] = f"{skipped} of {len(rows)} steps, which had no finite reward or gradient"
+    if idle := sum(row["grad_norm"] == 0 for row in rows):
+        facts["no gradient"] = f"{idle} of {len(rows)} steps, every sample of which was dropped or beyond its hinge"
     page = render(
         "report.html",
         name=name,

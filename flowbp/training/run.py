@@ -13,10 +13,11 @@ from flowbp.evaluation.pages import run_facts
 from flowbp.runtime.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from flowbp.runtime.console import TextConsole, progress_bar
 from flowbp.runtime.distributed import process_state
+from flowbp.runtime.files import writing
 from flowbp.runtime.interrupts import Stop, heard_by, interrupt
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
-from flowbp.runtime.run_folder import BEST, RunFolder
+from flowbp.runtime.run_folder import BEST, TENSORBOARD, RunFolder, told_at_the_next_call
 from flowbp.training.report import write_report
 from flowbp.training.sentinel import Sentinel
 from flowbp.training.trainer import Trainer
@@ -36,7 +37,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> P
     on_cpu = process_state().device.type == "cpu"
     folder = RunFolder(config.output)
     threads = one_thread() if on_cpu and "OMP_NUM_THREADS" not in os.environ else nullcontext()
-    with heard_by(interrupt), threads, folder.locked():
+    with heard_by(interrupt), threads, folder.locked(), told_at_the_next_call():
         folder.check(config, resume, overwrite)
         if resume and folder.writes and not checkpoints(folder.path):
             log.warning("--resume: %s holds no checkpoint, so training begins with step 1", folder.path)
@@ -55,26 +56,36 @@ def run(trainer: Trainer, folder: RunFolder) -> None:
     watched = config.evaluation is not None and config.evaluation.every is not None
     sentinel = Sentinel(config.evaluation, config.reward, folder.validations()) if watched else None
     # TensorBoard hides what a run logged after the checkpoint from which it goes on.
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": done + 1}})
-    stop, skipped, in_a_row, limit = Stop(), 0, 0, min(SKIPPED, config.steps)
+    with writing(folder.path / TENSORBOARD):
+        accelerator.init_trackers(TENSORBOARD, init_kwargs={TENSORBOARD: {"purge_step": done + 1}})
+    stop, skipped, idle, in_a_row, limit = Stop(), 0, 0, 0, min(SKIPPED, config.steps)
     with heard_by(stop.hear), progress_bar("train", "step", config.steps, done) as bar:
         ends = validate(trainer, sentinel, folder, done)
         for step in range(done, config.steps if not ends else done):
             row = {"step": step + 1} | trainer.step(step)
             folder.log(row)
-            accelerator.log({key: value for key, value in row.items() if key not in ("step", "nodes")}, step=step + 1)
+            folder.track(accelerator, {k: v for k, v in row.items() if k not in ("step", "nodes")}, step + 1)
             scores = ", ".join(f"{name} {row[name]:.4f}" for name in config.reward)
             skipped, in_a_row = skipped + row["skipped"], in_a_row + 1 if row["skipped"] else 0
             if row["skipped"] and skipped == 1 and folder.writes:
                 log.warning("step %d has no finite reward or gradient and is skipped; so are others like it", step + 1)
-            told = f"{scores}, {skipped} skipped" if skipped else scores
+            idle += row["grad_norm"] == 0 and not row["skipped"]
+            if row["grad_norm"] == 0 and idle == 1 and folder.writes:
+                log.warning(
+                    "step %d has no gradient: every sample is dropped or beyond its hinge. Momentum and decay move the "
+                    "weights all the same; so they do at others like it",
+                    step + 1,
+                )
+            counts = {"skipped": skipped, "without gradient": idle}
+            told = ", ".join([scores, *(f"{count} {what}" for what, count in counts.items() if count)])
             bar.set_postfix_str(f"{told}, {row['seconds']:.2f} s/step, peak {row['peak_mb']:.0f} MB", refresh=False)
             bar.update()
             asked = model.ranks.mean({"asked": float(stop.number > 0)})["asked"] > 0  # of any process
             ends = asked or in_a_row == limit  # nothing is validated first: who asks may not wait
             ends = ends or validate(trainer, sentinel, folder, step + 1)
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or ends:
-                save_checkpoint(folder.path, step + 1, model, trainer.optimizer, trainer.rewards)
+                record = folder.record(config)
+                save_checkpoint(folder.path, step + 1, model, trainer.optimizer, trainer.rewards, record)
                 process_state().wait_for_everyone()  # the main process writes
             if in_a_row == limit:
                 raise ValueError(
@@ -91,7 +102,8 @@ def run(trainer: Trainer, folder: RunFolder) -> None:
     with model.using(model.tuned) as backbone:
         folder.save_weights(backbone)
     report(trainer, sentinel, folder)
-    accelerator.end_training()
+    with writing(folder.path / TENSORBOARD):
+        accelerator.end_training()
 
 
 def announce(trainer: Trainer, output: Path, done: int) -> None:
@@ -112,13 +124,15 @@ def announce(trainer: Trainer, output: Path, done: int) -> None:
 
 
 def restore(trainer: Trainer, folder: RunFolder) -> int:
-    """Load the newest checkpoint of the folder that is whole; returns its step, or 0 if there is none at all.
+    """Load the newest checkpoint of the folder that is whole, as are the files that it remembers; returns its step, or
+    0 if there is none at all.
 
-    Raises OSError if all are damaged.
+    Raises OSError if there is no such checkpoint among several.
     """
     found = list(checkpoints(folder.path).values())
     for path in reversed(found):
         try:
+            folder.check_record(path)
             return load_checkpoint(path, trainer.model, trainer.optimizer, trainer.rewards)
         except OSError as error:
             if path == found[0]:
@@ -143,9 +157,9 @@ def validate(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder, ste
             with model.using(model.tuned) as backbone:
                 folder.save_weights(backbone, BEST)
             folder.write_json(f"{BEST}/step.json", {"step": step})
-        folder.keep_validation(step, scores.values)
+        folder.keep_validation(step, scores.values, decision.is_best)
         means = {f"validation/{name}": float(values.mean()) for name, values in scores.values.items()}
-        model.ranks.accelerator.log(means, step=step)
+        folder.track(model.ranks.accelerator, means, step)
     return sentinel.stops
 
 
@@ -157,3 +171,4 @@ def report(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder) -> No
             for name, weights in (("before", model.base), ("after", model.tuned)):
                 scores[name] = trainer.evaluator.score(model, weights, progress=bar.update)
     write_report(trainer, folder, scores, None if sentinel is None else sentinel.summary())
+    folder.check_best(None if sentinel is None else sentinel.best)

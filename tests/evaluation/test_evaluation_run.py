@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from displaced import OFFSETS, Displaced
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flowbp.backbones import load_backbone
@@ -22,6 +23,7 @@ from flowbp.evaluation import models as evaluation_run
 from flowbp.evaluation import scores as evaluation
 from flowbp.evaluation.models import BASE, Model, name_models, run_evaluation
 from flowbp.runtime.checkpoint import latest_checkpoint
+from flowbp.runtime.run_folder import locked
 from flowbp.runtime.weights import LORA, load_weights
 from flowbp.training.run import train
 
@@ -43,13 +45,13 @@ def test_a_killed_evaluation_resumes_to_the_same_bytes_wherever_tensors_lie(offs
     config, models, folder = load(run / "config.yaml"), [BASE, Model("tuned", run)], tmp_path / "eval"
     written, write = [], evaluation_run.write_chunk
 
-    def write_until_killed(path, part):
+    def write_until_killed(path, part, about):
         if len(written) == 2:
             left = path.with_name(f".{path.name}.a1b2c3d4.partial")
             left.mkdir()
             (left / path.name).write_bytes(b"half a chu")
             raise KeyboardInterrupt
-        write(path, part)
+        write(path, part, about)
         written.append(path)
 
     with monkeypatch.context() as patch:
@@ -62,6 +64,40 @@ def test_a_killed_evaluation_resumes_to_the_same_bytes_wherever_tensors_lie(offs
     assert {path: path.stat().st_mtime_ns for path in written} == before, "chunks that were whole are scored once"
     expected, got = contents(whole), contents(folder)
     assert expected.keys() == got.keys() and not [name for name in expected if expected[name] != got[name]]
+
+
+def test_a_damaged_chunk_is_made_again(run, whole, tmp_path, caplog):
+    shutil.copytree(whole, tmp_path / "eval")
+    one, two, cut = (tmp_path / "eval" / "tuned" / f"0000{i}.safetensors" for i in range(3))
+    one.write_bytes(two.read_bytes())  # whole, and of other samples
+    cut.write_bytes(cut.read_bytes()[:-1])
+    run_evaluation(load(run / "config.yaml"), [BASE, Model("tuned", run)], tmp_path / "eval")
+    assert contents(tmp_path / "eval") == contents(whole)
+    told = [line for line in caplog.messages if line.endswith("It is made again")]
+    assert str(one) in told[0] and str(cut) in told[1] and len(told) == 2
+
+
+def test_weights_that_are_replaced_while_they_are_read_are_not_scored_as_others(run, tmp_path, monkeypatch):
+    weights = tmp_path / "best"
+    shutil.copytree(run, weights)
+    load_backbone = evaluation_run.frozen_backbone
+
+    def replaced_meanwhile(*arguments):
+        lora_b = load_file(weights / LORA)
+        save_file({name: value + 1 for name, value in lora_b.items()}, weights / LORA)
+        return load_backbone(*arguments)
+
+    monkeypatch.setattr(evaluation_run, "frozen_backbone", replaced_meanwhile)
+    config = load(run / "config.yaml", ["evaluation.samples=4"])
+    with pytest.raises(OSError, match="best was replaced while it was read"):
+        run_evaluation(config, [Model("tuned", weights)], tmp_path / "eval")
+    assert not list((tmp_path / "eval" / "tuned").glob("*.safetensors"))
+
+
+def test_two_evaluations_do_not_write_into_one_folder(run, tmp_path):
+    with locked(tmp_path / "eval", "evaluates", "--out"):
+        with pytest.raises(FileExistsError, match="another process evaluates in .*eval right now: .* another --out"):
+            run_evaluation(load(run / "config.yaml"), [BASE], tmp_path / "eval")
 
 
 def test_two_processes_write_the_same_bytes_as_one(run, whole, tmp_path):

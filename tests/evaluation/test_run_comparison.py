@@ -126,6 +126,7 @@ def test_the_command_compares_pair_by_pair_and_warns(run, other, tmp_path):
 def test_an_unfinished_run_and_other_samples_are_named(run, other, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(other, copy)
+    shutil.rmtree(copy / "checkpoints")
     (copy / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().splitlines()[0] + "\n")
     table = (copy / "scores_after.csv").read_text().splitlines()
     (copy / "scores_after.csv").write_text("\n".join(table[:5]) + "\n")

@@ -119,6 +119,20 @@ def test_the_running_scale_survives_equal_scores_and_broken_ones():
     assert torch.equal(scale.moments, before)
 
 
+@pytest.mark.parametrize("place", [0, 1, 100])
+@pytest.mark.parametrize("outlier", [30.0, 1e6])
+def test_one_outlier_hardly_moves_the_running_scale_and_a_new_scale_does(outlier, place):
+    scale, rng = RunningScale(), torch.Generator().manual_seed(0)
+    for step in range(200):
+        scores = 0.5 + 0.1 * torch.randn(8, generator=rng)
+        scores[0] = outlier if step == place else scores[0]
+        scale.update(scores)
+        assert step < place or 0.05 < scale.value < 0.4
+    for _ in range(50):
+        scale.update(500 + 100 * torch.randn(8, generator=rng))
+    assert scale.value > 50
+
+
 def test_a_resumed_mixture_goes_on_with_its_scales():
     def build():
         return WeightedRewards(
