@@ -72,6 +72,7 @@ def as_data_uri(picture: Figure | bytes) -> str:
 def training_facts(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What was trained, how, and what it took: {label: text}. rows: of metrics.jsonl."""
     tuned = f"LoRA of rank {config.tuning.rank}" if config.tuning.mode == "lora" else "all weights"
+    tuned += f", started from {config.tuning.init}" if config.tuning.init else ""
     rewards = {name: describe_reward(spec) for name, spec in config.reward.items()}
     spent, peak = duration(sum(row["seconds"] for row in rows)), max(row["peak_mb"] for row in rows)
     steps, images = f"{len(rows)} of {config.steps} steps", images_a_step(config, rows)
