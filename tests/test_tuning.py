@@ -1,5 +1,7 @@
 """Master weights: a bfloat16 network learns as a float32 one does, in every part that holds weights."""
 
+from hashlib import sha256
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,10 +11,13 @@ from flowbp.backbones import load_backbone
 from flowbp.backbones.sd3 import SD3Backbone
 from flowbp.config import ConfigError, TuningConfig, dump, load
 from flowbp.config.loading import CONFIG
+from flowbp.evaluation.pages import training_facts
 from flowbp.runtime import tuned_model
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from flowbp.runtime.run_folder import RunFolder
 from flowbp.runtime.tuning import trainable_parameters
-from flowbp.runtime.weights import load_weights, save_weights
+from flowbp.runtime.weights import LORA, load_weights, pinned, save_weights
+from flowbp.training import run as running
 from flowbp.training.trainer import Trainer
 
 STEPS = 30
@@ -133,3 +138,117 @@ def test_a_checkpoint_that_holds_nan_is_refused_as_weights(broken, tmp_path):
 def test_lora_is_its_own_master(tmp_path):
     run = trainer(tmp_path, "tuning.mode=lora", "backbone.dtype=bfloat16")
     assert all(run.model.masters[name] is p for name, p in run.model.parameters.items())
+
+
+# -- tuning.init -------------------------------------------------------------------------------------------------------
+
+OF_LORA = ["tuning={mode: lora, rank: 4, alpha: 6}", "rollout.num_steps=4", "reward.smooth=null"]
+
+
+def deltas(backbone):
+    """What LoRA adds to each layer's weight."""
+    layers = {name: m for name, m in backbone.denoiser.named_modules() if hasattr(m, "get_delta_weight")}
+    return {name: layer.get_delta_weight(layer.active_adapters[0]).detach() for name, layer in layers.items()}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """The folder of a run that trained a LoRA of rank 4 and alpha 6 for two steps."""
+    folder = tmp_path_factory.mktemp("first")
+    run = trainer(folder / "run", *OF_LORA, "optimizer={lr: 1.0e-2, warmup: 0}")
+    RunFolder(folder / "run").open(run.config)
+    for step in range(2):
+        run.step(step)
+    save_checkpoint(folder / "run", 2, run.model, run.optimizer, run.rewards)
+    with run.model.using(run.model.tuned) as backbone:
+        save_weights(backbone, folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize("given", ["", LORA, "checkpoints/step-000002"])
+@pytest.mark.parametrize("tuning", ["rank: 4, alpha: 6", "rank: 7, alpha: 3"])
+def test_training_starts_from_a_lora_whatever_its_alpha_and_rank(given, tuning, first, tmp_path):
+    theirs = load_backbone("shapes", max_sequence_length=1)
+    load_weights(theirs, first)
+    init = f"init: {first / given}"
+    run = trainer(tmp_path, *OF_LORA, f"tuning={{mode: lora, {tuning}, {init}}}", "optimizer.lr=1e-2")
+    ours, expected = deltas(run.model.backbone), deltas(theirs)
+    assert ours.keys() == expected.keys() and max(delta.abs().max() for delta in expected.values()) > 1e-3
+    for name, delta in expected.items():
+        torch.testing.assert_close(ours[name], delta, rtol=1e-5, atol=1e-8)
+    start = {name: p.detach().clone() for name, p in run.model.parameters.items()}
+    run.step(0)
+    assert all(not torch.equal(p, start[name]) for name, p in run.model.parameters.items() if "blocks.0." in name)
+    with run.model.using(run.model.base):  # what the report calls "before"
+        assert all(torch.equal(p, start[name]) for name, p in run.model.parameters.items())
+
+
+@pytest.mark.parametrize("given", ["transformer", "checkpoint"])
+def test_training_starts_from_all_weights(given, tmp_path):
+    theirs = trainer(tmp_path / "run")
+    with torch.no_grad():
+        for p in theirs.model.parameters.values():
+            p.add_(0.01)
+    theirs.model.follow_masters()
+    RunFolder(tmp_path / "run").open(theirs.config)
+    save_checkpoint(tmp_path / "run", 1, theirs.model, theirs.optimizer, theirs.rewards)
+    with theirs.model.using(theirs.model.tuned) as backbone:
+        save_weights(backbone, tmp_path / "run")
+    init = tmp_path / "run" if given == "transformer" else latest_checkpoint(tmp_path / "run")
+    run = trainer(tmp_path / "next", f"tuning.init={init}")
+    base = {name: p.detach() for name, p in load_backbone("shapes").denoiser.named_parameters()}
+    start = {name: p.detach().clone() for name, p in run.model.parameters.items()}
+    for (name, p), tuned in zip(start.items(), theirs.model.ema.shadow_params, strict=True):
+        assert torch.equal(p, tuned) and not torch.equal(p, base[name])
+    run.step(0)
+    with run.model.using(run.model.base):
+        assert all(torch.equal(p, start[name]) for name, p in run.model.parameters.items())
+
+
+def test_a_run_records_the_digest_of_its_start_and_resumes_from_no_other(first, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "report", lambda *_: None)  # seconds a run
+    (tmp_path / LORA).write_bytes((first / LORA).read_bytes())
+    small = ["evaluation=null", "data.batch_size=2", f"tuning.init={tmp_path / LORA}", *OF_LORA]
+    whole, broken = (load("demo", [f"output={tmp_path / name}", "steps=2", *small]) for name in ("whole", "broken"))
+    running.train(whole)
+    running.train(broken.model_copy(update={"steps": 1}))
+    running.train(broken, resume=True)
+    weights = [load_file(tmp_path / name / LORA) for name in ("whole", "broken")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    recorded = load(tmp_path / "whole" / CONFIG)
+    assert recorded.tuning.init_sha256 == sha256((first / LORA).read_bytes()).hexdigest()
+    assert pinned(recorded.tuning) == recorded.tuning
+    facts = training_facts(recorded, RunFolder(tmp_path / "whole").metrics())
+    assert f"LoRA of rank 4, started from {tmp_path / LORA}, learning rate" in facts["model"]
+
+    (tmp_path / LORA).write_bytes((tmp_path / "whole" / LORA).read_bytes())
+    with pytest.raises(ValueError, match="a resumed run keeps its config .* changes tuning.init_sha256 from"):
+        running.train(whole, resume=True)
+    with pytest.raises(ValueError, match="not tuning.init_sha256=.*: bring the old weights back"):
+        running.train(recorded, resume=True)
+    (tmp_path / LORA).unlink()
+    with pytest.raises(FileNotFoundError, match="or a LoRA file"):
+        running.train(recorded, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "says"),
+    [
+        ("rank: 3", "has rank 4, and tuning.rank=3 is less: set 4 or more"),
+        (
+            "targets: [attn.to_q, attn.to_k]",
+            r"has 23 layers that tuning.targets does not name, such as .*: set tuning.targets=\[attn.add_k_proj,",
+        ),
+        ("mode: full", "holds a LoRA, which needs tuning.mode=lora, not full"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused_before_a_prompt_is_embedded(tuning, says, first, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuned_model, "embed_once", lambda *_: pytest.fail("the prompts were embedded first"))
+    with pytest.raises(ConfigError, match=says):
+        trainer(tmp_path, "tuning.mode=lora", f"tuning={{{tuning}, init: {first}}}")
+
+
+def test_a_lora_does_not_start_from_all_weights(tmp_path):
+    init = save_weights(load_backbone("shapes"), tmp_path)
+    with pytest.raises(ConfigError, match="holds all weights, which need tuning.mode=full, not lora"):
+        trainer(tmp_path, f"tuning={{mode: lora, init: {init}}}")

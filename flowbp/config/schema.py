@@ -243,6 +243,8 @@ class MemoryConfig(Strict):
 
 class TuningConfig(Strict):
     mode: Literal["lora", "full"] = "lora"
+    init: Folder | None = key(None, "a run, its checkpoint, a LoRA file or a transformer folder to start from")
+    init_sha256: Sha256 | None = key(None, "digest of its files; a run fills it in")
     rank: Size = key(16, "of the LoRA matrices")
     alpha: Positive | None = key(None, "LoRA scale numerator; null means equal to rank")
     dropout: Decay = key(0.0, "of the LoRA branches' inputs; replays draw the rollout's masks again")

@@ -298,6 +298,6 @@ def changes(config: RunConfig) -> list[tuple[tuple[str, ...], list[str]]]:
         *((passes, [f"data.batch_size={b}", f"data.accumulate={accumulate * samples // b}"]) for b in batches),
         (passes, ["memory.recompute=always", "memory.budget_gb=null"]),
         (("sweep",), ["memory.nodes_per_forward=1"]),
-        ((*passes, "update"), ["tuning.mode=lora"]),
+        *([((*passes, "update"), ["tuning.mode=lora"])] if config.tuning.init is None else []),
         ((*passes, "update"), ["optimizer.name=adamw8bit"]),
     ]

@@ -106,6 +106,7 @@ def as_data_uri(picture: "Figure | bytes") -> str:
 def run_facts(config: RunConfig) -> dict[str, str]:
     """What is trained, and how: {label: text}."""
     tuned = f"LoRA of rank {config.tuning.rank}" if config.tuning.mode == "lora" else "all weights"
+    tuned += f", started from {config.tuning.init}" if config.tuning.init else ""
     rewards = {name: describe_reward(spec) for name, spec in config.reward.items()}
     return {
         "method": config.method_name,

@@ -37,6 +37,7 @@ VERDICTS = {  # prefix of a key -> its verdict, and why it is unfair. The first 
     "memory.vae_tiling": (UNFAIR, "another training recipe"),  # the reward sees the seams of tiles
     "memory": (BOOKKEEPING, ""),  # equal up to rounding, as are compile and the cut into batches
     "compile": (BOOKKEEPING, ""),
+    "tuning.init": (BOOKKEEPING, ""),  # a place; init_sha256 is what counts
     **dict.fromkeys(("data.batch_size", "data.accumulate"), (BOOKKEEPING, "")),  # IMAGES_A_STEP is what counts
     **dict.fromkeys(("data.embeddings", "data.cache"), (BOOKKEEPING, "")),
     **dict.fromkeys(("evaluation.batch_size", "evaluation.grid", "evaluation.watch"), (BOOKKEEPING, "")),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,15 @@ from flowbp.methods import draw_plan
 from flowbp.runtime.distributed import Ranks
 from flowbp.runtime.embeddings import embed_once
 from flowbp.runtime.memory import compile_blocks, save_memory
-from flowbp.runtime.tuning import assign, check_targets, master_weights, moving_average, trainable_parameters, trained
-from flowbp.runtime.weights import base_weights, load_weights
+from flowbp.runtime.tuning import assign, master_weights, moving_average, trainable_parameters, trained
+from flowbp.runtime.weights import base_weights, load_weights, start_from
 
 
 class TunedModel:
     """The model of a run. Nothing else builds one, because another order of building would fail or waste memory:
 
-        load on the CPU -> embed the prompts -> drop the text encoders -> add LoRA -> memory switches -> compile
-        -> copy or shard over the processes -> master weights -> average
+        load on the CPU -> add LoRA, or start from `tuning.init` -> embed the prompts -> drop the text encoders
+        -> memory switches -> compile -> copy or shard over the processes -> master weights -> average
 
     backbone    the pipeline behind its protocol, on the device
     sigmas      [N + 1] noise levels of the training rollout
@@ -41,15 +42,17 @@ class TunedModel:
         self.config = config
         self.backbone = backbone or load_backbone(**config.backbone.model_dump())
         check_guidance(self.backbone, config.guidance)
-        check_targets(self.backbone.denoiser, config.tuning.targets or [])
         size = config.rollout
         self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas)
         # raises if the method does not fit
         draw_plan(config.method, self.sigmas.double().numpy(), np.random.default_rng(0), size.solver)
+        torch.manual_seed(config.seed)  # LoRA's initial weights
+        begin = trainable_parameters if config.tuning.init is None else partial(start_from, config.tuning.init)
+        parameters = begin(self.backbone, config.tuning)
+        lora = parameters if config.tuning.mode == "lora" else {}
+        self._start = {name: p.detach().to("cpu", copy=True) for name, p in lora.items()}
         if config.data.embeddings == "cached":
             embed_once(self.backbone, texts, config.data.cache, accelerator.device)
-        torch.manual_seed(config.seed)  # LoRA's initial weights
-        trainable_parameters(self.backbone, config.tuning)
         save_memory(self.backbone, config.memory)
         if config.compile is not None:
             compile_blocks(self.backbone.denoiser, config.compile)
@@ -78,10 +81,8 @@ class TunedModel:
 
     @property
     def base(self) -> dict[str, Tensor]:
-        """The weights that the run started from: LoRA matrices of zero, or the checkpoint's own, read again."""
-        if self.config.tuning.mode == "full":
-            return base_weights(self.backbone, self.config.backbone.variant)
-        return {name: torch.zeros_like(p) if "lora_B" in name else p for name, p in self.parameters.items()}
+        """The weights that the run started from: its first LoRA, or all weights, which are read again."""
+        return self._start or base_weights(self.backbone, self.config.backbone.variant, self.config.tuning.init)
 
     @property
     def tuned(self) -> dict[str, Tensor]:

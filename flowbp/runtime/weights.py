@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flowbp.config import load
+from flowbp.config import ConfigError, TuningConfig, load
 from flowbp.config.loading import CONFIG
 from flowbp.foreign import cut
 from flowbp.runtime.checkpoint import (
@@ -24,9 +24,9 @@ from flowbp.runtime.checkpoint import (
     seal,
 )
 from flowbp.runtime.distributed import gathered
-from flowbp.runtime.files import replacing
+from flowbp.runtime.files import digest_files, replacing
 from flowbp.runtime.tensors import read_tensors, seal_tensors
-from flowbp.runtime.tuning import assign, trainable_parameters
+from flowbp.runtime.tuning import assign, trainable_parameters, trained
 
 if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
     from flowbp.backbones import Backbone
@@ -95,9 +95,15 @@ def export_comfyui(source: Path, target: Path) -> None:
         save_file(scaled, scratch, {"format": "pt"})
 
 
-def base_weights(backbone: "Backbone", variant: str | None = None) -> dict[str, Tensor]:
-    """The denoiser's weights as its checkpoint has them, on the CPU. Raises ValueError if it comes from none."""
+def base_weights(backbone: "Backbone", variant: str | None = None, init: Path | None = None) -> dict[str, Tensor]:
+    """All weights of the denoiser as `init` has them, or else its checkpoint, on the CPU. Raises ValueError if there is
+    neither.
+    """
     denoiser = backbone.denoiser
+    if init is not None:
+        file = weight_files(init)[0]
+        checkpoint = file.name == CHECKPOINT
+        return delivered(file.parent, trained(backbone)) if checkpoint else read_transformer(backbone, file.parent)
     folder = denoiser.config.get("_name_or_path")
     if not folder:
         gone = "the backbone was not loaded from a folder, so its base weights are gone"
@@ -105,10 +111,58 @@ def base_weights(backbone: "Backbone", variant: str | None = None) -> dict[str, 
     return dict(type(denoiser).from_pretrained(folder, dtype=denoiser.dtype, variant=variant).named_parameters())
 
 
-def load_weights(backbone: "Backbone", source: Path) -> None:
+def start_from(init: Path, backbone: "Backbone", tuning: TuningConfig) -> dict[str, Tensor]:
+    """Load the weights of `init` into the backbone and do what `trainable_parameters` does.
+
+    A LoRA fills the first rows of A and columns of B of the adapter that `tuning` describes, whose alpha / rank B is
+    divided by, so that the network is that of the file. B is 0 elsewhere.
+
+    Raises what `load_weights` does, and ConfigError for weights of the other mode and for a LoRA that does not fit in.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    where, layers = f"tuning.init={init}", {}
+    load_weights(backbone, init, torch.float32)
+    for name, module in backbone.denoiser.named_modules():
+        for adapter, scale in module.scaling.items() if isinstance(module, LoraLayer) else ():
+            layers[name] = module.lora_A[adapter].weight, module.lora_B[adapter].weight * scale
+    if bool(layers) != (tuning.mode == "lora"):
+        found = "a LoRA, which needs tuning.mode=lora" if layers else "all weights, which need tuning.mode=full"
+        raise ConfigError(f"{where} holds {found}, not {tuning.mode}")
+    if layers:
+        backbone.denoiser.unload_lora()
+    parameters = trainable_parameters(backbone, tuning)
+    if layers and (rank := max(len(a) for a, _ in layers.values())) > tuning.rank:
+        raise ConfigError(f"{where} has rank {rank}, and tuning.rank={tuning.rank} is less: set {rank} or more")
+    if strange := [name for name in layers if f"{name}.lora_A.default.weight" not in parameters]:
+        targets = ",".join(sorted({re.sub(r"^\w+\.\d+\.", "", name) for name in layers}))
+        raise ConfigError(
+            f"{where} has {len(strange)} layers that tuning.targets does not name, such as {strange[0]}: set "
+            f"tuning.targets=[{targets}]"
+        )
+    with torch.no_grad():
+        for name, (a, b) in layers.items():
+            parameters[f"{name}.lora_A.default.weight"][: len(a)] = a
+            parameters[f"{name}.lora_B.default.weight"][:, : len(a)] = b * tuning.rank / (tuning.alpha or tuning.rank)
+    return parameters
+
+
+def pinned(tuning: TuningConfig) -> TuningConfig:
+    """`tuning` with the digest of `init`. Raises ValueError if it has another one, FileNotFoundError if it is gone."""
+    if tuning.init is None:
+        return tuning
+    found = digest_files(weight_files(tuning.init))
+    if tuning.init_sha256 not in (None, found):
+        changed = f"tuning.init={tuning.init} has the SHA-256 {found}, not tuning.init_sha256={tuning.init_sha256}"
+        raise ValueError(f"{changed}: bring the old weights back, or leave the digest out and choose another output=")
+    return tuning.model_copy(update={"init_sha256": found})
+
+
+def load_weights(backbone: "Backbone", source: Path, lora_dtype: torch.dtype | None = None) -> None:
     """Load the tuned weights of `source` into the backbone.
 
     source: a LoRA file or its folder, a run, the folder of a transformer, or a checkpoint of a run.
+    lora_dtype: of a LoRA; None means the network's.
 
     Raises FileNotFoundError if there are no weights, ValueError if they do not fit the backbone, are damaged, or hold
     NaN or inf.
@@ -117,14 +171,14 @@ def load_weights(backbone: "Backbone", source: Path) -> None:
     if file.name == CHECKPOINT:
         load_training_checkpoint(backbone, file.parent)
     elif (file.parent / "config.json").is_file():
-        load_transformer(backbone, file.parent)
+        backbone.denoiser.load_state_dict(read_transformer(backbone, file.parent))
     else:
-        load_lora(backbone, file)
+        load_lora(backbone, file, lora_dtype or backbone.denoiser.dtype)
     backbone.denoiser.eval()  # the layers of a new adapter drop out
 
 
-def load_transformer(backbone: "Backbone", folder: Path) -> None:
-    """Set all weights of the denoiser to those of `folder`."""
+def read_transformer(backbone: "Backbone", folder: Path) -> dict[str, Tensor]:
+    """All weights of `folder`, which fit the denoiser."""
     for file in (folder / "config.json", *folder.glob("*.safetensors*")):
         check_seal(file)
     saved, report = type(backbone.denoiser).from_pretrained(folder, output_loading_info=True)
@@ -133,7 +187,7 @@ def load_transformer(backbone: "Backbone", folder: Path) -> None:
     strange += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     if strange:
         raise another_model(backbone, folder, f"{len(strange)} tensors, such as {cut(strange[0])},")
-    backbone.denoiser.load_state_dict(check_finite(state, folder))
+    return check_finite(state, folder)
 
 
 def another_model(backbone: "Backbone", source: Path, what: str) -> ValueError:
@@ -151,8 +205,9 @@ def check_finite(tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_lora(backbone: "Backbone", file: Path) -> None:
-    """Add the LoRA of `file` to the denoiser: in diffusers' names, or in any that diffusers converts to them.
+def load_lora(backbone: "Backbone", file: Path, dtype: torch.dtype) -> None:
+    """Add the LoRA of `file` to the denoiser, in `dtype`. Its names are diffusers', or any that diffusers converts to
+    them.
 
     What has no place in the denoiser, such as layers of a text encoder, is left out with a warning. Raises ValueError
     if nothing has a place, or if a layer has another shape.
@@ -184,7 +239,7 @@ def load_lora(backbone: "Backbone", file: Path) -> None:
     for name, parts in layers.items():
         scale = parts["alpha"].item() / len(parts["A"]) if "alpha" in parts else 1
         adapter = None if "alpha" in parts else adapter  # which says the same of all layers
-        down, up = parts["A"].to(denoiser.dtype), (parts["B"].float() * scale).to(denoiser.dtype)
+        down, up = parts["A"].to(dtype), (parts["B"].float() * scale).to(dtype)
         state |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
     ask(denoiser.load_lora_adapter, state, metadata=adapter, low_cpu_mem_usage=True)
     loaded = sum(name.endswith("lora_A") for name, _ in denoiser.named_modules())
@@ -248,10 +303,14 @@ def load_training_checkpoint(backbone: "Backbone", folder: Path) -> None:
     if not config.is_file():
         missing = f"{config}, which says what was trained, is missing"
         raise FileNotFoundError(f"{folder} is a checkpoint of a run, but {missing}")
-    saved, parameters = load_parameters(folder), trainable_parameters(backbone, load(config, run_code=False).tuning)
-    if saved.keys() != parameters.keys():
-        tensors = f"{folder} holds {len(saved)} tensors and {config} trains {len(parameters)}"
+    parameters = trainable_parameters(backbone, load(config, run_code=False).tuning)
+    assign(parameters, delivered(folder, parameters))
+
+
+def delivered(folder: Path, parameters: Iterable[str]) -> dict[str, Tensor]:
+    """What a run would have delivered of its `parameters` after the checkpoint `folder`."""
+    saved, average, names = load_parameters(folder), load_state(folder)["ema"], list(parameters)
+    if saved.keys() != set(names):
+        tensors = f"{folder} holds {len(saved)} tensors and its run trains {len(names)}"
         raise ValueError(f"{tensors}: they belong to different models")
-    average = load_state(folder)["ema"]
-    delivered = dict(zip(parameters, average["shadow_params"], strict=True)) if average else saved
-    assign(parameters, check_finite(delivered, folder))
+    return check_finite(dict(zip(names, average["shadow_params"], strict=True)) if average else saved, folder)

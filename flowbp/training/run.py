@@ -18,6 +18,7 @@ from flowbp.runtime.interrupts import Stop, heard_by, interrupt
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
 from flowbp.runtime.run_folder import BEST, TENSORBOARD, RunFolder, told_at_the_next_call
+from flowbp.runtime.weights import pinned
 from flowbp.training.report import write_report
 from flowbp.training.sentinel import Sentinel
 from flowbp.training.trainer import Trainer
@@ -35,6 +36,7 @@ def train(config: RunConfig, resume: bool = False, overwrite: bool = False) -> P
     of the run has ended, and KeyboardInterrupt on Ctrl-C or SIGTERM, in training after a checkpoint of the last step.
     """
     on_cpu = process_state().device.type == "cpu"
+    config = config.model_copy(update={"tuning": pinned(config.tuning)})
     folder = RunFolder(config.output)
     threads = one_thread() if on_cpu and "OMP_NUM_THREADS" not in os.environ else nullcontext()
     with heard_by(interrupt), threads, folder.locked(), told_at_the_next_call():

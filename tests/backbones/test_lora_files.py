@@ -11,7 +11,7 @@ from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 from flowbp.backbones import BACKBONES
 from flowbp.config import TuningConfig
 from flowbp.runtime.tuning import trainable_parameters
-from flowbp.runtime.weights import LORA, export_comfyui, load_weights, save_weights
+from flowbp.runtime.weights import LORA, export_comfyui, load_weights, save_weights, start_from
 
 RANK, ALPHA = 2, 6
 ALL = tuple(TINY_PIPELINES)
@@ -83,6 +83,17 @@ def test_a_lora_means_the_same_in_every_programs_names(lora, form, tmp_path):
     backbone = fresh(name)
     load_weights(backbone, tmp_path / "theirs.safetensors")
     check_loaded(backbone, layers)
+
+
+@pytest.mark.parametrize("form", ["kohya", "older diffusers"])
+def test_training_starts_from_a_lora_in_another_programs_names(lora, form, tmp_path):
+    name, layers, _ = lora
+    few = dict(list(layers.items())[::2])
+    save_file(renamed(few, *FORMS[form]), tmp_path / "theirs.safetensors")
+    backbone = fresh(name)
+    parameters = start_from(tmp_path / "theirs.safetensors", backbone, TuningConfig(rank=RANK + 1, alpha=7))
+    assert len(parameters) == 2 * len(layers) and all(p.requires_grad for p in parameters.values())
+    check_loaded(backbone, {layer: (a, b if layer in few else 0 * b) for layer, (a, b) in layers.items()})
 
 
 def fused(layers, prefix, down, up, alpha):

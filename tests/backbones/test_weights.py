@@ -1,5 +1,6 @@
 """Tuned weights leave in formats that others read: diffusers' LoRA and transformer folders, and ComfyUI's LoRA keys."""
 
+import re
 from functools import cache
 
 import pytest
@@ -23,6 +24,24 @@ SETTINGS = [
     "rollout={num_steps: 6, height: 32, width: 32}", f"backbone.max_sequence_length={TOKENS}",
     "optimizer={lr: 1.0e-2, warmup: 0}", "tuning={rank: 2, alpha: 6}",
 ]  # fmt: skip
+
+
+# The layers that LoRA adapts by default, as ComfyUI 0.19.3 and 0.10.0 know them (`model_lora_keys_unet`). Their
+# `load_lora` left none of our exported tensors over, and moved each weight by alpha / rank B A to 2e-7.
+JOINT = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out"
+COMFYUI = {
+    "StableDiffusion3Pipeline": {f"transformer_blocks.attn.{name}" for name in JOINT.split()},
+    "FluxPipeline": {f"transformer_blocks.attn.{name}" for name in JOINT.split()}
+    | {f"transformer_blocks.{part}.net.{name}" for part in ("ff", "ff_context") for name in ("0.proj", "2")}
+    | {f"single_transformer_blocks.attn.to_{name}" for name in "qkv"},
+    "Flux2KleinPipeline": {f"transformer_blocks.attn.{name}" for name in JOINT.split()}
+    | {f"single_transformer_blocks.attn.{name}" for name in ("to_qkv_mlp_proj", "to_out")},
+    "ZImagePipeline": {
+        f"{part}.attention.{name}"
+        for part in ("layers", "context_refiner", "noise_refiner")
+        for name in ("to_q", "to_k", "to_v", "to_out.0")
+    },
+}
 
 
 @pytest.fixture(scope="module", params=TINY_PIPELINES)
@@ -85,7 +104,9 @@ def test_an_exported_lora_carries_alpha_in_its_weights(trained, tmp_path):
     result = CliRunner().invoke(app, ["export", str(tmp_path), str(tmp_path / "comfyui.safetensors")])
     assert result.exit_code == 0, result.output
     tensors, original = load_file(tmp_path / "comfyui.safetensors"), load_file(tmp_path / LORA)
-    assert tensors.keys() == original.keys() and all(key.startswith("transformer.") for key in tensors)
+    assert tensors.keys() == original.keys()
+    layers = {re.fullmatch(r"transformer\.(\w+)\.\d+(.+)\.lora_[AB]\.weight", key).groups() for key in tensors}
+    assert {"".join(layer) for layer in layers} <= COMFYUI[name]
 
     without_alpha, exported = tiny_pipeline(name), tiny_pipeline(name)
     without_alpha.load_lora_weights(original)

@@ -1,6 +1,12 @@
 """GenEval's judgement: known boxes give the verdict that its rules say, and a real detector class fits in."""
 
 import json
+import random
+import re
+from collections import Counter
+from hashlib import sha256
+from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +18,8 @@ from transformers import BatchFeature
 
 from flowbp.config import GenEvalConfig
 from flowbp.evaluation.geneval import (
+    COLOURS,
+    RELATIONS,
     ClipColours,
     Detection,
     GenEval,
@@ -194,6 +202,89 @@ OLD = dict(motorcycle="motorbike", airplane="aeroplane", couch="sofa", tv="tvmon
     "potted plant": "pottedplant",
     "dining table": "diningtable",
 }  # as some detectors say
+
+# -- all prompts of the benchmark --------------------------------------------------------------------------------------
+
+NAMES = [OTHER.get(name, name) for name in COCO]
+NUMBERS = {"two": 2, "three": 3, "four": 4}
+
+
+def entry_of(prompt):
+    """What evaluation_metadata.jsonl says of one of GenEval's prompts."""
+    text = prompt.removeprefix("a photo of ")
+    number, _, plural = text.partition(" ")
+    if number in NUMBERS:
+        (name,) = (name for name in NAMES if plural in (f"{name}s", f"{name}es"))
+        include, exclude = ([{"class": name, "count": NUMBERS[number] + more}] for more in (0, 1))
+        return {"tag": "counting", "include": include, "exclude": exclude, "prompt": prompt}
+    first, word, second = re.fullmatch(f"an? (.+?)(?: (and|{'|'.join(RELATIONS)}) an? (.+))?", text).groups()
+    include = []
+    for part in filter(None, (first, second)):
+        colour = "" if part in NAMES else part.split()[0]
+        clause = {"class": part.removeprefix(f"{colour} "), "count": 1}
+        include.append(clause | {"color": colour} if colour else clause)
+    if word in RELATIONS:
+        include = [include[1], include[0] | {"position": [word, 0]}]
+    tags = {"and": ("two_object", "color_attr"), None: ("single_object", "colors")}
+    tag = tags[word]["color" in include[0]] if word in tags else "position"
+    return {"tag": tag, "include": include, "prompt": prompt}
+
+
+def drawn(entry, draw):
+    """What a detector might see: ({class: detections}, {box: colour}), mostly as the prompt says."""
+    u, found, colours = random.Random(f"{draw} {entry['prompt']}").random, {}, {}
+    for clause in entry["include"]:
+        seen = found.setdefault(clause["class"], [])
+        for _ in range(clause["count"] + (u() < 0.1) - (u() < 0.1) + 17 * (u() < 0.02)):
+            x, y = int(300 * u()), int(300 * u())
+            box = (x, y, x + 20 + int(80 * u()), y + 20 + int(80 * u()))
+            seen.append(Detection(box, 1 - 0.8 * u() ** 4))
+            colours[box] = clause.get("color") if u() < 0.85 else COLOURS[int(10 * u())]
+    return found, colours
+
+
+@pytest.fixture(scope="module")
+def metadata(tmp_path_factory):
+    """The entries of GenEval's 553 prompts, in a file of the official bytes."""
+    prompts = Path(__file__).with_name("geneval_prompts.txt").read_text().splitlines()
+    entries, path = [entry_of(prompt) for prompt in prompts], tmp_path_factory.mktemp("geneval") / "metadata.jsonl"
+    path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    # of prompts/evaluation_metadata.jsonl in djghosh13/geneval at af4902f
+    assert sha256(path.read_bytes()).hexdigest() == "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
+    return entries, path
+
+
+def is_right(requirements, prompt, found, colours):
+    judge = GenEval(requirements, lambda *_: found, lambda _, objects, name: [colours[d.box] for d in objects])
+    return not judge.faults(torch.zeros(3, 8, 8), prompt)
+
+
+def verdicts(entries, requirements, draws=10):
+    """By tag, the number of detections drawn for its prompts that are right; and the digest of all verdicts."""
+    right, bits = Counter(), ""
+    for entry, draw in product(entries, range(draws)):
+        correct = is_right(requirements, entry["prompt"], *drawn(entry, draw))
+        right[entry["tag"]] += correct
+        bits += str(int(correct))
+    return dict(right), sha256(bits.encode()).hexdigest()
+
+
+def test_all_553_official_prompts_are_read_and_judged_as_the_official_code_judges_them(metadata):
+    entries, path = metadata
+    requirements = load_requirements(str(path))
+    assert list(requirements) == [entry["prompt"] for entry in entries] and len(entries) == 553
+    assert [prompt.text for prompt in load_prompts(str(path))] == list(requirements)
+    # What evaluate_image of evaluation/evaluate_images.py (the same commit) says of the same detections and colours.
+    right = {
+        "single_object": 717,
+        "two_object": 780,
+        "counting": 186,
+        "colors": 719,
+        "position": 228,
+        "color_attr": 590,
+    }
+    digest = "e500b77087c4dddbb61af08b53dd377afd9bb323eb2cde19906719739764965f"
+    assert verdicts(entries, requirements) == (right, digest)
 
 
 @pytest.fixture(scope="module", params=[{}, OLD], ids=["coco", "old names"])

@@ -57,6 +57,15 @@ def test_the_centre_crop_halves_to_even_as_torchvision_does_or_floors_as_transfo
     torch.testing.assert_close(normalise(fit_short_side(x, size, floor=True)), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("height", "width", "rows"), [(832, 1216, True), (1216, 832, False)])
+def test_a_large_picture_has_the_margins_of_hpsv2s_own_transform(height, width, rows):
+    """ResizeMaxSize(224) of hpsv2 1.2.0: 832 becomes 153, between 35 and 36 black pixels."""
+    fitted = fit_long_side(torch.ones(1, 3, height, width), 224)[0, 0]
+    filled = torch.zeros(224, 224)
+    filled[35:188] = 1
+    torch.testing.assert_close(fitted, filled if rows else filled.T, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(("kind", "height", "width"), CASES)
 def test_long_side_preprocessing_equals_pillow_on_a_black_square(kind, height, width):
     x = picture(kind, height, width)

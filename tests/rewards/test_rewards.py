@@ -9,6 +9,7 @@ import tiny_rewards as tiny
 import torch
 from safetensors.torch import load_file
 from tiny_rewards import PROMPTS, images
+from transformers import CLIPTokenizer
 
 from flowbp.rewards import ImageEncoder, load_reward
 from flowbp.rewards.clip import CLIPReward, PickScore
@@ -93,7 +94,7 @@ def test_no_weight_of_a_reward_is_trainable(reward):
 
 
 def test_clip_reward_is_the_cosine_that_transformers_own_processor_and_model_give(folders):
-    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+    from transformers import CLIPImageProcessor, CLIPModel
 
     x = images(28, 28)
     folder = folders["clip"]
@@ -119,20 +120,56 @@ def test_hpsv2_equals_the_open_clip_model_whose_weights_it_reads(folders):
     torch.testing.assert_close(HPSv2(folders["hpsv2"], folders["hpsv2"])(x, PROMPTS), expected, rtol=0, atol=1e-6)
 
 
+# Of CLIP's vocabulary, the merges that the odd prompts below take, in their order, and the tokens that remain.
+MERGES = """i+n o+n</w> a+l e+r</w> a+t</w> e+l s+i '+s</w> e+n</w> g+h p+p gh+t</w> p+e o+p h+i n+i a+f in+e</w> â+Ģ
+si+g ni+ght</w> âĢ+¦</w> s+al op+en</w> sig+n</w> c+at</w> pp+er</w> c+af f+ine</w> ã+Ĥ Ã+©</w> el+d</w>
+sal+t</w> k+night</w> pe+pper</w> â+Ħ m+at</w> âĦ+¢</w> caf+Ã©</w> '+"</w> Â+º</w> Â+½</w> Â+²</w>"""
+TOKENS = {
+    'n': 77, '"</w>': 257, '&</w>': 261, ',</w>': 267, '5</w>': 276, '6</w>': 277, '<</w>': 283, 'a</w>': 320,
+    'x</w>': 343, '¬</w>': 361, 'on</w>': 525, "'s</w>": 568, 'hi': 677, 'âĢ¦</w>': 959, 'open</w>': 1488,
+    'sign</w>': 2292, 'cat</w>': 2368, 'fine</w>': 3797, 'ãĤ': 3909, 'eld</w>': 5684, 'salt</w>': 6611,
+    'knight</w>': 7355, 'pepper</w>': 8253, 'mat</w>': 9063, 'âĦ¢</w>': 11675, 'cafÃ©</w>': 15304, '\'"</w>': 19479,
+    'Âº</w>': 28059, 'Â½</w>': 33613, 'Â²</w>': 41175, '<|startoftext|>': 49406, '<|endoftext|>': 49407,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clips_tokenizer():
+    """CLIP's own tokens for the odd prompts; pieces of them that no prompt keeps have ids above."""
+    merges = [tuple(pair.split("+")) for pair in MERGES.split()]
+    pieces = {piece for pair in merges for piece in (*pair, "".join(pair))} - TOKENS.keys()
+    vocab = TOKENS | {piece: 50000 + i for i, piece in enumerate(sorted(pieces))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+
+
 @pytest.mark.parametrize(
-    ("prompt", "read"),  # what ftfy 6.3.1, html.unescape and the white-space rule of hpsv2's tokenizer make of it
+    # What ftfy 6.3.1, html.unescape and the white-space rule of hpsv2's tokenizer make of it; and the ids that
+    # open_clip's `SimpleTokenizer`, as hpsv2 1.2.0 ships it, gives between those of start and end.
+    ("prompt", "read", "ids"),
     [
-        ("salt &amp;amp; pepper, 5 &lt; 6", "salt & pepper, 5 < 6"),
-        ("\u201ca knight\u2019s \u2018shield\u2019\u201d", "\"a knight's 'shield'\""),
-        ("a sign, &ldquo;open&rdquo;", 'a sign, "open"'),
-        ("\uff21 \uff43\uff41\uff54\uff0c \ufb01ne \uff76\uff9e", "A cat, fine \u30ac"),
-        (" a\u00a0cat\n\ton\u3000a  mat ", "a cat on a mat"),
-        # What it leaves as it is, and NFKC would not.
-        ("\u00bd a caf\u00e9\u2026 x\u00b2 \u2122 n\u00ba 5", "\u00bd a caf\u00e9\u2026 x\u00b2 \u2122 n\u00ba 5"),
+        ("salt &amp;amp; pepper, 5 &lt; 6", "salt & pepper, 5 < 6", [6611, 261, 8253, 267, 276, 283, 277]),
+        (
+            "\u201ca knight\u2019s \u2018shield\u2019\u201d",
+            "\"a knight's 'shield'\"",
+            [257, 320, 7355, 568, 568, 677, 5684, 19479],
+        ),
+        ("a sign, &ldquo;open&rdquo;", 'a sign, "open"', [320, 2292, 267, 257, 1488, 257]),
+        (
+            "\uff21 \uff43\uff41\uff54\uff0c \ufb01ne \uff76\uff9e",
+            "A cat, fine \u30ac",
+            [320, 2368, 267, 3797, 3909, 361],
+        ),
+        (" a\u00a0cat\n\ton\u3000a  mat ", "a cat on a mat", [320, 2368, 525, 320, 9063]),
+        (  # What it leaves as it is, and NFKC would not.
+            "\u00bd a caf\u00e9\u2026 x\u00b2 \u2122 n\u00ba 5",
+            "\u00bd a caf\u00e9\u2026 x\u00b2 \u2122 n\u00ba 5",
+            [33613, 320, 15304, 959, 343, 41175, 11675, 77, 28059, 276],
+        ),
     ],
 )
-def test_hpsv2_reads_an_odd_prompt_as_its_own_tokenizer_does(prompt, read, folders):
+def test_hpsv2_reads_an_odd_prompt_as_its_own_tokenizer_does(prompt, read, ids, folders, clips_tokenizer):
     assert clean(prompt) == read
+    assert clips_tokenizer(clean(prompt)).input_ids == [49406, *ids, 49407]
     reward = HPSv2(folders["hpsv2"], folders["hpsv2"])
     odd, x = ["a red&nbsp;circle", "two blue\u3000 stars and a green \uff53\uff51\uff55\uff41\uff52\uff45"], images()
     assert torch.equal(reward(x, odd), reward(x, PROMPTS))
@@ -188,7 +225,7 @@ def test_patches_are_those_of_qwens_own_processor():
     assert torch.equal(grid, expected.image_grid_thw)
 
 
-@pytest.mark.parametrize("size", [(512, 512), (720, 1280), (1024, 1024), (300, 100), (30, 2000)])
+@pytest.mark.parametrize("size", [(512, 512), (720, 1280), (832, 1216), (1216, 832), (300, 100), (30, 2000)])
 @pytest.mark.parametrize("pixels", [(56 * 56, 28 * 28 * 1280), (256 * 28 * 28, 256 * 28 * 28)])
 def test_the_size_of_a_picture_is_that_of_qwens_own_processor(size, pixels):
     from transformers import Qwen2VLImageProcessor
