@@ -301,6 +301,32 @@ def test_memory_settings_leave_the_gradient_as_it_is(name, tmp_path):
         assert (other - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
 
 
+def test_each_copy_of_each_sample_has_noise_and_perturbations_of_its_own(tmp_path, monkeypatch):
+    trainer = Trainer(tiny(tmp_path, "method={name: draft-lv, num_renoised: 2}", "rollout.num_steps=2"))
+    score, noises, seeds = trainer.rewards.score, [], []
+
+    def rolled(velocity, noise, sigmas, plan, renoise, recompute):
+        noises.extend(torch.cat([noise, *renoise]).flatten(1))
+        return rollout(velocity, noise, sigmas, plan, renoise, recompute)
+
+    monkeypatch.setattr("flowbp.training.trainer.rollout", rolled)
+    trainer.rewards.score = lambda images, prompts, own: seeds.extend(own) or score(images, prompts, own)
+    trainer.accumulate_gradient(0, 0)
+    assert len(seeds) == len(set(seeds)) == len(noises) == 6
+    assert (torch.corrcoef(torch.stack(noises)) - torch.eye(6)).abs().max() < 0.2  # 4 standard errors of 512 values
+
+
+def test_each_process_drops_out_other_inputs(tmp_path, monkeypatch):
+    trainer, seeds = Trainer(tiny(tmp_path, "tuning.dropout=0.3")), []
+    trainer.model.ranks.size = 3
+    monkeypatch.setattr("flowbp.training.trainer.bind_velocity", lambda *_: pytest.fail("the network runs"))
+    for trainer.model.ranks.rank in range(3):
+        with pytest.raises(pytest.fail.Exception):
+            trainer.accumulate_gradient(0, 0)
+        seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == 3
+
+
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_lora_dropout_is_the_same_in_rollout_and_replay(checkpointing, tmp_path):
     gradients = []

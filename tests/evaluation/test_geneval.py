@@ -168,6 +168,8 @@ def test_a_colour_is_that_of_the_crop_with_all_but_the_object_greyed():
     small = Detection((8, 12, 16, 16), 1.0, lower_right)
     assert ClipColours(MeanColour())(image, [small], "dog") == ["yellow"]
     assert crop(image, Detection((20, -3, 20, -3), 1.0)).shape == (3, 1, 1)
+    whole_pixels = crop(image, Detection((2.5, 8.5, 9.5, 11.5), 1.0))
+    assert torch.equal(whole_pixels, image[:, 8:12, 2:10])
 
 
 def test_the_crop_of_a_colour_is_centred_as_torchvision_centres_it():

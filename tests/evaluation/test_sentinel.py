@@ -1,5 +1,6 @@
 """The sentinel sees over-optimisation, leaves training as it is, and decides alike after a kill."""
 
+import itertools
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from flowbp.config import ConfigError, load
+from flowbp.evaluation import evaluator
 from flowbp.evaluation.scores import Scores
 from flowbp.runtime.data import Prompt, load_prompts
 from flowbp.runtime.run_folder import RunFolder
@@ -184,20 +186,35 @@ def test_watching_leaves_training_bit_identical_and_resumes_exactly(tmp_path):
     assert "Held-out prompts during training" in (whole / "report.html").read_text()
 
 
-def test_training_stops_when_patience_ends_and_stays_stopped(tmp_path, monkeypatch):
-    from flowbp.evaluation import evaluator
+@pytest.fixture
+def scored(monkeypatch):
+    """Lets the reward rise by 1 from one evaluation to the next, and the monitor by `slope`."""
 
-    def falling(*arguments):
-        falling.calls += 1
-        prompts = arguments[1].prompts
-        now = np.full(len(prompts), float(falling.calls))
-        values = {"reward": now, "monitor": -now, "checker": 0 * now}
-        return Scores(prompts, arguments[1].seeds, values, torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
+    def score(slope):
+        calls = itertools.count(1)
 
-    falling.calls = 0
+        def evaluate(_, samples, *__):
+            now = np.full(len(samples.prompts), float(next(calls)))
+            values = {"reward": now, "monitor": slope * now, "checker": 0 * now}
+            return Scores(samples.prompts, samples.seeds, values, torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
+
+        monkeypatch.setattr(evaluator, "evaluate", evaluate)
+
+    return score
+
+
+def test_the_best_weights_are_the_average_that_a_run_of_as_many_steps_delivers(tmp_path, scored):
+    scored(slope=1.0)
+    config = load("demo", [f"output={tmp_path / 'run'}", "steps=1", "ema=0.5", *SMALL, *PERIODIC])
+    delivered, best = weights(train(config)), weights(config.output / "best")
+    assert json.loads((config.output / "validation.json").read_text())["best"] == 1
+    assert all(torch.equal(best[key], value) for key, value in delivered.items())
+
+
+def test_training_stops_when_patience_ends_and_stays_stopped(tmp_path, scored):
+    scored(slope=-1.0)
     twelve = ["evaluation.validation_samples=12", "evaluation.patience=2"]
     config = load("demo", [f"output={tmp_path / 'run'}", "steps=9", *SMALL, *PERIODIC, *twelve])
-    monkeypatch.setattr(evaluator, "evaluate", falling)
     train(config)
     train(config, resume=True)
     assert len((config.output / "metrics.jsonl").read_text().splitlines()) == 2
