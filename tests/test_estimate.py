@@ -14,6 +14,7 @@ from flowbp.backbones import load_backbone
 from flowbp.cli import app
 from flowbp.config import load
 from flowbp.estimate.estimate import estimate, parse_size, suggest, without_masters
+from flowbp.estimate.passes import block_bytes
 from flowbp.runtime.embeddings import embed_once, text_encoders
 from flowbp.runtime.memory import LiveBytes, Phases
 from flowbp.training.trainer import Trainer
@@ -159,6 +160,17 @@ def test_copied_gradients_are_whole_and_sharded_ones_where_backward_passes_accum
     )
     assert whole.working["gradients"] == 4 * whole.trained  # float32, where FSDP2 adds them up and reduces them
     assert split.peaks["sweep"] < 0.7 * whole.peaks["sweep"]  # 57 blocks
+
+
+def test_two_blocks_and_what_is_outside_of_blocks_are_gathered_at_a_time():
+    class Block(torch.nn.Linear):
+        pass
+
+    blocks = [Block(size, 1, bias=False) for size in (2, 5, 3)]
+    network = torch.nn.Sequential(*blocks, torch.nn.Linear(7, 1, bias=False))
+    network._no_split_modules = ["Block"]
+    assert block_bytes(network, lambda p: True) == 4 * (5 + 3 + 7)
+    assert block_bytes(network, lambda p: p.numel() < 5) == 4 * (2 + 3)
 
 
 @pytest.mark.parametrize(

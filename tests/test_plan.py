@@ -55,6 +55,10 @@ def test_draft_lv_without_copies_is_refl_of_the_last_node():
     assert DRaFTLV(num_renoised=0).at(SIGMAS) == ReFL(last_n=1).plan(SIGMAS, np.random.default_rng(0))
 
 
+def test_draft_lv_takes_two_copies_unless_told_otherwise():
+    assert [replay.output for replay in DRaFTLV().at(SIGMAS).replays] == [0, 1, 2]
+
+
 def test_draft_lv_has_the_gradient_of_sparse_with_only_the_last_node():
     assert DRaFTLV(0).at(SIGMAS).active == FlowBPSparse(1, rescale=0.0).at(SIGMAS, [24]).active
 

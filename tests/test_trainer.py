@@ -316,12 +316,30 @@ def test_each_copy_of_each_sample_has_noise_and_perturbations_of_its_own(tmp_pat
     assert (torch.corrcoef(torch.stack(noises)) - torch.eye(6)).abs().max() < 0.2  # 4 standard errors of 512 values
 
 
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_a_monitor_watches_each_sample_once_and_no_copy(rows, tmp_path):
+    trainer = Trainer(tiny(tmp_path, "method.name=draft-lv", "rollout.num_steps=2", f"memory.reward_batch={rows}"))
+    watched = []
+    trainer.watch = lambda images, texts: watched.extend(texts) or {}
+    trainer.accumulate_gradient(0, 0)
+    assert watched == [prompt.text for prompt in trainer.prompts.batch(0, 2)]
+
+
+def test_each_micro_batch_of_each_step_has_the_next_prompts(tmp_path, monkeypatch):
+    trainer, drawn = Trainer(tiny(tmp_path, "data.accumulate=2")), []
+    monkeypatch.setattr("flowbp.training.trainer.bind_velocity", lambda _, texts, *__: drawn.extend(texts) or 1 / 0)
+    for step, micro in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        with pytest.raises(ZeroDivisionError):
+            trainer.accumulate_gradient(step, micro)
+    assert drawn == [prompt.text for prompt in trainer.prompts.batch(0, 8)]
+
+
 def test_each_process_drops_out_other_inputs(tmp_path, monkeypatch):
     trainer, seeds = Trainer(tiny(tmp_path, "tuning.dropout=0.3")), []
     trainer.model.ranks.size = 3
-    monkeypatch.setattr("flowbp.training.trainer.bind_velocity", lambda *_: pytest.fail("the network runs"))
+    monkeypatch.setattr("flowbp.training.trainer.bind_velocity", lambda *_: 1 / 0)
     for trainer.model.ranks.rank in range(3):
-        with pytest.raises(pytest.fail.Exception):
+        with pytest.raises(ZeroDivisionError):
             trainer.accumulate_gradient(0, 0)
         seeds.append(torch.initial_seed())
     assert len(set(seeds)) == 3
@@ -634,13 +652,14 @@ def test_a_run_whose_every_image_is_nan_ends_with_an_error(gradient, tmp_path, m
         train(tiny(tmp_path / "short"))
 
 
-def test_a_skipped_step_is_counted(tmp_path, monkeypatch, capsys):
-    broken_at([1], monkeypatch)
+def test_skipped_steps_are_counted_and_end_a_run_only_in_a_row(tmp_path, monkeypatch, capsys):
+    broken_at([0, 2], monkeypatch)
+    monkeypatch.setattr("flowbp.training.run.SKIPPED", 2)
     config = tiny(tmp_path, "steps=3")
     train(config)
-    assert [row["skipped"] for row in RunFolder(config.output).metrics()] == [False, True, False]
-    assert "1 of 3 steps, which had no finite reward or gradient" in (config.output / "report.html").read_text()
-    assert ", 1 skipped" in capsys.readouterr().err
+    assert [row["skipped"] for row in RunFolder(config.output).metrics()] == [True, False, True]
+    assert "2 of 3 steps, which had no finite reward or gradient" in (config.output / "report.html").read_text()
+    assert ", 2 skipped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["parameters.safetensors", "state.pt", "step.json"])

@@ -16,7 +16,7 @@ from flowbp.runtime.data import Prompt, load_prompts
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.runtime.weights import LORA
 from flowbp.training.run import run, train
-from flowbp.training.sentinel import best_step, exhausted, validation_samples, warnings
+from flowbp.training.sentinel import Sentinel, best_step, exhausted, validation_samples, warnings
 from flowbp.training.trainer import Trainer
 
 N = 60
@@ -91,10 +91,27 @@ def test_too_few_prompts_are_said_instead_of_no_warning():
 
 
 def test_the_best_step_is_the_first_of_the_highest_and_patience_counts_from_it():
-    seen = history(monitor=[0, 2, 1, 2 - 1e-9, 1.5])
+    seen = history(monitor=[0, 2, 1, 2, 1.5])
+    seen[150].values["monitor"][:] = seen[50].values["monitor"]
     assert best_step(seen, "monitor") == 50
     assert [exhausted(seen, "monitor", patience) for patience in (2, 3, 4)] == [True, True, False]
     assert not exhausted({}, "monitor", 1)
+
+
+def test_what_was_scored_before_a_kill_is_not_scored_again():
+    config = load("demo", ["evaluation.every=2", "evaluation.validation_samples=2"]).evaluation
+    past = {step: {"reward": np.zeros(2), "monitor": np.zeros(2)} for step in (0, 2)}
+    sentinel = Sentinel(config, ["reward"], past)
+    assert [step for step in range(7) if sentinel.due(step)] == [4, 6]
+
+
+def test_a_resumed_run_keeps_what_was_logged_and_scored_up_to_its_checkpoint(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in range(4):
+        folder.log({"step": step + 1})
+        folder.keep_validation(step, {"monitor": np.array([float(step)])})
+    folder.forget_after(2)
+    assert [row["step"] for row in folder.metrics()] == [1, 2] and list(folder.validations()) == [0, 1, 2]
 
 
 def with_nan(seen, metric, *places):
