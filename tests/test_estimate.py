@@ -14,7 +14,7 @@ from flowbp.backbones import load_backbone
 from flowbp.cli import app
 from flowbp.config import load
 from flowbp.estimate.estimate import estimate, parse_size, suggest, without_masters
-from flowbp.estimate.passes import block_bytes
+from flowbp.estimate.passes import block_bytes, reward_pass
 from flowbp.runtime.embeddings import embed_once, text_encoders
 from flowbp.runtime.memory import LiveBytes, Phases
 from flowbp.training.trainer import Trainer
@@ -193,6 +193,14 @@ def test_the_cached_rollout_is_what_the_plan_reads(tmp_path):
     found = estimate(tiny(tmp_path, "method={name: flowbp-sparse, num_active: 3}", side=32))
     # 3 nodes, noise, sample and reward input; batch of 4, float32
     assert found.working["cached rollout"] == (3 + 3) * 4 * (4 * 8 * 8 * 8)
+
+
+def test_copies_are_decoded_and_scored_as_samples_are(tmp_path):
+    copies, samples = (
+        tiny(tmp_path, f"method={{name: draft-lv, num_renoised: {copies}}}", f"data.batch_size={batch}", side=32)
+        for copies, batch in ((2, 4), (0, 12))
+    )
+    assert reward_pass(copies).peak_bytes == reward_pass(samples).peak_bytes > 0
 
 
 def test_moments_in_8_bits_are_a_quarter_of_float32(tmp_path):
