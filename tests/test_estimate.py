@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from flowbp.backbones import load_backbone
 from flowbp.cli import app
 from flowbp.config import load
-from flowbp.estimate.estimate import estimate, parse_size, suggest, without_masters
+from flowbp.estimate.estimate import changes, estimate, parse_size, suggest, without_masters
 from flowbp.estimate.passes import block_bytes, reward_pass
 from flowbp.runtime.embeddings import embed_once, text_encoders
 from flowbp.runtime.memory import LiveBytes, Phases
@@ -220,6 +220,12 @@ def test_a_suggestion_fits_and_keeps_the_samples_of_a_step(share, tmp_path):
     after = load("demo", [*overrides, *added])
     assert added and promised.fits(memory) and estimate(after, processes) == promised
     assert after.data.batch_size * after.data.accumulate == before.data.batch_size
+
+
+def test_every_batch_that_divides_a_step_is_tried_down_to_one_sample():
+    tried = [change for _, change in changes(load("demo", ["data.batch_size=6", "data.accumulate=2"]))]
+    expected = [[f"data.batch_size={b}", f"data.accumulate={12 // b}"] for b in (3, 2, 1)]
+    assert [change for change in tried if "batch_size" in change[0]] == expected
 
 
 def test_where_nothing_fits_the_smallest_found_is_told(tmp_path):

@@ -269,6 +269,17 @@ def test_a_trained_parameter_without_gradient_is_named(tmp_path):
         trainer.step(0)
 
 
+@pytest.mark.parametrize(("warmup", "shares"), [(0, [1, 1, 1, 1, 1]), (3, [0.25, 0.5, 0.75, 1, 1])])
+def test_the_learning_rate_rises_to_its_value_over_the_warm_up_and_is_never_0(warmup, shares, tmp_path):
+    trainer, stepped = Trainer(tiny(tmp_path, f"optimizer.warmup={warmup}")), []
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: stepped.append(optimizer.param_groups[0]["lr"]))
+    for step in range(5):
+        for p in trainer.model.parameters.values():
+            p.grad = torch.ones_like(p)
+        trainer.update(step)
+    assert stepped == pytest.approx([trainer.config.optimizer.lr * share for share in shares])
+
+
 def test_the_moving_average_is_a_lerp_of_constant_decay_from_the_first_step_on(tmp_path):
     """The released trainers call lerp_(weights, 1 - decay) after every step, on a copy of the base weights."""
     trainer = Trainer(tiny(tmp_path, "steps=3", "ema=0.995"))
