@@ -327,13 +327,15 @@ def test_each_copy_of_each_sample_has_noise_and_perturbations_of_its_own(tmp_pat
     assert (torch.corrcoef(torch.stack(noises)) - torch.eye(6)).abs().max() < 0.2  # 4 standard errors of 512 values
 
 
-@pytest.mark.parametrize("rows", [None, 1, 3])
-def test_a_monitor_watches_each_sample_once_and_no_copy(rows, tmp_path):
-    trainer = Trainer(tiny(tmp_path, "method.name=draft-lv", "rollout.num_steps=2", f"memory.reward_batch={rows}"))
-    watched = []
-    trainer.watch = lambda images, texts: watched.extend(texts) or {}
-    trainer.accumulate_gradient(0, 0)
-    assert watched == [prompt.text for prompt in trainer.prompts.batch(0, 2)]
+def test_a_monitor_watches_each_sample_once_and_no_copy(tmp_path):
+    trainer = Trainer(tiny(tmp_path, "method.name=draft-lv", "rollout.num_steps=2"))
+    texts = [prompt.text for prompt in trainer.prompts.batch(0, 2)]
+    for rows in (None, 1, 3):
+        trainer.config = trainer.config.model_copy(update={"memory": MemoryConfig(reward_batch=rows)})
+        watched = []
+        trainer.watch = lambda images, texts: watched.extend(texts) or {}  # noqa: B023
+        trainer.accumulate_gradient(0, 0)
+        assert watched == texts
 
 
 def test_each_micro_batch_of_each_step_has_the_next_prompts(tmp_path, monkeypatch):
