@@ -1,5 +1,6 @@
 """The command line as one meets it: what is mistyped, missing or interrupted ends in one line that says what to do."""
 
+import re
 import sys
 
 import pytest
@@ -99,6 +100,12 @@ def test_what_is_mistyped_is_answered_in_words(arguments, says, capsys, monkeypa
     with pytest.raises(SystemExit) as end:
         flowbp.__main__.main()
     assert end.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_plan_is_drawn_on_the_published_levels_under_the_shift():
+    result = CliRunner().invoke(cli.app, ["plan", "refl", "last_n=1", "--steps", "4", "--shift", "3"])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"3 .* 0\.5000 .* -0\.5000 .* active", result.output), "u = 1/4: 3 u / (1 + 2 u)"
 
 
 @pytest.mark.parametrize(("package", "module"), [("typer", "flowbp.cli"), ("pydantic", "flowbp.config")])

@@ -7,7 +7,7 @@ import pytest
 
 from flowbp import presets
 from flowbp.active_sets import DirichletPair, UniformPair
-from flowbp.config import ConfigError, build_method, dump, load, parse_overrides
+from flowbp.config import ConfigError, build_method, changed, dump, load, parse_overrides
 from flowbp.config.loading import sealed
 from flowbp.methods import METHODS, FlowBPLagrange, LeapAlign
 
@@ -213,6 +213,11 @@ def test_a_file_is_read_as_it_is_meant_or_refused_with_its_line(tmp_path):
             load(tmp_path / "run.yaml")
     (tmp_path / "run.yaml").write_text(whole.replace("seed: 42", "seed: 42  # é"), encoding="utf-8")
     assert load(tmp_path / "run.yaml").seed == 42
+
+
+def test_a_key_that_one_of_two_configs_lacks_is_a_difference():
+    before, after = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"d": 4}, "e": 5}
+    assert changed(before, after) == {"b.c": (2, None), "b.d": (3, 4), "e": (None, 5)}
 
 
 def test_paths_know_the_home_folder_and_variables(monkeypatch):

@@ -98,7 +98,9 @@ def test_categories_models_and_runs_are_shown_as_they_were_typed():
     }
     change = row | {"before": 0.4, "after": 0.5, "change": 0.1, "p_value": 0.04}
     changes = comparison_table([change, change | {"category": "[/b]"}], "[/runs]/[bold]", "[/x]", "[y]")
-    output = shown(changes) + shown(means_table([row], "run", "[/t]")) + shown(listed([("[/v]", "[w]")]))
+    means = shown(means_table([row], "run", "[/t]"))
+    assert "4 │ 0.500 │ [0.400, 0.600]" in means
+    output = shown(changes) + means + shown(listed([("[/v]", "[w]")]))
     assert all(text in output for text in ("[m]", "[/b]", "[/runs]/[bold]", "[/x]", "[y]", "[/t]", "[/v]: [w]"))
 
 

@@ -36,7 +36,8 @@ def test_any_batch_can_be_asked_for_directly():
     prompts = [Prompt(str(i)) for i in range(7)]
     in_order = PromptStream(prompts, seed=3)
     batches = [in_order.batch(i, 4) for i in range(9)]
-    assert PromptStream(prompts, seed=3).batch(8, 4) == batches[8]
+    asked = PromptStream(prompts, seed=3)
+    assert asked.batch(8, 4) == batches[8] and asked.batch(0, 4) == batches[0]
 
 
 def test_sample_seeds_differ_by_sample_and_by_key():
@@ -108,8 +109,9 @@ def test_prompt_files_of_every_form_are_read(name, text, expected, tmp_path):
 
 def test_a_folder_of_styles_is_read_as_categories(tmp_path):
     for style in ("photo", "anime"):
-        (tmp_path / f"{style}.json").write_text(f'["a {style}"]')
-    assert load_prompts(str(tmp_path)) == [Prompt("a anime", "anime"), Prompt("a photo", "photo")]
+        (tmp_path / f"{style}.json").write_text(f'["a {style}", {{"prompt": "b", "tag": "its own"}}]')
+    found = [Prompt("a anime", "anime"), Prompt("b", "its own"), Prompt("a photo", "photo"), Prompt("b", "its own")]
+    assert load_prompts(str(tmp_path)) == found
     (tmp_path / "notes.TXT").write_text("a cat")
     with pytest.raises(ValueError, match="holds both .json and .txt files; a folder is read as"):
         load_prompts(str(tmp_path))

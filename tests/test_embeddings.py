@@ -1,6 +1,7 @@
 """Text embeddings: the files give what the encoders give, damage is found, and the encoders leave memory."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,10 +111,12 @@ def test_a_prompt_that_was_not_embedded_says_the_way_out(tmp_path):
 
 def test_a_full_disk_is_told_before_it_is_written(tmp_path, monkeypatch):
     cache = EmbeddingCache(tmp_path, torch.device("cpu"))
-    cache.fill(lambda prompts: {"text": torch.ones(len(prompts), 3)}, [""])
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 10}))
-    with pytest.raises(OSError, match="data.cache=FOLDER or FLOWBP_CACHE"):
-        cache.fill(lambda prompts: pytest.fail("wrote"), ["a"])
+    cache.fill(encode := lambda prompts: {"text": torch.ones(len(prompts), 3)}, [""])
+    room = cache.path("").stat().st_size  # for one
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=room))
+    with pytest.raises(OSError, match="2 embeddings need .* data.cache=FOLDER or FLOWBP_CACHE"):
+        cache.fill(lambda prompts: pytest.fail("wrote"), ["a", "b"])
+    cache.fill(encode, ["a"])
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from flowbp.backbones import load_backbone
 from flowbp.cli import app
 from flowbp.config import load
-from flowbp.estimate.estimate import estimate, suggest, without_masters
+from flowbp.estimate.estimate import changes, estimate, suggest, without_masters
+from flowbp.estimate.passes import block_bytes, reward_pass
 from flowbp.runtime.embeddings import embed_once, text_encoders
 from flowbp.runtime.inputs import parse_size
 from flowbp.runtime.memory import LiveBytes, Phases
@@ -162,6 +163,17 @@ def test_copied_gradients_are_whole_and_sharded_ones_where_backward_passes_accum
     assert split.peaks["sweep"] < 0.7 * whole.peaks["sweep"]  # 57 blocks
 
 
+def test_two_blocks_and_what_is_outside_of_blocks_are_gathered_at_a_time():
+    class Block(torch.nn.Linear):
+        pass
+
+    blocks = [Block(size, 1, bias=False) for size in (2, 5, 3)]
+    network = torch.nn.Sequential(*blocks, torch.nn.Linear(7, 1, bias=False))
+    network._no_split_modules = ["Block"]
+    assert block_bytes(network, lambda p: True) == 4 * (5 + 3 + 7)
+    assert block_bytes(network, lambda p: p.numel() < 5) == 4 * (2 + 3)
+
+
 @pytest.mark.parametrize(
     ("guidance", "memory", "calls"),
     [
@@ -185,6 +197,14 @@ def test_the_cached_rollout_is_what_the_plan_reads(tmp_path):
     assert found.working["cached rollout"] == (3 + 3) * 4 * (4 * 8 * 8 * 8)
 
 
+def test_copies_are_decoded_and_scored_as_samples_are(tmp_path):
+    copies, samples = (
+        tiny(tmp_path, f"method={{name: draft-lv, num_renoised: {copies}}}", f"data.batch_size={batch}", side=32)
+        for copies, batch in ((2, 4), (0, 12))
+    )
+    assert reward_pass(copies).peak_bytes == reward_pass(samples).peak_bytes > 0
+
+
 def test_moments_in_8_bits_are_a_quarter_of_float32(tmp_path):
     plain, small = (
         estimate(tiny(tmp_path, f"optimizer.name={name}", side=32)).resident["optimizer"]
@@ -202,6 +222,12 @@ def test_a_suggestion_fits_and_keeps_the_samples_of_a_step(share, tmp_path):
     after = load("demo", [*overrides, *added])
     assert added and promised.fits(memory) and estimate(after, processes) == promised
     assert after.data.batch_size * after.data.accumulate == before.data.batch_size
+
+
+def test_every_batch_that_divides_a_step_is_tried_down_to_one_sample():
+    tried = [change for _, change in changes(load("demo", ["data.batch_size=6", "data.accumulate=2"]))]
+    expected = [[f"data.batch_size={b}", f"data.accumulate={12 // b}"] for b in (3, 2, 1)]
+    assert [change for change in tried if "batch_size" in change[0]] == expected
 
 
 def test_where_nothing_fits_the_smallest_found_is_told(tmp_path):

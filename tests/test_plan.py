@@ -5,8 +5,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowbp.active_sets import DirichletPair, UniformPair, stratified, stratified_draws
-from flowbp.methods import METHODS, DRaFTLV, DRTune, FlowBPBridge, FlowBPLagrange, FlowBPSparse, LeapAlign, ReFL
+from flowbp.active_sets import (
+    DirichletPair,
+    MidpointJPair,
+    MidpointPair,
+    UniformPair,
+    equally_spaced,
+    stratified,
+    stratified_draws,
+)
+from flowbp.methods import (
+    METHODS,
+    DRaFTLV,
+    DRTune,
+    FlowBPBridge,
+    FlowBPLagrange,
+    FlowBPSparse,
+    LeapAlign,
+    ReFL,
+    draw_plans,
+)
 from flowbp.plan import Bridge, PosteriorMean, Similarity, SurrogatePlan
 
 SIGMAS = np.append(3 * (u := 1 - np.arange(25) / 25) / (1 + 2 * u), 0.0)
@@ -37,6 +55,10 @@ def test_draft_lv_without_copies_is_refl_of_the_last_node():
     assert DRaFTLV(num_renoised=0).at(SIGMAS) == ReFL(last_n=1).plan(SIGMAS, np.random.default_rng(0))
 
 
+def test_draft_lv_takes_two_copies_unless_told_otherwise():
+    assert [replay.output for replay in DRaFTLV().at(SIGMAS).replays] == [0, 1, 2]
+
+
 def test_draft_lv_has_the_gradient_of_sparse_with_only_the_last_node():
     assert DRaFTLV(0).at(SIGMAS).active == FlowBPSparse(1, rescale=0.0).at(SIGMAS, [24]).active
 
@@ -53,11 +75,69 @@ def test_bridge_keeps_its_node_active_and_one_node_on_each_side():
         assert first < plan.bridge.node == second
 
 
+def nodes_of(method):
+    return lambda rng: tuple(node for node, _ in method.plan(np.linspace(1, 0, 9), rng).active)
+
+
+def pair_of(sampler):
+    return lambda rng: sampler(8, 2, rng)
+
+
+@pytest.mark.parametrize(
+    ("draw", "allowed"),
+    [
+        (nodes_of(ReFL(last_n=3)), {(5,), (6,), (7,)}),
+        (nodes_of(FlowBPSparse(num_active=2, tail_ratio=0.4)), {(4, 5), (4, 6), (4, 7), (5, 6), (5, 7), (6, 7)}),
+        (
+            nodes_of(DRTune(num_active=2, early_stop_ratio=0.25)),
+            {(start, start + stride) for stride in (3, 4) for start in range(4)},  # up to node 6, up to node 7
+        ),
+        (lambda rng: equally_spaced(8, 3, rng), {(start, start + 2, start + 4) for start in range(4)}),
+        (pair_of(UniformPair(min_rev=0)), {(k, j) for j in range(3, 8) for k in range(2, j)}),
+        (pair_of(UniformPair(min_rev=2, max_rev=5)), {(4, 5), (4, 6), (5, 6)}),
+        (pair_of(UniformPair(max_j_rev=2)), {(k, j) for j in (6, 7) for k in range(2, j)}),
+        (pair_of(DirichletPair(alpha=(1, 1, 1))), {(k, j) for j in range(3, 7) for k in range(2, j)}),
+        (pair_of(DirichletPair(alpha=(1, 1, 1), max_j_rev=2)), {(k, 6) for k in range(2, 6)}),
+        (pair_of(MidpointPair()), {(2, 5), (3, 5), (4, 6), (5, 6), (6, 7)}),
+        (pair_of(MidpointJPair()), {(1, 3), (2, 4), (2, 5), (3, 6), (3, 7)}),
+    ],
+)
+def test_many_draws_are_all_that_may_be_drawn_and_nothing_else(draw, allowed):
+    rng = np.random.default_rng(0)
+    assert {draw(rng) for _ in range(1000)} == allowed
+
+
+def test_the_shortest_window_of_a_bridge_is_three_steps():
+    plan = FlowBPBridge(rescale=1.0, tail_ratio=0.01).at(SIGMAS, 23, [22, 23])
+    assert sum(w for _, w in plan.active) == pytest.approx(-SIGMAS[22])
+
+
 def test_each_stratified_draw_is_distributed_as_one_draw_alone():
     rng = np.random.default_rng(0)
     draws = np.array([stratified_draws(lambda rng: rng.random(), 2, float, rng) for _ in range(2000)])
     assert np.allclose(draws.mean(0), 0.5, atol=0.04)  # 6 standard errors of a uniform mean
     assert np.corrcoef(draws.T)[0, 1] < -0.3  # together they cover the range: independent draws have 0
+
+
+def test_strata_are_cut_by_the_mean_node_weighted_by_absolute_gradient_weights():
+    """By plain means the order would be B, C, A, D, and A would meet B."""
+    rules = {
+        "A": ((0, 8), (-0.9, -0.1)),
+        "B": ((1, 2), (-0.5, -0.5)),
+        "C": ((1, 3), (0.1, -0.9)),
+        "D": ((5, 6), (-1, 1)),
+    }
+    plans = {SurrogatePlan(nodes, weights, weights): name for name, (nodes, weights) in rules.items()}
+
+    class InTurn:
+        turns = 0
+
+        def plan(self, sigmas, rng):
+            self.turns += 1
+            return list(plans)[self.turns % 4]
+
+    drawn = draw_plans(InTurn(), SIGMAS, np.random.default_rng(0), 2, "stratified").plans
+    assert {plans[plan] for plan in drawn} in ({"A", "C"}, {"B", "D"})
 
 
 @pytest.mark.parametrize("draw", [

@@ -250,6 +250,16 @@ def test_a_replay_costs_one_call_and_a_kept_graph_none(guidance, calls):
         assert (rolled_out, field.calls - rolled_out) == expected
 
 
+def test_branches_that_may_not_share_a_call_run_apart_in_batched_replays_too():
+    plan, field = FlowBPSparse(4, rescale=0.0).at(toy_sigmas(12).numpy(), [1, 5, 8, 11]), ToyField()
+    velocity = toy_velocity(field, guidance=GUIDANCES["both branches"])
+    velocity.batched = False
+    trajectory = rollout(velocity, torch.randn(3, 6, dtype=torch.float64), toy_sigmas(12), plan)
+    assert field.calls == 2 * 12
+    backward(plan, trajectory, velocity.replay, torch.ones(3, 6, dtype=torch.float64), nodes_per_forward=2)
+    assert field.calls == 2 * 12 + 2 * 2
+
+
 def test_the_rollout_stops_at_the_posterior_mean():
     field = ToyField()
     plan = METHODS["refl"](5).at(toy_sigmas(12).numpy(), 7)
@@ -554,6 +564,15 @@ def test_a_tensor_that_a_graph_saves_twice_weighs_once():
     assert graph_bytes == 4 * x.nbytes  # x, the first product, its square, and the exponential
 
 
+def test_frozen_weights_that_a_graph_saves_weigh_nothing():
+    scale, frozen, x = (torch.nn.Parameter(torch.ones(5)) for _ in range(3))
+    frozen.requires_grad_(False)
+    _, graph_bytes = weigh(
+        lambda: record(lambda x, sigma: scale * x * frozen, x, torch.tensor(0.5), False), torch.device("cpu")
+    )
+    assert graph_bytes == x.nbytes
+
+
 def test_free_memory_is_measured():
     assert 0 < spare_bytes(torch.device("cpu")) < 1 << 50
 
@@ -660,6 +679,11 @@ def test_renoising_needs_as_much_noise_as_the_plan_has_copies():
         rollout(toy_velocity(ToyField()), torch.zeros(3, 6, dtype=torch.float64), toy_sigmas(6), plan)
 
 
+def test_compensation_divides_by_the_scale_where_guidance_multiplies_by_it():
+    assert [Guidance(scale, compensate=True).divisor for scale in (0.5, 1.0, 3.5)] == [1.0, 1.0, 3.5]
+    assert Guidance(3.5).divisor == 1.0
+
+
 def test_guidance_without_a_negative_prompt_is_refused():
     with pytest.raises(ValueError, match="needs the negative conditioning"):
         GuidedVelocity(ToyField(), {"text": torch.zeros(3, 6)}, None, Guidance(2.0))
@@ -682,8 +706,8 @@ def test_dropped_samples_leave_the_mean_and_its_divisor():
     assert Objective().loss(
         rewards, loss_factors(torch.ones(3), torch.ones(3, dtype=torch.bool))
     ).item() == pytest.approx(-7 / 3)
-    copies = torch.cat([rewards, 2 * rewards])
-    assert Objective().loss(copies, loss_factors(torch.ones(3), keep, copies=2)).item() == pytest.approx(-3.75)
+    of_copies = loss_factors(torch.tensor([1.0, 2.0, 3.0]), keep, copies=2)  # those of the batch, then of its copies
+    assert of_copies.tolist() == [0.25, 0.0, 0.75, 0.25, 0.0, 0.75]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 100, None])
@@ -705,7 +729,7 @@ def test_the_reward_gradient_is_the_same_in_parts_of_any_size(rows):
     whole = objective.loss(-(leaf - targets).square().sum(dim=1), factors)
     torch.testing.assert_close(loss, whole.detach(), rtol=1e-14, atol=0)
     torch.testing.assert_close(g, torch.autograd.grad(whole, leaf)[0], rtol=1e-14, atol=0)
-    assert rewards.shape == (5,) and g[2].abs().max() == 0
+    assert rewards.shape == (5,) and not rewards.requires_grad and g[2].abs().max() == 0
 
 
 def test_similarity_weights_floor_each_residual_separately():

@@ -290,6 +290,17 @@ def test_a_trained_parameter_without_gradient_is_named(tmp_path):
         trainer.step(0)
 
 
+@pytest.mark.parametrize(("warmup", "shares"), [(0, [1, 1, 1, 1, 1]), (3, [0.25, 0.5, 0.75, 1, 1])])
+def test_the_learning_rate_rises_to_its_value_over_the_warm_up_and_is_never_0(warmup, shares, tmp_path):
+    trainer, stepped = Trainer(tiny(tmp_path, f"optimizer.warmup={warmup}")), []
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: stepped.append(optimizer.param_groups[0]["lr"]))
+    for step in range(5):
+        for p in trainer.model.parameters.values():
+            p.grad = torch.ones_like(p)
+        trainer.update(step)
+    assert stepped == pytest.approx([trainer.config.optimizer.lr * share for share in shares])
+
+
 def test_the_moving_average_is_a_lerp_of_constant_decay_from_the_first_step_on(tmp_path):
     """The released trainers call lerp_(weights, 1 - decay) after every step, on a copy of the base weights."""
     trainer = Trainer(tiny(tmp_path, "steps=3", "ema=0.995"))
@@ -320,6 +331,52 @@ def test_memory_settings_leave_the_gradient_as_it_is(name, tmp_path):
         trainer.optimizer.zero_grad()
     for other in gradients[1:]:
         assert (other - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
+
+
+def test_each_copy_of_each_sample_has_noise_and_perturbations_of_its_own(tmp_path, monkeypatch):
+    trainer = Trainer(tiny(tmp_path, "method={name: draft-lv, num_renoised: 2}", "rollout.num_steps=2"))
+    score, noises, seeds = trainer.rewards.score, [], []
+
+    def rolled(velocity, noise, sigmas, plan, renoise, recompute):
+        noises.extend(torch.cat([noise, *renoise]).flatten(1))
+        return rollout(velocity, noise, sigmas, plan, renoise, recompute)
+
+    monkeypatch.setattr("flowbp.training.trainer.rollout", rolled)
+    trainer.rewards.score = lambda images, prompts, own: seeds.extend(own) or score(images, prompts, own)
+    trainer.accumulate_gradient(0, 0)
+    assert len(seeds) == len(set(seeds)) == len(noises) == 6
+    assert (torch.corrcoef(torch.stack(noises)) - torch.eye(6)).abs().max() < 0.2  # 4 standard errors of 512 values
+
+
+def test_a_monitor_watches_each_sample_once_and_no_copy(tmp_path):
+    trainer = Trainer(tiny(tmp_path, "method.name=draft-lv", "rollout.num_steps=2"))
+    texts = [prompt.text for prompt in trainer.prompts.batch(0, 2)]
+    for rows in (None, 1, 3):
+        trainer.config = trainer.config.model_copy(update={"memory": MemoryConfig(reward_batch=rows)})
+        watched = []
+        trainer.watch = lambda images, texts: watched.extend(texts) or {}  # noqa: B023
+        trainer.accumulate_gradient(0, 0)
+        assert watched == texts
+
+
+def test_each_micro_batch_of_each_step_has_the_next_prompts(tmp_path, monkeypatch):
+    trainer, drawn = Trainer(tiny(tmp_path, "data.accumulate=2")), []
+    monkeypatch.setattr("flowbp.training.trainer.bind_velocity", lambda _, texts, *__: drawn.extend(texts) or 1 / 0)
+    for step, micro in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        with pytest.raises(ZeroDivisionError):
+            trainer.accumulate_gradient(step, micro)
+    assert drawn == [prompt.text for prompt in trainer.prompts.batch(0, 8)]
+
+
+def test_each_process_drops_out_other_inputs(tmp_path, monkeypatch):
+    trainer, seeds = Trainer(tiny(tmp_path, "tuning.dropout=0.3")), []
+    trainer.model.ranks.size = 3
+    monkeypatch.setattr("flowbp.training.trainer.bind_velocity", lambda *_: 1 / 0)
+    for trainer.model.ranks.rank in range(3):
+        with pytest.raises(ZeroDivisionError):
+            trainer.accumulate_gradient(0, 0)
+        seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == 3
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
@@ -630,13 +687,14 @@ def test_a_run_whose_every_image_is_nan_ends_with_an_error(gradient, tmp_path, m
         train(tiny(tmp_path / "short"))
 
 
-def test_a_skipped_step_is_counted(tmp_path, monkeypatch, capsys):
-    broken_at([1], monkeypatch)
+def test_skipped_steps_are_counted_and_end_a_run_only_in_a_row(tmp_path, monkeypatch, capsys):
+    broken_at([0, 2], monkeypatch)
+    monkeypatch.setattr("flowbp.training.run.SKIPPED", 2)
     config = tiny(tmp_path, "steps=3")
     train(config)
-    assert [row["skipped"] for row in RunFolder(config.output).metrics()] == [False, True, False]
-    assert "1 of 3 steps, which had no finite reward or gradient" in (config.output / "report.html").read_text()
-    assert ", 1 skipped" in capsys.readouterr().err
+    assert [row["skipped"] for row in RunFolder(config.output).metrics()] == [True, False, True]
+    assert "2 of 3 steps, which had no finite reward or gradient" in (config.output / "report.html").read_text()
+    assert ", 2 skipped" in capsys.readouterr().err
 
 
 def test_a_step_without_gradient_is_told_and_counted(tmp_path, caplog, capsys):

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
-from tqdm.std import Bar, tqdm
+from tqdm.std import Bar, tqdm  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm.utils import disp_len
 
 HARMLESS = {  # logger: a part of its messages that ask for nothing
@@ -50,7 +50,7 @@ class TextBar(tqdm):
     def __str__(self) -> str:
         if self.bar_format is not None:
             return plain(super().__str__())
-        about = self.format_dict
+        about: Any = self.format_dict
         gone, left = self.format_meter(**about | {"bar_format": "{elapsed},{remaining}"}).split(",")
         first, *others = about["postfix"].split(", ") if about["postfix"] else [f"{left} left"]
         line, width = plain(f"{about['prefix']} {about['n']}/{about['total']}"), (about["ncols"] or 80) - 1

@@ -69,6 +69,6 @@ def parse_size(text: str) -> float:
     number, unit = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?", "(?:[KMGT]I?)?"
     match = re.fullmatch(rf"\s*({number})\s*({unit})B?\s*", text, re.IGNORECASE)
     size = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
-    if not 0 < size < math.inf or (not match[2] and size < 1e9):  # a bare 24 would be 24 bytes
+    if not 0 < size < math.inf or (match and not match[2] and size < 1e9):  # a bare 24 would be 24 bytes
         raise ValueError(f"{short(text)} is no size of a GPU in bytes: write 24GB, 24GiB or 80e9")
     return size

@@ -6,6 +6,7 @@ import sys
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -13,12 +14,12 @@ from diffusers.utils import logging
 from tiny_pipelines import tiny_pipeline
 
 from flowbp.backbones import BACKBONES
-from flowbp.config import load
+from flowbp.config import MemoryConfig, load
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import FlowBPBridge
 from flowbp.replay import Recompute
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from flowbp.runtime.distributed import gathered, shard_like, shard_weights, unshard
+from flowbp.runtime.distributed import Ranks, gathered, on_main, shard_like, shard_weights, unshard
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.surrogate import backward, reward_input
 from flowbp.training.run import run as train_run
@@ -205,6 +206,15 @@ def splits_gradients(case, folder, world):
         return all(p.grad is not None for p in trainer.model.parameters.values())
 
 
+def starting_weights(world, rank):
+    """The weights from which this process trains a network that every process has filled with its own number."""
+    network = torch.nn.Linear(2, 2, bias=False)
+    torch.nn.init.constant_(network.weight, rank + 1)
+    accelerator = SimpleNamespace(num_processes=world, process_index=rank, device="cpu")
+    Ranks(accelerator, SimpleNamespace(denoiser=network, pipe=network), MemoryConfig())
+    return network.weight.tolist()
+
+
 def sum_of_backward_passes(world):
     """The gradient of 256, then 8 times 1, on a bfloat16 weight, whose 8 bits would take 256 + 1 for 256."""
 
@@ -320,6 +330,9 @@ def run(rank, world, port, folder):
     for case in ("sharded bridge", "sharded gradients"):
         results[f"splits gradients: {case}"] = splits_gradients(case, folder, world)
     results["own loop"] = own_loop(rank, world)
+    results["starting weights"] = starting_weights(world, rank)
+    results["main work"] = []
+    on_main(lambda: results["main work"].append(rank))
     results["sum of backward passes"] = sum_of_backward_passes(world)
     written = watch_writes()
     for case in taken(WHOLE, world):

@@ -138,6 +138,11 @@ def test_gradients_are_split_between_backward_passes_where_the_config_says(ranks
         assert not rank["splits gradients: sharded bridge"] and rank["splits gradients: sharded gradients"]
 
 
+def test_every_process_starts_from_the_weights_of_the_main_one_which_alone_does_what_one_must_do(ranks):
+    assert all(rank["starting weights"] == [[1.0, 1.0], [1.0, 1.0]] for rank in ranks)
+    assert [rank["main work"] for rank in ranks] == [[0], *[[]] * (len(ranks) - 1)]
+
+
 def test_sharded_gradients_of_a_bfloat16_network_add_up_in_float32(ranks):
     assert (
         all(rank["sum of backward passes"] == 264.0 for rank in ranks)

@@ -6,7 +6,18 @@ import torch
 
 from flowbp.config import load
 from flowbp.evaluation.numbers import notes, number
-from flowbp.evaluation.scores import BALANCED, Samples, Scores, compare, draw_samples, join, scorers, split, summarise
+from flowbp.evaluation.scores import (
+    BALANCED,
+    Samples,
+    Scores,
+    compare,
+    draw_samples,
+    join,
+    score_chunk,
+    scorers,
+    split,
+    summarise,
+)
 from flowbp.rewards import load_reward
 from flowbp.runtime.data import Prompt
 from flowbp.shapes.recipe.scenes import render, sample_scene
@@ -67,6 +78,16 @@ def test_diversity_does_not_depend_on_the_chunks(chunk):
     assert found[1] == pytest.approx((embeddings[1] - embeddings[4]).square().sum().item() / 2) and np.isnan(found[7])
     alone = join(Samples(PROMPTS, list(range(8)), split(8, chunk)), parts).values
     assert list(alone) == ["reward"], "one image a prompt has no diversity"
+
+
+def test_the_first_images_are_kept_however_they_are_cut_into_chunks(monkeypatch):
+    drawn = lambda backbone, texts, *_: torch.tensor([int(text) / 255 for text in texts]).view(-1, 1, 1, 1)  # noqa: E731
+    monkeypatch.setattr("flowbp.evaluation.scores.generate", drawn)
+    prompts, scored_by = [Prompt(str(i)) for i in range(7)], {"embedding": lambda images, texts: images}
+    for largest in (1, 3, 7):
+        samples = Samples(prompts, list(range(7)), split(7, largest), kept_images=4)
+        parts = [score_chunk(None, samples, None, None, scored_by, chunk) for chunk in samples.chunks]
+        assert join(samples, parts).images.flatten().tolist() == [0, 1, 2, 3]
 
 
 def test_diversity_is_seen_by_a_held_out_encoder_before_the_one_that_is_trained_on():

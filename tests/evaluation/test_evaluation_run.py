@@ -170,6 +170,9 @@ def test_scores_of_other_settings_or_weights_are_never_mixed(run, tmp_path):
         run_evaluation(load(run / "config.yaml", ["evaluation.samples=4", "rollout.num_steps=5"]), [BASE], folder)
     with pytest.raises(ValueError, match="another evaluation: sha256 was None and is [0-9a-f]{64}"):
         run_evaluation(config, [Model("base", run)], folder)
+    for override in ("guidance.scale=2", "backbone.dtype=bfloat16", "reward.model=shapes-monitor", "evaluation.seed=1"):
+        with pytest.raises(ValueError, match=f"another evaluation: .*settings.{override.partition('=')[0]} was"):
+            run_evaluation(load(run / "config.yaml", ["evaluation.samples=4", override]), [BASE], folder)
     run_evaluation(
         load(run / "config.yaml", ["evaluation.samples=4", "rollout.num_steps=5"]), [BASE], folder, overwrite=True
     )

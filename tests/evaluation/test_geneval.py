@@ -59,6 +59,9 @@ def found(**boxes):
         ((0, 0, 10, 10), {"left of", "above"}),
         ((41, 41, 51, 51), set()),  # within a tenth of both sizes
         ((40, 40, 50, 50), set()),
+        ((43, 40, 53, 50), set()),  # beyond it by a third of the offset
+        ((28, 20, 78, 70), set()),  # five times as large: both sizes count
+        ((36, 20, 86, 70), {"right of"}),
     ],
 )
 def test_relations_are_those_of_the_centres_less_a_tenth_of_the_sizes(a, expected):
@@ -97,6 +100,7 @@ def test_counting_asks_for_more_confidence_than_the_other_tags():
 
     prompts = {tag: requirement(tag, [{"class": "dog", "count": 1}]) for tag in ("counting", "single_object")}
     assert GenEval(prompts, detect, None)(torch.zeros(2, 3, 8, 8), ["counting", "single_object"]).tolist() == [0.0, 1.0]
+    assert GenEval(prompts, detect, None, threshold=0.5)(torch.zeros(1, 3, 8, 8), ["single_object"]).tolist() == [0.0]
     with pytest.raises(ValueError, match="no GenEval metadata for the prompt 'a cat'"):
         GenEval(prompts, detect, None)(torch.zeros(1, 3, 8, 8), ["a cat"])
 
@@ -181,6 +185,8 @@ def test_a_colour_is_that_of_the_crop_with_all_but_the_object_greyed():
     small = Detection((8, 12, 16, 16), 1.0, lower_right)
     assert ClipColours(MeanColour())(image, [small], "dog") == ["yellow"]
     assert crop(image, Detection((20, -3, 20, -3), 1.0)).shape == (3, 1, 1)
+    whole_pixels = crop(image, Detection((2.5, 8.5, 9.5, 11.5), 1.0))
+    assert torch.equal(whole_pixels, image[:, 8:12, 2:10])
 
 
 def test_the_crop_of_a_colour_is_centred_as_torchvision_centres_it():

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,8 +11,10 @@ from typer.testing import CliRunner
 
 from flowbp.cli import app
 from flowbp.config import dump, load
-from flowbp.evaluation.runs import EVALUATED, IMAGES_A_STEP, compare_runs, contrast, grouped, short_names
+from flowbp.evaluation.runs import EVALUATED, IMAGES_A_STEP, Run, about, compare_runs, contrast, grouped, short_names
 from flowbp.evaluation.scores import Scores
+
+WATCHED = ("evaluation.every=10", "evaluation.best=monitor")
 
 
 def demo_against(*overrides, processes=1):
@@ -83,12 +86,20 @@ def test_one_reward_against_several_is_one_difference_in_words():
 
 def test_a_run_without_evaluation_differs_in_that_alone():
     assert list(demo_against("evaluation=null")["unfair"]) == [EVALUATED]
+    stopped, unwatched = load("demo", [*WATCHED, "evaluation.patience=2"]), load("demo", ["evaluation=null"])
+    found = contrast([yaml.safe_load(dump(run)) for run in (stopped, unwatched)], [32, 32])
+    assert set(found["unfair"]) == {EVALUATED, "evaluation.patience"}, "no run without scores stops early"
 
 
 def test_how_often_a_run_is_watched_matters_only_where_that_can_stop_it():
-    watched = ("evaluation.every=10", "evaluation.best=monitor")
-    assert not demo_against(*watched)["unfair"]
-    assert "evaluation.every" in demo_against(*watched, "evaluation.patience=2")["unfair"]
+    assert not demo_against(*WATCHED)["unfair"]
+    assert "evaluation.every" in demo_against(*WATCHED, "evaluation.patience=2")["unfair"]
+
+
+def test_one_slow_step_leaves_the_seconds_a_step_as_they_are():
+    rows = [{"seconds": 1.0, "peak_mb": 5.0}, {"seconds": 60.0, "peak_mb": 9.0}, {"seconds": 2.0, "peak_mb": 7.0}]
+    told = about(Run("a", Path("a"), load("demo"), rows, None, None, {}))
+    assert (told["seconds_a_step"], told["peak_mb"]) == (2.0, 9.0)
 
 
 def test_values_are_listed_with_the_runs_that_have_them():

@@ -1,5 +1,6 @@
 """The sentinel sees over-optimisation, leaves training as it is, and decides alike after a kill."""
 
+import itertools
 import json
 import shutil
 
@@ -9,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from flowbp.config import ConfigError, load
+from flowbp.evaluation import evaluator
 from flowbp.evaluation.scores import Scores
 from flowbp.runtime.data import Prompt, load_prompts
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.runtime.weights import LORA
 from flowbp.training.run import run, train
-from flowbp.training.sentinel import best_step, exhausted, validation_samples, warnings
+from flowbp.training.sentinel import Sentinel, best_step, exhausted, validation_samples, warnings
 from flowbp.training.trainer import Trainer
 
 N = 60
@@ -89,10 +91,27 @@ def test_too_few_prompts_are_said_instead_of_no_warning():
 
 
 def test_the_best_step_is_the_first_of_the_highest_and_patience_counts_from_it():
-    seen = history(monitor=[0, 2, 1, 2 - 1e-9, 1.5])
+    seen = history(monitor=[0, 2, 1, 2, 1.5])
+    seen[150].values["monitor"][:] = seen[50].values["monitor"]
     assert best_step(seen, "monitor") == 50
     assert [exhausted(seen, "monitor", patience) for patience in (2, 3, 4)] == [True, True, False]
     assert not exhausted({}, "monitor", 1)
+
+
+def test_what_was_scored_before_a_kill_is_not_scored_again():
+    config = load("demo", ["evaluation.every=2", "evaluation.validation_samples=2"]).evaluation
+    past = {step: {"reward": np.zeros(2), "monitor": np.zeros(2)} for step in (0, 2)}
+    sentinel = Sentinel(config, ["reward"], past)
+    assert [step for step in range(7) if sentinel.due(step)] == [4, 6]
+
+
+def test_a_resumed_run_keeps_what_was_logged_and_scored_up_to_its_checkpoint(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in range(4):
+        folder.log({"step": step + 1})
+        folder.keep_validation(step, {"monitor": np.array([float(step)])})
+    folder.forget_after(2)
+    assert [row["step"] for row in folder.metrics()] == [1, 2] and list(folder.validations()) == [0, 1, 2]
 
 
 def with_nan(seen, metric, *places):
@@ -184,20 +203,35 @@ def test_watching_leaves_training_bit_identical_and_resumes_exactly(tmp_path):
     assert "Held-out prompts during training" in (whole / "report.html").read_text()
 
 
-def test_training_stops_when_patience_ends_and_stays_stopped(tmp_path, monkeypatch):
-    from flowbp.evaluation import evaluator
+@pytest.fixture
+def scored(monkeypatch):
+    """Lets the reward rise by 1 from one evaluation to the next, and the monitor by `slope`."""
 
-    def falling(*arguments):
-        falling.calls += 1
-        prompts = arguments[1].prompts
-        now = np.full(len(prompts), float(falling.calls))
-        values = {"reward": now, "monitor": -now, "checker": 0 * now}
-        return Scores(prompts, arguments[1].seeds, values, torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
+    def score(slope):
+        calls = itertools.count(1)
 
-    falling.calls = 0
+        def evaluate(_, samples, *__):
+            now = np.full(len(samples.prompts), float(next(calls)))
+            values = {"reward": now, "monitor": slope * now, "checker": 0 * now}
+            return Scores(samples.prompts, samples.seeds, values, torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
+
+        monkeypatch.setattr(evaluator, "evaluate", evaluate)
+
+    return score
+
+
+def test_the_best_weights_are_the_average_that_a_run_of_as_many_steps_delivers(tmp_path, scored):
+    scored(slope=1.0)
+    config = load("demo", [f"output={tmp_path / 'run'}", "steps=1", "ema=0.5", *SMALL, *PERIODIC])
+    delivered, best = weights(train(config)), weights(config.output / "best")
+    assert json.loads((config.output / "validation.json").read_text())["best"] == 1
+    assert all(torch.equal(best[key], value) for key, value in delivered.items())
+
+
+def test_training_stops_when_patience_ends_and_stays_stopped(tmp_path, scored):
+    scored(slope=-1.0)
     twelve = ["evaluation.validation_samples=12", "evaluation.patience=2"]
     config = load("demo", [f"output={tmp_path / 'run'}", "steps=9", *SMALL, *PERIODIC, *twelve])
-    monkeypatch.setattr(evaluator, "evaluate", falling)
     train(config)
     train(config, resume=True)
     assert len((config.output / "metrics.jsonl").read_text().splitlines()) == 2

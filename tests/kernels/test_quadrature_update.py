@@ -140,6 +140,14 @@ def test_float64_and_strided_tensors_run_on_the_reference(monkeypatch):
     torch.testing.assert_close(quadrature_update(x, strided, nodes, weights), expected)
 
 
+def test_a_strided_latent_is_made_contiguous_for_the_kernel(compiled):
+    x, velocities, nodes, weights = problem((4, 6), 3)
+    strided = x.T.contiguous().T
+    assert torch.equal(
+        quadrature_update(strided, velocities, nodes, weights), quadrature_update(x, velocities, nodes, weights)
+    )
+
+
 def test_the_compiled_op_refuses_what_would_lead_out_of_bounds(compiled):
     x, velocities, nodes, weights = problem((3, 41), 2)
     quadrature_update(x, velocities, nodes, weights)  # loads the extension

@@ -36,7 +36,8 @@ def test_a_reward_is_loaded_from_a_local_folder_and_says_how_to_pin_it(folder, c
 def test_the_digest_of_a_checkpoint_is_checked_before_it_is_read(folder, caplog):
     digest = hashlib.sha256((folder / "HPS_v2.1_compressed.pt").read_bytes()).hexdigest()
     with caplog.at_level(logging.WARNING):
-        load_reward("hpsv2", str(folder), sha256=digest)
+        for written in (digest, digest.upper()):
+            load_reward("hpsv2", str(folder), sha256=written)
     assert "pins" not in caplog.text
     with pytest.raises(ValueError, match=f"has the sha256 {digest}, not 00"):
         load_reward("hpsv2", str(folder), sha256="0" * 64)

@@ -10,7 +10,7 @@ from tiny_rewards import images
 
 from flowbp.config import ConfigError, RunConfig, dump, load
 from flowbp.objective import Objective, loss_factors, reward_gradient
-from flowbp.rewards import RunningScale, Smoothing, Term, WeightedRewards, load_reward
+from flowbp.rewards import RunningScale, Smoothed, Smoothing, Term, WeightedRewards, load_reward
 
 X, PROMPTS = images(8, 8, batch=4), ["a"] * 4
 
@@ -97,6 +97,18 @@ def test_a_mixture_in_parts_has_the_gradient_of_the_whole(rows):
     same = X[:1].expand_as(X)
     assert (weighted.score(same, PROMPTS, seeds)[1] == weighted.score(same, PROMPTS, seeds)[3]).all()
     assert not torch.equal(scores, weighted.score(X, PROMPTS, seeds[::-1]))
+
+
+def test_smoothing_shifts_an_image_by_every_offset_up_to_its_shift():
+    image, seen = torch.zeros(1, 3, 5, 5), set()
+    image[..., 2, 2] = 1.0
+
+    def look(images, prompts):
+        seen.update(map(tuple, images[0, 0].nonzero().tolist()))
+        return bright(images, prompts)
+
+    Smoothed(look, Smoothing(copies=100, shift=1, noise=0.0), [torch.Generator().manual_seed(0)])(image, ["a"])
+    assert seen == {(row, column) for row in (1, 2, 3) for column in (1, 2, 3)}
 
 
 def test_the_running_scale_is_the_deviation_of_recent_scores():
