@@ -3,12 +3,12 @@ come about.
 """
 
 import json
-import multiprocessing
 import re
 import sys
 from functools import cache
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from displaced import Displaced
@@ -21,9 +21,8 @@ from flowbp.runtime.processes import free_port  # noqa: E402
 
 
 def launch(world, folder):
-    """The results of every rank. The processes fork from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks_worker"])
+    """The results of every rank."""
+    context = forked.context()
     port = free_port()
     processes = [
         context.Process(target=ranks_worker.run, args=(rank, world, port, str(folder))) for rank in range(world)
