@@ -34,10 +34,10 @@ def write_report(
     config, sigmas = trainer.config, trainer.model.sigmas.double().numpy()
     plan = config.method.plan(sigmas, np.random.default_rng(config.seed))
     drawn = figures.draw_plan(plan, sigmas.tolist(), f"{config.method_name}: one plan of {len(sigmas) - 1} steps")
-    folder.write("plan.png", as_png(drawn))
-    grids = {name: draw_samples(each) for name, each in scores.items()}
+    plan_png, grids = as_png(drawn), {name: as_png(draw_samples(each)) for name, each in scores.items()}
+    folder.write("plan.png", plan_png)
     for name, each in scores.items():
-        folder.write(f"samples_{name}.png", as_png(grids[name]))
+        folder.write(f"samples_{name}.png", grids[name])
         folder.write(f"scores_{name}.csv", each.as_csv())
     differences = [asdict(row) for row in compare(*scores.values())] if scores else []
     if scores:
@@ -57,11 +57,11 @@ def write_report(
         validation=validation,
         evaluation=config.evaluation,
         held_out=validation and panels({"held-out prompts": validation["means"]}, held_out, smooth=False),
-        plan=as_data_uri(drawn),
+        plan=as_data_uri(plan_png),
         curves=panels({name: rows}, [*config.reward, *monitors, "grad_norm", "d_j", "d_0"]),
         window=max(1, len(rows) // 10),
         trained=" and ".join(config.reward),
-        grids={name: as_data_uri(figure) for name, figure in grids.items()},
+        grids={name: as_data_uri(png) for name, png in grids.items()},
         config=dump(config),
     )
     folder.write("report.html", page)
