@@ -14,9 +14,12 @@ import argparse
 import gc
 import itertools
 import json
+import resource
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -33,9 +36,9 @@ from tiny_pipelines import tiny_pipeline  # noqa: E402
 
 from flowbp.backbones import BACKBONES  # noqa: E402
 from flowbp.config import RunConfig, build_method  # noqa: E402
-from flowbp.estimate.architectures import ARCHITECTURES, IMAGE_TOWERS, ImageTower, build_backbone, image_tower  # noqa: E402
+from flowbp.estimate.architectures import ARCHITECTURES, IMAGE_TOWERS, ImageTower, build_backbone  # noqa: E402
 from flowbp.methods import METHODS  # noqa: E402
-from flowbp.runtime.memory import Phases, memory_mb  # noqa: E402
+from flowbp.runtime.memory import Phases, peak_memory_mb  # noqa: E402
 from flowbp.training.trainer import Trainer  # noqa: E402
 from flowbp_kernels.bench import machine  # noqa: E402
 
@@ -81,7 +84,7 @@ def measure(
     config = run_config(name, method, tuning, checkpointing, recompute, options)
     gc.collect()
     torch.cuda.empty_cache()
-    phases = Phases(memory=True)
+    phases = MemoryPhases()
     try:
         dtype = getattr(torch, config.backbone.dtype)
         backbone, reward = (
@@ -105,6 +108,42 @@ def measure(
         "peak_mb": phases.peak_mb,
         "trained_parameters": parameters,
     }
+
+
+class MemoryPhases(Phases):
+    """The peak megabytes of every part of a step too, and which part runs, or ran last.
+
+    It resets the peak that the GPU's allocator (or, on Linux, the process) reports. Nobody else can read that peak
+    meanwhile.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.peak_mb, self.current = {}, None
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.current = name
+        reset_peak_memory()
+        with super().__call__(name):
+            yield
+        self.peak_mb[name] = max(self.peak_mb.get(name, 0.0), peak_memory_mb())
+
+
+def memory_mb() -> float:
+    """Memory in use now, in the unit and of the kind of `peak_memory_mb`."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 1e6
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() / 1e6 if statm.is_file() else peak_memory_mb()
+
+
+def reset_peak_memory() -> None:
+    """Set the peak back to what is in use."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def run_config(
@@ -138,8 +177,9 @@ def random_backbone(name: str, device: str, dtype: torch.dtype, tiny: bool):
 
 def random_reward(device: str, dtype: torch.dtype, tiny: bool) -> ImageTower:
     """The image half of a CLIP ViT-H/14, the size of HPSv2 and PickScore."""
-    config = CLIPVisionConfig(**image_tower(32, 2, 2, 14, 56, projection=1024)) if tiny else IMAGE_TOWERS["hpsv2"]
-    return ImageTower(config, device, dtype)
+    sizes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"patch_size": 14, "image_size": 56, "hidden_act": "gelu", "projection_dim": 1024}
+    return ImageTower(CLIPVisionConfig(**sizes) if tiny else IMAGE_TOWERS["hpsv2"], device, dtype)
 
 
 def table(report: dict) -> Table:

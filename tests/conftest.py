@@ -21,7 +21,10 @@ SLOW_PLACES = (
     "evaluation/test_evaluation.py",
     "evaluation/test_geneval.py",
     "evaluation/test_sentinel.py",
+    "kernels/test_bench.py",
     "kernels/test_compiled_ops.py",  # each case in every instruction set
+    "kernels/test_example.py",
+    "kernels/test_setup.py",
     "test_cli.py",
     "test_docs.py",
     "test_embeddings.py",

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from autograd_graph import as_graph
 from toy import as_recompute
 
 from flowbp.active_sets import DirichletPair, MidpointJPair, MidpointPair, UniformPair, bridge_allocation, train_window
@@ -22,7 +23,7 @@ from flowbp.objective import Objective, loss_factors, reward_gradient, sample_we
 from flowbp.plan import Similarity
 from flowbp.quadrature import lagrange_supports
 from flowbp.replay import Recompute
-from flowbp.surrogate import as_graph, backward, residuals, reward_input
+from flowbp.surrogate import backward, residuals, reward_input
 from flowbp.trajectory import rollout, rollout_with_graph
 from flowbp_kernels import backend
 

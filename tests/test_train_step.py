@@ -17,7 +17,6 @@ import train_step  # noqa: E402
 def test_every_phase_of_every_case_is_measured(tmp_path, capsys):
     cases = [
         "--backbone",
-        "sd3.5-medium",
         "flux.2-klein-base-4b",
         "--method",
         "flowbp-sparse",
@@ -30,7 +29,7 @@ def test_every_phase_of_every_case_is_measured(tmp_path, capsys):
     train_step.main([*cases, *sizes, "--json", str(tmp_path / "steps.json")])
     report = json.loads((tmp_path / "steps.json").read_text())
     assert report["machine"]["versions"]["torch"] == torch.__version__ and "commit" in report["machine"]
-    assert len(report["rows"]) == 2 * 2 * (2 + 1)  # LeapAlign has no num_active: one row a mode
+    assert len(report["rows"]) == 2 * (2 + 1)  # LeapAlign has no num_active: one row a mode
     for row in report["rows"]:
         assert min(row["seconds"].values()) > 0 and sum(row["seconds"].values()) <= 1.001 * row["step_seconds"]
         assert row["seconds"].keys() == row["peak_mb"].keys() == set(train_step.PHASES)
@@ -79,3 +78,14 @@ def test_a_full_size_backbone_has_its_published_size_and_runs(name, parameters):
     )
     assert backbone.velocity(x, torch.tensor(0.5, device="meta"), conditioning).shape == x.shape
     assert train_step.random_reward("meta", torch.bfloat16, tiny=False)(backbone.decode(x), ["a"]).shape == (1,)
+
+
+def test_phases_add_up_and_see_the_memory_of_their_own_part():
+    phases = train_step.MemoryPhases()
+    with phases("large"):
+        torch.ones(50_000_000).sum()  # 200 MB
+    for _ in range(2):
+        with phases("small"):
+            torch.ones(1000).sum()
+    assert phases.seconds.keys() == phases.peak_mb.keys() == {"large", "small"} and min(phases.seconds.values()) > 0
+    assert phases.peak_mb["large"] > phases.peak_mb["small"] + 150

@@ -6,16 +6,16 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
 import yaml
+from autograd_graph import as_graph
 from typer.testing import CliRunner
 
 from flowbp.backbones import bind_velocity, load_backbone
@@ -35,12 +35,19 @@ from flowbp.runtime.files import remove
 from flowbp.runtime.interrupts import Stop
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.runtime.weights import load_weights
-from flowbp.surrogate import as_graph, backward, reward_input
+from flowbp.surrogate import backward, reward_input
 from flowbp.training.run import run, train
 from flowbp.training.trainer import Trainer
 from flowbp.trajectory import rollout
 
 TINY = ["steps=2", "data.batch_size=2", "rollout.num_steps=12", "checkpoint_every=1", "evaluation=null"]
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """To draw those of a report takes longer than to train; tests/evaluation looks at them."""
+    for module in ("flowbp.training.report", "flowbp.evaluation.pages"):
+        monkeypatch.setattr(f"{module}.as_png", lambda figure: b"")
 
 
 def tiny(tmp_path, *overrides):
@@ -618,8 +625,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_whole_step_and_goes_on_exact
 def test_two_processes_stop_after_the_same_step_whichever_is_asked(tmp_path):
     small = ["data.batch_size=1", "rollout.num_steps=2", "method={name: refl, last_n: 1}", f"output={tmp_path / 'run'}"]
     options = ["evaluation=null", "steps=100000", "checkpoint_every=100000", "--processes", "2"]
-    command = [sys.executable, "-m", "flowbp", "train", "demo", *small, *options]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = forked.Flowbp(["train", "demo", *small, *options], tmp_path / "said")
     try:
         metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
         while not (metrics.is_file() and metrics.read_text()):

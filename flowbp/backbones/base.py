@@ -22,6 +22,7 @@ from flowbp.guidance import Conditioning, Guidance, GuidedVelocity, NetworkVeloc
 log = logging.getLogger(__name__)
 Precision = Literal["pipeline", "float32"]
 NoiseLevels = Literal["published", "pipeline"]
+GuidanceBranches = Literal["batched", "separate", "none"]
 
 # Layers of the attention in a block that joins image and text, as SD3 and FLUX name them.
 JOINT_ATTENTION = [
@@ -45,7 +46,7 @@ class Backbone(Protocol):
     denoiser: ModelMixin
     lora_targets: list[str]
     text_options: dict[str, Any]
-    guidance_branches: Literal["batched", "separate", "none"]
+    guidance_branches: GuidanceBranches
     embeds_guidance: bool
 
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -77,7 +78,7 @@ class DiffusersBackbone(ABC):
     max_sequence_length  tokens of the prompt embedding; None means the pipeline's default
     """
 
-    guidance_branches: Literal["batched", "separate", "none"] = "separate"
+    guidance_branches: GuidanceBranches = "separate"
     embeds_guidance = False
     patch = 2  # latents that one image token spans, along each side
     default_text_tokens = 512
@@ -135,11 +136,18 @@ class DiffusersBackbone(ABC):
     def encode(self, prompts: list[str]) -> Conditioning: ...
 
     @property
-    @abstractmethod
+    def prompt_tokens(self) -> int:
+        """Tokens that the network reads of a prompt."""
+        return self.text_tokens
+
+    @property
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of one prompt's conditioning by name, at its full length. It is read from the configs, because the
         text encoders may not be loaded.
         """
+        config = self.denoiser.config
+        pooled = {"pooled_projections": (config.pooled_projection_dim,)} if "pooled_projection_dim" in config else {}
+        return {"encoder_hidden_states": (self.prompt_tokens, config.joint_attention_dim)} | pooled
 
     @abstractmethod
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
@@ -204,10 +212,8 @@ class DiffusersBackbone(ABC):
         """Rows and columns of image tokens. Raises ValueError for a size that the tokens do not tile."""
         side = self.pipe.vae_scale_factor * self.patch
         if height % side or width % side:
-            raise ValueError(
-                f"{type(self.pipe).__name__} draws images whose sides are multiples of {side} pixels, not {height} x "
-                f"{width}"
-            )
+            images = f"{type(self.pipe).__name__} draws images whose sides are multiples of {side} pixels"
+            raise ValueError(f"{images}, not {height} x {width}")
         return height // side, width // side
 
 
@@ -225,17 +231,11 @@ def check_guidance(backbone: Backbone, guidance: Guidance) -> None:
     """Raise ValueError when the network cannot be guided as `guidance` says."""
     name = type(backbone.pipe).__name__
     if guidance.active and backbone.guidance_branches == "none":
-        raise ValueError(
-            f"this {name} is distilled to run without a negative prompt: set guidance.scale to 1, not {guidance.scale}"
-        )
+        raise ValueError(f"this {name} takes no negative prompt: set guidance.scale to 1, not {guidance.scale}")
     if backbone.embeds_guidance and guidance.embedded is None:
-        raise ValueError(
-            f"this {name} was distilled with a guidance scale as input: set guidance.embedded (FLUX.1-dev: 3.5)"
-        )
+        raise ValueError(f"this {name} takes a guidance scale as input: set guidance.embedded (FLUX.1-dev: 3.5)")
     if guidance.embedded is not None and not backbone.embeds_guidance:
-        raise ValueError(
-            f"this {name} takes no guidance scale as input: set guidance.embedded to null, not {guidance.embedded}"
-        )
+        raise ValueError(f"this {name} takes no guidance scale: set guidance.embedded to null, not {guidance.embedded}")
 
 
 def bind_velocity(

@@ -28,14 +28,6 @@ class FluxBackbone(DiffusersBackbone):
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
-    @property
-    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        config, tokens = self.denoiser.config, self.text_tokens
-        return {
-            "encoder_hidden_states": (tokens, config.joint_attention_dim),
-            "pooled_projections": (config.pooled_projection_dim,),
-        }
-
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype, text = self.denoiser.dtype, conditioning["encoder_hidden_states"]
         patches = F.pixel_unshuffle(x.to(dtype), 2)  # [B, 4 C, h / 2, w / 2]

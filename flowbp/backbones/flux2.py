@@ -35,10 +35,6 @@ class Flux2Backbone(DiffusersBackbone):
         embeds, _ = self.pipe.encode_prompt(prompts, device=self.text_device, **self.text_options)
         return {"encoder_hidden_states": embeds}
 
-    @property
-    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"encoder_hidden_states": (self.text_tokens, self.denoiser.config.joint_attention_dim)}
-
     def shift(self, num_steps: int, num_tokens: int) -> float:
         return compute_empirical_mu(num_tokens, num_steps)
 

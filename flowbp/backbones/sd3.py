@@ -27,12 +27,8 @@ class SD3Backbone(DiffusersBackbone):
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     @property
-    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        config, tokens = self.denoiser.config, self.pipe.tokenizer_max_length + self.text_tokens
-        return {
-            "encoder_hidden_states": (tokens, config.joint_attention_dim),
-            "pooled_projections": (config.pooled_projection_dim,),
-        }
+    def prompt_tokens(self) -> int:
+        return self.pipe.tokenizer_max_length + self.text_tokens  # CLIP's, then T5's
 
     def pipeline_levels(self, num_steps: int) -> dict:
         """The scheduler's default, which shifts an already shifted range: of 25 levels under shift 3, the last is .0089

@@ -148,7 +148,8 @@ def estimate(
     whole = estimates.estimate(run, processes)
     console.print(estimate_table(whole, f"{config}, {processes} process{'es' if processes > 1 else ''}"))
     calls = ", ".join(f"{name} {count:.1f}" for name, count in whole.calls.items())
-    passes = f"{sum(whole.calls.values()):.0f} forward passes of {whole.forward_flops / 1e12:.3g} TFLOP ({calls})"
+    flops = f"{whole.network.forward_flops / 1e12:.3g} TFLOP"
+    passes = f"{sum(whole.calls.values()):.0f} forward passes of {flops} ({calls})"
     say(f"a step costs {whole.relative_cost:.1f} x sampling its images: {passes}")
     for note in whole.notes:
         say(Text("not counted:", "yellow"), note)

@@ -14,7 +14,7 @@ def estimate_table(estimate, title: str) -> Table:
     """Gigabytes of what is always in memory, of what comes and goes, and of all that each part of a run takes at its
     peak.
     """
-    caption = f"{estimate.trained:,} parameters trained,\non a network of {estimate.parameters:,}"
+    caption = f"{estimate.trained:,} parameters trained,\non a network of {estimate.network.parameters:,}"
     table = Table("memory", Column("GB", justify="right"), title=title, caption=caption, min_width=44)
     sections = {"always there": estimate.resident, "comes and goes": estimate.working, "peak in": estimate.peaks}
     for heading, terms in sections.items():

@@ -133,14 +133,6 @@ def random_embeddings(backbone: Backbone, prompts: list[str]) -> Conditioning:
     }
 
 
-def image_tower(width: int, layers: int, heads: int, patch: int, size: int, projection: int) -> dict:
-    """The arguments of a `CLIPVisionConfig`."""
-    return dict(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
-        patch_size=patch, image_size=size, hidden_act="gelu", projection_dim=projection,
-    )  # fmt: skip
-
-
 class ImageTower:
     """A reward of a CLIP image tower with random weights; every prompt embeds as one fixed vector."""
 

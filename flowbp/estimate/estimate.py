@@ -45,21 +45,17 @@ class Estimate:
 
     def as_dict(self) -> dict:
         """For JSON."""
-        names = "resident working peaks parameters trained calls sampling forward_flops notes"
-        return {name: getattr(self, name) for name in f"{names} peak peak_phase relative_cost".split()}
+        names = "resident working peaks trained calls sampling notes peak peak_phase relative_cost".split()
+        network = {name: getattr(self.network, name) for name in ("parameters", "forward_flops")}
+        return network | {name: getattr(self, name) for name in names}
 
     def fits(self, memory: float) -> bool:
         """Whether the peak leaves MARGIN of `memory` bytes free."""
         return self.peak <= (1 - MARGIN) * memory
 
     @property
-    def parameters(self) -> int:
-        """Number of the network's parameters."""
-        return self.network.parameters
-
-    @property
     def trained(self) -> int:
-        """Number of the trained ones."""
+        """Number of trained parameters."""
         return self.network.trained
 
     @property
@@ -193,11 +189,6 @@ class Estimate:
     def branches_at(self, node: int) -> int:
         """Network calls of the rollout at a node."""
         return 2 if self.config.guidance.guides(self.network.sigmas[node]) else 1
-
-    @property
-    def forward_flops(self) -> int:
-        """FLOPs of one forward pass over the micro-batch."""
-        return self.network.forward_flops
 
     @property
     def calls(self) -> dict[str, float]:

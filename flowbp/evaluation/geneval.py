@@ -103,9 +103,7 @@ def load_requirements(path: str) -> dict[str, Requirement]:
     that contradicts another.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"a detector judges prompts by GenEval's metadata, and {path!r} is not a file: name its .jsonl as prompts"
-        )
+        raise FileNotFoundError(f"{path!r} is no file: a detector judges the prompts of a .jsonl of GenEval's metadata")
     requirements: dict[str, Requirement] = {}
     for number, line in enumerate(read_lines(Path(path)), 1):
         if not line.strip():

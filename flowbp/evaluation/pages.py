@@ -46,7 +46,7 @@ def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[st
     pictures, logged = {}, {metric for rows in runs.values() for row in rows for metric in row}
     for metric in (metric for metric in metrics if metric in logged):
         title, unit = AXES.get(metric, (metric, "mean score"))
-        pictures[title] = as_data_uri(figures.curves(runs, metric, title, unit, smooth))
+        pictures[title] = as_data_uri(as_png(figures.curves(runs, metric, title, unit, smooth)))
     return pictures
 
 
@@ -94,9 +94,8 @@ def read_png(path: Path) -> bytes:
     return png
 
 
-def as_data_uri(picture: "Figure | bytes") -> str:
-    """A figure, or the bytes of a PNG, as a data: URI."""
-    png = picture if isinstance(picture, bytes) else as_png(picture)
+def as_data_uri(png: bytes) -> str:
+    """The bytes of a PNG as a data: URI."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 

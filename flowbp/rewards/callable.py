@@ -49,14 +49,11 @@ class CallableReward:
         if images._version != version:
             raise ValueError(f"the reward {self.name} writes into the images, which others read: take images.clone()")
         if scores.shape != (len(images),):
-            raise ValueError(
-                f"the reward {self.name} must return one score an image, [{len(images)}], got {list(scores.shape)}"
-            )
+            wanted = f"one score an image, [{len(images)}]"
+            raise ValueError(f"the reward {self.name} must return {wanted}, not {list(scores.shape)}")
         if images.requires_grad and not scores.requires_grad:
-            raise ValueError(
-                f"the reward {self.name} is not differentiable in the images: use torch operations, and no detach or "
-                "no_grad"
-            )
+            way_out = "use torch operations, and no detach or no_grad"
+            raise ValueError(f"the reward {self.name} is not differentiable in the images: {way_out}")
         return scores
 
     @classmethod

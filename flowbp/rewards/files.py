@@ -66,9 +66,7 @@ def read_state_dict(folder: str | Path, stem: str) -> dict[str, Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, and unpickling that could run code: convert it to .safetensors"
-        ) from error
+        raise ValueError(f"{path} holds more than tensors, which could run code: convert it to .safetensors") from error
 
 
 def pin(folder: Path, name: str) -> str:
@@ -90,10 +88,7 @@ def sha256_of(path: Path) -> str:
 def check_sha256(path: Path, expected: str) -> None:
     """Raise ValueError unless the file has this digest."""
     if (found := sha256_of(path)) != expected.lower():
-        raise ValueError(
-            f"{path} has the sha256 {found}, not {expected}: download it again, or pass the digest of the file you "
-            "trust"
-        )
+        raise ValueError(f"{path} has the sha256 {found}, not {expected}: fetch it again, or pass the digest you trust")
 
 
 def _formats(name: str) -> list[str]:

@@ -101,9 +101,7 @@ def check_options(name: str, model: str | None, dtype: str | None, revision: str
         if any(value is not None for value in (model, dtype, revision, sha256)):
             raise ValueError(f"{cut(name)} is code of your own: model, dtype, revision and sha256 are not for it")
     elif sha256 is not None and "*" in find_source(name).files["model"].names[0]:
-        raise ValueError(
-            f"the reward {name!r} comes in several files, which one sha256 cannot cover: pin it with revision="
-        )
+        raise ValueError(f"the reward {name!r} comes in several files, which no sha256 covers: pin it with revision=")
     else:
         find_source(name)
 

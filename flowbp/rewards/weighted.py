@@ -116,9 +116,7 @@ class WeightedRewards:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave. Raises ValueError unless it is of just the rewards that are rescaled here."""
         if state.keys() != self.state_dict().keys():
-            raise ValueError(
-                f"the checkpoint holds running scales of {sorted(state)}, this config normalises "
-                f"{sorted(self.state_dict())}"
-            )
+            held, normalised = sorted(state), sorted(self.state_dict())
+            raise ValueError(f"the checkpoint holds running scales of {held}, this config normalises {normalised}")
         for name, moments in state.items():
             self.terms[name].scale.moments = moments

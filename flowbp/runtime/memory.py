@@ -42,29 +42,20 @@ def compile_blocks(denoiser: ModelMixin, backend: str) -> None:
 
 
 class Phases:
-    """Seconds of the named parts of a step, and with `memory` their peak megabytes. Repeated parts add up.
+    """Seconds of the named parts of a step. Repeated parts add up.
 
-        with phases("rollout"):
-            ...
-
-    memory: resets the peak that the GPU's allocator (or, on Linux, the process) reports. Nobody else can read that peak
-    meanwhile.
+    with phases("rollout"):
+        ...
     """
 
-    def __init__(self, memory: bool = False):
-        self.memory, self.seconds, self.peak_mb = memory, {}, {}
-        self.current: str | None = None  # the part that runs, or ran last
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        self.current = name
-        if self.memory:
-            reset_peak_memory()
         began = now()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + now() - began
-        if self.memory:
-            self.peak_mb[name] = max(self.peak_mb.get(name, 0.0), peak_memory_mb())
 
 
 def now() -> float:
@@ -83,22 +74,6 @@ def peak_memory_mb() -> float:
         lines = (line.split() for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(next(lines)[1]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1) / 1e6
-
-
-def memory_mb() -> float:
-    """Memory in use now, in the unit and of the kind of `peak_memory_mb`."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated() / 1e6
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() / 1e6 if statm.is_file() else peak_memory_mb()
-
-
-def reset_peak_memory() -> None:
-    """Set the peak back to what is in use."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 class LiveBytes(TorchDispatchMode):

@@ -36,7 +36,8 @@ def write_report(
     config, sigmas = trainer.config, trainer.model.sigmas.double().numpy()
     plan = draw_plan(config.method, sigmas, np.random.default_rng(config.seed), config.rollout.solver)
     drawn = figures.draw_plan(plan, sigmas.tolist(), f"{config.method_name}: one plan of {len(sigmas) - 1} steps")
-    folder.write("plan.png", as_png(drawn))
+    plan_png = as_png(drawn)
+    folder.write("plan.png", plan_png)
     for name, each in scores.items():
         folder.write(f"samples_{name}.png", as_png(draw_samples(each)))
         folder.write(f"scores_{name}.csv", each.as_csv())
@@ -61,7 +62,7 @@ def write_report(
         validation=validation,
         evaluation=config.evaluation,
         held_out=validation and panels({"held-out prompts": validation["means"]}, held_out, smooth=False),
-        plan=as_data_uri(drawn),
+        plan=as_data_uri(plan_png),
         curves=panels({name: rows}, [*config.reward, *monitors, "grad_norm", "d_j", "d_0"]),
         window=max(1, len(rows) // 10),
         trained=" and ".join(config.reward),

@@ -124,13 +124,13 @@ def test_what_a_network_needs_is_made_on_the_device_of_the_latents(tiny_backbone
             "StableDiffusion3Pipeline",
             False,
             Guidance(embedded=3.5),
-            "takes no guidance scale as input: set guidance.embedded to null",
+            "takes no guidance scale: set guidance.embedded to null",
         ),
         (
             "Flux2KleinPipeline",
             True,
             Guidance(4.0),
-            "distilled to run without a negative prompt: set guidance.scale to 1, not 4.0",
+            "takes no negative prompt: set guidance.scale to 1, not 4.0",
         ),
     ],
 )

@@ -98,14 +98,13 @@ def drawn_by_euler(backbone, variant, steps, height, width, sigmas=None):
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_latents_and_images_are_the_pipelines_own(tiny_backbone, variant, dtype):
     backbone = tiny_backbone(variant.name, dtype, "pipeline", variant.distilled)
-    for size in ((64, 64), (96, 64)):
-        for steps in (4, 14):
-            expected, pictures = drawn_by_pipeline(backbone, variant, steps, *size)
-            trajectory, images = drawn_by_euler(backbone, variant, steps, *size)
-            assert len(trajectory) == len(expected) == steps
-            for ours, theirs in zip(trajectory, expected, strict=True):
-                assert ours.dtype == backbone.latents_dtype and torch.equal(ours, theirs), f"{size}, {steps} steps"
-            assert torch.equal(images, pictures) and images.std() > 0.1
+    for size, steps in (((64, 64), 14), ((96, 64), 4)):
+        expected, pictures = drawn_by_pipeline(backbone, variant, steps, *size)
+        trajectory, images = drawn_by_euler(backbone, variant, steps, *size)
+        assert len(trajectory) == len(expected) == steps
+        for ours, theirs in zip(trajectory, expected, strict=True):
+            assert ours.dtype == backbone.latents_dtype and torch.equal(ours, theirs), f"{size}, {steps} steps"
+        assert torch.equal(images, pictures) and images.std() > 0.1
 
 
 def test_an_sd3_scheduler_may_shift_by_resolution():

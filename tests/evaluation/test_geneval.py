@@ -140,7 +140,7 @@ def test_a_malformed_metadata_line_is_named(lines, says, tmp_path):
     path.write_text("\n".join(lines))
     with pytest.raises(ValueError, match=says):
         load_requirements(str(path))
-    with pytest.raises(FileNotFoundError, match="'shapes:test' is not a file: name its .jsonl as prompts"):
+    with pytest.raises(FileNotFoundError, match="'shapes:test' is no file: a detector judges the prompts of a .jsonl"):
         load_requirements("shapes:test")
 
 

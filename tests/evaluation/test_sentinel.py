@@ -171,7 +171,9 @@ def weights(folder):
     return load_file(folder / LORA)
 
 
-def test_watching_leaves_training_bit_identical_and_resumes_exactly(tmp_path):
+def test_watching_leaves_training_bit_identical_and_resumes_exactly(tmp_path, monkeypatch):
+    for module in ("flowbp.training.report", "flowbp.evaluation.pages"):  # pictures take longer than these runs
+        monkeypatch.setattr(f"{module}.as_png", lambda figure: b"")
     blind = train(load("demo", [f"output={tmp_path / 'blind'}", "steps=3", *SMALL]))
     whole = train(load("demo", [f"output={tmp_path / 'whole'}", "steps=3", *SMALL, *PERIODIC]))
     expected = weights(blind)

@@ -139,8 +139,8 @@ def test_instruction_sets_with_fused_multiply_add_agree_bit_for_bit(name, monkey
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("num_nodes", [0, 8, 25])  # the rows that are read side by side, fewer and more
+# The rows that are read side by side, fewer and more.
+@pytest.mark.parametrize("num_nodes, per_sample", [(0, False), (8, True), (25, False), (25, True)])
 @pytest.mark.parametrize("size", [41, 2**15 + 299])  # less and more than a tile
 @pytest.mark.parametrize("cache_dtype", [*DTYPES, torch.float8_e4m3fn], ids=str)
 def test_how_a_cache_is_read_changes_no_bit(cache_dtype, size, num_nodes, per_sample, isa, monkeypatch):

@@ -117,8 +117,10 @@ def triton_cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("case", CASES)
+# Sizes of 64 bits for one GPU: they change the addresses, and those are computed alike on all.
+@pytest.mark.parametrize(
+    "case, arch", [(case, arch) for case in CASES for arch in (80, 90, 100) if arch == 90 or "64-bit" not in case]
+)
 def test_kernels_keep_to_their_registers_and_move_16_bytes_at_a_time(case, arch, triton_cache):
     kernel, arguments, block, ceiling, (loads, stores) = CASES[case]
     ptx, cubin = compile_for(arch, kernel, arguments, block)

@@ -48,9 +48,7 @@ def test_a_folder_of_the_hub_cache_is_pinned_by_its_commit():
 
 
 def test_a_digest_cannot_pin_a_checkpoint_of_several_files(tmp_path):
-    with pytest.raises(
-        ValueError, match="comes in several files, which one sha256 cannot cover: pin it with revision="
-    ):
+    with pytest.raises(ValueError, match="comes in several files, which no sha256 covers: pin it with revision="):
         load_reward("unifiedreward", str(tiny.unifiedreward_folder(tmp_path)), sha256="0" * 64)
 
 

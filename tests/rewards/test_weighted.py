@@ -170,7 +170,7 @@ def test_a_function_or_a_class_of_ones_own_is_named_by_its_module():
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("no_batch", r"must return one score an image, \[4\], got \[\]"),
+        ("no_batch", r"must return one score an image, \[4\], not \[\]"),
         ("detached", "is not differentiable in the images"),
         ("nothing", "cannot import the reward"),
     ],
