@@ -83,6 +83,7 @@ def train(
     settings = load(config, overrides or ())
     from flowbp.presets import names
     from flowbp.runtime.inputs import check_inputs
+    from flowbp.runtime.interrupts import heard_by, interrupt
     from flowbp.runtime.processes import launched
     from flowbp.runtime.run_folder import RunFolder, how_to_go_on, is_run
 
@@ -90,8 +91,9 @@ def train(
         settings = settings.model_copy(update={"output": Path(config)})
     try:
         with launched(processes):
-            RunFolder(settings.output).check(settings, resume, overwrite)
-            check_inputs(settings, train=True)
+            with heard_by(interrupt):
+                RunFolder(settings.output).check(settings, resume, overwrite)
+                check_inputs(settings, train=True)
             from flowbp.cli.tables import comparison_table
             from flowbp.training.run import train as run
 

@@ -60,7 +60,7 @@ def draw_samples(scores: Scores) -> "Figure":
 
 def paired_samples(scores: Mapping[str, Scores], side: int = 256) -> list[dict[str, Any]]:
     """The images that all of `scores` kept, prompt by prompt, at most `side` pixels wide and high, with the checker's
-    verdict or None: {"prompt", "pictures": [{"name", "source": a data: URI, "passed"}]}.
+    verdict or None: {"prompt", "pictures": [{"name", "source": a data: URI, "passed", "coarse": of few pixels}]}.
     """
     pairs = []
     for i in range(min((len(own.images) for own in scores.values()), default=0)):
@@ -71,7 +71,9 @@ def paired_samples(scores: Mapping[str, Scores], side: int = 256) -> list[dict[s
             picture.thumbnail((side, side))
             picture.save(png, "png")
             passed = None if checker is None else bool(checker[i])
-            pictures.append({"name": name, "source": as_data_uri(png.getvalue()), "passed": passed})
+            pictures.append(
+                {"name": name, "source": as_data_uri(png.getvalue()), "passed": passed, "coarse": picture.width < 128}
+            )
         pairs.append({"prompt": next(iter(scores.values())).prompts[i].text, "pictures": pictures})
     return pairs
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from flowbp.backbones import read_index
-from flowbp.config import EvaluationConfig, RunConfig
+from flowbp.config import EvaluationConfig, GenEvalConfig, RunConfig
 from flowbp.foreign import short
 from flowbp.names import find
 from flowbp.rewards.callable import CallableReward
@@ -48,8 +48,12 @@ def check_inputs(config: RunConfig, train: bool = False) -> None:
 
 
 def check_checker(evaluation: EvaluationConfig) -> None:
-    if isinstance(evaluation.checker, str) and ":" in evaluation.checker:
-        find("checker", evaluation.checker)
+    checker = evaluation.checker
+    if isinstance(checker, str) and ":" in checker:
+        find("checker", checker)
+    for key in ("detector", "colours") if isinstance(checker, GenEvalConfig) else ():
+        if not Path(name := getattr(checker, key)).is_dir() and "/" not in name:
+            raise FileNotFoundError(f"checker.{key}: {name} is neither a folder nor a Hub id owner/name")
 
 
 def check_target(option: str, path: Path, *suffixes: str) -> None:
