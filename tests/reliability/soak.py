@@ -178,7 +178,7 @@ class Soak:
             )
             work = prepare()
             ended = self.train(work, mode, *options, before=fault)
-            if ended.code != -signal.SIGKILL:
+            if ended.code not in (-signal.SIGKILL, -signal.SIGALRM):
                 continue  # it had ended before
             self.report.count("kills")
             again = "--overwrite" if scene == "overwrite" and index % 2 else "--resume"
