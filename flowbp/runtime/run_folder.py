@@ -191,8 +191,9 @@ class RunFolder:
 
     def _digests(self, done: float = math.inf) -> dict[str, str]:
         """SHA-256 by name of metrics.jsonl, unless it is empty, and of the validation files, as after step `done`."""
-        logged = "".join(line for line, row in read_metrics(self.path) if row["step"] <= done)
-        files = {METRICS: hashlib.sha256(logged.encode()).hexdigest()} if logged else {}
+        rows = read_metrics(self.path)
+        logged = "".join(line for line, row in rows if row["step"] <= done)
+        files = {METRICS: hashlib.sha256(logged.encode()).hexdigest()} if rows else {}
         kept = [file for step, file in self._validations().items() if step <= done]
         return files | {f"{VALIDATION}/{file.name}": digest_files([file]) for file in kept}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowbp.runtime.files import replacing
 
-SHA256 = "sha256"
+SHA256 = "flowbp_sha256"  # no key of another program
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str], cache: bool = False) -> None:
