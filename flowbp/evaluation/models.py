@@ -13,8 +13,9 @@ a CPU, every process computes on one thread for that.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.evaluation import scores as scoring
 from flowbp.evaluation.pages import write_evaluation
-from flowbp.evaluation.scores import Part, Samples, Scores, compare, summarise
+from flowbp.evaluation.scores import Part, Samples, Scorers, Scores, compare, summarise
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.data import load_prompts
@@ -80,9 +81,10 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
     Raises ValueError where `folder` holds scores of other settings or weights, unless `overwrite` says to throw those
     away, and ConnectionError where another process has ended.
     """
-    if config.evaluation is None:
+    options = config.evaluation
+    if options is None:
         raise ConfigError("this config has no evaluation: add evaluation.prompts=... to say what to score")
-    samples = scoring.draw_samples(load_prompts(config.evaluation.prompts), config.evaluation)
+    samples = scoring.draw_samples(load_prompts(options.prompts), options)
     manifests = [manifest(config, samples, model) for model in models]
     state = process_state()
 
@@ -91,13 +93,19 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
         for about in manifests:
             open_model(folder / about["name"], about, overwrite)
 
+    @cache
+    def load_scorers() -> Scorers:
+        device = str(state.device)
+        rewards = {name: spec.load(device) for name, spec in config.reward.items()}
+        return scoring.scorers(options, rewards, options.load_monitors(device), device)
+
     on_main(open_all)
     for model, about in zip(models, manifests, strict=True):
         # If the main process refused a folder, the others refuse it here too, instead of waiting for scores.
         open_model(folder / model.name, about)
-        score_model(config, model, samples, folder / model.name, state)
+        score_model(config, model, samples, folder / model.name, state, load_scorers)
     state.wait_for_everyone()
-    metrics = (*config.reward, *config.evaluation.monitors, "checker", *IMAGE_STATISTICS)
+    metrics = (*config.reward, *options.monitors, "checker", *IMAGE_STATISTICS)
     scores = {model.name: read_scores(folder / model.name, samples, metrics) for model in models}
     results = summarise_models(manifests, scores)
     on_main(lambda: write_results(config, folder, results, scores))
@@ -149,16 +157,19 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{key} was {was} and is {now}" for key, (was, now) in changed(before, after).items()]
 
 
-def score_model(config: RunConfig, model: Model, samples: Samples, folder: Path, state: PartialState) -> None:
-    """Score this process's share of the chunks that have no file yet. Nothing is loaded if no process lacks any."""
+def score_model(
+    config: RunConfig, model: Model, samples: Samples, folder: Path, state: PartialState, load: Callable[[], Scorers]
+) -> None:
+    """Score this process's share of the chunks that have no file yet, by the scorers that `load` gives. Nothing is
+    loaded if no process lacks any.
+    """
     state.wait_for_everyone()
     missing = [i for i in range(len(samples.chunks)) if not chunk_file(folder, i).is_file()]
     if not missing:
         return
     device, sampling = str(state.device), config.evaluation_rollout
     backbone = frozen_backbone(config, model.weights, device, [prompt.text for prompt in samples.prompts])
-    rewards = {name: spec.load(device) for name, spec in config.reward.items()}
-    scored_by = scoring.scorers(config.evaluation, rewards, config.evaluation.load_monitors(device), device)
+    scored_by = load()
     share = [(i, samples.chunks[i]) for i in missing if i % state.num_processes == state.process_index]
     with one_thread(), progress_bar(model.name, "image", sum(scoring.length(chunk) for _, chunk in share)) as bar:
         for i, chunk in share:
