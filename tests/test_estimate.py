@@ -232,13 +232,10 @@ def test_every_batch_that_divides_a_step_is_tried_down_to_one_sample():
 
 
 def test_where_nothing_fits_the_smallest_found_is_told(tmp_path):
-    added, processes, smallest = suggest("demo", [f"output={tmp_path}"], 1.0)
-    assert (
-        not smallest.fits(1.0)
-        and smallest.peak < estimate(load("demo")).peak
-        and "memory.shard=true" in added
-        and processes > 1
-    )
+    start = ["tuning.mode=full", f"tuning.init={tmp_path}"]  # a LoRA would start elsewhere, so it is not suggested
+    added, processes, smallest = suggest("demo", [f"output={tmp_path}", *start], 1.0)
+    assert not smallest.fits(1.0) and smallest.peak < estimate(load("demo", start)).peak
+    assert "memory.shard=true" in added and "tuning.mode=lora" not in added and processes > 1
 
 
 @pytest.mark.parametrize(

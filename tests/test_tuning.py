@@ -165,13 +165,20 @@ def first(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize("given", ["", LORA, "checkpoints/step-000002"])
-@pytest.mark.parametrize("tuning", ["rank: 4, alpha: 6", "rank: 7, alpha: 3"])
-def test_training_starts_from_a_lora_whatever_its_alpha_and_rank(given, tuning, first, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "tuning", "dtype"),
+    [
+        ("", "rank: 4, alpha: 6", "float32"),
+        (LORA, "rank: 7, alpha: 3", "bfloat16"),
+        ("checkpoints/step-000002", "rank: 7, alpha: 3", "bfloat16"),
+    ],
+)
+def test_training_starts_from_a_lora_whatever_its_alpha_and_rank(given, tuning, dtype, first, tmp_path):
     theirs = load_backbone("shapes", max_sequence_length=1)
     load_weights(theirs, first)
     init = f"init: {first / given}"
-    run = trainer(tmp_path, *OF_LORA, f"tuning={{mode: lora, {tuning}, {init}}}", "optimizer.lr=1e-2")
+    adapter, others = f"tuning={{mode: lora, {tuning}, {init}}}", ["optimizer.lr=1e-2", f"backbone.dtype={dtype}"]
+    run = trainer(tmp_path, *OF_LORA, adapter, *others)
     ours, expected = deltas(run.model.backbone), deltas(theirs)
     assert ours.keys() == expected.keys() and max(delta.abs().max() for delta in expected.values()) > 1e-3
     for name, delta in expected.items():
@@ -183,8 +190,7 @@ def test_training_starts_from_a_lora_whatever_its_alpha_and_rank(given, tuning, 
         assert all(torch.equal(p, start[name]) for name, p in run.model.parameters.items())
 
 
-@pytest.mark.parametrize("given", ["transformer", "checkpoint"])
-def test_training_starts_from_all_weights(given, tmp_path):
+def test_training_starts_from_all_weights(tmp_path):
     theirs = trainer(tmp_path / "run")
     with torch.no_grad():
         for p in theirs.model.parameters.values():
@@ -194,21 +200,22 @@ def test_training_starts_from_all_weights(given, tmp_path):
     save_checkpoint(tmp_path / "run", 1, theirs.model, theirs.optimizer, theirs.rewards)
     with theirs.model.using(theirs.model.tuned) as backbone:
         save_weights(backbone, tmp_path / "run")
-    init = tmp_path / "run" if given == "transformer" else latest_checkpoint(tmp_path / "run")
-    run = trainer(tmp_path / "next", f"tuning.init={init}")
-    base = {name: p.detach() for name, p in load_backbone("shapes").denoiser.named_parameters()}
-    start = {name: p.detach().clone() for name, p in run.model.parameters.items()}
-    for (name, p), tuned in zip(start.items(), theirs.model.ema.shadow_params, strict=True):
-        assert torch.equal(p, tuned) and not torch.equal(p, base[name])
-    run.step(0)
-    with run.model.using(run.model.base):
-        assert all(torch.equal(p, start[name]) for name, p in run.model.parameters.items())
+    for init in (tmp_path / "run", latest_checkpoint(tmp_path / "run")):
+        run = trainer(tmp_path / "next", f"tuning.init={init}")
+        start = {name: p.detach().clone() for name, p in run.model.parameters.items()}
+        for p, tuned, last in zip(
+            start.values(), theirs.model.ema.shadow_params, theirs.model.parameters.values(), strict=True
+        ):
+            assert torch.equal(p, tuned) and not torch.equal(p, last)
+        run.step(0)
+        with run.model.using(run.model.base):
+            assert all(torch.equal(p, start[name]) for name, p in run.model.parameters.items())
 
 
 def test_a_run_records_the_digest_of_its_start_and_resumes_from_no_other(first, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "report", lambda *_: None)  # seconds a run
     (tmp_path / LORA).write_bytes((first / LORA).read_bytes())
-    small = ["evaluation=null", "data.batch_size=2", f"tuning.init={tmp_path / LORA}", *OF_LORA]
+    small = ["evaluation=null", "data.batch_size=1", f"tuning.init={tmp_path / LORA}", *OF_LORA]
     whole, broken = (load("demo", [f"output={tmp_path / name}", "steps=2", *small]) for name in ("whole", "broken"))
     running.train(whole)
     running.train(broken.model_copy(update={"steps": 1}))

@@ -14,8 +14,9 @@ a CPU, every process computes on one thread for that.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from accelerate import PartialState
 
 from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.evaluation import scores as scoring
-from flowbp.evaluation.scores import Part, Samples, Scores, compare, summarise
+from flowbp.evaluation.scores import Part, Samples, Scorers, Scores, compare, summarise
 from flowbp.foreign import cut
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import progress_bar
@@ -81,9 +82,10 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
     Raises ValueError where `folder` holds scores of other settings or weights, unless `overwrite` says to throw those
     away, and ConnectionError where another process has ended.
     """
-    if config.evaluation is None:
+    options = config.evaluation
+    if options is None:
         raise ConfigError("this config has no evaluation: add evaluation.prompts=... to say what to score")
-    samples = scoring.draw_samples(load_prompts(config.evaluation.prompts), config.evaluation)
+    samples = scoring.draw_samples(load_prompts(options.prompts), options)
     manifests = [manifest(config, samples, model) for model in models]
     state = process_state()
 
@@ -92,14 +94,20 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
         for about in manifests:
             open_model(folder / about["name"], about, overwrite)
 
+    @cache
+    def load_scorers() -> Scorers:
+        device = str(state.device)
+        rewards = {name: spec.load(device) for name, spec in config.reward.items()}
+        return scoring.scorers(options, rewards, options.load_monitors(device), device)
+
     with locked(folder, "evaluates", "--out"):
         on_main(open_all)
         for model, about in zip(models, manifests, strict=True):
             # If the main process refused a folder, the others refuse it here too, instead of waiting for scores.
             open_model(folder / model.name, about)
-            score_model(config, model, samples, folder, about, state)
+            score_model(config, model, samples, folder, about, state, load_scorers)
         state.wait_for_everyone()
-        metrics = (*config.reward, *config.evaluation.monitors, "checker", *IMAGE_STATISTICS)
+        metrics = (*config.reward, *options.monitors, "checker", *IMAGE_STATISTICS)
         scores = {about["name"]: read_scores(folder, about, samples, metrics) for about in manifests}
         results = summarise_models(manifests, scores)
         on_main(lambda: write_results(config, folder, results, scores))
@@ -152,9 +160,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def score_model(
-    config: RunConfig, model: Model, samples: Samples, folder: Path, about: Mapping[str, Any], state: PartialState
+    config: RunConfig,
+    model: Model,
+    samples: Samples,
+    folder: Path,
+    about: Mapping[str, Any],
+    state: PartialState,
+    load: Callable[[], Scorers],
 ) -> None:
-    """Score this process's share of the chunks that have no whole file yet. Nothing is loaded if no process lacks any.
+    """Score this process's share of the chunks that have no whole file yet, by the scorers that `load` gives. Nothing
+    is loaded if no process lacks any.
 
     Raises OSError if the weights are not those of `about`, as where a training replaced them meanwhile.
     """
@@ -168,8 +183,7 @@ def score_model(
     backbone = frozen_backbone(config, model.weights, device, [prompt.text for prompt in samples.prompts])
     if model.weights is not None and digest_files(weight_files(model.weights)) != about["sha256"]:
         raise OSError(f"{model.weights} was replaced while it was read: evaluate it once its training is over")
-    rewards = {name: spec.load(device) for name, spec in config.reward.items()}
-    scored_by = scoring.scorers(config.evaluation, rewards, config.evaluation.load_monitors(device), device)
+    scored_by = load()
     share = [(i, samples.chunks[i]) for i in missing if i % state.num_processes == state.process_index]
     with one_thread(), progress_bar(model.name, "image", sum(scoring.length(chunk) for _, chunk in share)) as bar:
         for i, chunk in share:

@@ -48,21 +48,26 @@ def embed_once(
 
     Prompts that the cache has are not embedded again. The processes of a distributed run share the work.
 
-    device: where the encoders embed, and where `encode` puts what it reads; None means where the network is. A network
-    that is moved there afterwards leaves the device to the text encoders, which may be as large.
+    device: where the encoders embed, if there is anything to embed, and where `encode` puts what it reads; None means
+    where the network is. A network that is moved there afterwards leaves the device to the text encoders, which may be
+    as large.
 
     Raises OSError if the disk is too small.
     """
     device = torch.device(device or backbone.denoiser.device)
     embeddings = EmbeddingCache((cache or default_cache()) / "embeddings" / encoder_hash(backbone), device)
-    state, encoders = process_state(), list(text_encoders(backbone))
-    for name in encoders:
-        getattr(backbone.pipe, name).to(device)
+    state, encoders, encode = process_state(), list(text_encoders(backbone)), backbone.encode
+
+    def on_device(prompts: list[str]) -> Conditioning:
+        for name in encoders:
+            getattr(backbone.pipe, name).to(device)
+        return encode(prompts)
+
     texts = list(dict.fromkeys(["", *prompts]))
-    embeddings.fill(backbone.encode, [""])
+    embeddings.fill(on_device, [""])
     share = texts[state.process_index :: state.num_processes]
     with progress_bar("embed", "prompt", len(share)) as bar:
-        embeddings.fill(backbone.encode, share, embeddings.signature(""), bar.update)
+        embeddings.fill(on_device, share, embeddings.signature(""), bar.update)
     state.wait_for_everyone()
     for name in encoders:
         setattr(backbone.pipe, name, None)

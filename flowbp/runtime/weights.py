@@ -242,6 +242,10 @@ def load_lora(backbone: "Backbone", file: Path, dtype: torch.dtype) -> None:
         down, up = parts["A"].to(dtype), (parts["B"].float() * scale).to(dtype)
         state |= {f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up}
     ask(denoiser.load_lora_adapter, state, metadata=adapter, low_cpu_mem_usage=True)
+    for name in layers if dtype != denoiser.dtype else ():  # diffusers has rounded them to the network's
+        for part in ("lora_A", "lora_B"):
+            (linear,) = getattr(denoiser.get_submodule(name), part).values()
+            linear.weight.data = state[f"transformer.{name}.{part}.weight"].to(linear.weight.device)
     loaded = sum(name.endswith("lora_A") for name, _ in denoiser.named_modules())
     if loaded != len(layers):
         raise ValueError(f"{file} holds {len(layers)} LoRA layers, but by its metadata {loaded} were loaded")

@@ -56,8 +56,11 @@ def test_a_killed_evaluation_resumes_to_the_same_bytes_wherever_tensors_lie(run,
         with pytest.raises(KeyboardInterrupt):
             run_evaluation(config, models, folder)
     before = {path: path.stat().st_mtime_ns for path in written}
+    loads, scorers = [], evaluation_run.scoring.scorers
+    monkeypatch.setattr(evaluation_run.scoring, "scorers", lambda *options: loads.append(1) or scorers(*options))
     with Displaced(OFFSETS[0]):  # test_reproducible.py takes them all
         run_evaluation(config, models, folder)
+    assert len(loads) == 1, "both models are scored by the same rewards, monitors and checker"
     assert {path: path.stat().st_mtime_ns for path in written} == before, "chunks that were whole are scored once"
     expected, got = contents(whole), contents(folder)
     assert expected.keys() == got.keys() and not [name for name in expected if expected[name] != got[name]]
