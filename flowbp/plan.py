@@ -192,7 +192,7 @@ class SurrogatePlan:
                 "similarity weights compare two joined quadratures: give the plan a bridge, or similarity=None"
             )
         if not 0 <= self.num_renoised <= 1000:
-            raise ValueError(f"num_renoised must be 0 to 1000, got {self.num_renoised}")
+            raise ValueError(f"num_renoised must be 0 or more and at most 1000, got {self.num_renoised}")
 
     @property
     def active(self) -> tuple[tuple[int, float], ...]:
