@@ -223,3 +223,12 @@ def test_the_worked_example_of_the_docs_is_the_file_itself():
     assert f"```python\n{(root / 'flowbp/backbones/zimage.py').read_text(encoding='utf-8')}```" in page
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", page):
         assert (root / "docs" / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["Flux2KleinPipeline", "ZImagePipeline"])
+def test_a_prompt_of_which_the_end_is_not_read_is_told(name, caplog):
+    backbone = BACKBONES[name](tiny_pipeline(name), max_sequence_length=48)
+    backbone.encode(["a cat"])
+    assert not caplog.text
+    backbone.encode(["a cat " * 48])
+    assert "of which 48 are read: raise backbone.max_sequence_length" in caplog.text

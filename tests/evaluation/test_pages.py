@@ -80,6 +80,14 @@ def test_a_page_says_first_what_was_made_how_and_with_which_version(pages, name)
     assert (">2026<" if name == "evaluation" else ">42<") in page, "the seed"
 
 
+def test_a_report_goes_from_the_changes_over_samples_and_curves_to_all_metrics(pages):
+    parts = ["Before and after training", "<h2>Samples", "<h2>Training", "<h2>All metrics", "<summary>By category"]
+    places = [pages["run"].index(part) for part in parts]
+    assert places == sorted(places)
+    images = [image["alt"].partition(":")[0] for image in Outline(pages["run"]).images]
+    assert images[:4] == ["before", "after"] * 2, "prompt by prompt"
+
+
 def test_runs_of_equal_methods_are_not_called_a_comparison_of_methods(run, pages):
     assert "The methods are the same" in pages["comparison"]
 
