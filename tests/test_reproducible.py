@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -51,8 +52,9 @@ def second_step(run):
 def evaluated(trainer, backbone):
     """Scores by metric, and pictures, of three samples that `backbone` draws."""
     config = trainer.config
-    named = trainer.evaluator.load()
-    found = evaluation.evaluate(backbone, trainer.evaluator.samples, config.rollout, config.guidance, named)
+    named, samples = trainer.evaluator.load(), trainer.evaluator.samples
+    score = partial(evaluation.score_chunk, backbone, samples, config.rollout, config.guidance, named)
+    found = evaluation.evaluate(samples, score, lambda done: None)
     return {name: column.tolist() for name, column in found.values.items()} | {"pictures": found.images.tolist()}
 
 

@@ -18,14 +18,8 @@ from flowbp.foreign import cut, read_text, short
 from flowbp.names import nearest
 
 if TYPE_CHECKING:
-    from flowbp.backbones.classes import (  # noqa: F401
-        BACKBONES,
-        Backbone,
-        DiffusersBackbone,
-        Precision,
-        bind_velocity,
-        check_guidance,
-    )
+    from flowbp.backbones.base import Backbone, DiffusersBackbone, Precision, bind_velocity, check_guidance  # noqa: F401
+    from flowbp.backbones.classes import BACKBONES  # noqa: F401
 
 __all__ = ["BACKBONES", "KNOWN_MODELS", "load_backbone", "locate"]
 __all__ += ["Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "check_guidance"]
@@ -67,8 +61,8 @@ def load_backbone(
     class_name, offline = index.get("_class_name"), Path(location).is_dir()
     if class_name not in BACKBONES:
         raise ValueError(f"no backbone for {cut(class_name)} ({location}); there is one for {', '.join(BACKBONES)}")
-    absent = [part for part, value in index.items() if value == ABSENT]
-    options = dict.fromkeys(absent) | {"dtype": getattr(torch, dtype), "local_files_only": offline, "variant": variant}
+    options = {part: None for part, value in index.items() if value == ABSENT}
+    options |= {"dtype": getattr(torch, dtype), "local_files_only": offline, "variant": variant}
     try:
         with without_bars():
             pipe = DiffusionPipeline.from_pretrained(location, **options)
@@ -98,28 +92,24 @@ def read_index(name: str) -> tuple[str, dict[str, Any]]:
     """(where the model of `name` is, its model_index.json), without diffusers. Raises as `load_backbone` does."""
     location = locate(name)
     try:
-        if Path(location).is_dir():
-            file = Path(location, "model_index.json")
-        else:
+        file = Path(location, "model_index.json")
+        if not Path(location).is_dir():
             from huggingface_hub import hf_hub_download
 
-            file = Path(hf_hub_download(location, "model_index.json"))
+            file = Path(hf_hub_download(location, file.name))
         index = json.loads(read_text(file))
         if not isinstance(index, dict):
             raise ValueError(f"{file} is no object of JSON")
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or no Hub id
         cause = str(error).splitlines()[0].rstrip(".")
-        raise OSError(
-            f"{location} is neither on this disk nor within reach ({cause}). If its page on huggingface.co asks to "
-            f"accept a licence, do so and run `hf auth login`. To work offline, run `hf download {location} "
-            "--local-dir FOLDER` where there is a network, and set backbone.name=FOLDER"
-        ) from error
+        licence = "accept the licence on its page, if it asks, and run `hf auth login`"
+        offline = f"run `hf download {location} --local-dir FOLDER` elsewhere, and set backbone.name=FOLDER"
+        raise OSError(f"{location} is neither here nor within reach ({cause}): {licence}; or {offline}") from error
     # It lists a part that was left out, such as the T5 of an SD3, as [null, null].
     parts = {part: value for part, value in index.items() if isinstance(value, list) and value != ABSENT}
     if strange := [part for part, value in parts.items() if value[:1] not in (["diffusers"], ["transformers"])]:
         raise ValueError(f"{location} has code of its own for its {cut(strange[0])}, which would have to run: refused")
-    missing = [part for part in parts if Path(location).is_dir() and not Path(location, part).is_dir()]
-    if missing:
+    if missing := [part for part in parts if Path(location).is_dir() and not Path(location, part).is_dir()]:
         raise OSError(
             f"{location} lacks the folder {missing[0]}, which its model_index.json names: download it, or, for a part "
             f'that the model does without (the T5 of an SD3), write "{missing[0]}": [null, null] there'

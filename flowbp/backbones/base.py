@@ -25,10 +25,8 @@ NoiseLevels = Literal["published", "pipeline"]
 GuidanceBranches = Literal["batched", "separate", "none"]
 
 # Layers of the attention in a block that joins image and text, as SD3 and FLUX name them.
-JOINT_ATTENTION = [
-    f"attn.{name}"
-    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-]
+JOINT_LAYERS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out"
+JOINT_ATTENTION = [f"attn.{layer}" for layer in JOINT_LAYERS.split()]
 
 
 class Backbone(Protocol):
@@ -88,18 +86,15 @@ class DiffusersBackbone(ABC):
     ):
         scheduler = pipe.scheduler
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.stochastic_sampling:
-            raise ValueError(
-                f"{type(pipe).__name__} samples by {type(scheduler).__name__}; a rollout takes the deterministic steps "
-                "of FlowMatchEulerDiscreteScheduler: give the pipeline one made from its config, with "
-                "stochastic_sampling off"
-            )
+            rule = "a rollout takes the deterministic steps of FlowMatchEulerDiscreteScheduler"
+            way_out = "give the pipeline one made from its config, with stochastic_sampling off"
+            raise ValueError(f"{type(pipe).__name__} samples by {type(scheduler).__name__}; {rule}: {way_out}")
         for name, needed in {"num_train_timesteps": 1000, "invert_sigmas": False}.items():
             if scheduler.config.get(name, needed) != needed:
                 wrong = f"the scheduler has {name}={scheduler.config[name]}, but time is 1000 sigma here and falls to 0"
                 raise ValueError(f"{wrong}: set {name} to {needed} in scheduler/scheduler_config.json")
         if pipe.vae.config.get("shift_factor", 0) is None:
-            wrong = f"the VAE has no shift_factor, and {type(pipe).__name__} cannot decode without"
-            raise ValueError(f"{wrong}: set shift_factor (0: none) in vae/config.json")
+            raise ValueError("a VAE cannot decode without shift_factor: set shift_factor (0: none) in vae/config.json")
         if precision not in ("pipeline", "float32"):
             raise ValueError(f"precision must be 'pipeline' or 'float32', not {precision!r}")
         self.pipe = pipe
@@ -181,8 +176,8 @@ class DiffusersBackbone(ABC):
     def sigmas(self, num_steps: int, height: int, width: int, levels: NoiseLevels = "published") -> Tensor:
         rows, columns = self.token_grid(height, width)
         scheduler = self.pipe.scheduler
-        published = levels == "published"
-        arguments = {"sigmas": published_levels(num_steps)} if published else self.pipeline_levels(num_steps)
+        published = {"sigmas": published_levels(num_steps)}
+        arguments = published if levels == "published" else self.pipeline_levels(num_steps)
         if scheduler.config.use_dynamic_shifting:
             arguments["mu"] = self.shift(num_steps, rows * columns)
         scheduler.set_timesteps(**arguments)  # never scheduler.step, which counts the steps it takes

@@ -23,9 +23,8 @@ class FluxBackbone(DiffusersBackbone):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        embeds, pooled, _ = self.pipe.encode_prompt(
-            prompts, prompt_2=None, device=self.text_device, **self.text_options
-        )
+        options = {"device": self.text_device} | self.text_options
+        embeds, pooled, _ = self.pipe.encode_prompt(prompts, prompt_2=None, **options)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:

@@ -1,11 +1,12 @@
 """The evaluations of a run: fixed samples, and scorers that are loaded once."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import Tensor
 
 from flowbp.config import RunConfig
-from flowbp.evaluation.scores import Samples, Scorer, Scores, draw_samples, evaluate, scorers
+from flowbp.evaluation.scores import Samples, Scorer, Scores, draw_samples, evaluate, score_chunk, scorers
 from flowbp.rewards import Reward
 from flowbp.runtime.data import load_prompts
 from flowbp.runtime.tuned_model import TunedModel
@@ -36,10 +37,10 @@ class Evaluator:
         progress: Callable[[int], object] = lambda done: None,
     ) -> Scores:
         """Scores of images drawn with `weights`. The processes share the work and all get all scores."""
-        scored_by = self._scorers or self.load()
-        sampling, guidance = self.config.evaluation_rollout, self.config.evaluation_guidance
+        named, samples = self._scorers or self.load(), samples or self.samples
+        settings = self.config.evaluation_rollout, self.config.evaluation_guidance
         with model.using(weights) as backbone:
-            return evaluate(backbone, samples or self.samples, sampling, guidance, scored_by, progress)
+            return evaluate(samples, partial(score_chunk, backbone, samples, *settings, named), progress)
 
     def load(self) -> dict[str, Scorer]:
         """Rewards, monitors, checker and image statistics by name."""

@@ -50,8 +50,7 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
     if plan.reward_input is None:
         path.scatter([total], [sigmas[-1]], label="reward sees the sample", **star)
     else:
-        e = plan.reward_input.at
-        leap = {"arrowstyle": "->", "color": REWARD, "ls": "--", "shrinkB": 7}
+        e, leap = plan.reward_input.at, {"arrowstyle": "->", "color": REWARD, "ls": "--", "shrinkB": 7}
         path.annotate("", (total, 0), (e, sigmas[e]), arrowprops=leap)
         path.scatter([total], [0], label=f"reward sees the posterior mean of node {e}", **star)
     if plan.bridge is not None:
@@ -69,8 +68,7 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
     bars.vlines(nodes, 0, weights, color=ACTIVE, lw=2)
     bars.scatter(nodes, weights, s=26, color=ACTIVE, zorder=3, label="gradient weight")
     bars.axhline(0, color=INK, lw=0.6)
-    bars.set_xlabel(f"node of the rollout (0: noise, {total}: sample)")
-    bars.set_ylabel("weight (σ units)")
+    bars.set(xlabel=f"node of the rollout (0: noise, {total}: sample)", ylabel="weight (σ units)")
     bars.legend(frameon=False, fontsize=9, loc="best")
     for axes in (path, bars):
         axes.spines[["top", "right"]].set_visible(False)

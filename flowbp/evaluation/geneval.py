@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from flowbp.config import GenEvalConfig
 from flowbp.foreign import cut, once, short
+from flowbp.rewards import load_reward
 from flowbp.rewards.clip import CLIPReward, image_features
 from flowbp.rewards.preprocessing import fit_short_side, normalise
 from flowbp.runtime.data import read_lines
@@ -208,11 +209,8 @@ class GenEval:
 def load_geneval(config: GenEvalConfig, metadata: Sequence[str], device: str = "cpu") -> GenEval:
     """The scorer that `config` describes, for the prompts of the files `metadata`."""
     requirements = {prompt: requirement for path in metadata for prompt, requirement in load_requirements(path).items()}
-    from flowbp.rewards import load_reward
-
-    colours = ClipColours(load_reward("clip", config.colours, device))
-    detector = TransformersDetector(config.detector, device)
-    return GenEval(requirements, detector, colours, config.threshold, config.counting_threshold)
+    networks = TransformersDetector(config.detector, device), ClipColours(load_reward("clip", config.colours, device))
+    return GenEval(requirements, *networks, config.threshold, config.counting_threshold)
 
 
 class TransformersDetector:
@@ -231,24 +229,22 @@ class TransformersDetector:
         self.zero_shot = config.model_type in modeling_auto.MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
         self.segments = config.model_type in ("mask2former", "maskformer")
         self.labels = {label: coco_name(name) for label, name in config.id2label.items()}
-        boxes = self.zero_shot or config.model_type in modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
-        if not (self.segments or boxes):
-            usable = "use Mask2Former, MaskFormer, a detector of boxes as DETR is, or a zero-shot one as OWLv2"
-            raise ValueError(f"{model} is a {config.model_type}, no detector that is known here: {usable}")
         if self.segments:
             self.processor = AutoImageProcessor.from_pretrained(model)
             self.network = AutoModelForUniversalSegmentation.from_pretrained(model).to(device).eval()
-        else:
+        elif self.zero_shot or config.model_type in modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
             task = "zero-shot-object-detection" if self.zero_shot else "object-detection"
             self.find = pipeline(task, model=model, device=device)
+        else:
+            usable = "use Mask2Former, MaskFormer, a detector of boxes as DETR is, or a zero-shot one as OWLv2"
+            raise ValueError(f"{model} is a {config.model_type}, no detector that is known here: {usable}")
 
     @torch.no_grad()
     def __call__(self, image: Tensor, classes: Sequence[str]) -> dict[str, list[Detection]]:
         """Detections of each class, at any score."""
-        known = self.labels.values()
-        if not self.zero_shot and (unknown := ", ".join(name for name in classes if coco_name(name) not in known)):
-            raise ValueError(f"the detector does not know {unknown}: use one that knows COCO's classes, or OWLv2")
         found: dict[str, list[Detection]] = {coco_name(name): [] for name in classes}
+        if not self.zero_shot and (unknown := ", ".join(sorted(found.keys() - set(self.labels.values())))):
+            raise ValueError(f"the detector does not know {unknown}: use one that knows COCO's classes, or OWLv2")
         if self.segments:
             self.segment(image, found)
         else:
@@ -280,14 +276,9 @@ class TransformersDetector:
 
 
 # Names of COCO's classes elsewhere: in GenEval's prompts, and in detectors whose labels are older.
-COCO_NAMES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"} | {
-    "motorbike": "motorcycle",
-    "aeroplane": "airplane",
-    "sofa": "couch",
-    "pottedplant": "potted plant",
-    "diningtable": "dining table",
-    "tvmonitor": "tv",
-}
+COCO_NAMES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
+COCO_NAMES |= {"motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant"}
+COCO_NAMES |= {"diningtable": "dining table", "tvmonitor": "tv"}
 
 
 def coco_name(name: str) -> str:

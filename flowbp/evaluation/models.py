@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.evaluation import scores as scoring
@@ -62,16 +61,14 @@ def name_models(specs: Iterable[str]) -> list[Model]:
     """
     models = [BASE]
     for spec in specs:
-        name, equals, path = spec.rpartition("=")
-        path = Path(path if equals else spec)
-        models.append(Model(name or path.resolve().stem, path))
+        name, _, path = spec.rpartition("=")
+        models.append(Model(name or Path(path).resolve().stem, Path(path)))
     names = [model.name for model in models]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two models are called {name!r}: give them names of their own, --weights NAME=PATH")
         if not "".join(c for c in name if c not in "-_. ").isalnum():
-            rule = "use letters, digits, '.', '-', '_' in --weights NAME=PATH"
-            raise ValueError(f"{name!r} cannot be a folder's name: {rule}")
+            raise ValueError(f"{name!r} cannot be a folder's name: use letters, digits, . - _ in --weights NAME=PATH")
     return models
 
 
@@ -105,7 +102,7 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
         for model, about in zip(models, manifests, strict=True):
             # If the main process refused a folder, the others refuse it here too, instead of waiting for scores.
             open_model(folder / model.name, about)
-            score_model(config, model, samples, folder, about, state, load_scorers)
+            score_model(config, model, samples, folder, about, load_scorers)
         state.wait_for_everyone()
         metrics = (*config.reward, *options.monitors, "checker", *IMAGE_STATISTICS)
         scores = {about["name"]: read_scores(folder, about, samples, metrics) for about in manifests}
@@ -160,56 +157,44 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def score_model(
-    config: RunConfig,
-    model: Model,
-    samples: Samples,
-    folder: Path,
-    about: Mapping[str, Any],
-    state: PartialState,
-    load: Callable[[], Scorers],
+    config: RunConfig, model: Model, samples: Samples, folder: Path, about: dict[str, Any], load: Callable[[], Scorers]
 ) -> None:
     """Score this process's share of the chunks that have no whole file yet, by the scorers that `load` gives. Nothing
     is loaded if no process lacks any.
 
     Raises OSError if the weights are not those of `about`, as where a training replaced them meanwhile.
     """
+    state = process_state()
     state.wait_for_everyone()
     missing = [i for i in range(len(samples.chunks)) if read_chunk(folder, about, i) is None]
     if not missing:
         return
     from flowbp.runtime.tuned_model import frozen_backbone
 
-    device, sampling = str(state.device), config.evaluation_rollout
-    backbone = frozen_backbone(config, model.weights, device, [prompt.text for prompt in samples.prompts])
+    backbone = frozen_backbone(config, model.weights, str(state.device), [prompt.text for prompt in samples.prompts])
     if model.weights is not None and digest_files(weight_files(model.weights)) != about["sha256"]:
         raise OSError(f"{model.weights} was replaced while it was read: evaluate it once its training is over")
-    scored_by = load()
+    settings = config.evaluation_rollout, config.evaluation_guidance, load()
     share = [(i, samples.chunks[i]) for i in missing if i % state.num_processes == state.process_index]
     with one_thread(), progress_bar(model.name, "image", sum(scoring.length(chunk) for _, chunk in share)) as bar:
         for i, chunk in share:
-            part = scoring.score_chunk(backbone, samples, sampling, config.evaluation_guidance, scored_by, chunk)
-            write_chunk(chunk_file(folder, about, i), part, chunk_of(about, i))
+            part = scoring.score_chunk(backbone, samples, *settings, chunk)
+            path, said = chunk_file(folder, about, i)
+            write_tensors(path, part, said)
             bar.update(scoring.length(chunk))
 
 
-def chunk_file(folder: Path, about: Mapping[str, Any], index: int) -> Path:
-    return folder / about["name"] / f"{index:05d}.safetensors"
-
-
-def chunk_of(about: Mapping[str, Any], index: int) -> dict[str, str]:
-    """What a chunk says of itself: its number, and all that its scores depend on, as a digest."""
+def chunk_file(folder: Path, about: Mapping[str, Any], index: int) -> tuple[Path, dict[str, str]]:
+    """The file of a chunk, and what it says of itself: its number, and a digest of all that its scores depend on."""
     settings = json.dumps({key: value for key, value in about.items() if key not in ("name", "weights")})
-    return {"chunk": f"{index} of {hashlib.sha256(settings.encode()).hexdigest()}"}
-
-
-def write_chunk(path: Path, part: Part, about: Mapping[str, str]) -> None:
-    write_tensors(path, part, about)
+    digest = hashlib.sha256(settings.encode()).hexdigest()
+    return folder / about["name"] / f"{index:05d}.safetensors", {"chunk": f"{index} of {digest}"}
 
 
 def read_chunk(folder: Path, about: Mapping[str, Any], index: int) -> Part | None:
     """A chunk, or None if it must be made: it has no file, or a damaged one, which is told."""
     try:
-        return read_tensors(chunk_file(folder, about, index), chunk_of(about, index))[0]
+        return read_tensors(*chunk_file(folder, about, index))[0]
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -219,8 +204,8 @@ def read_chunk(folder: Path, about: Mapping[str, Any], index: int) -> Part | Non
 
 def read_scores(folder: Path, about: Mapping[str, Any], samples: Samples, metrics: Sequence[str]) -> Scores:
     """The scores of a model, all chunks of which are there; `metrics` is the order in which they are reported."""
-    files = [(chunk_file(folder, about, i), chunk_of(about, i)) for i in range(len(samples.chunks))]
-    scores = scoring.join(samples, [read_tensors(*each)[0] for each in files])
+    files = (chunk_file(folder, about, i) for i in range(len(samples.chunks)))
+    scores = scoring.join(samples, [read_tensors(*file)[0] for file in files])
     return replace(scores, values={name: scores.values[name] for name in metrics if name in scores.values})
 
 
@@ -245,17 +230,12 @@ def write_results(config: RunConfig, folder: Path, results: dict[str, Any], scor
     first = next(iter(scores.values()))
     columns = {f"{model} {metric}": column for model, own in scores.items() for metric, column in own.values.items()}
     write_file(folder / "samples.csv", replace(first, values=columns).as_csv(number_format="", line_end="\n"))
-    rows = [
-        {"prompt": prompt.text, "category": prompt.category, "seed": seed, "scores": scores_of(i, scores)}
-        for i, (prompt, seed) in enumerate(zip(first.prompts, first.seeds, strict=True))
-    ]
+    rows = []
+    for i, (prompt, seed) in enumerate(zip(first.prompts, first.seeds, strict=True)):
+        found = {name: {metric: float(x[i]) for metric, x in own.values.items()} for name, own in scores.items()}
+        rows.append({"prompt": prompt.text, "category": prompt.category, "seed": seed, "scores": found})
     write_json(folder / "samples.json", rows)
     write_json(folder / "results.json", results)
     from flowbp.evaluation.pages import write_evaluation
 
     write_evaluation(config, folder, results, scores)
-
-
-def scores_of(sample: int, scores: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
-    """{model: {metric: score}} of one sample."""
-    return {name: {metric: float(x[sample]) for metric, x in own.values.items()} for name, own in scores.items()}

@@ -22,7 +22,7 @@ from flowbp.foreign import cut, inside
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.checkpoint import latest_checkpoint
 from flowbp.runtime.environment import ENVIRONMENT, describe_environment
-from flowbp.runtime.files import read_json, without_nan, write_file, write_json
+from flowbp.runtime.files import read_json, write_file, write_json
 from flowbp.runtime.run_folder import CONFIG, METRICS, RunFolder, mark_folder
 
 # Verdicts on a difference: it is what runs are compared for, it makes the comparison unfair, or it changes no result.
@@ -30,17 +30,16 @@ POINT, UNFAIR, BOOKKEEPING = "point", "unfair", "bookkeeping"
 EVALUATED = "final evaluation"  # made or none; added to configs
 IMAGES_A_STEP = "images a step"  # processes x data.batch_size x data.accumulate; added to configs
 STOPPING = ("best", "patience", "every", "validation_prompts", "validation_samples")  # of `evaluation`
+CHANGES_NOTHING = (
+    *("output", "checkpoint_every", "data.embeddings", "data.cache"),
+    *("memory", "compile"),  # equal up to rounding, as is the cut into batches
+    *("tuning.init", "data.batch_size", "data.accumulate"),  # init_sha256 and IMAGES_A_STEP are what counts
+    *("evaluation.batch_size", "evaluation.grid", "evaluation.watch"),
+)
 VERDICTS = {  # prefix of a key -> its verdict, and why it is unfair. The first prefix that fits decides.
     "method": (POINT, ""),
-    "output": (BOOKKEEPING, ""),
-    "checkpoint_every": (BOOKKEEPING, ""),
     "memory.vae_tiling": (UNFAIR, "another training recipe"),  # the reward sees the seams of tiles
-    "memory": (BOOKKEEPING, ""),  # equal up to rounding, as are compile and the cut into batches
-    "compile": (BOOKKEEPING, ""),
-    "tuning.init": (BOOKKEEPING, ""),  # a place; init_sha256 is what counts
-    **dict.fromkeys(("data.batch_size", "data.accumulate"), (BOOKKEEPING, "")),  # IMAGES_A_STEP is what counts
-    **dict.fromkeys(("data.embeddings", "data.cache"), (BOOKKEEPING, "")),
-    **dict.fromkeys(("evaluation.batch_size", "evaluation.grid", "evaluation.watch"), (BOOKKEEPING, "")),
+    **dict.fromkeys(CHANGES_NOTHING, (BOOKKEEPING, "")),
     IMAGES_A_STEP: (UNFAIR, "another number of images an optimizer step"),
     "steps": (UNFAIR, "another number of optimizer steps"),
     "seed": (UNFAIR, "other prompts, noise and initial weights; compare means over several seeds instead"),
@@ -92,8 +91,9 @@ def read_run(folder: Path, name: str) -> Run:
         raise FileNotFoundError(f"{folder} is no folder: pass the folders of runs")
     for file in (CONFIG, METRICS):
         if not inside(folder, file).is_file():
-            way_out = "pass the folders that flowbp train wrote (its output)"
-            raise FileNotFoundError(f"{folder} holds no {file}, so it is no run: {way_out}")
+            raise FileNotFoundError(
+                f"{folder} holds no {file}, so it is no run: pass the folders that flowbp train wrote"
+            )
     try:
         config = load(folder / CONFIG, run_code=False)
     except ConfigError as error:
@@ -101,14 +101,12 @@ def read_run(folder: Path, name: str) -> Run:
     run = RunFolder(folder)
     if checkpoint := latest_checkpoint(folder):
         run.check_record(checkpoint)
-    rows = run.metrics()
-    if not rows:
+    if not (rows := run.metrics()):
         raise FileNotFoundError(f"{folder / METRICS} is empty: the run has not taken a step")
     tables = (inside(folder, f"scores_{side}.csv") for side in ("before", "after"))
     scores = (read_scores(table) if table.is_file() else None for table in tables)
     recorded = inside(folder, ENVIRONMENT)
-    environment = read_json(recorded) if recorded.is_file() else {}
-    return Run(name, folder, config, rows, *scores, environment)
+    return Run(name, folder, config, rows, *scores, read_json(recorded) if recorded.is_file() else {})
 
 
 def read_scores(path: Path) -> Scores:
@@ -116,8 +114,7 @@ def read_scores(path: Path) -> Scores:
     try:
         return Scores.read_csv(path)
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        way_out = "move it away to compare without it"
-        raise ValueError(f"{path} is no whole table of scores ({cut(error)}): {way_out}") from None
+        raise ValueError(f"{path} is no whole table of scores ({cut(error)}): move it away, then compare") from None
 
 
 # -- configs -----------------------------------------------------------------------------------------------------------
@@ -153,7 +150,7 @@ def contrast(configs: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> dic
 
 
 def within(key: str, prefix: str) -> bool:
-    return key == prefix or key.startswith(f"{prefix}.") or not prefix
+    return not prefix or f"{key}.".startswith(f"{prefix}.")
 
 
 def with_evaluation(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -201,16 +198,14 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     scores = {f"{first.name} before training": first.before} | {run.name: run.after for run in runs}
     means = {name: summarise(own) for name, own in scores.items() if own is not None}
     changes = {run.name: compare(first.after, run.after) for run in others if first.pairs_with(run)}
+    against = {"against": first.name}
     results = {
         "runs": [about(run) for run in runs],
         **contrast([yaml.safe_load(dump(run.config)) for run in runs], [run.images for run in runs]),
         "warnings": run_warnings(runs, changes),
         "means": [{"run": name} | asdict(row) for name, rows in means.items() for row in rows],
-        "changes": [
-            {"run": name, "against": first.name} | asdict(row) for name, rows in changes.items() for row in rows
-        ],
+        "changes": [{"run": name} | against | asdict(row) for name, rows in changes.items() for row in rows],
     }
-    results = without_nan(results)
     write_json(out / "comparison.json", results)
     write_file(out / "comparison.html", page(runs, results))
     return results
@@ -253,8 +248,9 @@ def run_warnings(runs: Sequence[Run], paired: Mapping[str, Any]) -> list[str]:
     lines = [f"{name} has taken {done} of {total} steps" for name, (done, total) in steps.items() if done != total]
     if unscored := ", ".join(run.name for run in runs if run.after is None):
         command = f"flowbp eval {first.folder} " + " ".join(f"--weights {run.name}={run.folder}" for run in runs)
-        advice = f"To score runs on the same samples: {command}"
-        lines.append(f"no final evaluation (scores_after.csv): {unscored}. {advice}")
+        lines.append(
+            f"no final evaluation (scores_after.csv): {unscored}. To score runs on the same samples: {command}"
+        )
     for run in others:
         if run.after is not None and first.after is not None and run.name not in paired:
             lines.append(f"{run.name} was scored on other prompts or seeds than {first.name}: no paired test")

@@ -20,7 +20,7 @@ from torch import Tensor
 from flowbp.config import EvaluationConfig, RolloutConfig
 from flowbp.evaluation.statistics import interval, paired_p_value, weighted_mean
 from flowbp.guidance import Guidance
-from flowbp.image_statistics import IMAGE_STATISTICS, OF_ONE_IMAGE, diversity, thumbnails
+from flowbp.image_statistics import OF_ONE_IMAGE, diversity, thumbnails
 from flowbp.names import find
 from flowbp.rewards import ImageEncoder, Reward
 from flowbp.runtime.data import Prompt, load_prompts, sample_seeds
@@ -71,10 +71,6 @@ def scorers(
     named: dict[str, Scorer] = {**rewards, **monitors}
     if config.checker is not None:
         named["checker"] = load_checker(config, device)
-    taken = {"checker", EMBEDDING, *IMAGE_STATISTICS} & {*rewards, *monitors} | (rewards.keys() & monitors.keys())
-    if taken:
-        names = ", ".join(sorted(taken))
-        raise ValueError(f"a reward or monitor cannot be called {names}: that names another metric; rename it")
     encoders = [scorer.embed for scorer in (*monitors.values(), *rewards.values()) if isinstance(scorer, ImageEncoder)]
     embed = (lambda images, texts: encoders[0](images)) if encoders else thumbnails
     return named | OF_ONE_IMAGE | {EMBEDDING: embed}
@@ -164,17 +160,12 @@ class Scores:
 
 @torch.no_grad()
 def score_chunk(
-    backbone: "Backbone",
-    samples: Samples,
-    sampling: RolloutConfig,
-    guidance: Guidance,
-    scored_by: Scorers,
-    chunk: slice,
+    backbone: "Backbone", samples: Samples, sampling: RolloutConfig, guidance: Guidance, named: Scorers, chunk: slice
 ) -> Part:
     """Generate the samples of one chunk and score them."""
     texts = [prompt.text for prompt in samples.prompts[chunk]]
     images = generate(backbone, texts, samples.seeds[chunk], sampling, guidance)
-    part = {name: scorer(images, texts).cpu() for name, scorer in scored_by.items()}
+    part = {name: scorer(images, texts).cpu() for name, scorer in named.items()}
     part = {name: values if name == EMBEDDING else values.double() for name, values in part.items()}
     kept = images[: max(0, samples.kept_images - chunk.start)]
     return part | {"images": (kept.clamp(0, 1) * 255).round().to("cpu", torch.uint8).contiguous()}
@@ -192,16 +183,9 @@ def join(samples: Samples, parts: Sequence[Part]) -> Scores:
     return Scores(samples.prompts, samples.seeds, {name: column.numpy() for name, column in whole.items()}, images)
 
 
-def evaluate(
-    backbone: "Backbone",
-    samples: Samples,
-    sampling: RolloutConfig,
-    guidance: Guidance,
-    scored_by: Scorers,
-    progress: Callable[[int], object] = lambda done: None,
-) -> Scores:
-    """Score all samples. The processes of a run take chunks in turn, and each gets the scores that one process alone
-    would get.
+def evaluate(samples: Samples, score: Callable[[slice], Part], progress: Callable[[int], object]) -> Scores:
+    """Score all samples, whose chunks `score` scores one by one. The processes of a run take chunks in turn, and each
+    gets the scores that one process alone would get.
 
     progress is called with the number of images just scored.
     """
@@ -209,7 +193,7 @@ def evaluate(
     for first in range(0, len(chunks), state.num_processes):
         # A process without a chunk of its own repeats the last one: sharded weights need all processes in every pass.
         own = chunks[min(first + state.process_index, len(chunks) - 1)]
-        parts += gather_object([score_chunk(backbone, samples, sampling, guidance, scored_by, own)])
+        parts += gather_object([score(own)])
         progress(sum(map(length, chunks[first : first + state.num_processes])))
     return join(samples, parts[: len(chunks)])
 

@@ -26,9 +26,7 @@ class CallableReward:
         """The function or the class. Raises ValueError for what cannot be imported, or cannot be called."""
         found = find("reward", name)
         if not callable(found):
-            raise ValueError(
-                f"the reward {name!r} is {found!r}: name a function (images, prompts) -> scores, or a class"
-            )
+            raise ValueError(f"reward {name!r} is {found!r}: name a function (images, prompts) -> scores, or a class")
         return found
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -42,19 +40,16 @@ class CallableReward:
             called = f"f(images, prompts), images {list(images.shape)} {images.dtype} in [0, 1] and a list of texts"
             raise ValueError(f"the reward {self.name} raised {said}; it is called as {called}") from error
         if not isinstance(scores, Tensor):
-            kind = type(scores).__name__
-            raise ValueError(
-                f"the reward {self.name} must return a tensor, got a {kind}: torch.stack keeps the gradient"
-            )
-        if images._version != version:
-            raise ValueError(f"the reward {self.name} writes into the images, which others read: take images.clone()")
-        if scores.shape != (len(images),):
-            wanted = f"one score an image, [{len(images)}]"
-            raise ValueError(f"the reward {self.name} must return {wanted}, not {list(scores.shape)}")
-        if images.requires_grad and not scores.requires_grad:
-            way_out = "use torch operations, and no detach or no_grad"
-            raise ValueError(f"the reward {self.name} is not differentiable in the images: {way_out}")
-        return scores
+            wrong = f"must return a tensor, got a {type(scores).__name__}: torch.stack keeps the gradient"
+        elif images._version != version:
+            wrong = "writes into the images, which others read: take images.clone()"
+        elif scores.shape != (len(images),):
+            wrong = f"must return one score an image, [{len(images)}], not {list(scores.shape)}"
+        elif images.requires_grad and not scores.requires_grad:
+            wrong = "is not differentiable in the images: use torch operations, and no detach or no_grad"
+        else:
+            return scores
+        raise ValueError(f"the reward {self.name} {wrong}")
 
     @classmethod
     def try_out(cls, name: str, device: str, height: int, width: int, gradient: bool) -> None:

@@ -38,8 +38,8 @@ class HPSv3:
         self.instruction = instruction(model, "the code of HPSv3 (github.com/MizzenAI/HPSv3)", self.REWARD_TOKEN)
         state, dtype = read_state_dict(model, "HPSv3"), getattr(torch, dtype)
         self.head = reward_head(below(state, "rm_head.", "HPSv3"), dtype).to(device)
-        qwen = {key: value for key, value in state.items() if not key.startswith(("lm_head.", "rm_head."))}
-        qwen = renamed(qwen, RENAMED)
+        named = renamed(state, RENAMED).items()
+        qwen = {key: value for key, value in named if not key.startswith(("lm_head.", "rm_head."))}
         config = AutoConfig.from_pretrained(base, local_files_only=True)
         config.text_config.vocab_size = len(qwen["language_model.embed_tokens.weight"])
         self.model = frozen_model(Qwen2VLModel, config, qwen, dtype, "HPSv3").to(device)
@@ -47,11 +47,9 @@ class HPSv3:
         self.tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
         self.tokenizer.add_tokens([AddedToken(self.REWARD_TOKEN, special=True)])
         self.reward_id = self.tokenizer.convert_tokens_to_ids(self.REWARD_TOKEN)
-        if self.reward_id != config.text_config.vocab_size - 1:
-            raise ValueError(
-                f"the tokenizer of {base} puts {self.REWARD_TOKEN} at {self.reward_id}, the checkpoint at "
-                f"{config.text_config.vocab_size - 1}: pass the tokenizer of Qwen2-VL-7B-Instruct"
-            )
+        if self.reward_id != (last := config.text_config.vocab_size - 1):
+            places = f"{self.REWARD_TOKEN} at {self.reward_id}, the checkpoint at {last}"
+            raise ValueError(f"the tokenizer of {base} puts {places}: pass the one of Qwen2-VL-7B-Instruct")
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         texts = [self.instruction.replace("{prompt}", prompt) for prompt in prompts]
@@ -61,7 +59,7 @@ class HPSv3:
         states = self.model(**arguments, position_ids=positions, use_cache=False).last_hidden_state
         at_token = states[ids == self.reward_id].to(self.head[0].weight.dtype)
         if len(at_token) != len(images):
-            raise ValueError(f"a prompt holds {self.REWARD_TOKEN}, where HPSv3 would read its score: take it out")
+            raise ValueError(f"a prompt holds {self.REWARD_TOKEN}, which marks the place of HPSv3's score: take it out")
         return self.head(at_token)[:, 0]
 
 

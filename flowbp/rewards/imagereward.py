@@ -41,9 +41,8 @@ class ImageReward:
         pixels = normalise(fit_short_side(images, self.vision.config.image_size))
         image = self.vision(pixel_values=pixels.to(self.vision.dtype)).last_hidden_state
         padding = {"padding": "max_length", "truncation": True, "max_length": self.MAX_TOKENS}
-        tokens = self.tokenizer(prompts, return_tensors="pt", **padding).to(self.text.device)
-        text = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
-        states = self.text(**text, encoder_hidden_states=image).last_hidden_state
+        tokens = self.tokenizer(prompts, return_tensors="pt", return_token_type_ids=False, **padding)
+        states = self.text(**tokens.to(self.text.device), encoder_hidden_states=image).last_hidden_state
         score = self.head(states[:, 0].to(self.head[0].weight.dtype)).squeeze(-1)
         return (score - self.MEAN) / self.STD
 

@@ -65,11 +65,9 @@ def instruction(folder: str | Path, published: str, *needed: str) -> str:
     """
     path = Path(folder, "instruction.txt")
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: the text that the model was trained to be asked, with {{prompt}} where the caption "
-            f"goes. It is published in {published}; save it there, blanks and line ends included (not in the Hub's "
-            "cache: name a folder of your own as model=)"
-        )
+        what = "the text that the model was trained to be asked, with {prompt} where the caption goes"
+        way_out = f"published in {published}; save it, blanks and line ends included, in a folder of your own, model="
+        raise FileNotFoundError(f"{path} is missing: {what}, {way_out}")
     text = path.read_text(encoding="utf-8")
     for mark in ("{prompt}", *needed):
         if text.count(mark) != 1:

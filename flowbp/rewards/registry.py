@@ -4,17 +4,16 @@ A reward is a class in a file of its own, imported when it is chosen. What is kn
 `published.yaml`; `flowbp rewards` prints it.
 """
 
-import importlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
 
 import yaml
+from pydantic import TypeAdapter
 
 from flowbp.foreign import cut, short
-from flowbp.names import nearest
+from flowbp.names import find, nearest
 from flowbp.rewards.base import Reward
 from flowbp.rewards.callable import CallableReward
 from flowbp.rewards.files import HubFiles, check_sha256, find_file, locate, pin
@@ -49,15 +48,9 @@ class RewardSource:
     sha256: str | None = None
     instruction: str | None = None
 
-    @classmethod
-    def read(cls, entry: dict[str, Any]) -> Self:
-        """From an entry of `published.yaml`."""
-        files = {key: HubFiles(part["repository"], tuple(part["names"])) for key, part in entry["files"].items()}
-        return cls(**entry | {"files": files})
 
-
-PUBLISHED = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
-REWARDS = {name: RewardSource.read(entry) for name, entry in PUBLISHED.items()}
+PUBLISHED = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
+REWARDS = TypeAdapter(dict[str, RewardSource]).validate_python(yaml.safe_load(PUBLISHED))
 
 
 def load_reward(
@@ -91,8 +84,7 @@ def load_reward(
         line = pin(folders["model"], checkpoint)
         log.warning(f"reward {name}: nothing pins {checkpoint}; to read the same again, put into its config  {line}")
     options = {} if dtype is None else {"dtype": dtype}
-    module, _, attribute = source.target.partition(":")
-    return getattr(importlib.import_module(f"flowbp.rewards.{module}"), attribute)(**folders, device=device, **options)
+    return find("reward", f"flowbp.rewards.{source.target}")(**folders, device=device, **options)
 
 
 def check_options(name: str, model: str | None, dtype: str | None, revision: str | None, sha256: str | None) -> None:
@@ -100,19 +92,15 @@ def check_options(name: str, model: str | None, dtype: str | None, revision: str
     if ":" in name:
         if any(value is not None for value in (model, dtype, revision, sha256)):
             raise ValueError(f"{cut(name)} is code of your own: model, dtype, revision and sha256 are not for it")
-    elif sha256 is not None and "*" in find_source(name).files["model"].names[0]:
+    elif "*" in find_source(name).files["model"].names[0] and sha256 is not None:
         raise ValueError(f"the reward {name!r} comes in several files, which no sha256 covers: pin it with revision=")
-    else:
-        find_source(name)
 
 
 def find_source(name: str) -> RewardSource:
     """The entry of `REWARDS`. Raises ValueError for an unknown name, and suggests the nearest."""
     if name not in REWARDS:
-        raise ValueError(
-            f"unknown reward {short(name)}; {nearest(name, REWARDS)}known: {', '.join(REWARDS)}, "
-            "or a callable of your own as module:function"
-        )
+        known = f"{nearest(name, REWARDS)}known: {', '.join(REWARDS)}, or a callable of your own as module:function"
+        raise ValueError(f"unknown reward {short(name)}; {known}")
     return REWARDS[name]
 
 
@@ -125,22 +113,17 @@ def find_folders(name: str, source: RewardSource, model: str | None, revision: s
     files = dict(source.files)
     if model is not None and Path(model).is_dir():
         if missing := [file for part in files.values() for file in part.missing(Path(model))]:
-            raise FileNotFoundError(
-                f"{model} lacks {', '.join(missing)} of the reward {name!r}. {how_to_fetch(name, files, model)}"
-            )
+            lacking = f"{model} lacks {', '.join(missing)} of the reward {name!r}"
+            raise FileNotFoundError(f"{lacking}. {how_to_fetch(name, files, model)}")
         return dict.fromkeys(files, Path(model))
-    if model is not None:
-        files["model"] = replace(files["model"], repository=model, revision=None)
-    if revision is not None:
-        files["model"] = replace(files["model"], revision=revision)
+    if model is not None or revision is not None:
+        files["model"] = replace(files["model"], repository=model or files["model"].repository, revision=revision)
     try:
         return {argument: locate(part) for argument, part in files.items()}
     except (OSError, ValueError) as error:  # ValueError: a name that is no Hub id
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(
-            f"the reward {name!r} is neither a local folder nor in the Hub's cache, and the Hub did not give it "
-            f"({reason}). " + how_to_fetch(name, files, f"rewards/{name}")
-        ) from error
+        absent = f"the reward {name!r} is no folder here, not in the Hub's cache, and not given by the Hub ({reason})"
+        raise FileNotFoundError(f"{absent}. {how_to_fetch(name, files, f'rewards/{name}')}") from error
 
 
 def how_to_fetch(name: str, files: Mapping[str, HubFiles], folder: str | Path) -> str:

@@ -41,9 +41,8 @@ class RunningScale:
             middle = r.median().item()
             width = 1.4826 * (r - middle).abs().median().item() or math.inf  # the deviation of a normal distribution
         r = r.clamp(middle - BOUND * width, middle + BOUND * width)
-        self.moments = self.decay * self.moments + (1 - self.decay) * torch.stack(
-            [torch.ones_like(r[0]), r.mean(), r.square().mean()]
-        )
+        batch = torch.stack([torch.ones_like(r[0]), r.mean(), r.square().mean()])
+        self.moments = self.decay * self.moments + (1 - self.decay) * batch
 
     @property
     def value(self) -> float:

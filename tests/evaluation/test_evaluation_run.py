@@ -40,7 +40,7 @@ def whole(run, tmp_path_factory):
 
 def test_a_killed_evaluation_resumes_to_the_same_bytes_wherever_tensors_lie(run, whole, tmp_path, monkeypatch):
     config, models, folder = load(run / "config.yaml"), [BASE, Model("tuned", run)], tmp_path / "eval"
-    written, write = [], evaluation_run.write_chunk
+    written, write = [], evaluation_run.write_tensors
 
     def write_until_killed(path, part, about):
         if len(written) == 2:
@@ -52,7 +52,7 @@ def test_a_killed_evaluation_resumes_to_the_same_bytes_wherever_tensors_lie(run,
         written.append(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation_run, "write_chunk", write_until_killed)
+        patch.setattr(evaluation_run, "write_tensors", write_until_killed)
         with pytest.raises(KeyboardInterrupt):
             run_evaluation(config, models, folder)
     before = {path: path.stat().st_mtime_ns for path in written}

@@ -212,7 +212,7 @@ def scored(monkeypatch):
     def score(slope):
         calls = itertools.count(1)
 
-        def evaluate(_, samples, *__):
+        def evaluate(samples, *_):
             now = np.full(len(samples.prompts), float(next(calls)))
             values = {"reward": now, "monitor": slope * now, "checker": 0 * now}
             return Scores(samples.prompts, samples.seeds, values, torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
