@@ -110,10 +110,8 @@ def read_index(name: str) -> tuple[str, dict[str, Any]]:
     if strange := [part for part, value in parts.items() if value[:1] not in (["diffusers"], ["transformers"])]:
         raise ValueError(f"{location} has code of its own for its {cut(strange[0])}, which would have to run: refused")
     if missing := [part for part in parts if Path(location).is_dir() and not Path(location, part).is_dir()]:
-        raise OSError(
-            f"{location} lacks the folder {missing[0]}, which its model_index.json names: download it, or, for a part "
-            f'that the model does without (the T5 of an SD3), write "{missing[0]}": [null, null] there'
-        )
+        absent = f'for a part that the model does without (the T5 of an SD3), write "{missing[0]}": [null, null] there'
+        raise OSError(f"{location} lacks the folder {missing[0]}, named in its index: download it, or, {absent}")
     return location, index
 
 

@@ -7,7 +7,7 @@ Euler step acts on each entry by itself.
 
 import functools
 import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -47,6 +47,7 @@ class Backbone(Protocol):
     guidance_branches: GuidanceBranches
     embeds_guidance: bool
 
+    @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
         """Text conditioning of `prompts`, without gradient."""
 
@@ -61,6 +62,7 @@ class Backbone(Protocol):
     def noise(self, height: int, width: int, generators: list[torch.Generator]) -> Tensor:
         """Standard normal latents [B, C, h, w] at the first noise level, one generator a sample."""
 
+    @abstractmethod
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """dx/dsigma at latents x [B, C, h, w] and noise level sigma, [] or one a sample [B], in x.dtype."""
 
@@ -68,7 +70,7 @@ class Backbone(Protocol):
         """Images [B, 3, H, W] in [0, 1], float32 (or wider), differentiable in the clean latents x."""
 
 
-class DiffusersBackbone(ABC):
+class DiffusersBackbone(Backbone):
     """A text-to-image pipeline of diffusers whose scheduler takes plain Euler steps of flow matching.
 
     precision            of the latents between network calls. "pipeline": the network's dtype, so that they are rounded
@@ -127,9 +129,6 @@ class DiffusersBackbone(ABC):
     @abstractmethod
     def lora_targets(self) -> list[str]: ...
 
-    @abstractmethod
-    def encode(self, prompts: list[str]) -> Conditioning: ...
-
     @property
     def prompt_tokens(self) -> int:
         """Tokens that the network reads of a prompt."""
@@ -143,9 +142,6 @@ class DiffusersBackbone(ABC):
         config = self.denoiser.config
         pooled = {"pooled_projections": (config.pooled_projection_dim,)} if "pooled_projection_dim" in config else {}
         return {"encoder_hidden_states": (self.prompt_tokens, config.joint_attention_dim)} | pooled
-
-    @abstractmethod
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor: ...
 
     def warn_of_cut(self, prompts: list[str], **template: Any) -> None:
         """Say which prompts are longer than what the network reads of them, for pipelines that do not say it.

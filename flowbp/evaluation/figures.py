@@ -81,9 +81,7 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
     return {name: {"color": colours[i % 5], "linestyle": dashes[i // 5 % 3]} for i, name in enumerate(names)}
 
 
-def curves(
-    runs: Mapping[str, Sequence[Mapping]], metric: str, title: str, unit: str = "", smooth: bool = True
-) -> "Figure":
+def curves(runs: Mapping[str, Sequence[Mapping]], metric: str, title: str, unit: str, smooth: bool = True) -> "Figure":
     """A metric of the rows of metrics.jsonl over steps, one line a run: its running mean over a tenth of the run, with
     each step faint behind.
 
@@ -119,9 +117,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def sample_grid(
-    images: np.ndarray, captions: Sequence[str], passed: Sequence[bool | None], columns: int = 4
-) -> "Figure":
+def sample_grid(images: np.ndarray, captions: list[str], passed: Sequence[bool | None], columns: int = 4) -> "Figure":
     """images [n, H, W, 3] in [0, 1] with their captions.
 
     passed: the checker's verdicts, shown as a tick and a solid frame, or a cross and a dashed one; None: not judged.
@@ -130,16 +126,14 @@ def sample_grid(
 
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.75 * columns, 2.1 * rows), layout="constrained")
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
+    figure.subplots(rows, columns, subplot_kw={"xticks": [], "yticks": [], "frame_on": False})
     for axes, image, caption, ok in zip(figure.axes, images, captions, passed, strict=False):
         axes.imshow(image, interpolation="nearest" if image.shape[0] < 128 else "antialiased")
         mark = {None: "", True: "\N{CHECK MARK} ", False: "\N{BALLOT X} "}[ok]
         lines = textwrap.wrap(caption, 21, max_lines=3, placeholder=" ...") or [""]
         axes.set_title(mark + "\n".join(lines), fontsize=9, color=INK)
         if ok is not None:
-            axes.axis("on")
-            axes.set(xticks=[], yticks=[])
+            axes.set_frame_on(True)
             for spine in axes.spines.values():
                 spine.set(color=REWARD if ok else BRIDGE, linewidth=2.2, linestyle="solid" if ok else (0, (4, 2)))
     return as_text(figure)

@@ -70,10 +70,8 @@ def paired_samples(scores: Mapping[str, Scores], side: int = 256) -> list[dict[s
             checker = own.values.get("checker")
             picture.thumbnail((side, side))
             picture.save(png, "png")
-            passed = None if checker is None else bool(checker[i])
-            pictures.append(
-                {"name": name, "source": as_data_uri(png.getvalue()), "passed": passed, "coarse": picture.width < 128}
-            )
+            about = {"passed": None if checker is None else bool(checker[i]), "coarse": picture.width < 128}
+            pictures.append({"name": name, "source": as_data_uri(png.getvalue())} | about)
         pairs.append({"prompt": next(iter(scores.values())).prompts[i].text, "pictures": pictures})
     return pairs
 

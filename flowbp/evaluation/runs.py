@@ -91,9 +91,8 @@ def read_run(folder: Path, name: str) -> Run:
         raise FileNotFoundError(f"{folder} is no folder: pass the folders of runs")
     for file in (CONFIG, METRICS):
         if not inside(folder, file).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no {file}, so it is no run: pass the folders that flowbp train wrote"
-            )
+            way_out = "pass the folders that flowbp train wrote"
+            raise FileNotFoundError(f"{folder} holds no {file}, so it is no run: {way_out}")
     try:
         config = load(folder / CONFIG, run_code=False)
     except ConfigError as error:
@@ -137,9 +136,8 @@ def contrast(configs: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> dic
             config["method"] = pages.with_fields(name, fields)
     configs = with_evaluation(configs)
     flat = [flatten(config) | {IMAGES_A_STEP: count} for config, count in zip(configs, images, strict=True)]
-    verdicts = VERDICTS
-    if all(values.get("evaluation.patience") is None for values in flat):  # no run can stop early
-        verdicts = VERDICTS | {f"evaluation.{key}": (BOOKKEEPING, "") for key in STOPPING}
+    can_stop_early = any(values.get("evaluation.patience") is not None for values in flat)
+    verdicts = VERDICTS | {f"evaluation.{key}": (BOOKKEEPING, "") for key in STOPPING if not can_stop_early}
     sorted_out: dict[str, dict[str, Any]] = {POINT: {}, UNFAIR: {}, BOOKKEEPING: {}}
     for key in dict.fromkeys(key for values in flat for key in values):
         values = [one.get(key) for one in flat]
@@ -248,9 +246,8 @@ def run_warnings(runs: Sequence[Run], paired: Mapping[str, Any]) -> list[str]:
     lines = [f"{name} has taken {done} of {total} steps" for name, (done, total) in steps.items() if done != total]
     if unscored := ", ".join(run.name for run in runs if run.after is None):
         command = f"flowbp eval {first.folder} " + " ".join(f"--weights {run.name}={run.folder}" for run in runs)
-        lines.append(
-            f"no final evaluation (scores_after.csv): {unscored}. To score runs on the same samples: {command}"
-        )
+        advice = f"To score runs on the same samples: {command}"
+        lines.append(f"no final evaluation (scores_after.csv): {unscored}. {advice}")
     for run in others:
         if run.after is not None and first.after is not None and run.name not in paired:
             lines.append(f"{run.name} was scored on other prompts or seeds than {first.name}: no paired test")

@@ -31,9 +31,7 @@ def weighted_mean(values: np.ndarray, weights: np.ndarray) -> float:
     return float((weights * values).sum() / weights.sum()) if len(values) else float("nan")
 
 
-def interval(
-    values: np.ndarray, weights: np.ndarray, prompts: Sequence[str], level: float = 0.95
-) -> tuple[float, float]:
+def interval(values: np.ndarray, weights: np.ndarray, prompts: list[str], level: float = 0.95) -> tuple[float, float]:
     """(low, high) of the weighted mean of finite values [n]; samples with equal `prompts` are resampled together.
 
     (nan, nan) where n prompts are too few for an interval of this level. All n lie on one side of their median with
@@ -48,14 +46,13 @@ def interval(
     means = sums / totals
     if np.ptp(means) <= 1e-12 * np.abs(means).max():  # equal up to rounding
         return (weighted_mean(values, weights),) * 2
-    options = {"n_resamples": RESAMPLES, "batch": BATCH, "confidence_level": expanded(level, len(sums))}
+    options = {"paired": True, "n_resamples": RESAMPLES, "batch": BATCH, "confidence_level": expanded(level, len(sums))}
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         # BCa is undefined where every resample lies on one side of the mean, as happens with few prompts.
         for method in ("BCa", "percentile"):
             rng = np.random.default_rng(0)
-            result = stats.bootstrap((sums, totals), ratio, paired=True, method=method, rng=rng, **options)
-            low, high = result.confidence_interval
+            low, high = stats.bootstrap((sums, totals), ratio, method=method, rng=rng, **options).confidence_interval
             if np.isfinite((low, high)).all():
                 break
     return float(low), float(high)

@@ -99,7 +99,7 @@ def clip_from_open_clip(state: dict[str, Tensor], heads: int, dtype: torch.dtype
 
     try:
         vision, text = (_sizes(weights, tower, heads) for tower in ("vision_model", "text_model"))
-        places = weights["text_model.embeddings.position_embedding.weight"]
+        places = len(weights["text_model.embeddings.position_embedding.weight"])
         vocabulary = len(weights["text_model.embeddings.token_embedding.weight"])
         patch = weights["vision_model.embeddings.patch_embedding.weight"].shape[-1]
         patches = len(weights["vision_model.embeddings.position_embedding.weight"]) - 1
@@ -107,7 +107,7 @@ def clip_from_open_clip(state: dict[str, Tensor], heads: int, dtype: torch.dtype
     except KeyError as error:
         raise ValueError(f"these are not the weights of an open_clip ViT: there is no {error}") from None
     vision |= {"patch_size": patch, "image_size": patch * round(patches**0.5)}
-    text |= {"vocab_size": vocabulary, "max_position_embeddings": len(places), "eos_token_id": vocabulary - 1}
+    text |= {"vocab_size": vocabulary, "max_position_embeddings": places, "eos_token_id": vocabulary - 1}
     config = CLIPConfig(vision_config=vision, text_config=text, projection_dim=embedding)
     return frozen_model(CLIPModel, config, weights, dtype, "an open_clip ViT")
 

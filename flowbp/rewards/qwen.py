@@ -81,8 +81,7 @@ def inputs(
     """The model's arguments for images [B, 3, H, W] in [0, 1] with one text each. Texts are padded on the right."""
     height, width = smart_size(*images.shape[-2:], min_pixels, max_pixels)
     patches, grid = patchify(normalise(resize(images, height, width).clamp(0, 1)))
-    tokens = (height // CELL) * (width // CELL)
-    turns = [conversation(text, tokens, answer) for text in texts]
+    turns = [conversation(text, (height // CELL) * (width // CELL), answer) for text in texts]
     encoded = tokenizer(turns, padding=True, padding_side="right", return_tensors="pt").to(images.device)
     return {
         "input_ids": encoded.input_ids,
