@@ -8,7 +8,7 @@ import importlib
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,14 +78,12 @@ def without_bars() -> Iterator[None]:
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
-    shown = [bars for bars in (of_diffusers, of_transformers) if bars.is_progress_bar_enabled()]
-    for bars in shown:
-        bars.disable_progress_bar()
-    try:
+    with ExitStack() as after:
+        for bars in (of_diffusers, of_transformers):
+            if bars.is_progress_bar_enabled():
+                bars.disable_progress_bar()
+                after.callback(bars.enable_progress_bar)
         yield
-    finally:
-        for bars in shown:
-            bars.enable_progress_bar()
 
 
 def read_index(name: str) -> tuple[str, dict[str, Any]]:

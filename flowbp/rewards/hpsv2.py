@@ -16,7 +16,7 @@ from torch import Tensor
 from flowbp.rewards.clip import CLIPEncoder
 from flowbp.rewards.files import read_state_dict
 from flowbp.rewards.preprocessing import fit_long_side, normalise
-from flowbp.rewards.weights import count_layers, frozen_model, renamed
+from flowbp.rewards.weights import encoder_sizes, frozen_model, renamed
 
 
 class HPSv2(CLIPEncoder):
@@ -98,7 +98,8 @@ def clip_from_open_clip(state: dict[str, Tensor], heads: int, dtype: torch.dtype
             weights[key] = value
 
     try:
-        vision, text = (_sizes(weights, tower, heads) for tower in ("vision_model", "text_model"))
+        towers = ("vision_model.encoder.layers.", "text_model.encoder.layers.")
+        vision, text = (encoder_sizes(weights, tower, "mlp.fc1", heads) | {"hidden_act": "gelu"} for tower in towers)
         places = len(weights["text_model.embeddings.position_embedding.weight"])
         vocabulary = len(weights["text_model.embeddings.token_embedding.weight"])
         patch = weights["vision_model.embeddings.patch_embedding.weight"].shape[-1]
@@ -110,16 +111,3 @@ def clip_from_open_clip(state: dict[str, Tensor], heads: int, dtype: torch.dtype
     text |= {"vocab_size": vocabulary, "max_position_embeddings": places, "eos_token_id": vocabulary - 1}
     config = CLIPConfig(vision_config=vision, text_config=text, projection_dim=embedding)
     return frozen_model(CLIPModel, config, weights, dtype, "an open_clip ViT")
-
-
-def _sizes(weights: dict[str, Tensor], tower: str, heads: int) -> dict:
-    """The settings that both towers share, from the shapes of their weights."""
-    layers = f"{tower}.encoder.layers."
-    intermediate, width = weights[f"{layers}0.mlp.fc1.weight"].shape
-    return {
-        "hidden_size": width,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": count_layers(weights, layers),
-        "num_attention_heads": heads,
-        "hidden_act": "gelu",
-    }

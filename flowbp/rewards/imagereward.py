@@ -13,7 +13,7 @@ from torch import Tensor
 from flowbp.rewards.aesthetic import rating_head
 from flowbp.rewards.files import read_state_dict
 from flowbp.rewards.preprocessing import fit_short_side, normalise
-from flowbp.rewards.weights import below, count_layers, frozen_model, renamed
+from flowbp.rewards.weights import below, encoder_sizes, frozen_model, renamed
 
 
 class ImageReward:
@@ -64,17 +64,10 @@ def vision_model(state: dict[str, Tensor], heads: int, dtype: torch.dtype):
     from transformers import BlipVisionConfig, BlipVisionModel
 
     state = renamed(state, VISION_RENAMED)
-    width, _, _, patch = state["embeddings.patch_embedding.weight"].shape
-    patches = state["embeddings.position_embedding"].shape[1] - 1
-    config = BlipVisionConfig(
-        hidden_size=width,
-        intermediate_size=len(state["encoder.layers.0.mlp.fc1.weight"]),
-        num_hidden_layers=count_layers(state, "encoder.layers."),
-        num_attention_heads=heads,
-        image_size=patch * round(patches**0.5),
-        patch_size=patch,
-        layer_norm_eps=1e-6,
-    )
+    sizes = encoder_sizes(state, "encoder.layers.", "mlp.fc1", heads)
+    patch = state["embeddings.patch_embedding.weight"].shape[-1]
+    side = round((state["embeddings.position_embedding"].shape[1] - 1) ** 0.5)
+    config = BlipVisionConfig(**sizes, image_size=patch * side, patch_size=patch, layer_norm_eps=1e-6)
     return frozen_model(BlipVisionModel, config, state, dtype, "ImageReward")
 
 
@@ -83,14 +76,10 @@ def text_model(state: dict[str, Tensor], heads: int, dtype: torch.dtype):
     from transformers import BlipTextConfig, BlipTextModel
 
     state.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
-    vocabulary, width = state["embeddings.word_embeddings.weight"].shape
     config = BlipTextConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
+        **encoder_sizes(state, "encoder.layer.", "intermediate.dense", heads),
+        vocab_size=len(state["embeddings.word_embeddings.weight"]),
         encoder_hidden_size=state["encoder.layer.0.crossattention.self.key.weight"].shape[1],
-        intermediate_size=len(state["encoder.layer.0.intermediate.dense.weight"]),
-        num_hidden_layers=count_layers(state, "encoder.layer."),
-        num_attention_heads=heads,
         max_position_embeddings=len(state["embeddings.position_embeddings.weight"]),
     )
     return frozen_model(BlipTextModel, config, state, dtype, "ImageReward", add_pooling_layer=False)

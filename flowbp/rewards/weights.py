@@ -63,6 +63,13 @@ def below(state: State, prefix: str, checkpoint: str) -> State:
     return found
 
 
-def count_layers(state: State, prefix: str) -> int:
-    """How many layers there are: `prefix` is followed by the layer's number."""
-    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
+def encoder_sizes(state: State, layers: str, mlp: str, heads: int) -> dict[str, int]:
+    """The settings that all encoders of transformers have, from the shapes of their weights.
+
+    layers: the prefix of every layer, which the layer's number follows.  mlp: the first linear map of a layer's MLP.
+    heads: of the attention, which no shape tells. Raises KeyError for a weight that is missing.
+    """
+    intermediate, width = state[f"{layers}0.{mlp}.weight"].shape
+    numbers = {key.removeprefix(layers).split(".")[0] for key in state if key.startswith(layers)}
+    sizes = {"hidden_size": width, "intermediate_size": intermediate}
+    return sizes | {"num_hidden_layers": len(numbers), "num_attention_heads": heads}
