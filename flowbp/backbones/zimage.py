@@ -19,11 +19,8 @@ class ZImageBackbone(DiffusersBackbone):
     """
 
     guidance_branches = "batched"
+    pipeline_dtype = torch.float32
     lora_targets = [f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
-
-    @property
-    def pipeline_dtype(self) -> torch.dtype:
-        return torch.float32
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:

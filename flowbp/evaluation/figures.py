@@ -58,8 +58,7 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
         path.scatter(j, sigmas[j], s=150, facecolors="none", edgecolors=BRIDGE, lw=2, zorder=4, label=label)
         arrow = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.25", "mutation_scale": 11, "color": BRIDGE}
         for i in (i for i in active if i < j and plan.active_bridge):
-            ends = (j, sigmas[j]), (i, sigmas[i])
-            path.add_patch(FancyArrowPatch(*ends, lw=1.2, shrinkA=7, shrinkB=6, **arrow))
+            path.add_patch(FancyArrowPatch((j, sigmas[j]), (i, sigmas[i]), lw=1.2, shrinkA=7, shrinkB=6, **arrow))
     path.set_ylabel("noise level σ")
     path.set_title(title, loc="left", color=INK)
     path.legend(frameon=False, fontsize=9, loc="lower left", markerscale=0.75, labelspacing=0.6)

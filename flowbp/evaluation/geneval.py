@@ -114,8 +114,9 @@ def load_requirements(path: str) -> dict[str, Requirement]:
             entry = json.loads(line, object_pairs_hook=once)
             prompt, requirement = entry["prompt"].strip(), Requirement.parse(entry)
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
-            rule = "GenEval's metadata has tag, prompt, include and exclude in every line"
-            raise ValueError(f"{where}: {cut(repr(error), 300)}; {rule}") from error
+            raise ValueError(
+                f"{where}: {cut(repr(error), 300)}; a line has tag, prompt, include and exclude"
+            ) from error
         if requirements.setdefault(prompt, requirement) != requirement:
             raise ValueError(f"{where}: {short(prompt)} stands there twice with other requirements; word one otherwise")
     return requirements
@@ -192,8 +193,7 @@ class GenEval:
     def faults(self, image: Tensor, prompt: str) -> list[str]:
         """What is wrong with the image [3, H, W] of a prompt. Raises ValueError for a prompt without a requirement."""
         if prompt not in self.requirements:
-            rule = "evaluation.prompts must be the evaluation_metadata.jsonl"
-            raise ValueError(f"no GenEval metadata for the prompt {short(prompt)}: {rule}")
+            raise ValueError(f"no GenEval metadata for the prompt {short(prompt)}: evaluation.prompts must be its file")
         requirement = self.requirements[prompt]
         least = self.counting_threshold if requirement.tag == "counting" else self.threshold
         detected = {

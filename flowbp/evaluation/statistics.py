@@ -66,8 +66,7 @@ def paired_p_value(before: np.ndarray, after: np.ndarray, weights: np.ndarray, p
     """
     from scipy import stats
 
-    old, _ = by_prompt(before, weights, prompts)
-    new, _ = by_prompt(after, weights, prompts)
+    old, new = (by_prompt(values, weights, prompts)[0] for values in (before, after))
     if len(old) < 2:
         return float("nan")
     options = {"permutation_type": "samples", "alternative": "greater", "n_resamples": RESAMPLES, "batch": BATCH}

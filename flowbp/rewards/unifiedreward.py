@@ -27,7 +27,7 @@ class UnifiedReward:
         `qwen.instruction`).
     """
 
-    MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 16384 * 28 * 28
+    PIXELS = 4 * 28 * 28, 16384 * 28 * 28  # at least, at most
     ANSWER = "Alignment Score (1-5): "
 
     def __init__(self, model: str | Path, device: str = "cpu", dtype: str = "bfloat16"):
@@ -43,8 +43,7 @@ class UnifiedReward:
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         texts = [self.instruction.replace("{prompt}", prompt) for prompt in prompts]
-        pixels = self.MIN_PIXELS, self.MAX_PIXELS
-        arguments = inputs(self.tokenizer, self.model.dtype, images, texts, *pixels, self.ANSWER)
+        arguments = inputs(self.tokenizer, self.model.dtype, images, texts, *self.PIXELS, self.ANSWER)
         states = self.model.model(**arguments, use_cache=False).last_hidden_state
         precision = torch.promote_types(states.dtype, torch.float32)
         last = states[torch.arange(len(states)), arguments["attention_mask"].sum(dim=1) - 1].to(precision)
