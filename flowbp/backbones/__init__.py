@@ -64,7 +64,7 @@ def load_backbone(
 
     from flowbp.backbones.classes import BACKBONES
 
-    class_name, offline = index.get("_class_name"), Path(location).is_dir()
+    class_name, offline = index["_class_name"], Path(location).is_dir()
     if class_name not in BACKBONES:
         raise ValueError(f"no backbone for {cut(class_name)} ({location}); there is one for {', '.join(BACKBONES)}")
     absent = [part for part, value in index.items() if value == ABSENT]
@@ -114,6 +114,10 @@ def read_index(name: str) -> tuple[str, dict[str, Any]]:
             f"accept a licence, do so and run `hf auth login`. To work offline, run `hf download {location} "
             "--local-dir FOLDER` where there is a network, and set backbone.name=FOLDER"
         ) from error
+    if not isinstance(class_name := index.get("_class_name"), str):
+        raise ValueError(
+            f"{location} names no pipeline: the _class_name of its model_index.json is {short(class_name)}"
+        )
     # It lists a part that was left out, such as the T5 of an SD3, as [null, null].
     parts = {part: value for part, value in index.items() if isinstance(value, list) and value != ABSENT}
     if strange := [part for part, value in parts.items() if value[:1] not in (["diffusers"], ["transformers"])]:
