@@ -86,7 +86,7 @@ def test_a_pipeline_that_brings_code_of_its_own_is_refused(strangers):
         with pytest.raises(ValueError, match=f"has code of its own for its {part}"):
             load_backbone(str(folder))
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": ["stranger", "Pipeline"]}))
-    with pytest.raises(ValueError, match="no backbone for .'stranger', 'Pipeline'"):
+    with pytest.raises(ValueError, match="names no pipeline: .* is .'stranger', 'Pipeline'"):
         load_backbone(str(folder))
     assert not (strangers / "mark").exists()
 
@@ -235,5 +235,6 @@ def test_a_page_embeds_pictures_and_nothing_else(strangers, monkeypatch):
 )
 def test_metrics_that_no_run_wrote_are_refused_by_name(line, strangers):
     (strangers / "a" / "metrics.jsonl").write_text(f"{line}\n")
-    with pytest.raises(ValueError, match="a cannot be compared: metrics.jsonl or environment.json is not as"):
+    with pytest.raises(OSError, match="metrics.jsonl is damaged") as raised:
         read_run(strangers / "a", "a")
+    assert len(str(raised.value)) < 400

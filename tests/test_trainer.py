@@ -47,7 +47,7 @@ TINY = ["steps=2", "data.batch_size=2", "rollout.num_steps=12", "checkpoint_ever
 def without_pictures(monkeypatch):
     """To draw those of a report takes longer than to train; tests/evaluation looks at them."""
     for module in ("flowbp.training.report", "flowbp.evaluation.pages"):
-        monkeypatch.setattr(f"{module}.as_png", lambda figure: b"")
+        monkeypatch.setattr(f"{module}.as_png", lambda figure: b"a picture")
 
 
 def tiny(tmp_path, *overrides):
@@ -344,9 +344,9 @@ def test_each_copy_of_each_sample_has_noise_and_perturbations_of_its_own(tmp_pat
     trainer = Trainer(tiny(tmp_path, "method={name: draft-lv, num_renoised: 2}", "rollout.num_steps=2"))
     score, noises, seeds = trainer.rewards.score, [], []
 
-    def rolled(velocity, noise, sigmas, plan, renoise, recompute):
+    def rolled(velocity, noise, sigmas, plan, renoise, *others):
         noises.extend(torch.cat([noise, *renoise]).flatten(1))
-        return rollout(velocity, noise, sigmas, plan, renoise, recompute)
+        return rollout(velocity, noise, sigmas, plan, renoise, *others)
 
     monkeypatch.setattr("flowbp.training.trainer.rollout", rolled)
     trainer.rewards.score = lambda images, prompts, own: seeds.extend(own) or score(images, prompts, own)

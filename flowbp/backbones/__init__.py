@@ -58,7 +58,7 @@ def load_backbone(
 
     from flowbp.backbones.classes import BACKBONES
 
-    class_name, offline = index.get("_class_name"), Path(location).is_dir()
+    class_name, offline = index["_class_name"], Path(location).is_dir()
     if class_name not in BACKBONES:
         raise ValueError(f"no backbone for {cut(class_name)} ({location}); there is one for {', '.join(BACKBONES)}")
     options = {part: None for part, value in index.items() if value == ABSENT}
@@ -103,6 +103,8 @@ def read_index(name: str) -> tuple[str, dict[str, Any]]:
         licence = "accept the licence on its page, if it asks, and run `hf auth login`"
         offline = f"run `hf download {location} --local-dir FOLDER` elsewhere, and set backbone.name=FOLDER"
         raise OSError(f"{location} is neither here nor within reach ({cause}): {licence}; or {offline}") from error
+    if not isinstance(class_name := index.get("_class_name"), str):
+        raise ValueError(f"{location} names no pipeline: _class_name in its model_index.json is {short(class_name)}")
     # It lists a part that was left out, such as the T5 of an SD3, as [null, null].
     parts = {part: value for part, value in index.items() if isinstance(value, list) and value != ABSENT}
     if strange := [part for part, value in parts.items() if value[:1] not in (["diffusers"], ["transformers"])]:

@@ -102,6 +102,8 @@ def read_run(folder: Path, name: str) -> Run:
         run.check_record(checkpoint)
     if not (rows := run.metrics()):
         raise FileNotFoundError(f"{folder / METRICS} is empty: the run has not taken a step")
+    if not all(isinstance(row.get(key), int | float) for row in rows for key in ("seconds", "peak_mb")):
+        raise OSError(f"{folder / METRICS} is damaged: a row's seconds or peak_mb is no number")
     tables = (inside(folder, f"scores_{side}.csv") for side in ("before", "after"))
     scores = (read_scores(table) if table.is_file() else None for table in tables)
     recorded = inside(folder, ENVIRONMENT)

@@ -59,7 +59,7 @@ class HPSv3:
         states = self.model(**arguments, position_ids=positions, use_cache=False).last_hidden_state
         at_token = states[ids == self.reward_id].to(self.head[0].weight.dtype)
         if len(at_token) != len(images):
-            raise ValueError(f"a prompt holds {self.REWARD_TOKEN}, which marks the place of HPSv3's score: take it out")
+            raise ValueError(f"a prompt holds {self.REWARD_TOKEN}, where HPSv3 would read its score: take it out")
         return self.head(at_token)[:, 0]
 
 

@@ -320,7 +320,7 @@ def read_metrics(folder: Path) -> list[tuple[str, dict[str, Any]]]:
                     raise TypeError("its step is no number")
                 rows.append((line.decode(), row))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise OSError(f"{file} is damaged in line {len(rows) + 1}: {error}. Restore it from a copy") from error
+        raise OSError(f"{file} is damaged in line {len(rows) + 1}: {cut(error)}. Restore it from a copy") from error
     return rows
 
 

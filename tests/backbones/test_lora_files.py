@@ -10,6 +10,7 @@ from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 
 from flowbp.backbones import BACKBONES
 from flowbp.config import TuningConfig
+from flowbp.runtime.checkpoint import seal
 from flowbp.runtime.tuning import trainable_parameters
 from flowbp.runtime.weights import LORA, export_comfyui, load_weights, save_weights, start_from
 
@@ -214,6 +215,7 @@ def test_a_transformer_folder_that_does_not_fit_is_refused(damage, tmp_path):
     elif damage == "NaN":
         tensors["proj_out.weight"][0, 0] = torch.nan
     save_file(tensors, file, {"format": "pt"})
+    seal(file.parent)
     says = "holds NaN or inf in 1 of its" if damage == "NaN" else "belongs to another model: .* do not fit this"
     with pytest.raises(ValueError, match=says):
         load_weights(fresh(FLUX if damage == "another model" else FLUX2), tmp_path)

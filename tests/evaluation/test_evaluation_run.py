@@ -20,6 +20,7 @@ from flowbp.config import load
 from flowbp.evaluation import models as evaluation_run
 from flowbp.evaluation import scores as evaluation
 from flowbp.evaluation.models import BASE, Model, name_models, run_evaluation
+from flowbp.runtime import tuned_model
 from flowbp.runtime.checkpoint import latest_checkpoint
 from flowbp.runtime.run_folder import locked
 from flowbp.runtime.weights import LORA, load_weights
@@ -80,14 +81,14 @@ def test_a_damaged_chunk_is_made_again(run, whole, tmp_path, caplog):
 def test_weights_that_are_replaced_while_they_are_read_are_not_scored_as_others(run, tmp_path, monkeypatch):
     weights = tmp_path / "best"
     shutil.copytree(run, weights)
-    load_backbone = evaluation_run.frozen_backbone
+    load_backbone = tuned_model.frozen_backbone
 
     def replaced_meanwhile(*arguments):
         lora_b = load_file(weights / LORA)
         save_file({name: value + 1 for name, value in lora_b.items()}, weights / LORA)
         return load_backbone(*arguments)
 
-    monkeypatch.setattr(evaluation_run, "frozen_backbone", replaced_meanwhile)
+    monkeypatch.setattr(tuned_model, "frozen_backbone", replaced_meanwhile)
     config = load(run / "config.yaml", ["evaluation.samples=4"])
     with pytest.raises(OSError, match="best was replaced while it was read"):
         run_evaluation(config, [Model("tuned", weights)], tmp_path / "eval")
@@ -196,12 +197,18 @@ def test_scores_that_are_overwritten_take_no_other_file_with_them(run, tmp_path)
 
 
 def test_a_run_of_0_1_is_evaluated_and_not_resumed(run, tmp_path):
-    """Its config names no noise levels: 0.1 trained on the sampler's, and they end next to zero."""
+    """Its config names no noise levels: 0.1 trained on the sampler's, and they end next to zero. Its checkpoints say
+    nothing of the run.
+    """
     old = tmp_path / "old"
     shutil.copytree(run, old)
     config = yaml.safe_load((old / "config.yaml").read_text())
     del config["rollout"]["sigmas"], config["rollout"]["timesteps"], config["evaluation"]["sigmas"]
     (old / "config.yaml").write_text(yaml.safe_dump(config))
+    for step in old.glob("checkpoints/*/step.json"):
+        said = json.loads(step.read_text())
+        step.write_text(json.dumps({key: said[key] for key in ("step", "processes")}))
+        (step.parent / "SHA256SUMS").unlink()
     with pytest.raises(
         ValueError, match=r"was trained by flowbp 0.1, .* cannot go on; its weights still evaluate \(flowbp eval"
     ):

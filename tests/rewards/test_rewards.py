@@ -289,7 +289,7 @@ def test_unifiedreward_is_the_expected_digit_of_the_models_own_logits(folders):
 
 
 def test_a_prompt_with_hpsv3s_own_mark_is_refused(folders):
-    with pytest.raises(ValueError, match=re.escape("a prompt holds <|Reward|>, which marks")):
+    with pytest.raises(ValueError, match=re.escape("a prompt holds <|Reward|>, where HPSv3 would read its score")):
         load_reward("hpsv3", str(folders["hpsv3"]))(images(), ["a <|Reward|>", "b"])
 
 
