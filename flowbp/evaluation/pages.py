@@ -54,8 +54,7 @@ def draw_samples(scores: Scores) -> "Figure":
     """The images that `scores` kept, with their prompts, framed by the checker's verdict if there is one."""
     checker = scores.values.get("checker")
     passed = [None if checker is None else bool(checker[i]) for i in range(len(scores.images))]
-    captions = [prompt.text for prompt in scores.prompts[: len(scores.images)]]
-    return figures.sample_grid(scores.images.permute(0, 2, 3, 1).numpy(), captions, passed)
+    return figures.sample_grid(scores.images.permute(0, 2, 3, 1).numpy(), [p.text for p in scores.prompts], passed)
 
 
 def paired_samples(scores: Mapping[str, Scores], side: int = 256) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ The weights of ImageReward.pt are renamed into transformers' `BlipVisionModel` a
 Key names and constants are from the published source; the real checkpoint was not loaded here.
 """
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,10 +30,9 @@ class ImageReward:
         from transformers import BertTokenizer
 
         state, dtype = read_state_dict(model, "ImageReward"), getattr(torch, dtype)
-        part = partial(below, state, checkpoint="ImageReward")
-        self.vision = vision_model(part("blip.visual_encoder."), self.VISION_HEADS, dtype).to(device)
-        self.text = text_model(part("blip.text_encoder."), self.TEXT_HEADS, dtype).to(device)
-        self.head = rating_head(part("mlp.layers."), dtype).to(device)
+        self.vision = vision_model(state, self.VISION_HEADS, dtype).to(device)
+        self.text = text_model(state, self.TEXT_HEADS, dtype).to(device)
+        self.head = rating_head(below(state, "mlp.layers.", "ImageReward"), dtype).to(device)
         self.tokenizer = BertTokenizer.from_pretrained(tokenizer, local_files_only=True)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -60,10 +58,10 @@ VISION_RENAMED = (  # BLIP -> transformers
 
 
 def vision_model(state: dict[str, Tensor], heads: int, dtype: torch.dtype):
-    """BLIP's image encoder, frozen; sizes are read off the weights."""
+    """BLIP's image encoder in the weights of ImageReward, frozen; sizes are read off the weights."""
     from transformers import BlipVisionConfig, BlipVisionModel
 
-    state = renamed(state, VISION_RENAMED)
+    state = renamed(below(state, "blip.visual_encoder.", "ImageReward"), VISION_RENAMED)
     sizes = encoder_sizes(state, "encoder.layers.", "mlp.fc1", heads)
     patch = state["embeddings.patch_embedding.weight"].shape[-1]
     side = round((state["embeddings.position_embedding"].shape[1] - 1) ** 0.5)
@@ -75,6 +73,7 @@ def text_model(state: dict[str, Tensor], heads: int, dtype: torch.dtype):
     """BLIP's text encoder with cross-attention to the image, frozen. Its weights have transformers' names already."""
     from transformers import BlipTextConfig, BlipTextModel
 
+    state = below(state, "blip.text_encoder.", "ImageReward")
     state.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
     config = BlipTextConfig(
         **encoder_sizes(state, "encoder.layer.", "intermediate.dense", heads),
