@@ -142,8 +142,7 @@ def _table(text: str, path: Path, tabs: bool) -> list[Prompt]:
         raise ValueError(f"prompt file {path}, line {line} cannot be read: {cut(error, 200)}; {rule}") from error
     names = [name.strip() for name in rows[0][1]] if rows else []
     if rows and _value(dict.fromkeys(names, ""), PROMPT) is None:
-        columns = f"a column must be called prompt, not {short(names)}"
-        raise ValueError(f"prompt file {str(path)!r} cannot be read: {columns}")
+        raise ValueError(f"prompt file {path} cannot be read: a column must be called prompt, not {short(names)}")
     found, last = [], None
     for line, row in rows[1:]:
         with _naming(f"{path}, line {line}"):

@@ -65,9 +65,9 @@ class TunedModel:
         """Move each parameter's gradient to its master weight. Raises ValueError if a trained parameter has none."""
         missing = [name for name, p in self.parameters.items() if p.grad is None]
         if missing:
+            what = f"{len(missing)} of {len(self.parameters)} trained parameters take no part in the velocity"
             raise ValueError(
-                f"{len(missing)} of {len(self.parameters)} trained parameters take no part in the velocity and would "
-                f"never change, such as {missing[0]}: name other modules in tuning.targets"
+                f"{what} and would never change, such as {missing[0]}: name other modules in tuning.targets"
             )
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter and parameter.grad is not None:
