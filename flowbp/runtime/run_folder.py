@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,10 +38,7 @@ from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress, 
 from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import ENVIRONMENT, environment
 from flowbp.runtime.tensors import read_tensors, write_tensors
-from flowbp.runtime.weights import LORA, TRANSFORMER, save_weights
-
-if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
-    from flowbp.backbones import Backbone
+from flowbp.runtime.weights import LORA, TRANSFORMER
 
 METRICS = "metrics.jsonl"
 BEST = "best"
@@ -89,7 +86,7 @@ class RunFolder:
 
     def _check_resume(self, config: RunConfig) -> None:
         """Raise if the run trained otherwise than `config` says, or on other processes."""
-        path, new, last = self.path, yaml.safe_load(dump(config)), latest_checkpoint(self.path)
+        path, new, last = self.path, config.model_dump(mode="json"), latest_checkpoint(self.path)
         about = progress(last) if last is not None else {}
         # What a checkpoint says it was trained with stands above a file that may have been changed since.
         old = about.get("config") or read(path / CONFIG)[0]
@@ -151,7 +148,7 @@ class RunFolder:
         if not self.writes:
             return {}
         files.sync(self.path / METRICS)
-        return {"config": yaml.safe_load(dump(config)), "files": self._digests()}
+        return {"config": config.model_dump(mode="json"), "files": self._digests()}
 
     def check_record(self, checkpoint: Path) -> None:
         """Raise OSError if a file that `checkpoint` remembers has changed since. One that was deleted is told."""
@@ -199,10 +196,6 @@ class RunFolder:
         """The same for a value as JSON."""
         if self.writes:
             files.write_json(self.path / name, value)
-
-    def save_weights(self, backbone: "Backbone", name: str = "") -> None:
-        """Write the backbone's weights into the run's folder, or into `name` in it. Every process calls it."""
-        save_weights(backbone, self.path / name, write=self.writes)
 
     def keep_validation(self, step: int, values: Values, best: bool = False) -> None:
         """Keep the scores of the weights after `step` steps. best: they are those that were just saved as `BEST`."""
@@ -305,12 +298,11 @@ def is_run(folder: Path) -> bool:
     started = (folder / METRICS).is_file()
     if not (folder / CONFIG).is_file() or not (started or contents(folder) == {CONFIG}):
         return False
-    try:
-        keys = yaml.safe_load((folder / CONFIG).read_text())
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return False
     needed = {name for name, field in RunConfig.model_fields.items() if field.is_required() or not started}
-    return isinstance(keys, dict) and needed <= keys.keys()
+    with suppress(yaml.YAMLError, ValueError, RecursionError):
+        keys = yaml.safe_load((folder / CONFIG).read_text())
+        return isinstance(keys, dict) and needed <= keys.keys()
+    return False
 
 
 def contents(folder: Path) -> set[str]:

@@ -15,7 +15,7 @@ from flowbp.config import ConfigError, TuningConfig, load
 from flowbp.config.loading import CONFIG
 from flowbp.foreign import cut
 from flowbp.runtime.checkpoint import CHECKPOINT, STATE, latest_checkpoint, load_parameters, load_state
-from flowbp.runtime.distributed import gathered
+from flowbp.runtime.distributed import gathered, process_state
 from flowbp.runtime.files import check_seal, digest_files, replacing, seal
 from flowbp.runtime.tensors import read_tensors, seal_tensors
 from flowbp.runtime.tuning import assign, trainable_parameters, trained
@@ -36,17 +36,17 @@ ROLES = {"down": "A", "up": "B", None: "alpha"}
 log = logging.getLogger(__name__)
 
 
-def save_weights(backbone: "Backbone", output: Path, write: bool = True) -> Path:
+def save_weights(backbone: "Backbone", output: Path) -> Path:
     """Write the tuned weights into the folder `output`, and return their path.
 
     A LoRA is the file `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(output)`; full weights are the
-    folder `transformer/`, for `from_pretrained`. Every process must call it, because shards are gathered from all; the
-    one with `write` writes.
+    folder `transformer/`, for `from_pretrained`. Every process must call it, because shards are gathered from all. The
+    main process writes.
     """
-    denoiser = backbone.denoiser
+    denoiser, writes = backbone.denoiser, process_state().is_main_process
     if not getattr(denoiser, "peft_config", None):
         state = gathered(denoiser.state_dict())
-        if write:
+        if writes:
             with torch.device("meta"):
                 whole = type(denoiser).from_config(denoiser.config)
             whole.load_state_dict(state, assign=True)
@@ -57,7 +57,7 @@ def save_weights(backbone: "Backbone", output: Path, write: bool = True) -> Path
     from peft import get_peft_model_state_dict
 
     layers = gathered(get_peft_model_state_dict(denoiser))
-    if not write:
+    if not writes:
         return output / LORA
     adapter = denoiser.peft_config["default"].to_dict()  # says alpha: a file without it is read as alpha = rank
     adapter["target_modules"] = sorted(adapter["target_modules"])

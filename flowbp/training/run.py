@@ -18,7 +18,7 @@ from flowbp.runtime.interrupts import Stop, heard_by, interrupt
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
 from flowbp.runtime.run_folder import BEST, TENSORBOARD, RunFolder, told_at_the_next_call
-from flowbp.runtime.weights import pinned
+from flowbp.runtime.weights import pinned, save_weights
 from flowbp.training.report import write_report
 from flowbp.training.sentinel import Sentinel
 from flowbp.training.trainer import Trainer
@@ -97,7 +97,7 @@ def run(trainer: Trainer, folder: RunFolder) -> None:
     if stop.number:
         interrupt(stop.number)
     with model.using(model.tuned) as backbone:
-        folder.save_weights(backbone)
+        save_weights(backbone, folder.path)
     report(trainer, sentinel, folder)
     with writing(folder.path / TENSORBOARD):
         accelerator.end_training()
@@ -151,7 +151,7 @@ def validate(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder, ste
         scores = trainer.evaluator.score(model, model.tuned, sentinel.samples)
         if is_best := sentinel.record(step, scores):
             with model.using(model.tuned) as backbone:
-                folder.save_weights(backbone, BEST)
+                save_weights(backbone, folder.path / BEST)
             folder.write_json(f"{BEST}/step.json", {"step": step})
         folder.keep_validation(step, scores.values, is_best)
         means = {f"validation/{name}": float(values.mean()) for name, values in scores.values.items()}

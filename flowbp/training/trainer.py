@@ -155,11 +155,10 @@ class Trainer:
         factors = loss_factors(weights, keep, copies, kept)
         rewards, loss, g = reward_gradient(self.rewards, score, z, factors, config.memory.reward_batch)
         g = g / config.guidance.divisor
-        norms = g.flatten(1).norm(dim=1) * len(g)
         logged |= {name: torch.cat([scores[name] for scores in watched]).mean().item() for name in self.monitors}
         logged |= self.rewards.update(ranks.accelerator.gather(rewards))
         logged["finite"] = rewards.isfinite().all(dim=1).float().mean().item()  # share of samples
-        logged |= {"loss": loss.item(), "sample_grad_norm": norms.mean().item()}
+        logged |= {"loss": loss.item(), "sample_grad_norm": (g.flatten(1).norm(dim=1) * len(g)).mean().item()}
         return clip_samples(g, config.optimizer.max_sample_grad_norm), logged
 
     @torch.no_grad()
