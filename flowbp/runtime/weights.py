@@ -44,6 +44,8 @@ def save_weights(backbone: "Backbone", output: Path) -> Path:
     main process writes.
     """
     denoiser, writes = backbone.denoiser, process_state().is_main_process
+    if writes:
+        output.mkdir(exist_ok=True)
     if not getattr(denoiser, "peft_config", None):
         state = gathered(denoiser.state_dict())
         if writes:
@@ -61,7 +63,6 @@ def save_weights(backbone: "Backbone", output: Path) -> Path:
         return output / LORA
     adapter = denoiser.peft_config["default"].to_dict()  # says alpha: a file without it is read as alpha = rank
     adapter["target_modules"] = sorted(adapter["target_modules"])
-    output.mkdir(exist_ok=True)
     with replacing(output / LORA) as scratch:
         kept = {"transformer_lora_layers": layers, "transformer_lora_adapter_metadata": adapter}
         type(backbone.pipe).save_lora_weights(scratch.parent, weight_name=scratch.name, **kept)
