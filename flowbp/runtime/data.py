@@ -55,9 +55,8 @@ def load_prompts(source: str) -> list[Prompt]:
     prompts = [Prompt(text.strip(), category) for text, category in found if text.strip()]
     if not prompts:
         raise ValueError(f"prompt file {source!r} holds no prompt; write one a line")
-    for prompt in prompts:
-        if NO_TEXT.search("".join(prompt)):
-            raise ValueError(f"prompt file {source!r} holds {short(tuple(prompt))}, which is no text: save it as UTF-8")
+    if strange := [tuple(prompt) for prompt in prompts if NO_TEXT.search("".join(prompt))]:
+        raise ValueError(f"prompt file {source!r} holds {short(strange[0])}, which is no text: save it as UTF-8")
     return prompts
 
 
