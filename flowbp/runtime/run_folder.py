@@ -207,12 +207,9 @@ class RunFolder:
 
     def validations(self) -> dict[int, Values]:
         """All scores that were kept, by step. The main process reads them for all. Raises OSError if one is damaged."""
-
-        def values(file: Path) -> Values:
-            return {name: column.numpy() for name, column in read_tensors(file)[0].items()}
-
-        found = [{step: values(file) for step, file in self._validations().items()} if self.writes else None]
-        return broadcast_object_list(found)[0]  # pyright: ignore[reportReturnType]
+        found = {step: read_tensors(file)[0] for step, file in self._validations().items()} if self.writes else None
+        tables: Any = broadcast_object_list([found])[0]
+        return {step: {name: column.numpy() for name, column in table.items()} for step, table in tables.items()}
 
     def check_best(self, step: int | None) -> None:
         """Raise OSError unless `BEST` holds what was saved there after `step` steps."""

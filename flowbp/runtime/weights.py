@@ -59,14 +59,13 @@ def save_weights(backbone: "Backbone", output: Path) -> Path:
     from peft import get_peft_model_state_dict
 
     layers = gathered(get_peft_model_state_dict(denoiser))
-    if not writes:
-        return output / LORA
-    adapter = denoiser.peft_config["default"].to_dict()  # says alpha: a file without it is read as alpha = rank
-    adapter["target_modules"] = sorted(adapter["target_modules"])
-    with replacing(output / LORA) as scratch:
-        kept = {"transformer_lora_layers": layers, "transformer_lora_adapter_metadata": adapter}
-        type(backbone.pipe).save_lora_weights(scratch.parent, weight_name=scratch.name, **kept)
-        seal_tensors(scratch)
+    if writes:
+        adapter = denoiser.peft_config["default"].to_dict()  # says alpha: a file without it is read as alpha = rank
+        adapter["target_modules"] = sorted(adapter["target_modules"])
+        with replacing(output / LORA) as scratch:
+            kept = {"transformer_lora_layers": layers, "transformer_lora_adapter_metadata": adapter}
+            type(backbone.pipe).save_lora_weights(scratch.parent, weight_name=scratch.name, **kept)
+            seal_tensors(scratch)
     return output / LORA
 
 
