@@ -72,11 +72,11 @@ def _read_folder(folder: Path) -> list[Prompt]:
         held = "both .json and .txt files" if kinds else "no .json file and no .txt file"
         rule = "a folder is read as one .json file a style, or as .txt files alone"
         raise ValueError(f"prompt folder {str(folder)!r} holds {held}; {rule}")
-    styles = [(file.stem if kinds == {".json"} else "", _read_prompts(file)) for file in files]
-    return [Prompt(text, category or style) for style, prompts in styles for text, category in prompts]
+    return [prompt for file in files for prompt in _read_prompts(file, file.stem)]
 
 
-def _read_prompts(path: Path) -> list[Prompt]:
+def _read_prompts(path: Path, style: str = "") -> list[Prompt]:
+    """style: the category of those prompts of a .json file that have none."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         known = f"the name of a prompt file ends in {', '.join(SUFFIXES[1:])}"
@@ -93,9 +93,8 @@ def _read_prompts(path: Path) -> list[Prompt]:
             data = json.loads("\n".join(lines), object_pairs_hook=once)
             lists = isinstance(data, dict) and all(isinstance(value, list) for value in data.values())
             if lists and _value(data, CATEGORY) is None:  # with a list of categories these are columns
-                entries = ((style, _prompt(entry)) for style in data for entry in data[style])
-                return [Prompt(text, category or style) for style, (text, category) in entries]
-            return [_prompt(entry) for entry in (data if isinstance(data, list) else [data])]
+                return [_prompt(entry, category or style) for category in data for entry in data[category]]
+            return [_prompt(entry, style) for entry in (data if isinstance(data, list) else [data])]
     if suffix in (".csv", ".tsv"):
         return _table("\n".join(lines), path, tabs=suffix == ".tsv")
     return [Prompt(line) for line in lines]
@@ -117,14 +116,14 @@ def _value(values: dict[str, Any], names: tuple[str, ...]) -> Any:
     return next((known[name] for name in names if name in known), None)
 
 
-def _prompt(entry: Any) -> Prompt:
-    """The prompt of a text, an object or a row. Raises TypeError where there is none."""
+def _prompt(entry: Any, style: str = "") -> Prompt:
+    """The prompt of a text, an object or a row. style: its category without one. Raises TypeError without a prompt."""
     values = {"prompt": entry} if isinstance(entry, str) else entry
     text = _value(values, PROMPT) if isinstance(values, dict) else None
     if not isinstance(text, str):
         keys = f": its keys are {short(list(values))}" if isinstance(values, dict) else ""
         raise TypeError(f"{short(entry)} is neither a prompt nor an object with the text 'prompt'{keys}")
-    return Prompt(text, str(_value(values, CATEGORY) or ""))
+    return Prompt(text, str(_value(values, CATEGORY) or style))
 
 
 def _table(text: str, path: Path, tabs: bool) -> list[Prompt]:

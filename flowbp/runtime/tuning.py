@@ -88,8 +88,7 @@ def build_optimizer(parameters: Iterable[Tensor], options: OptimizerConfig) -> t
         try:
             from bitsandbytes.optim import AdamW8bit as kind  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            way_out = "pip install bitsandbytes, or use adamw"
-            raise ConfigError(f"optimizer.name=adamw8bit needs bitsandbytes ({error}): {way_out}") from error
+            raise ConfigError(f"optimizer.name=adamw8bit: {error}; pip install bitsandbytes, or use adamw") from error
     return kind(parameters, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
 
 
