@@ -1,28 +1,25 @@
 """Checkpoints: all that a run needs to go on after a step. A checkpoint is whole or not there."""
 
 import json
-import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from flowbp.rewards import WeightedRewards
 from flowbp.runtime.distributed import gathered, process_state, shard_like
-from flowbp.runtime.files import by_step, digest_files, remove, remove_left, replacing, step_name
+from flowbp.runtime.files import by_step, check_seal, remove, remove_left, replacing, seal, step_name
 from flowbp.runtime.tuning import assign
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
 CHECKPOINT = "parameters.safetensors"
 STATE = "state.pt"
 PROGRESS = "step.json"
-SUMS = "SHA256SUMS"  # of the other files, as `sha256sum -c` reads it
 
 
 class Trained(Protocol):
@@ -34,12 +31,7 @@ class Trained(Protocol):
 
 
 def save_checkpoint(
-    output: Path,
-    step: int,
-    model: Trained,
-    optimizer: Optimizer,
-    rewards: WeightedRewards,
-    record: Mapping[str, Any] | None = None,
+    output: Path, step: int, model: Trained, optimizer: Optimizer, rewards: WeightedRewards, record: dict | None = None
 ) -> None:
     """Write all that a run needs to go on after `step` optimizer steps, then remove all checkpoints but it and the one
     before.
@@ -58,7 +50,7 @@ def save_checkpoint(
         scratch.mkdir()
         save_file({name: p.contiguous() for name, p in tensors.items()}, scratch / CHECKPOINT)
         torch.save(state, scratch / STATE)
-        about = {"step": step, "processes": process_state().num_processes, **(record or {})}
+        about = {"step": step, "processes": process_state().num_processes} | (record or {})
         (scratch / PROGRESS).write_text(json.dumps(about))
         seal(scratch)
     prune(output, step)
@@ -71,23 +63,6 @@ def prune(output: Path, step: int) -> None:
     for path in [path for other, path in saved.items() if other not in (before, step)]:
         remove(path)
     remove_left(output / CHECKPOINTS)
-
-
-def seal(folder: Path) -> None:
-    """Write the digests of a folder's files, which are checked whenever one is read."""
-    files = sorted(file for file in folder.iterdir() if file.name != SUMS)
-    (folder / SUMS).write_text("".join(map(digest_line, files)))
-
-
-def check_seal(file: Path) -> None:
-    """Raise ValueError if a file has changed since its folder was sealed. A folder of 0.1 has no digests."""
-    sums = file.with_name(SUMS)
-    if sums.exists() and digest_line(file) not in sums.read_text(errors="replace").splitlines(keepends=True):
-        raise ValueError(f"{file} is damaged: it or {SUMS} has changed since it was written")
-
-
-def digest_line(file: Path) -> str:
-    return f"{digest_files([file])}  {file.name}\n"
 
 
 def checkpoints(output: Path) -> dict[int, Path]:
@@ -115,10 +90,16 @@ def progress(folder: Path) -> dict[str, Any]:
         return {"step": found["step"], "processes": found["processes"]} | found
 
 
-def load_parameters(folder: Path) -> dict[str, Tensor]:
-    """The trained parameters of a checkpoint, on the CPU. Raises OSError if it is damaged."""
+def load_parameters(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """The trained parameters of a checkpoint, on the CPU. Raises OSError if it is damaged, ValueError if it holds
+    others than `names`.
+    """
     with reading(folder / CHECKPOINT):
-        return load_file(folder / CHECKPOINT)
+        saved = load_file(folder / CHECKPOINT)
+    if saved.keys() != (expected := set(names)):
+        sizes = f"{len(saved)} saved, {len(expected)} expected"
+        raise ValueError(f"{folder} holds other parameters than its config trains: {sizes}")
+    return saved
 
 
 def load_state(folder: Path) -> dict:
@@ -133,43 +114,27 @@ def load_state(folder: Path) -> dict:
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
     """Check the digest of a checkpoint's file, and let errors that come from damage say so, as OSErrors."""
-    folder = file.parent
     try:
         check_seal(file)
         yield
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-    ) as error:
-        cause, way_out = (str(error) or type(error).__name__).splitlines()[0], "or restore it from a copy"
-        raise OSError(
-            f"the checkpoint {folder} is damaged ({cause}): delete it to resume from an earlier step, {way_out}"
-        ) from error
+    except Exception as error:  # json, safetensors and torch raise whatever damage leads them to
+        cause = (str(error) or type(error).__name__).splitlines()[0]
+        way_out = "delete it to resume from an earlier step, or restore it from a copy"
+        raise OSError(f"the checkpoint {file.parent} is damaged ({cause}): {way_out}") from error
 
 
 def load_checkpoint(folder: Path, model: Trained, optimizer: Optimizer, rewards: WeightedRewards) -> int:
     """Restore what `save_checkpoint` wrote, in place; returns the number of steps done. Raises OSError if damaged."""
-    saved, masters = load_parameters(folder), model.masters
-    if saved.keys() != masters.keys():
-        sizes = f"{len(saved)} saved, {len(masters)} expected"
-        raise ValueError(f"{folder} holds other parameters than this config trains: {sizes}")
-    assign(masters, saved)
-    assign(model.parameters, masters)
-    state, trained = load_state(folder), list(masters.values())
+    assign(model.masters, load_parameters(folder, model.masters))
+    assign(model.parameters, model.masters)
+    state, trained = load_state(folder), list(model.masters.values())
     for index, moments in state["optimizer"]["state"].items():
         p = trained[index]
         whole = {key: value for key, value in moments.items() if torch.is_tensor(value) and value.shape == p.shape}
         moments |= {key: shard_like(p, value) for key, value in whole.items()}
     optimizer.load_state_dict(state["optimizer"])
     if model.ema is not None:
-        shadows = zip(trained, state["ema"]["shadow_params"], strict=True)
-        state["ema"]["shadow_params"] = [shard_like(p, shadow) for p, shadow in shadows]
+        state["ema"]["shadow_params"] = list(map(shard_like, trained, state["ema"]["shadow_params"]))
         model.ema.load_state_dict(state["ema"])
     rewards.load_state_dict(state["rewards"])
     return progress(folder)["step"]

@@ -55,9 +55,8 @@ def load_prompts(source: str) -> list[Prompt]:
     prompts = [Prompt(text.strip(), category) for text, category in found if text.strip()]
     if not prompts:
         raise ValueError(f"prompt file {source!r} holds no prompt; write one a line")
-    for prompt in prompts:
-        if NO_TEXT.search("".join(prompt)):
-            raise ValueError(f"prompt file {source!r} holds {short(tuple(prompt))}, which is no text: save it as UTF-8")
+    if strange := [tuple(prompt) for prompt in prompts if NO_TEXT.search("".join(prompt))]:
+        raise ValueError(f"prompt file {source!r} holds {short(strange[0])}, which is no text: save it as UTF-8")
     return prompts
 
 
@@ -73,11 +72,11 @@ def _read_folder(folder: Path) -> list[Prompt]:
         held = "both .json and .txt files" if kinds else "no .json file and no .txt file"
         rule = "a folder is read as one .json file a style, or as .txt files alone"
         raise ValueError(f"prompt folder {str(folder)!r} holds {held}; {rule}")
-    styles = [(file.stem if kinds == {".json"} else "", _read_prompts(file)) for file in files]
-    return [Prompt(text, category or style) for style, prompts in styles for text, category in prompts]
+    return [prompt for file in files for prompt in _read_prompts(file, file.stem)]
 
 
-def _read_prompts(path: Path) -> list[Prompt]:
+def _read_prompts(path: Path, style: str = "") -> list[Prompt]:
+    """style: the category of those prompts of a .json file that have none."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         known = f"the name of a prompt file ends in {', '.join(SUFFIXES[1:])}"
@@ -94,9 +93,8 @@ def _read_prompts(path: Path) -> list[Prompt]:
             data = json.loads("\n".join(lines), object_pairs_hook=once)
             lists = isinstance(data, dict) and all(isinstance(value, list) for value in data.values())
             if lists and _value(data, CATEGORY) is None:  # with a list of categories these are columns
-                entries = ((style, _prompt(entry)) for style in data for entry in data[style])
-                return [Prompt(text, category or style) for style, (text, category) in entries]
-            return [_prompt(entry) for entry in (data if isinstance(data, list) else [data])]
+                return [_prompt(entry, category or style) for category in data for entry in data[category]]
+            return [_prompt(entry, style) for entry in (data if isinstance(data, list) else [data])]
     if suffix in (".csv", ".tsv"):
         return _table("\n".join(lines), path, tabs=suffix == ".tsv")
     return [Prompt(line) for line in lines]
@@ -118,14 +116,14 @@ def _value(values: dict[str, Any], names: tuple[str, ...]) -> Any:
     return next((known[name] for name in names if name in known), None)
 
 
-def _prompt(entry: Any) -> Prompt:
-    """The prompt of a text, an object or a row. Raises TypeError where there is none."""
+def _prompt(entry: Any, style: str = "") -> Prompt:
+    """The prompt of a text, an object or a row. style: its category without one. Raises TypeError without a prompt."""
     values = {"prompt": entry} if isinstance(entry, str) else entry
     text = _value(values, PROMPT) if isinstance(values, dict) else None
     if not isinstance(text, str):
         keys = f": its keys are {short(list(values))}" if isinstance(values, dict) else ""
         raise TypeError(f"{short(entry)} is neither a prompt nor an object with the text 'prompt'{keys}")
-    return Prompt(text, str(_value(values, CATEGORY) or ""))
+    return Prompt(text, str(_value(values, CATEGORY) or style))
 
 
 def _table(text: str, path: Path, tabs: bool) -> list[Prompt]:
@@ -142,8 +140,7 @@ def _table(text: str, path: Path, tabs: bool) -> list[Prompt]:
         raise ValueError(f"prompt file {path}, line {line} cannot be read: {cut(error, 200)}; {rule}") from error
     names = [name.strip() for name in rows[0][1]] if rows else []
     if rows and _value(dict.fromkeys(names, ""), PROMPT) is None:
-        columns = f"a column must be called prompt, not {short(names)}"
-        raise ValueError(f"prompt file {str(path)!r} cannot be read: {columns}")
+        raise ValueError(f"prompt file {path} cannot be read: a column must be called prompt, not {short(names)}")
     found, last = [], None
     for line, row in rows[1:]:
         with _naming(f"{path}, line {line}"):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from flowbp.config import MemoryConfig
 
@@ -87,11 +87,9 @@ class Ranks:
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """Each value averaged over the processes."""
-        if self.size == 1 or not values:
-            return dict(values)
         table = torch.tensor(list(values.values()), dtype=torch.float64, device=self.accelerator.device)
-        torch.distributed.all_reduce(table)
-        return dict(zip(values, (table / self.size).tolist(), strict=True))
+        means: Any = self.accelerator.reduce(table, "mean")
+        return dict(zip(values, means.tolist(), strict=True))
 
 
 def shard_weights(denoiser: "ModelMixin", device: torch.device) -> Any:
@@ -128,13 +126,11 @@ def gathered(state: Any) -> Any:
     """
     is_main = process_state().is_main_process
 
-    def collect(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        whole = unshard(leaf.detach())
+    def collect(tensor: Tensor) -> Tensor | None:
+        whole = unshard(tensor.detach())
         return whole.cpu() if is_main else None
 
-    return tree_map(collect, state)
+    return tree_map_only(Tensor, collect, state)
 
 
 def shard_like(parameter: Tensor, value: Tensor) -> Tensor:

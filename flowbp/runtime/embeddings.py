@@ -93,10 +93,9 @@ class EmbeddingCache:
         try:
             rows = [load_file(self.path(prompt)) for prompt in prompts]
         except (FileNotFoundError, SafetensorError) as error:
-            raise ValueError(
-                f"the text encoders were released and a prompt of {short(prompts)} is not in {self.folder}, or was "
-                f"removed since ({error}): start again with --resume, or keep the encoders with data.embeddings=live"
-            ) from error
+            cause = f"a prompt of {short(prompts)} is not, or no longer, in {self.folder} ({error})"
+            way_out = "start again with --resume, or keep the encoders with data.embeddings=live"
+            raise ValueError(f"the text encoders were released and {cause}: {way_out}") from error
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     def path(self, prompt: str) -> Path:
@@ -111,13 +110,11 @@ class EmbeddingCache:
         """
         missing = []
         for prompt in prompts:
-            signature = self.signature(prompt)
-            if signature is None or signature != (like or signature):
-                missing.append(prompt)
-            else:
+            if (signature := self.signature(prompt)) is not None and signature == (like or signature):
                 progress(1)
-        damaged = sum(self.path(prompt).exists() for prompt in missing)
-        if damaged:
+            else:
+                missing.append(prompt)
+        if damaged := sum(self.path(prompt).exists() for prompt in missing):
             again = "cached embeddings in %s are damaged: computing them again"
             log.warning(f"%d of %d {again}", damaged, len(prompts), self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +122,10 @@ class EmbeddingCache:
         self._check_space(len(missing))
         for first in range(0, len(missing), BATCH):
             chunk = missing[first : first + BATCH]
-            self._write(chunk, encode(chunk + chunk[-1:] * (BATCH - len(chunk))))
+            embedded = encode(chunk + chunk[-1:] * (BATCH - len(chunk)))
+            for row, prompt in enumerate(chunk):  # of several processes that write the same prompt, one wins
+                tensors = {name: value[row] for name, value in embedded.items()}
+                write_tensors(self.path(prompt), tensors, {"prompt": prompt}, cache=True)
             progress(len(chunk))
 
     def signature(self, prompt: str) -> Signature | None:
@@ -136,21 +136,13 @@ class EmbeddingCache:
             return None
         return {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
 
-    def _write(self, prompts: list[str], embedded: Conditioning) -> None:
-        """Write a file a prompt, whole or not at all. Of several processes that write the same prompt, one wins."""
-        for row, prompt in enumerate(prompts):
-            tensors = {name: value[row] for name, value in embedded.items()}
-            write_tensors(self.path(prompt), tensors, {"prompt": prompt}, cache=True)
-
     def _check_space(self, count: int) -> None:
         one, free = self.path(""), shutil.disk_usage(self.folder).free
         needed = count * one.stat().st_size if one.exists() else 0
         if needed > free:
-            raise OSError(
-                f"{count} embeddings need {needed / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB: name a "
-                "larger disk with data.cache=FOLDER or FLOWBP_CACHE, or keep the text encoders in memory with "
-                "data.embeddings=live"
-            )
+            sizes = f"{count} embeddings need {needed / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB"
+            disk = "name a larger disk with data.cache=FOLDER or FLOWBP_CACHE"
+            raise OSError(f"{sizes}: {disk}, or keep the text encoders in memory with data.embeddings=live")
 
 
 def text_encoders(backbone: Backbone) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 SCRATCH = ".partial"
 LEFT = f".*.{'[a-z0-9_]' * 8}{SCRATCH}"  # what a kill leaves
+SUMS = "SHA256SUMS"  # of a folder's other files, as `sha256sum -c` reads it
 
 
 @contextmanager
@@ -127,9 +128,25 @@ def digest_files(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
+
+
+def digest_line(file: Path) -> str:
+    return f"{digest_files([file])}  {file.name}\n"
+
+
+def seal(folder: Path) -> None:
+    """Write the digests of a folder's files, which are checked whenever one is read."""
+    files = sorted(file for file in folder.iterdir() if file.name != SUMS)
+    (folder / SUMS).write_text("".join(map(digest_line, files)))
+
+
+def check_seal(file: Path) -> None:
+    """Raise ValueError if a file has changed since its folder was sealed. A folder of 0.1 has no digests."""
+    sums = file.with_name(SUMS)
+    if sums.exists() and digest_line(file) not in sums.read_text(errors="replace").splitlines(keepends=True):
+        raise ValueError(f"{file} is damaged: it or {SUMS} has changed since it was written")
 
 
 def step_name(step: int) -> str:

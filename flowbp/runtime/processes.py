@@ -93,21 +93,15 @@ def naming_the_dead() -> Iterator[None]:
             yield
         except RuntimeError as error:
             time.sleep(1)  # a process that ends does not close all that it holds at once
-            dead = [index for index, (machine, port) in enumerate(ports) if not lives(machine, port)]
+            dead = [str(index) for index, (machine, port) in enumerate(ports) if not lives(machine, port)]
             if not dead:
                 raise
-            ended = f"process {dead[0]}" if len(dead) == 1 else f"processes {', '.join(map(str, dead))}"
-            raise ConnectionError(
-                f"{ended} of 0 to {len(ports) - 1} ended, and process {state.process_index} cannot go on alone"
-            ) from error
+            ended = f"process{'es' if len(dead) > 1 else ''} {', '.join(dead)} of 0 to {len(ports) - 1} ended"
+            raise ConnectionError(f"{ended}, and process {state.process_index} cannot go on alone") from error
 
 
 def lives(machine: str, port: int) -> bool:
     """Whether somebody listens on a port of `machine`; True if it is another machine than this one."""
-    if machine != socket.gethostname():
-        return True
-    try:
-        socket.create_connection((LOCALHOST, port), timeout=1).close()
-    except OSError:
-        return False
-    return True
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return machine != socket.gethostname() or probe.connect_ex((LOCALHOST, port)) == 0

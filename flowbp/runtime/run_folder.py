@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,26 +33,12 @@ from accelerate.utils import broadcast_object_list
 from flowbp.config import RunConfig, changed, dump
 from flowbp.config.loading import CONFIG, read, sealed
 from flowbp.foreign import cut
+from flowbp.runtime import files
 from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress, prune
 from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import ENVIRONMENT, environment
-from flowbp.runtime.files import (
-    LEFT,
-    by_step,
-    digest_files,
-    remove,
-    step_name,
-    sync,
-    without_nan,
-    write_file,
-    write_json,
-    writing,
-)
 from flowbp.runtime.tensors import read_tensors, write_tensors
-from flowbp.runtime.weights import LORA, TRANSFORMER, save_weights
-
-if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
-    from flowbp.backbones import Backbone
+from flowbp.runtime.weights import LORA, TRANSFORMER
 
 METRICS = "metrics.jsonl"
 BEST = "best"
@@ -63,7 +49,7 @@ MARK = ".flowbp"  # in a folder that a command wrote; it holds the name of the c
 # a kill leaves is a run that goes on as it would have, from its first step.
 WRITTEN = (
     *(CHECKPOINTS, VALIDATION, BEST, LORA, TRANSFORMER, TENSORBOARD, ENVIRONMENT, "evaluation.json"),
-    *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", LEFT),
+    *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", files.LEFT),
 )
 
 Values = Mapping[str, np.ndarray]  # scores [n] float64 by metric
@@ -93,42 +79,31 @@ class RunFolder:
             run = f"a run of flowbp (which has a {CONFIG} of its own and {METRICS})"
             raise FileExistsError(f"{path} exists and is not {run}: choose another output=")
         if resume:
-            last = latest_checkpoint(path)
-            about = progress(last) if last is not None else {}
-            # What a checkpoint says it was trained with stands above a file that may have been changed since.
-            old = about.get("config") or read(path / CONFIG)[0]
-            self._check_resume(old, yaml.safe_load(dump(config)), last, about.get("processes"))
+            self._check_resume(config)
         elif not overwrite:
             switches = "pass --resume to go on, --overwrite to start afresh, or another output="
             raise FileExistsError(f"{path} already holds a run: {switches}")
 
-    def _check_resume(
-        self, old: Mapping[str, Any], new: Mapping[str, Any], last: Path | None, before: int | None
-    ) -> None:
-        """Raise if the run trained otherwise than `new` says: with another config, or on other processes.
-
-        last: the newest checkpoint, of `before` processes.
-        """
-        path = self.path
+    def _check_resume(self, config: RunConfig) -> None:
+        """Raise if the run trained otherwise than `config` says, or on other processes."""
+        path, new, last = self.path, config.model_dump(mode="json"), latest_checkpoint(self.path)
+        about = progress(last) if last is not None else {}
+        # What a checkpoint says it was trained with stands above a file that may have been changed since.
+        old = about.get("config") or read(path / CONFIG)[0]
         if "sigmas" not in (old.get("rollout") or {}):
-            raise ValueError(
-                f"{path} was trained by flowbp 0.1, whose noise levels were not the published ones, and cannot go on; "
-                f"its weights still evaluate (flowbp eval {shlex.quote(str(path))}): to train afresh, choose another "
-                "output="
-            )
+            cause = "was trained by flowbp 0.1, whose noise levels were not the published ones, and cannot go on"
+            way_out = f"its weights still evaluate (flowbp eval {shlex.quote(str(path))})"
+            raise ValueError(f"{path} {cause}; {way_out}: to train afresh, choose another output=")
         found = changed({**old, "output": new["output"]}, new)  # the folder may have moved
         if found.keys() - {"steps"} or new["steps"] < old.get("steps", 0):
             changes = ", ".join(f"{key} from {cut(was)} to {cut(now)}" for key, (was, now) in found.items())
-            raise ValueError(
-                f"a resumed run keeps its config (steps alone may grow), and this one changes {changes}: train from "
-                f"{path}, or choose another output="
-            )
+            rule = "a resumed run keeps its config (steps alone may grow), and this one changes"
+            raise ValueError(f"{rule} {changes}: train from {path}, or choose another output=")
         now = process_state().num_processes
-        if before is not None and before != now:
-            raise ValueError(
-                f"{last} is of {before} process{'es' if before > 1 else ''}, and this run has {now}: a step's samples "
-                f"are processes x batch_size x accumulate, and a resumed run keeps them. Start {before}"
-            )
+        if (before := about.get("processes", now)) != now:
+            rule = "a step's samples are processes x batch_size x accumulate, and a resumed run keeps them"
+            many = f"{before} process{'es' if before > 1 else ''}"
+            raise ValueError(f"{last} is of {many}, and this run has {now}: {rule}. Start {before}")
 
     def open(self, config: RunConfig, overwrite: bool = False) -> None:
         """Write the resolved config and the environment, once `check` has passed. Metrics are appended to.
@@ -139,11 +114,11 @@ class RunFolder:
         def prepare() -> None:
             self.path.mkdir(parents=True, exist_ok=True)
             for child in [child for pattern in WRITTEN for child in self.path.glob(pattern)] if overwrite else ():
-                remove(child)
+                files.remove(child)
             self.write(CONFIG, sealed(dump(config)))
             if overwrite or not (self.path / METRICS).is_file():
                 self.write(METRICS, "")
-            write_json(self.path / ENVIRONMENT, environment())
+            self.write_json(ENVIRONMENT, environment())
 
         on_main(prepare)
 
@@ -172,8 +147,8 @@ class RunFolder:
         """
         if not self.writes:
             return {}
-        sync(self.path / METRICS)
-        return {"config": yaml.safe_load(dump(config)), "files": self._digests()}
+        files.sync(self.path / METRICS)
+        return {"config": config.model_dump(mode="json"), "files": self._digests()}
 
     def check_record(self, checkpoint: Path) -> None:
         """Raise OSError if a file that `checkpoint` remembers has changed since. One that was deleted is told."""
@@ -181,11 +156,9 @@ class RunFolder:
         found = self._digests(about["step"])
         for name, digest in about.get("files", {}).items():
             if name in found and found[name] != digest:
-                way_out = "empty it" if name == METRICS else "delete it"
-                raise OSError(
-                    f"{self.path / name} is damaged: it has changed since {checkpoint} was written. Restore it from a "
-                    f"copy, or {way_out} to go on without it"
-                )
+                way_out = f"{'empty' if name == METRICS else 'delete'} it to go on without it"
+                cause = f"it has changed since {checkpoint} was written"
+                raise OSError(f"{self.path / name} is damaged: {cause}. Restore it from a copy, or {way_out}")
             if name not in found and self.writes:
                 log.warning("%s is gone: the run goes on without what it held", self.path / name)
 
@@ -193,21 +166,21 @@ class RunFolder:
         """SHA-256 by name of metrics.jsonl, unless it is empty, and of the validation files, as after step `done`."""
         rows = read_metrics(self.path)
         logged = "".join(line for line, row in rows if row["step"] <= done)
-        files = {METRICS: hashlib.sha256(logged.encode()).hexdigest()} if rows else {}
+        digests = {METRICS: hashlib.sha256(logged.encode()).hexdigest()} if rows else {}
         kept = [file for step, file in self._validations().items() if step <= done]
-        return files | {f"{VALIDATION}/{file.name}": digest_files([file]) for file in kept}
+        return digests | {f"{VALIDATION}/{file.name}": files.digest_files([file]) for file in kept}
 
     # -- while training ----------------------------------------------------------------------------------------------
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a step's row to metrics.jsonl; a number that is not finite becomes null."""
         if self.writes:
-            with writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
-                file.write(json.dumps(without_nan(row)) + "\n")
+            with files.writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
+                file.write(json.dumps(files.without_nan(row)) + "\n")
 
     def track(self, accelerator: Accelerator, values: Mapping[str, Any], step: int) -> None:
         """Show values of a step to TensorBoard, whose thread tells an error of the disk at the next call."""
-        with writing(self.path / TENSORBOARD):
+        with files.writing(self.path / TENSORBOARD):
             accelerator.log(dict(values), step=step)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -217,50 +190,41 @@ class RunFolder:
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file of the run, whole or not at all."""
         if self.writes:
-            write_file(self.path / name, content)
+            files.write_file(self.path / name, content)
 
     def write_json(self, name: str, value: Any) -> None:
         """The same for a value as JSON."""
         if self.writes:
-            write_json(self.path / name, value)
-
-    def save_weights(self, backbone: "Backbone", name: str = "") -> None:
-        """Write the backbone's weights into the run's folder, or into `name` in it. Every process calls it."""
-        save_weights(backbone, self.path / name, write=self.writes)
+            files.write_json(self.path / name, value)
 
     def keep_validation(self, step: int, values: Values, best: bool = False) -> None:
         """Keep the scores of the weights after `step` steps. best: they are those that were just saved as `BEST`."""
         if self.writes:
-            file = self.path / VALIDATION / f"{step_name(step)}.safetensors"
+            file = self.path / VALIDATION / f"{files.step_name(step)}.safetensors"
             file.parent.mkdir(exist_ok=True)
             columns = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in values.items()}
             write_tensors(file, columns, {BEST: self._digest_of_best()} if best else {})
 
     def validations(self) -> dict[int, Values]:
         """All scores that were kept, by step. The main process reads them for all. Raises OSError if one is damaged."""
-
-        def values(file: Path) -> Values:
-            return {name: column.numpy() for name, column in read_tensors(file)[0].items()}
-
-        found = [{step: values(file) for step, file in self._validations().items()} if self.writes else None]
-        return broadcast_object_list(found)[0]  # pyright: ignore[reportReturnType]
+        found = {step: read_tensors(file)[0] for step, file in self._validations().items()} if self.writes else None
+        tables: Any = broadcast_object_list([found])[0]
+        return {step: {name: column.numpy() for name, column in table.items()} for step, table in tables.items()}
 
     def check_best(self, step: int | None) -> None:
         """Raise OSError unless `BEST` holds what was saved there after `step` steps."""
         if self.writes and step is not None:
             _, about = read_tensors(self._validations()[step])
             if about.get(BEST) != self._digest_of_best():
-                raise OSError(
-                    f"{self.path / BEST} does not hold the weights of the best step, {step}: they were damaged, "
-                    "deleted or replaced. All else of this run is whole"
-                )
+                cause = "they were damaged, deleted or replaced. All else of this run is whole"
+                raise OSError(f"{self.path / BEST} does not hold the weights of the best step, {step}: {cause}")
 
     def _digest_of_best(self) -> str:
         folder = self.path / BEST
-        return digest_files([*folder.glob(LORA), *sorted(folder.glob(f"{TRANSFORMER}/*"))])
+        return files.digest_files([*folder.glob(LORA), *sorted(folder.glob(f"{TRANSFORMER}/*"))])
 
     def _validations(self) -> dict[int, Path]:
-        return by_step(self.path / VALIDATION, ".safetensors")
+        return files.by_step(self.path / VALIDATION, ".safetensors")
 
 
 @contextmanager
@@ -331,17 +295,16 @@ def is_run(folder: Path) -> bool:
     started = (folder / METRICS).is_file()
     if not (folder / CONFIG).is_file() or not (started or contents(folder) == {CONFIG}):
         return False
-    try:
-        keys = yaml.safe_load((folder / CONFIG).read_text())
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return False
     needed = {name for name, field in RunConfig.model_fields.items() if field.is_required() or not started}
-    return isinstance(keys, dict) and needed <= keys.keys()
+    with suppress(yaml.YAMLError, ValueError, RecursionError):
+        keys = yaml.safe_load((folder / CONFIG).read_text())
+        return isinstance(keys, dict) and needed <= keys.keys()
+    return False
 
 
 def contents(folder: Path) -> set[str]:
     """The names of what lies in `folder`, but for what a killed write left."""
-    return {path.name for path in folder.iterdir() if not path.match(LEFT)}
+    return {path.name for path in folder.iterdir() if not path.match(files.LEFT)}
 
 
 def how_to_go_on(output: Path) -> str:
@@ -364,8 +327,7 @@ def mark_folder(folder: Path, command: str) -> None:
     if mark.is_file() and mark.read_text() == command:
         return
     if folder.exists() and (not folder.is_dir() or contents(folder)):
-        raise FileExistsError(
-            f"{folder} holds what {command} did not write there: choose another --out, or an empty folder"
-        )
+        way_out = "choose another --out, or an empty folder"
+        raise FileExistsError(f"{folder} holds what {command} did not write there: {way_out}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(mark, command)
+    files.write_file(mark, command)

@@ -65,10 +65,8 @@ class TunedModel:
         """Move each parameter's gradient to its master weight. Raises ValueError if a trained parameter has none."""
         missing = [name for name, p in self.parameters.items() if p.grad is None]
         if missing:
-            raise ValueError(
-                f"{len(missing)} of {len(self.parameters)} trained parameters take no part in the velocity and would "
-                f"never change, such as {missing[0]}: name other modules in tuning.targets"
-            )
+            what = f"{len(missing)} of {len(self.parameters)} trained parameters take no part in the velocity"
+            raise ValueError(f"{what}, such as {missing[0]}, and would never change: name others in tuning.targets")
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter and parameter.grad is not None:
                 self.masters[name].grad, parameter.grad = parameter.grad.to(self.masters[name].dtype), None

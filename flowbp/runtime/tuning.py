@@ -41,28 +41,23 @@ def trainable_parameters(backbone: "Backbone", tuning: TuningConfig) -> dict[str
     else:
         denoiser.requires_grad_(True)
         if denoiser.dtype == torch.bfloat16 and not tuning.master_weights:
-            log.warning(
-                "all weights are trained in bfloat16: a step of AdamW changes a weight by about optimizer.lr, and what "
-                "is less than about 1/500 of the weight is rounded away; tuning.master_weights=true keeps every step"
-            )
+            lost = "a step changes a weight by about optimizer.lr, and is rounded away below about 1/500 of the weight"
+            log.warning("all weights are trained in bfloat16: %s; tuning.master_weights=true keeps every step", lost)
     return trained(backbone)
 
 
 def check_targets(denoiser: nn.Module, targets: Iterable[str]) -> None:
     """Raise ConfigError unless each of `targets` names linear layers, by the end of their names, and nothing else."""
     modules = dict(denoiser.named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     for target in targets:
         found = [name for name in modules if name == target or name.endswith(f".{target}")]
-        others = [name for name in found if not isinstance(modules[name], nn.Linear)]
+        others = [name for name in found if name not in linear]
         if others or not found:
             what = f"{others[0]}, of class {type(modules[others[0]]).__name__}," if others else "no layer"
-            length = target.count(".") + 1
-            linear = [name.split(".") for name, module in modules.items() if isinstance(module, nn.Linear)]
-            ends = sorted({".".join(parts[-length:]) for parts in linear})
-            raise ConfigError(
-                f"tuning.targets: {short(target)} names {what} of this {type(denoiser).__name__}; "
-                f"{nearest(target, ends)}name linear layers, by the end of their names: {', '.join(ends[:8])}"
-            )
+            ends = sorted({".".join(name.split(".")[-1 - target.count(".") :]) for name in linear})
+            rule = f"{nearest(target, ends)}name linear layers, by the end of their names: {', '.join(ends[:8])}"
+            raise ConfigError(f"tuning.targets: {short(target)} names {what} of this {type(denoiser).__name__}; {rule}")
 
 
 def trained(backbone: "Backbone") -> dict[str, Tensor]:
@@ -93,8 +88,7 @@ def build_optimizer(parameters: Iterable[Tensor], options: OptimizerConfig) -> t
         try:
             from bitsandbytes.optim import AdamW8bit as kind  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            way_out = "pip install bitsandbytes, or use adamw"
-            raise ConfigError(f"optimizer.name=adamw8bit needs bitsandbytes ({error}): {way_out}") from error
+            raise ConfigError(f"optimizer.name=adamw8bit: {error}; pip install bitsandbytes, or use adamw") from error
     return kind(parameters, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
 
 

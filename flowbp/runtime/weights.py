@@ -14,17 +14,9 @@ from torch import Tensor, nn
 from flowbp.config import ConfigError, TuningConfig, load
 from flowbp.config.loading import CONFIG
 from flowbp.foreign import cut
-from flowbp.runtime.checkpoint import (
-    CHECKPOINT,
-    STATE,
-    check_seal,
-    latest_checkpoint,
-    load_parameters,
-    load_state,
-    seal,
-)
-from flowbp.runtime.distributed import gathered
-from flowbp.runtime.files import digest_files, replacing
+from flowbp.runtime.checkpoint import CHECKPOINT, STATE, latest_checkpoint, load_parameters, load_state
+from flowbp.runtime.distributed import gathered, process_state
+from flowbp.runtime.files import check_seal, digest_files, replacing, seal
 from flowbp.runtime.tensors import read_tensors, seal_tensors
 from flowbp.runtime.tuning import assign, trainable_parameters, trained
 
@@ -44,17 +36,19 @@ ROLES = {"down": "A", "up": "B", None: "alpha"}
 log = logging.getLogger(__name__)
 
 
-def save_weights(backbone: "Backbone", output: Path, write: bool = True) -> Path:
+def save_weights(backbone: "Backbone", output: Path) -> Path:
     """Write the tuned weights into the folder `output`, and return their path.
 
     A LoRA is the file `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(output)`; full weights are the
-    folder `transformer/`, for `from_pretrained`. Every process must call it, because shards are gathered from all; the
-    one with `write` writes.
+    folder `transformer/`, for `from_pretrained`. Every process must call it, because shards are gathered from all. The
+    main process writes.
     """
-    denoiser = backbone.denoiser
+    denoiser, writes = backbone.denoiser, process_state().is_main_process
+    if writes:
+        output.mkdir(exist_ok=True)
     if not getattr(denoiser, "peft_config", None):
         state = gathered(denoiser.state_dict())
-        if write:
+        if writes:
             with torch.device("meta"):
                 whole = type(denoiser).from_config(denoiser.config)
             whole.load_state_dict(state, assign=True)
@@ -65,15 +59,13 @@ def save_weights(backbone: "Backbone", output: Path, write: bool = True) -> Path
     from peft import get_peft_model_state_dict
 
     layers = gathered(get_peft_model_state_dict(denoiser))
-    if not write:
-        return output / LORA
-    adapter = denoiser.peft_config["default"].to_dict()  # says alpha: a file without it is read as alpha = rank
-    adapter["target_modules"] = sorted(adapter["target_modules"])
-    output.mkdir(exist_ok=True)
-    with replacing(output / LORA) as scratch:
-        kept = {"transformer_lora_layers": layers, "transformer_lora_adapter_metadata": adapter}
-        type(backbone.pipe).save_lora_weights(scratch.parent, weight_name=scratch.name, **kept)
-        seal_tensors(scratch)
+    if writes:
+        adapter = denoiser.peft_config["default"].to_dict()  # says alpha: a file without it is read as alpha = rank
+        adapter["target_modules"] = sorted(adapter["target_modules"])
+        with replacing(output / LORA) as scratch:
+            kept = {"transformer_lora_layers": layers, "transformer_lora_adapter_metadata": adapter}
+            type(backbone.pipe).save_lora_weights(scratch.parent, weight_name=scratch.name, **kept)
+            seal_tensors(scratch)
     return output / LORA
 
 
@@ -104,10 +96,8 @@ def base_weights(backbone: "Backbone", variant: str | None = None, init: Path | 
         file = weight_files(init)[0]
         checkpoint = file.name == CHECKPOINT
         return delivered(file.parent, trained(backbone)) if checkpoint else read_transformer(backbone, file.parent)
-    folder = denoiser.config.get("_name_or_path")
-    if not folder:
-        gone = "the backbone was not loaded from a folder, so its base weights are gone"
-        raise ValueError(f"{gone}: set evaluation to null")
+    if not (folder := denoiser.config.get("_name_or_path")):
+        raise ValueError("the base weights of a backbone that no folder holds are gone: set evaluation to null")
     return dict(type(denoiser).from_pretrained(folder, dtype=denoiser.dtype, variant=variant).named_parameters())
 
 
@@ -136,10 +126,8 @@ def start_from(init: Path, backbone: "Backbone", tuning: TuningConfig) -> dict[s
         raise ConfigError(f"{where} has rank {rank}, and tuning.rank={tuning.rank} is less: set {rank} or more")
     if strange := [name for name in layers if f"{name}.lora_A.default.weight" not in parameters]:
         targets = ",".join(sorted({re.sub(r"^\w+\.\d+\.", "", name) for name in layers}))
-        raise ConfigError(
-            f"{where} has {len(strange)} layers that tuning.targets does not name, such as {strange[0]}: set "
-            f"tuning.targets=[{targets}]"
-        )
+        unnamed = f"{len(strange)} layers that tuning.targets does not name, such as {strange[0]}"
+        raise ConfigError(f"{where} has {unnamed}: set tuning.targets=[{targets}]")
     with torch.no_grad():
         for name, (a, b) in layers.items():
             parameters[f"{name}.lora_A.default.weight"][: len(a)] = a
@@ -191,15 +179,13 @@ def read_transformer(backbone: "Backbone", folder: Path) -> dict[str, Tensor]:
 
 
 def another_model(backbone: "Backbone", source: Path, what: str) -> ValueError:
-    way_out = f"load it into the backbone that its {CONFIG} names"
-    network = type(backbone.denoiser).__name__
-    return ValueError(f"{source} belongs to another model: {what} do not fit this {network}; {way_out}")
+    misfit = f"{what} do not fit this {type(backbone.denoiser).__name__}"
+    return ValueError(f"{source} belongs to another model: {misfit}; load it into the backbone of its {CONFIG}")
 
 
 def check_finite(tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     """`tensors`. Raises ValueError if one holds NaN or inf."""
-    broken = [name for name, value in tensors.items() if not value.float().isfinite().all()]
-    if broken:
+    if broken := [name for name, value in tensors.items() if not value.float().isfinite().all()]:
         many = f"{len(broken)} of its {len(tensors)} tensors, such as {cut(broken[0])}"
         raise ValueError(f"{source} holds NaN or inf in {many}: what wrote it had diverged; take earlier weights")
     return tensors
@@ -246,8 +232,7 @@ def load_lora(backbone: "Backbone", file: Path, dtype: torch.dtype) -> None:
         for part in ("lora_A", "lora_B"):
             (linear,) = getattr(denoiser.get_submodule(name), part).values()
             linear.weight.data = state[f"transformer.{name}.{part}.weight"].to(linear.weight.device)
-    loaded = sum(name.endswith("lora_A") for name, _ in denoiser.named_modules())
-    if loaded != len(layers):
+    if (loaded := sum(name.endswith("lora_A") for name, _ in denoiser.named_modules())) != len(layers):
         raise ValueError(f"{file} holds {len(layers)} LoRA layers, but by its metadata {loaded} were loaded")
 
 
@@ -288,15 +273,14 @@ def weight_files(source: Path) -> list[Path]:
     """The files that hold the weights of `source`. Raises FileNotFoundError if there are none."""
     if source.is_file():
         return [source]
-    for name in (LORA, CHECKPOINT):
-        if (source / name).is_file():
-            return [source / name] + [source / STATE] * (name == CHECKPOINT)
+    for names in ((LORA,), (CHECKPOINT, STATE)):
+        if (source / names[0]).is_file():
+            return [source / name for name in names]
     for folder in (source / TRANSFORMER, source):
         weights = sorted(folder.glob("*.safetensors"))
         if weights and ((folder / "config.json").is_file() or len(weights) == 1):
             return weights
-    unfinished = latest_checkpoint(source)
-    hint = f", or its checkpoint {unfinished}" if unfinished else ""
+    hint = f", or its checkpoint {unfinished}" if (unfinished := latest_checkpoint(source)) else ""
     wanted = f"pass the folder of a finished run{hint}, or a LoRA file"
     raise FileNotFoundError(f"{source} holds no {LORA}, transformer/ or {CHECKPOINT}: {wanted}")
 
@@ -305,16 +289,12 @@ def load_training_checkpoint(backbone: "Backbone", folder: Path) -> None:
     """Load what a run would have delivered after the checkpoint `folder`: its moving average, if it keeps one."""
     config = folder.parents[1] / CONFIG
     if not config.is_file():
-        missing = f"{config}, which says what was trained, is missing"
-        raise FileNotFoundError(f"{folder} is a checkpoint of a run, but {missing}")
+        raise FileNotFoundError(f"{config}, which says what the checkpoint {folder} trained, is missing")
     parameters = trainable_parameters(backbone, load(config, run_code=False).tuning)
     assign(parameters, delivered(folder, parameters))
 
 
-def delivered(folder: Path, parameters: Iterable[str]) -> dict[str, Tensor]:
+def delivered(folder: Path, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a run would have delivered of its `parameters` after the checkpoint `folder`."""
-    saved, average, names = load_parameters(folder), load_state(folder)["ema"], list(parameters)
-    if saved.keys() != set(names):
-        tensors = f"{folder} holds {len(saved)} tensors and its run trains {len(names)}"
-        raise ValueError(f"{tensors}: they belong to different models")
-    return check_finite(dict(zip(names, average["shadow_params"], strict=True)) if average else saved, folder)
+    saved, average = load_parameters(folder, parameters), load_state(folder)["ema"]
+    return check_finite(dict(zip(parameters, average["shadow_params"], strict=True)) if average else saved, folder)

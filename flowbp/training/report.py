@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 
@@ -18,9 +17,7 @@ from flowbp.runtime.run_folder import RunFolder
 from flowbp.training.trainer import Trainer
 
 
-def write_report(
-    trainer: Trainer, folder: RunFolder, scores: Mapping[str, Scores], validation: dict[str, Any] | None
-) -> None:
+def write_report(trainer: Trainer, folder: RunFolder, scores: Mapping[str, Scores], validation: dict | None) -> None:
     """Write all that a run has to show into its folder. The main process writes.
 
     scores: of the weights "before" and "after" training, or none. validation: the sentinel's summary, if there is one.

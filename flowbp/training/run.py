@@ -18,7 +18,7 @@ from flowbp.runtime.interrupts import Stop, heard_by, interrupt
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
 from flowbp.runtime.run_folder import BEST, TENSORBOARD, RunFolder, told_at_the_next_call
-from flowbp.runtime.weights import pinned
+from flowbp.runtime.weights import pinned, save_weights
 from flowbp.training.report import write_report
 from flowbp.training.sentinel import Sentinel
 from flowbp.training.trainer import Trainer
@@ -73,28 +73,23 @@ def run(trainer: Trainer, folder: RunFolder) -> None:
                 log.warning("step %d has no finite reward or gradient and is skipped; so are others like it", step + 1)
             idle += row["grad_norm"] == 0 and not row["skipped"]
             if row["grad_norm"] == 0 and idle == 1 and folder.writes:
-                log.warning(
-                    "step %d has no gradient: every sample is dropped or beyond its hinge. Momentum and decay move the "
-                    "weights all the same; so they do at others like it",
-                    step + 1,
-                )
+                why = "every sample is dropped or beyond its hinge. Momentum and decay move the weights all the same"
+                log.warning("step %d has no gradient: %s; so they do at others like it", step + 1, why)
             counts = {"skipped": skipped, "without gradient": idle}
             told = ", ".join([scores, *(f"{count} {what}" for what, count in counts.items() if count)])
             bar.set_postfix_str(f"{told}, {row['seconds']:.2f} s/step, peak {row['peak_mb']:.0f} MB", refresh=False)
             bar.update()
             asked = model.ranks.mean({"asked": float(stop.number > 0)})["asked"] > 0  # of any process
-            ends = asked or in_a_row == limit  # nothing is validated first: who asks may not wait
-            ends = ends or validate(trainer, sentinel, folder, step + 1)
+            # Who asks may not wait for a validation.
+            ends = asked or in_a_row == limit or validate(trainer, sentinel, folder, step + 1)
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps or ends:
                 record = folder.record(config)
                 save_checkpoint(folder.path, step + 1, model, trainer.optimizer, trainer.rewards, record)
                 process_state().wait_for_everyone()  # the main process writes
             if in_a_row == limit:
-                raise ValueError(
-                    f"{limit} steps in a row had no finite reward or gradient and were skipped, the last at step "
-                    f"{step + 1} ({scores}, gradient {row['grad_norm']:g}): look at the reward and its images, or "
-                    "train with a lower optimizer.lr"
-                )
+                last = f"the last at step {step + 1} ({scores}, gradient {row['grad_norm']:g})"
+                way_out = "look at the reward and its images, or train with a lower optimizer.lr"
+                raise ValueError(f"{limit} steps in a row had no finite reward or gradient, {last}: {way_out}")
             if asked:
                 interrupt(stop.number or signal.SIGTERM)
             if ends:
@@ -102,7 +97,7 @@ def run(trainer: Trainer, folder: RunFolder) -> None:
     if stop.number:
         interrupt(stop.number)
     with model.using(model.tuned) as backbone:
-        folder.save_weights(backbone)
+        save_weights(backbone, folder.path)
     report(trainer, sentinel, folder)
     with writing(folder.path / TENSORBOARD):
         accelerator.end_training()
@@ -154,12 +149,11 @@ def validate(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder, ste
     if sentinel.due(step):
         model = trainer.model
         scores = trainer.evaluator.score(model, model.tuned, sentinel.samples)
-        decision = sentinel.record(step, scores)
-        if decision.is_best:
+        if is_best := sentinel.record(step, scores):
             with model.using(model.tuned) as backbone:
-                folder.save_weights(backbone, BEST)
+                save_weights(backbone, folder.path / BEST)
             folder.write_json(f"{BEST}/step.json", {"step": step})
-        folder.keep_validation(step, scores.values, decision.is_best)
+        folder.keep_validation(step, scores.values, is_best)
         means = {f"validation/{name}": float(values.mean()) for name, values in scores.values.items()}
         folder.track(model.ranks.accelerator, means, step)
     return sentinel.stops

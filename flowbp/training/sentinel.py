@@ -7,7 +7,7 @@ scores: a run that goes on from a checkpoint decides as an unbroken one.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -27,13 +27,6 @@ LIMITS = {
 }
 
 
-class Decision(NamedTuple):
-    """What an evaluation during training says: whether its weights are the best so far, and whether to stop."""
-
-    is_best: bool
-    stops: bool
-
-
 class Sentinel:
     """The history of a run's periodic evaluations, and what follows from it. It writes nothing, and reads the
     prompts alone.
@@ -50,10 +43,13 @@ class Sentinel:
         """Whether the weights after `step` optimizer steps must be scored, and were not yet."""
         return step % self.config.every == 0 and step not in self.history
 
-    def record(self, step: int, scores: Scores) -> Decision:
-        """Add the scores of the weights after `step` steps, by name in the order that a resumed run reads them in."""
+    def record(self, step: int, scores: Scores) -> bool:
+        """Add the scores of the weights after `step` steps, by name in the order that a resumed run reads them in.
+
+        Returns whether these weights are the best so far.
+        """
         self.history[step] = replace(scores, values=dict(sorted(scores.values.items())))
-        return Decision(self.best == step, self.stops)
+        return self.best == step
 
     @property
     def best(self) -> int | None:
@@ -133,11 +129,9 @@ def warnings(history: History, trained: Sequence[str], held_out: Sequence[str]) 
         changes = overall(history[peak], history[last]) if peak not in (None, last) else {}
         for reward in trained if changes else ():
             if changes[reward].low > 0 and changes[metric].high < 0:
-                rise, fall = change(changes[reward]), change(changes[metric])
-                found.append(
-                    f"over-optimised: from step {peak} to {last} the trained {reward} rose by {rise} while the "
-                    f"held-out {metric} fell by {fall}; step {peak} may be the better model"
-                )
+                rise = f"the trained {reward} rose by {change(changes[reward])}"
+                fall = f"the held-out {metric} fell by {change(changes[metric])}; step {peak} may be the better model"
+                found.append(f"over-optimised: from step {peak} to {last} {rise} while {fall}")
     for metric, (limit, meaning) in LIMITS.items():
         row = since_first.get(metric)
         if row is not None and row.before > 0:

@@ -47,6 +47,8 @@ class Trainer:
         device = str(accelerator.device)
         self.rewards = WeightedRewards({name: spec.term(device, reward) for name, spec in config.reward.items()})
         self.evaluator = Evaluator(config, self.rewards.rewards, device) if config.evaluation is not None else None
+        # What scores the training images and is never trained on.
+        self.monitors = self.evaluator.monitors if self.evaluator is not None else {}
         self.optimizer = build_optimizer(self.model.masters.values(), config.optimizer)
         budget = None if config.memory.budget_gb is None else int(config.memory.budget_gb * 1e9)
         self.recompute = Recompute(config.memory.recompute, budget, config.data.accumulate)
@@ -61,11 +63,6 @@ class Trainer:
             if evaluation.every is not None:
                 texts += [prompt.text for prompt in validation_samples(evaluation).prompts]
         return texts
-
-    @property
-    def monitors(self) -> dict[str, Reward]:
-        """The rewards that score the training images and are never trained on."""
-        return {} if self.evaluator is None else self.evaluator.monitors
 
     def step(self, step: int) -> dict:
         """One optimizer step over `data.accumulate` micro-batches; returns what is logged."""
@@ -155,11 +152,10 @@ class Trainer:
         factors = loss_factors(weights, keep, copies, kept)
         rewards, loss, g = reward_gradient(self.rewards, score, z, factors, config.memory.reward_batch)
         g = g / config.guidance.divisor
-        norms = g.flatten(1).norm(dim=1) * len(g)
         logged |= {name: torch.cat([scores[name] for scores in watched]).mean().item() for name in self.monitors}
         logged |= self.rewards.update(ranks.accelerator.gather(rewards))
         logged["finite"] = rewards.isfinite().all(dim=1).float().mean().item()  # share of samples
-        logged |= {"loss": loss.item(), "sample_grad_norm": norms.mean().item()}
+        logged |= {"loss": loss.item(), "sample_grad_norm": (g.flatten(1).norm(dim=1) * len(g)).mean().item()}
         return clip_samples(g, config.optimizer.max_sample_grad_norm), logged
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 
 from flowbp.backbones import BACKBONES
 from flowbp.config import TuningConfig
-from flowbp.runtime.checkpoint import seal
+from flowbp.runtime.files import seal
 from flowbp.runtime.tuning import trainable_parameters
 from flowbp.runtime.weights import LORA, export_comfyui, load_weights, save_weights, start_from
 
@@ -208,14 +208,14 @@ def test_only_a_lora_that_says_its_alpha_is_exported(lora, tmp_path):
 
 @pytest.mark.parametrize("damage", ["a tensor less", "another model", "NaN"])
 def test_a_transformer_folder_that_does_not_fit_is_refused(damage, tmp_path):
-    file = save_weights(fresh(FLUX2), tmp_path) / "diffusion_pytorch_model.safetensors"
+    file = save_weights(fresh(FLUX2), tmp_path / "best") / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     if damage == "a tensor less":
         tensors.pop("proj_out.weight")
     elif damage == "NaN":
         tensors["proj_out.weight"][0, 0] = torch.nan
     save_file(tensors, file, {"format": "pt"})
-    seal(file.parent)
+    seal(file.parent)  # damage after that is another test's
     says = "holds NaN or inf in 1 of its" if damage == "NaN" else "belongs to another model: .* do not fit this"
     with pytest.raises(ValueError, match=says):
-        load_weights(fresh(FLUX if damage == "another model" else FLUX2), tmp_path)
+        load_weights(fresh(FLUX if damage == "another model" else FLUX2), tmp_path / "best")
