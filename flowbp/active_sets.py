@@ -12,6 +12,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from flowbp.plan import check_range
+
 Drawn = TypeVar("Drawn")
 
 
@@ -26,11 +28,8 @@ def train_window(num_steps: int, tail_ratio: float, min_length: int = 1) -> tupl
 
 def check_count(num_active: int, available: int) -> None:
     """ValueError unless `num_active` nodes can be drawn from a window of `available` steps."""
-    if not 1 <= num_active <= available:
-        raise ValueError(
-            f"num_active must lie in [1, {available}], the steps of the train window, got {num_active}: "
-            "lower num_active, or raise the number of rollout steps or tail_ratio"
-        )
+    way_out = "draw no more than the train window has steps, or raise the number of rollout steps or tail_ratio"
+    check_range("num_active", num_active, 1, available, way_out)
 
 
 def is_active(num_steps: int, active: Sequence[int]) -> np.ndarray:
@@ -100,11 +99,10 @@ def bridge_allocation(num_active: int, pre_length: int, post_length: int) -> tup
     """How many of `num_active` nodes lie before the bridge, and how many from the bridge on: in proportion to the
     lengths of the two sides, and at least one each.
     """
-    if not 2 <= num_active <= pre_length + post_length:
-        raise ValueError(
-            f"a bridge needs num_active in [2, {pre_length + post_length}] (one node on each side), got {num_active}"
-        )
-    pre = min(max(round(num_active * pre_length / (pre_length + post_length)), 1), pre_length)
+    length = pre_length + post_length
+    if not 2 <= num_active <= length:
+        raise ValueError(f"a bridge needs num_active in [2, {length}] (one node on each side), got {num_active}")
+    pre = min(max(round(num_active * pre_length / length), 1), pre_length)
     post = min(max(num_active - pre, 1), post_length)
     pre = min(num_active - post, pre_length)
     return pre, num_active - pre
@@ -152,9 +150,7 @@ class DirichletPair:
 
     def __post_init__(self):
         if len(self.alpha) != 3 or not all(a > 0 for a in self.alpha):
-            raise ValueError(
-                f"dirichlet alpha must be three positive numbers (clean end, between, noise end), got {self.alpha}"
-            )
+            raise ValueError(f"dirichlet alpha must be three positive numbers (clean, middle, noise), got {self.alpha}")
 
     def __call__(self, num_steps, start, rng):
         lo, hi = reverse_bounds(self, num_steps, start, fewest=3)
@@ -200,10 +196,9 @@ def reverse_bounds(pairs, num_steps: int, start: int, fewest: int) -> tuple[int,
     lo, hi = max(pairs.min_rev, 1), num_steps - start + 1
     hi = hi if pairs.max_rev is None else min(pairs.max_rev, hi)
     if hi - lo < fewest:
-        raise ValueError(
-            f"{type(pairs).__name__} needs at least {fewest} reverse indices, but min_rev = {pairs.min_rev}, max_rev = "
-            f"{pairs.max_rev} and a window of {num_steps - start} steps leave [{lo}, {hi}): widen them"
-        )
+        bounds = f"min_rev = {pairs.min_rev}, max_rev = {pairs.max_rev} and a window of {num_steps - start} steps"
+        needs = f"{type(pairs).__name__} needs at least {fewest} reverse indices"
+        raise ValueError(f"{needs}, but {bounds} leave [{lo}, {hi}): widen them")
     return lo, hi
 
 

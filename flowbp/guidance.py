@@ -47,10 +47,8 @@ class Guidance:
             if not 0 <= low < high <= 1:
                 raise ValueError(f"guidance interval must be two noise levels, 0 <= low < high <= 1, not {low}, {high}")
             if self.compensate:
-                raise ValueError(
-                    "guidance.compensate divides every gradient by the scale, which levels outside the interval never "
-                    "multiplied: set compensate to false, or interval to null"
-                )
+                cause = "guidance.compensate divides every gradient by the scale, also those outside the interval"
+                raise ValueError(f"{cause}: set compensate to false, or interval to null")
 
     @property
     def active(self) -> bool:
@@ -74,29 +72,27 @@ class Guidance:
         return self.scale if self.compensate and self.active else 1.0
 
 
+@dataclass(eq=False, repr=False)
 class GuidedVelocity:
     """The velocity of one batch under `guidance`, with its conditioning bound: (x [B, *S], sigma [] or [B]) -> [B, *S].
 
     batched: run the two branches in one network call, wherever both record a graph or neither does.
     """
 
-    def __init__(
-        self,
-        network: NetworkVelocity,
-        positive: Conditioning,
-        negative: Conditioning | None,
-        guidance: Guidance,
-        batched: bool = True,
-    ):
-        if guidance.active and negative is None:
-            raise ValueError(
-                f"guidance scale {guidance.scale} needs the negative conditioning: encode the empty prompt, or set "
-                "scale to 1"
-            )
-        self.network, self.positive, self.negative, self.guidance = network, positive, negative, guidance
-        self.batched = batched
-        if guidance.active and negative is not None and batched:
-            self._both = {name: torch.cat([negative[name], positive[name]]) for name in positive}
+    network: NetworkVelocity
+    positive: Conditioning
+    negative: Conditioning | None
+    guidance: Guidance
+    batched: bool = True
+
+    def __post_init__(self):
+        if not self.guidance.active:
+            return
+        if self.negative is None:
+            needs = f"guidance scale {self.guidance.scale} needs the negative conditioning"
+            raise ValueError(f"{needs}: encode the empty prompt, or set scale to 1")
+        if self.batched:
+            self._both = {name: torch.cat([self.negative[name], x]) for name, x in self.positive.items()}
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         positive, negative = self.branches(x, sigma)
