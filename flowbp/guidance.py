@@ -102,7 +102,7 @@ class GuidedVelocity:
         """The velocity at one noise level: this one, or its positive branch alone where the level is not guided."""
         if not self.guidance.active or self.guidance.guides(level):
             return self
-        return GuidedVelocity(self.network, self.positive, None, replace(self.guidance, scale=1.0, interval=None))
+        return replace(self, negative=None, guidance=replace(self.guidance, scale=1.0, interval=None))
 
     def _scale(self, x: Tensor, sigma: Tensor) -> float | Tensor:
         """The guidance scale, as a factor of velocities like x."""
@@ -141,9 +141,6 @@ class GuidedVelocity:
 
     def _repeated(self, copies: int) -> "GuidedVelocity":
         """The velocity of a batch that holds this one `copies` times."""
-
-        def repeat(conditioning: Conditioning | None) -> Any:
-            return conditioning and {name: torch.cat([value] * copies) for name, value in conditioning.items()}
-
-        positive, negative = repeat(self.positive), repeat(self.negative)
-        return GuidedVelocity(self.network, positive, negative, self.guidance, self.batched)
+        both: Any = (self.positive, self.negative)
+        positive, negative = (side and {name: torch.cat([x] * copies) for name, x in side.items()} for side in both)
+        return replace(self, positive=positive, negative=negative)

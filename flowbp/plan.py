@@ -79,11 +79,9 @@ class Similarity:
     max_d0: float | None = None
 
     def __post_init__(self):
-        if not self.tau > 0:
-            raise ValueError(f"similarity tau must be positive, got {self.tau}: it is the floor under each residual")
-        for name in ("max_dj", "max_d0"):
-            if (largest := getattr(self, name)) is not None and not largest > 0:
-                raise ValueError(f"similarity {name} must be positive, got {largest}; None drops no sample")
+        for name in ("tau", "max_dj", "max_d0"):
+            if (residual := getattr(self, name)) is not None and not residual > 0:
+                raise ValueError(f"similarity {name} must be positive, got {residual}; max_dj and max_d0 may be None")
 
 
 class Replay(NamedTuple):
@@ -174,7 +172,7 @@ class SurrogatePlan:
             raise ValueError(f"a plan needs at least one node, and as many weights of each kind as nodes; got {sizes}")
         if any(a >= b for a, b in zip(nodes, nodes[1:], strict=False)) or nodes[0] < 0:
             raise ValueError(
-                f"plan nodes must be non-negative and strictly increasing, got {nodes}: sort, drop repeats"
+                f"nodes must be non-negative and strictly increasing, got {nodes}: sort them, drop repeats"
             )
         for name in tuple(numbers)[1:]:
             if not all(map(math.isfinite, getattr(self, name))):

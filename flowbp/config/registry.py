@@ -55,8 +55,7 @@ def build_named(kind: str, registry: Mapping[str, type], spec: Any) -> Any:
     if dataclasses.is_dataclass(spec):
         return spec  # already built
     if not isinstance(spec, (str, Mapping)):
-        known = ", ".join(sorted(registry))
-        raise ConfigError(f"{short(spec)} is no {kind}: give a name, or a mapping of name and fields; known: {known}")
+        raise ConfigError(f"{short(spec)} is no {kind}: give a name, or name and fields; known: {', '.join(registry)}")
     fields = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = fields.pop("name", None)
     if isinstance(name, str) and ":" in name:
@@ -89,10 +88,8 @@ class Unimported:
 
     def plan(self, sigmas: Any, rng: Any) -> Any:
         """Raises ConfigError: the code would have to run."""
-        way_out = f"to run it here, type it, such as method={self.spec['name']}"
-        raise ConfigError(
-            f"{', '.join(own_code(self.spec))} is code that a file names, and reading it runs none: {way_out}"
-        )
+        code, way_out = ", ".join(own_code(self.spec)), f"to run it here, type it, such as method={self.spec['name']}"
+        raise ConfigError(f"{code} is code that a file names, and reading it runs none: {way_out}")
 
 
 def own_code(values: Any) -> list[str]:

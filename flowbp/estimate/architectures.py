@@ -99,11 +99,9 @@ def read_architecture(name: str) -> Architecture:
     except OSError as error:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
-        cause = str(error).splitlines()[0].rstrip(".")
-        raise OSError(
-            f"the config files of {location} are neither on this disk nor within reach ({cause}): pass the folder of a "
-            f"diffusers pipeline, or a model whose architecture is known offline: {', '.join(ARCHITECTURES)}"
-        ) from error
+        cause = f"neither on this disk nor within reach ({str(error).splitlines()[0].rstrip('.')})"
+        way_out = f"a diffusers folder, or a model whose architecture is known offline: {', '.join(ARCHITECTURES)}"
+        raise OSError(f"the config files of {location} are {cause}: pass {way_out}") from error
 
     def part(name: str) -> tuple[str, dict]:
         """(class, config) of a part of the pipeline."""

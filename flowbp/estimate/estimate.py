@@ -20,7 +20,7 @@ from functools import cached_property
 import numpy as np
 
 from flowbp.config import RunConfig, load
-from flowbp.estimate.passes import NetworkPass, RewardPass, TextPass, draw_plan, network_pass, reward_pass, text_pass
+from flowbp.estimate.passes import ModelsPass, NetworkPass, draw_plan, network_pass, reward_pass, text_pass
 from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.trajectory import ring_rows
 
@@ -40,8 +40,8 @@ class Estimate:
     config: RunConfig
     processes: int
     network: NetworkPass
-    reward: RewardPass
-    text: TextPass
+    reward: ModelsPass
+    text: ModelsPass
 
     def as_dict(self) -> dict:
         """For JSON."""
@@ -181,11 +181,6 @@ class Estimate:
 
     # -- time --------------------------------------------------------------------------------------------------------
 
-    @property
-    def branches(self) -> int:
-        """Network calls of a guided velocity."""
-        return 2 if self.config.guidance.active else 1
-
     def branches_at(self, node: int) -> int:
         """Network calls of the rollout at a node."""
         return 2 if self.config.guidance.guides(self.network.sigmas[node]) else 1
@@ -197,7 +192,7 @@ class Estimate:
         A backward pass counts as two, and as three where it runs the forward pass of its blocks again.
         """
         config, replays = self.config, float(np.mean(self.replays))
-        with_gradient = 1 if config.guidance.detach_negative else self.branches
+        with_gradient = 2 if config.guidance.active and not config.guidance.detach_negative else 1
         last = config.rollout.num_steps - 1
         visited = [[*range(plan.num_steps(last + 1)), *[last] * plan.num_renoised] for plan in self.plans]
         return {
