@@ -163,16 +163,14 @@ def estimate(
         price = f"most steps of optimizer.lr={run.optimizer.lr:g} round to nothing in bfloat16: docs/training.md"
         say(f"without master weights (tuning.master_weights=false) it takes {gigabytes(narrow.peak)} GB, and {price}")
     say("looking for what fits:")
-
-    def tell(added: list[str], count: int, found: estimates.Estimate) -> None:
+    for added, count, found in estimates.suggest(config, overrides or [], memory, processes):
         if count == 2 * processes:
             say(f"no setting that is known here fits {on}:")
-        more = f"{count} processes, " if count > processes else ""
-        say_unwrapped(f"  {gigabytes(found.peak)} GB with {more}{added[-1]}")
-
-    added, count, smaller = estimates.suggest(config, overrides or [], memory, processes, tell)
-    outcome = "fits" if smaller.fits(memory) else f"the smallest found still does not fit, for the {smaller.peak_phase}"
-    say(f"{outcome}: {gigabytes(smaller.peak)} GB a process, {smaller.relative_cost:.1f} x sampling, with")
+        if added:
+            more = f"{count} processes, " if count > processes else ""
+            say_unwrapped(f"  {gigabytes(found.peak)} GB with {more}{added[-1]}")
+    outcome = "fits" if found.fits(memory) else f"the smallest found still does not fit, for the {found.peak_phase}"
+    say(f"{outcome}: {gigabytes(found.peak)} GB a process, {found.relative_cost:.1f} x sampling, with")
     say_unwrapped(f"  {' '.join(added) or 'nothing changed'}")
     if count > processes:
         say(f"on {count} processes")
