@@ -114,14 +114,20 @@ class PairSampler(Protocol):
     def __call__(self, num_steps: int, start: int, rng: np.random.Generator) -> tuple[int, int]: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """A pair's reverse indices lie in [min_rev, max_rev) and in the train window; max_rev = None: in the window."""
+
+    min_rev: int = 1
+    max_rev: int | None = None
+
+
 @dataclass(frozen=True)
-class UniformPair:
+class UniformPair(Bounds):
     """Two distinct reverse indices drawn from [min_rev, max_rev); the larger is k. With max_j_rev, j is drawn first,
     from the reverse indices up to max_j_rev, and then k from those beyond j.
     """
 
-    min_rev: int = 1
-    max_rev: int | None = None
     max_j_rev: int | None = None
 
     def __call__(self, num_steps, start, rng):
@@ -137,15 +143,13 @@ class UniformPair:
 
 
 @dataclass(frozen=True)
-class DirichletPair:
+class DirichletPair(Bounds):
     """The window cut into three lengths (clean end | j ... k | noise end) by a Dirichlet draw, each of at least a step.
 
     max_j_rev caps the length at the clean end. The overflow goes to the noise end, which keeps the gap between k and j.
     """
 
     alpha: tuple[float, float, float] = (2.5, 6.0, 2.0)
-    min_rev: int = 1
-    max_rev: int | None = None
     max_j_rev: int | None = None
 
     def __post_init__(self):
@@ -166,11 +170,8 @@ class DirichletPair:
 
 
 @dataclass(frozen=True)
-class MidpointPair:
+class MidpointPair(Bounds):
     """k drawn uniformly in the window, j halfway between k and the clean end."""
-
-    min_rev: int = 1
-    max_rev: int | None = None
 
     def __call__(self, num_steps, start, rng):
         lo, hi = reverse_bounds(self, num_steps, start, fewest=2)
@@ -179,11 +180,8 @@ class MidpointPair:
 
 
 @dataclass(frozen=True)
-class MidpointJPair:
+class MidpointJPair(Bounds):
     """j drawn uniformly in the window, k halfway between the rollout's noise end and j. The window does not bound k."""
-
-    min_rev: int = 1
-    max_rev: int | None = None
 
     def __call__(self, num_steps, start, rng):
         lo, hi = reverse_bounds(self, num_steps, start, fewest=2)
@@ -191,7 +189,7 @@ class MidpointJPair:
         return j // 2, j
 
 
-def reverse_bounds(pairs, num_steps: int, start: int, fewest: int) -> tuple[int, int]:
+def reverse_bounds(pairs: Bounds, num_steps: int, start: int, fewest: int) -> tuple[int, int]:
     """Reverse indices [lo, hi) open to a pair sampler. Raises ValueError when fewer than `fewest` are left."""
     lo, hi = max(pairs.min_rev, 1), num_steps - start + 1
     hi = hi if pairs.max_rev is None else min(pairs.max_rev, hi)

@@ -129,9 +129,7 @@ def merge(base: dict[str, Any], extra: Mapping[str, Any]) -> None:
             nested = is_one_reward(value) == is_one_reward(old)
         if nested:
             merge(old, value)
-            base[key] = old
-        else:
-            base[key] = copy.deepcopy(value)
+        base[key] = old if nested else copy.deepcopy(value)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

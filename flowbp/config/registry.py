@@ -32,7 +32,9 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
         if key not in fields:
             raise unknown(f"{cls.__name__} key", key, fields)
         if hints[key] is PairSampler:
-            arguments[key] = _build_pairs(value, fields[key].default)
+            if isinstance(value, Mapping) and dataclasses.is_dataclass(default := fields[key].default):
+                value = {"name": describe(default, PAIR_SAMPLERS)["name"]} | value  # fields alone: the default's
+            arguments[key] = build_named("pair sampler", PAIR_SAMPLERS, value)
         elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
             arguments[key] = build(hints[key], value)
         else:
@@ -41,13 +43,6 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
             except ValidationError as error:
                 raise ConfigError(f"{key} = {short(value)}: {error.errors()[0]['msg']}") from None
     return cls(**arguments)
-
-
-def _build_pairs(spec: Any, default: Any) -> Any:
-    """A pair sampler. Fields without a name are those of the method's own default."""
-    if isinstance(spec, Mapping) and dataclasses.is_dataclass(default):
-        spec = {"name": describe(default, PAIR_SAMPLERS)["name"]} | spec
-    return build_named("pair sampler", PAIR_SAMPLERS, spec)
 
 
 def build_named(kind: str, registry: Mapping[str, type], spec: Any) -> Any:

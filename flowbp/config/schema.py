@@ -114,8 +114,7 @@ class Strict(BaseModel):
     def _known_keys_only(cls, values: Any) -> Any:
         for name in values if isinstance(values, Mapping) else ():
             if name not in cls.model_fields:
-                homes = [f"{section}.{name}" for section, inner in cls.sections() if name in inner.model_fields]
-                if homes:
+                if homes := [f"{section}.{name}" for section, inner in cls.sections() if name in inner.model_fields]:
                     raise ConfigError(f"unknown key {name!r}; did you mean {' or '.join(homes)}?")
                 raise unknown("key", name, cls.model_fields)
         return values
