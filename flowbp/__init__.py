@@ -12,7 +12,7 @@ A whole run: train(flowbp.config.load("demo")), or `flowbp train demo` on the co
 load_reward open models by name. A name is loaded when it is first used: importing flowbp imports nothing else.
 """
 
-import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
@@ -45,15 +45,12 @@ __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        try:
-            return importlib.import_module(f"flowbp.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"flowbp.{name}":
-                raise
-        raise AttributeError(f"flowbp has no {name!r}; it has {', '.join(sorted(_HOME))}")
-    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
-    return value
+    if name in _HOME:
+        value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+        return value
+    if importlib.util.find_spec(f"flowbp.{name}") is not None:
+        return importlib.import_module(f"flowbp.{name}")
+    raise AttributeError(f"flowbp has no {name!r}; it has {', '.join(sorted(_HOME))}")
 
 
 def __dir__() -> list[str]:

@@ -12,6 +12,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from flowbp.plan import check_range
+
 Drawn = TypeVar("Drawn")
 
 
@@ -26,11 +28,8 @@ def train_window(num_steps: int, tail_ratio: float, min_length: int = 1) -> tupl
 
 def check_count(num_active: int, available: int) -> None:
     """ValueError unless `num_active` nodes can be drawn from a window of `available` steps."""
-    if not 1 <= num_active <= available:
-        raise ValueError(
-            f"num_active must lie in [1, {available}], the steps of the train window, got {num_active}: "
-            "lower num_active, or raise the number of rollout steps or tail_ratio"
-        )
+    way_out = "draw no more than the train window has steps, or raise the number of rollout steps or tail_ratio"
+    check_range("num_active", num_active, 1, available, way_out)
 
 
 def is_active(num_steps: int, active: Sequence[int]) -> np.ndarray:
@@ -100,11 +99,10 @@ def bridge_allocation(num_active: int, pre_length: int, post_length: int) -> tup
     """How many of `num_active` nodes lie before the bridge, and how many from the bridge on: in proportion to the
     lengths of the two sides, and at least one each.
     """
-    if not 2 <= num_active <= pre_length + post_length:
-        raise ValueError(
-            f"a bridge needs num_active in [2, {pre_length + post_length}] (one node on each side), got {num_active}"
-        )
-    pre = min(max(round(num_active * pre_length / (pre_length + post_length)), 1), pre_length)
+    length = pre_length + post_length
+    if not 2 <= num_active <= length:
+        raise ValueError(f"a bridge needs num_active in [2, {length}] (one node on each side), got {num_active}")
+    pre = min(max(round(num_active * pre_length / length), 1), pre_length)
     post = min(max(num_active - pre, 1), post_length)
     pre = min(num_active - post, pre_length)
     return pre, num_active - pre
@@ -116,14 +114,20 @@ class PairSampler(Protocol):
     def __call__(self, num_steps: int, start: int, rng: np.random.Generator) -> tuple[int, int]: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """A pair's reverse indices lie in [min_rev, max_rev) and in the train window; max_rev = None: in the window."""
+
+    min_rev: int = 1
+    max_rev: int | None = None
+
+
 @dataclass(frozen=True)
-class UniformPair:
+class UniformPair(Bounds):
     """Two distinct reverse indices drawn from [min_rev, max_rev); the larger is k. With max_j_rev, j is drawn first,
     from the reverse indices up to max_j_rev, and then k from those beyond j.
     """
 
-    min_rev: int = 1
-    max_rev: int | None = None
     max_j_rev: int | None = None
 
     def __call__(self, num_steps, start, rng):
@@ -139,22 +143,18 @@ class UniformPair:
 
 
 @dataclass(frozen=True)
-class DirichletPair:
+class DirichletPair(Bounds):
     """The window cut into three lengths (clean end | j ... k | noise end) by a Dirichlet draw, each of at least a step.
 
     max_j_rev caps the length at the clean end. The overflow goes to the noise end, which keeps the gap between k and j.
     """
 
     alpha: tuple[float, float, float] = (2.5, 6.0, 2.0)
-    min_rev: int = 1
-    max_rev: int | None = None
     max_j_rev: int | None = None
 
     def __post_init__(self):
         if len(self.alpha) != 3 or not all(a > 0 for a in self.alpha):
-            raise ValueError(
-                f"dirichlet alpha must be three positive numbers (clean end, between, noise end), got {self.alpha}"
-            )
+            raise ValueError(f"dirichlet alpha must be three positive numbers (clean, middle, noise), got {self.alpha}")
 
     def __call__(self, num_steps, start, rng):
         lo, hi = reverse_bounds(self, num_steps, start, fewest=3)
@@ -170,11 +170,8 @@ class DirichletPair:
 
 
 @dataclass(frozen=True)
-class MidpointPair:
+class MidpointPair(Bounds):
     """k drawn uniformly in the window, j halfway between k and the clean end."""
-
-    min_rev: int = 1
-    max_rev: int | None = None
 
     def __call__(self, num_steps, start, rng):
         lo, hi = reverse_bounds(self, num_steps, start, fewest=2)
@@ -183,11 +180,8 @@ class MidpointPair:
 
 
 @dataclass(frozen=True)
-class MidpointJPair:
+class MidpointJPair(Bounds):
     """j drawn uniformly in the window, k halfway between the rollout's noise end and j. The window does not bound k."""
-
-    min_rev: int = 1
-    max_rev: int | None = None
 
     def __call__(self, num_steps, start, rng):
         lo, hi = reverse_bounds(self, num_steps, start, fewest=2)
@@ -195,15 +189,14 @@ class MidpointJPair:
         return j // 2, j
 
 
-def reverse_bounds(pairs, num_steps: int, start: int, fewest: int) -> tuple[int, int]:
+def reverse_bounds(pairs: Bounds, num_steps: int, start: int, fewest: int) -> tuple[int, int]:
     """Reverse indices [lo, hi) open to a pair sampler. Raises ValueError when fewer than `fewest` are left."""
     lo, hi = max(pairs.min_rev, 1), num_steps - start + 1
     hi = hi if pairs.max_rev is None else min(pairs.max_rev, hi)
     if hi - lo < fewest:
-        raise ValueError(
-            f"{type(pairs).__name__} needs at least {fewest} reverse indices, but min_rev = {pairs.min_rev}, max_rev = "
-            f"{pairs.max_rev} and a window of {num_steps - start} steps leave [{lo}, {hi}): widen them"
-        )
+        bounds = f"min_rev = {pairs.min_rev}, max_rev = {pairs.max_rev} and a window of {num_steps - start} steps"
+        needs = f"{type(pairs).__name__} needs at least {fewest} reverse indices"
+        raise ValueError(f"{needs}, but {bounds} leave [{lo}, {hi}): widen them")
     return lo, hi
 
 

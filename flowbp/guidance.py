@@ -47,10 +47,8 @@ class Guidance:
             if not 0 <= low < high <= 1:
                 raise ValueError(f"guidance interval must be two noise levels, 0 <= low < high <= 1, not {low}, {high}")
             if self.compensate:
-                raise ValueError(
-                    "guidance.compensate divides every gradient by the scale, which levels outside the interval never "
-                    "multiplied: set compensate to false, or interval to null"
-                )
+                cause = "guidance.compensate divides every gradient by the scale, also those outside the interval"
+                raise ValueError(f"{cause}: set compensate to false, or interval to null")
 
     @property
     def active(self) -> bool:
@@ -74,29 +72,27 @@ class Guidance:
         return self.scale if self.compensate and self.active else 1.0
 
 
+@dataclass(eq=False, repr=False)
 class GuidedVelocity:
     """The velocity of one batch under `guidance`, with its conditioning bound: (x [B, *S], sigma [] or [B]) -> [B, *S].
 
     batched: run the two branches in one network call, wherever both record a graph or neither does.
     """
 
-    def __init__(
-        self,
-        network: NetworkVelocity,
-        positive: Conditioning,
-        negative: Conditioning | None,
-        guidance: Guidance,
-        batched: bool = True,
-    ):
-        if guidance.active and negative is None:
-            raise ValueError(
-                f"guidance scale {guidance.scale} needs the negative conditioning: encode the empty prompt, or set "
-                "scale to 1"
-            )
-        self.network, self.positive, self.negative, self.guidance = network, positive, negative, guidance
-        self.batched = batched
-        if guidance.active and negative is not None and batched:
-            self._both = {name: torch.cat([negative[name], positive[name]]) for name in positive}
+    network: NetworkVelocity
+    positive: Conditioning
+    negative: Conditioning | None
+    guidance: Guidance
+    batched: bool = True
+
+    def __post_init__(self):
+        if not self.guidance.active:
+            return
+        if self.negative is None:
+            needs = f"guidance scale {self.guidance.scale} needs the negative conditioning"
+            raise ValueError(f"{needs}: encode the empty prompt, or set scale to 1")
+        if self.batched:
+            self._both = {name: torch.cat([self.negative[name], x]) for name, x in self.positive.items()}
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         positive, negative = self.branches(x, sigma)
@@ -106,7 +102,7 @@ class GuidedVelocity:
         """The velocity at one noise level: this one, or its positive branch alone where the level is not guided."""
         if not self.guidance.active or self.guidance.guides(level):
             return self
-        return GuidedVelocity(self.network, self.positive, None, replace(self.guidance, scale=1.0, interval=None))
+        return replace(self, negative=None, guidance=replace(self.guidance, scale=1.0, interval=None))
 
     def _scale(self, x: Tensor, sigma: Tensor) -> float | Tensor:
         """The guidance scale, as a factor of velocities like x."""
@@ -145,9 +141,6 @@ class GuidedVelocity:
 
     def _repeated(self, copies: int) -> "GuidedVelocity":
         """The velocity of a batch that holds this one `copies` times."""
-
-        def repeat(conditioning: Conditioning | None) -> Any:
-            return conditioning and {name: torch.cat([value] * copies) for name, value in conditioning.items()}
-
-        positive, negative = repeat(self.positive), repeat(self.negative)
-        return GuidedVelocity(self.network, positive, negative, self.guidance, self.batched)
+        both: Any = (self.positive, self.negative)
+        positive, negative = (side and {name: torch.cat([x] * copies) for name, x in side.items()} for side in both)
+        return replace(self, positive=positive, negative=negative)

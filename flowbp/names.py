@@ -38,7 +38,5 @@ def find(kind: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        places = (
-            f"modules are searched in {Path().resolve()}, in the folder of the config, and among installed packages"
-        )
+        places = f"modules are searched in {Path().resolve()}, the config's folder, and the installed packages"
         raise ValueError(f"cannot import the {kind} {short(name)}: {cut(error, 400)}; {places}") from error

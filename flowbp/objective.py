@@ -62,8 +62,6 @@ def reward_gradient(
     `factors` are constants.
     """
     rows = len(z) if rows is None else rows
-    if rows < 1:
-        raise ValueError(f"the reward is computed on at least 1 sample at a time, got {rows}")
     rewards, g, loss = [], torch.empty_like(z), 0.0
     for first in range(0, len(z), rows):
         part = slice(first, first + rows)

@@ -37,6 +37,12 @@ def in_order(places: Iterable[Place]) -> list[Place]:
     return sorted(places, key=lambda place: (isinstance(place, Copy), place))
 
 
+def check_range(what: str, value: float, low: float, high: float, way_out: str) -> None:
+    """ValueError unless low <= value <= high."""
+    if not low <= value <= high:  # also refuses NaN
+        raise ValueError(f"{what} must lie in [{low}, {high}], got {value}: {way_out}")
+
+
 @dataclass(frozen=True)
 class Bridge:
     """Two quadratures joined at `node` j. The first one ends at the latent x_j; the network reads x_j, and the second
@@ -50,10 +56,7 @@ class Bridge:
     alpha: float
 
     def __post_init__(self):
-        if not 0.0 <= self.alpha <= 1.0:  # also refuses NaN
-            raise ValueError(
-                f"bridge alpha must lie in [0, 1], got {self.alpha}: 0 cuts the cross-node path, 1 keeps it whole"
-            )
+        check_range("bridge alpha", self.alpha, 0, 1, "0 cuts the cross-node path, 1 keeps it whole")
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,9 @@ class Similarity:
     max_d0: float | None = None
 
     def __post_init__(self):
-        if not self.tau > 0:
-            raise ValueError(f"similarity tau must be positive, got {self.tau}: it is the floor under each residual")
-        for name in ("max_dj", "max_d0"):
-            if (largest := getattr(self, name)) is not None and not largest > 0:
-                raise ValueError(
-                    f"similarity {name} must be positive, got {largest}: samples beyond it are dropped; None keeps all"
-                )
+        for name in ("tau", "max_dj", "max_d0"):
+            if (residual := getattr(self, name)) is not None and not residual > 0:
+                raise ValueError(f"similarity {name} must be positive, got {residual}; max_dj and max_d0 may be None")
 
 
 class Replay(NamedTuple):
@@ -173,26 +172,21 @@ class SurrogatePlan:
             raise ValueError(f"a plan needs at least one node, and as many weights of each kind as nodes; got {sizes}")
         if any(a >= b for a, b in zip(nodes, nodes[1:], strict=False)) or nodes[0] < 0:
             raise ValueError(
-                f"plan nodes must be non-negative and strictly increasing, got {nodes}: sort them, drop repeats"
+                f"nodes must be non-negative and strictly increasing, got {nodes}: sort them, drop repeats"
             )
         for name in tuple(numbers)[1:]:
             if not all(map(math.isfinite, getattr(self, name))):
                 raise ValueError(f"plan {name} must be finite, got {getattr(self, name)}")
         if not self.active:
             raise ValueError(f"no node of {nodes} has a gradient weight: give at least one node a non-zero grad_weight")
-        if not 0 <= self.start <= nodes[0]:
-            raise ValueError(f"plan start must lie in [0, {nodes[0]}], at or before the first node, got {self.start}")
+        check_range("plan start", self.start, 0, nodes[0], "start at or before the first node")
         if self.bridge is not None and self.bridge.node not in nodes:
             raise ValueError(f"bridge node {self.bridge.node} must be a node of the plan; its nodes are {nodes}")
-        seen = self.reward_input
-        if seen is not None and seen.at != nodes[-1]:
+        if (seen := self.reward_input) is not None and seen.at != nodes[-1]:
             raise ValueError(f"the posterior mean must be taken at the plan's last node {nodes[-1]}, got {seen.at}")
         if self.similarity is not None and self.bridge is None:
-            raise ValueError(
-                "similarity weights compare two joined quadratures: give the plan a bridge, or similarity=None"
-            )
-        if not 0 <= self.num_renoised <= 1000:
-            raise ValueError(f"num_renoised must be 0 or more and at most 1000, got {self.num_renoised}")
+            raise ValueError("similarity compares two joined quadratures: give the plan a bridge, or similarity=None")
+        check_range("num_renoised", self.num_renoised, 0, 1000, "0 makes no copies")
 
     @property
     def active(self) -> tuple[tuple[int, float], ...]:
@@ -222,10 +216,7 @@ class SurrogatePlan:
     def leaps(self) -> Leaps:
         """The plan's quadrature, split at its bridge. Raises ValueError for a plan without a bridge."""
         if self.bridge is None:
-            raise ValueError(
-                "a plan without a bridge has one quadrature, not two leaps: give it a bridge, or do not ask for its "
-                "residuals"
-            )
+            raise ValueError("a plan without a bridge has no two leaps: give it one, or do not ask for its residuals")
         j, rule = self.bridge.node, tuple(zip(self.nodes, self.weights, strict=True))
         first, second = (tuple(w if (i < j) == before else 0.0 for i, w in rule) for before in (True, False))
         return Leaps(self.start, j, self.nodes, first, second)
@@ -256,14 +247,10 @@ class SurrogatePlan:
 
     def check(self, total: int, batch: int | None = None) -> None:
         """Raise ValueError unless every index exists in a rollout of `total` steps. One plan serves any `batch`."""
-        if self.nodes[-1] >= total:
-            raise ValueError(
-                f"plan node {self.nodes[-1]} lies outside a rollout of {total} steps: nodes run from 0 to {total - 1}"
-            )
-        if self.num_renoised and self.nodes[-1] != total - 1:
-            raise ValueError(
-                f"re-noised copies are denoised from the last node {total - 1}, but the plan ends at {self.nodes[-1]}"
-            )
+        if (last := self.nodes[-1]) >= total:
+            raise ValueError(f"plan node {last} lies outside a rollout of {total} steps: nodes are 0 to {total - 1}")
+        if self.num_renoised and last != total - 1:
+            raise ValueError(f"re-noised copies start at the last node {total - 1}, but the plan ends at {last}")
 
 
 @dataclass(frozen=True)
@@ -291,14 +278,9 @@ class PlanBatch:
         }
         for name, kind in kinds.items():
             if len(kind) > 1:
-                raise ValueError(
-                    f"the plans of a batch must agree in {name}: draw all of them from one method, got {kind}"
-                )
+                raise ValueError(f"the plans of a batch must agree in {name}, got {kind}: draw all from one method")
         if self.similarity is not None and self.reward_input is not None and isinstance(self.reward_input.at, tuple):
-            raise ValueError(
-                "the plans of a batch with similarity must see posterior means of one node: their residuals end at one "
-                "latent"
-            )
+            raise ValueError("plans with similarity must see posterior means of one node, where their residuals end")
 
     def rows(self, samples: slice) -> "PlanBatch":
         """The plans of some samples, padded to as many replays as the whole batch makes."""
@@ -346,9 +328,7 @@ class PlanBatch:
     def check(self, total: int, batch: int | None = None) -> None:
         """As SurrogatePlan.check, for every plan; and raise ValueError unless each sample of `batch` has one."""
         if batch not in (None, len(self.plans)):
-            raise ValueError(
-                f"there are {len(self.plans)} plans for a batch of {batch} samples: pass one plan, or one a sample"
-            )
+            raise ValueError(f"{len(self.plans)} plans for a batch of {batch} samples: pass one plan, or one a sample")
         for plan in self.plans:
             plan.check(total)
 

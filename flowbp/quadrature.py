@@ -28,13 +28,9 @@ def check_sigmas(sigmas: Sequence[float]) -> np.ndarray:
         raise ValueError(f"sigmas must be a vector of at least two noise levels, got shape {levels.shape}")
     if not np.all(np.isfinite(levels)):
         raise ValueError(f"sigmas must be finite, got {levels.tolist()}")
-    rising = np.flatnonzero(np.diff(levels) >= 0)
-    if len(rising):
+    if len(rising := np.flatnonzero(np.diff(levels) >= 0)):
         i = int(rising[0])
-        raise ValueError(
-            f"sigmas must strictly decrease, but sigmas[{i}] = {levels[i]:.6g} and sigmas[{i + 1}] = "
-            f"{levels[i + 1]:.6g}"
-        )
+        raise ValueError(f"sigmas must strictly decrease, but sigmas[{i}:{i + 2}] are {levels[i : i + 2].tolist()}")
     if levels[-1] != 0.0:
         raise ValueError(f"sigmas must end at the clean end, 0, got {levels[-1]:.6g}: append a final 0")
     return levels
@@ -133,8 +129,6 @@ def rescale_factor(total: float, active: float, strength: float) -> float:
     more than 1 extrapolates beyond it.
     """
     if not 0.0 <= strength < math.inf:  # also refuses NaN
-        raise ValueError(
-            f"rescale must be a finite number of 0 or more, got {strength}: 0 leaves the gradient as it is, 1 restores "
-            "the full length, more extrapolates beyond it"
-        )
+        meaning = "0 leaves the gradient as it is, 1 restores the full length, more extrapolates beyond it"
+        raise ValueError(f"rescale must be a finite number of 0 or more, got {strength}: {meaning}")
     return 1.0 + strength * (total / active - 1.0) if strength > 0 and active > 1e-8 else 1.0

@@ -39,10 +39,7 @@ class Recompute:
         if mode not in ("always", "never", "auto"):
             raise ValueError(f"recompute must be 'always', 'never' or 'auto', not {mode!r}")
         if budget is not None and (mode != "auto" or budget < 0):
-            raise ValueError(
-                f"a budget of {budget} bytes for kept graphs needs recompute='auto' (not {mode!r}) and must be 0 or "
-                "more"
-            )
+            raise ValueError(f"a budget of {budget} bytes needs recompute='auto', not {mode!r}, and must be 0 or more")
         self.mode, self.budget = mode, budget
         self.capacity: float | None = {"always": 0, "never": math.inf}.get(mode)  # graphs to keep; None: not known yet
         self.graph_bytes: int | None = None  # size of one node's graph in mode "auto", once recorded

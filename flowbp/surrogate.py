@@ -71,9 +71,7 @@ def residuals(plan: Plan, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
     Raises ValueError for a plan without similarity, whose rollout does not cache the velocities.
     """
     if plan.similarity is None:
-        raise ValueError(
-            "residuals need a plan with similarity: without it the rollout does not cache the velocities they read"
-        )
+        raise ValueError("residuals need a plan with similarity, for which the rollout caches the velocities they read")
     start, joint, nodes, first, second = plan.leaps
     x, v = trajectory.latents, trajectory.velocities
     d_j, d_0 = leap_residuals(x[start], x[joint], trajectory.sample, v.rows, v.slots(nodes), (first, second))

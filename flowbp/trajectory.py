@@ -44,10 +44,8 @@ class NodeCache:
             batch = self.rows.shape[1]
             return [self.slots(node) if isinstance(node, tuple) else self.slots([node]) * batch for node in nodes]
         if missing := [node for node in nodes if node not in self._slot]:
-            raise KeyError(
-                f"the {self.what} of nodes {missing} are not cached (cached: {self.nodes}); roll out with the plan "
-                "that reads them"
-            )
+            cached = f"are not cached (cached: {self.nodes})"
+            raise KeyError(f"the {self.what} of nodes {missing} {cached}; roll out with the plan that reads them")
         return [self._slot[node] for node in nodes]
 
     def __getitem__(self, node: Node) -> Tensor:
@@ -105,11 +103,9 @@ class Trajectory:
             return self.kept.pop(nodes[0])
         visited = {i for node in nodes for i in (node if isinstance(node, tuple) else (node,))}
         if len(visited) > 1 and not self.rng.keys().isdisjoint(visited):
-            raise ValueError(
-                "the network draws random numbers (dropout), and one forward pass at nodes "
-                f"{in_order(visited)} cannot repeat what the rollout drew at each: use nodes_per_forward=1 and one "
-                "plan for the batch, or put the network in eval()"
-            )
+            cause = f"one forward pass at nodes {in_order(visited)} cannot repeat the rollout's draws (dropout) at each"
+            way_out = "use nodes_per_forward=1 and one plan for the batch, or put the network in eval()"
+            raise ValueError(f"{cause}: {way_out}")
         if len(nodes) == 1:
             x, sigma = self.latents[nodes[0]], self.level(nodes[0])
         else:
@@ -178,10 +174,8 @@ class _Recorder:
 
     def __init__(self, plan: SurrogatePlan | PlanBatch | None, recompute: Recompute, device: torch.device):
         if isinstance(plan, PlanBatch) and recompute.mode != "always":
-            raise ValueError(
-                f"recompute={recompute.mode!r} keeps the graph of a node as the whole batch passes it, but with one "
-                "plan a sample each sample has nodes of its own: use recompute='always', or one plan for the batch"
-            )
+            cause = f"recompute={recompute.mode!r} keeps the graph of a node for the whole batch"
+            raise ValueError(f"{cause}: with one plan a sample use recompute='always', or use one plan for the batch")
         self.recompute = recompute
         self.gated: dict[Place, bool] = {}  # active node -> whether its input collects a gradient
         for replay in plan.replays if plan else ():

@@ -10,6 +10,7 @@ import flowbp.__main__
 from flowbp import cli
 from flowbp.cli import tables
 from flowbp.config import load
+from flowbp.quadrature import solver_table
 from flowbp.training.trainer import Trainer
 
 TINY = ["steps=3", "data.batch_size=2", "rollout.num_steps=12", "checkpoint_every=1", "evaluation=null"]
@@ -87,6 +88,7 @@ def test_a_preset_is_printed_with_what_its_keys_mean_and_is_a_config(tmp_path):
         # Brackets are no tag of rich's.
         (["train", "demo", "tuning={mode: full, targets: [to_q]}"], "targets=['to_q'] is a setting of LoRA"),
         (["plan", "lepalign"], "did you mean 'leapalign'"),
+        (["plan", "refl", "--solver", "heun"], "'heun' is not one of 'euler', 'adams-2', 'adams-3'"),
         (["rewards", "hpsv"], "did you mean 'hpsv"),
         (
             ["export", "nowhere", "out.safetensors"],
@@ -108,6 +110,16 @@ def test_a_plan_is_drawn_on_the_published_levels_under_the_shift(monkeypatch):
     result = CliRunner().invoke(cli.app, ["plan", "refl", "last_n=1", "--steps", "4", "--shift", "3"])
     assert result.exit_code == 0, result.output
     assert levels == pytest.approx([3 * u / (1 + 2 * u) for u in (1, 0.75, 0.5, 0.25, 0)])
+
+
+@pytest.mark.parametrize("solver", ["euler", "adams-2"])
+def test_a_plan_has_the_weights_of_the_solver_that_is_asked_for(solver, monkeypatch):
+    plans = []
+    monkeypatch.setattr(tables, "plan_table", lambda drawn, sigmas, title: plans.append((drawn, sigmas)) or title)
+    result = CliRunner().invoke(cli.app, ["plan", "flowbp-sparse", "--steps", "6", "--solver", solver])
+    assert result.exit_code == 0 and f"6 {solver} steps" in result.output
+    ((drawn, sigmas),) = plans
+    assert drawn.weights == pytest.approx(solver_table(sigmas, solver).sum(axis=0))
 
 
 @pytest.mark.parametrize(("package", "module"), [("typer", "flowbp.cli"), ("pydantic", "flowbp.config")])

@@ -219,7 +219,7 @@ def test_a_suggestion_fits_and_keeps_the_samples_of_a_step(share, tmp_path):
     overrides = ["tuning.mode=full", f"output={tmp_path}", "data.batch_size=8"]
     before = load("demo", overrides)
     memory = share * estimate(before).peak
-    added, processes, promised = suggest("demo", overrides, memory)
+    *_, (added, processes, promised) = suggest("demo", overrides, memory)
     after = load("demo", [*overrides, *added])
     assert added and promised.fits(memory) and estimate(after, processes) == promised
     assert after.data.batch_size * after.data.accumulate == before.data.batch_size
@@ -233,7 +233,7 @@ def test_every_batch_that_divides_a_step_is_tried_down_to_one_sample():
 
 def test_where_nothing_fits_the_smallest_found_is_told(tmp_path):
     start = ["tuning.mode=full", f"tuning.init={tmp_path}"]  # a LoRA would start elsewhere, so it is not suggested
-    added, processes, smallest = suggest("demo", [f"output={tmp_path}", *start], 1.0)
+    *_, (added, processes, smallest) = suggest("demo", [f"output={tmp_path}", *start], 1.0)
     assert not smallest.fits(1.0) and smallest.peak < estimate(load("demo", start)).peak
     assert "memory.shard=true" in added and "tuning.mode=lora" not in added and processes > 1
 

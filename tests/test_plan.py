@@ -206,7 +206,7 @@ def plan_with(**changes):
         (lambda: plan_with(bridge=Bridge(2, 0.5)), r"bridge node 2 must be a node of the plan; its nodes are \(1, 3\)"),
         (lambda: plan_with(reward_input=PosteriorMean(1)), "last node 3"),
         (lambda: plan_with(similarity=Similarity(0.1)), "give the plan a bridge"),
-        (lambda: plan_with(num_renoised=-1), "0 or more"),
+        (lambda: plan_with(num_renoised=-1), r"\[0, 1000\], got -1"),
         (lambda: plan_with().check(3), "outside a rollout of 3 steps"),
         (lambda: plan_with(num_renoised=1).check(9), "last node 8"),
         (

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Column, Table
 from rich.text import Text
 from typer import Argument, Option
 
 from flowbp import __version__
 from flowbp.foreign import cut
+from flowbp.quadrature import Solver
 from flowbp.runtime.console import TextConsole, tame_libraries
 
 # Commands read their config before they import what it takes to run it, so that a mistake is told within two seconds.
@@ -60,9 +60,7 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def quiet_libraries(
-    version: Annotated[
-        bool, Option("--version", callback=show_version, is_eager=True, help="print it and exit")
-    ] = False,
+    version: Annotated[bool, Option("--version", callback=show_version, is_eager=True, help="print it")] = False,
 ) -> None:
     """Align text-to-image flow models by reward backpropagation."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -106,11 +104,10 @@ def train(
         raise ConnectionError(f"{error}. {how_to_go_on(settings.output)}") from error
     if console.quiet:
         return
-    if (output / "evaluation.json").is_file():
-        rows = json.loads((output / "evaluation.json").read_text())
-        console.print(comparison_table(rows, f"{output}: same prompts and seeds"))
-    if (output / "validation.json").is_file():
-        validation = json.loads((output / "validation.json").read_text())
+    if (file := output / "evaluation.json").is_file():
+        console.print(comparison_table(json.loads(file.read_text()), f"{output}: same prompts and seeds"))
+    if (file := output / "validation.json").is_file():
+        validation = json.loads(file.read_text())
         metric, best = validation["metric"], validation["best"]
         for line in validation["warnings"]:
             say(Text("warning:", "bold yellow"), line)
@@ -125,9 +122,7 @@ def train(
 def estimate(
     config: Config,
     overrides: Overrides = None,
-    gpu_memory: Annotated[
-        str | None, Option(help="say whether it fits, and if not what does: 24GB, 24GiB or 80e9")
-    ] = None,
+    gpu_memory: Annotated[str | None, Option(help="does it fit, and if not, what does: 24GB or 80e9")] = None,
     processes: Annotated[int, Option(min=1, help="GPUs of the run, one process each")] = 1,
     json_file: Annotated[Path | None, Option("--json", help="write all numbers here, in bytes")] = None,
 ) -> None:
@@ -148,10 +143,11 @@ def estimate(
 
     gc.enable()
     whole = estimates.estimate(run, processes)
-    console.print(estimate_table(whole, f"{config}, {processes} process{'es' if processes > 1 else ''}"))
+    on = f"{processes} process{'es' if processes > 1 else ''}"
+    console.print(estimate_table(whole, f"{config}, {on}"))
     calls = ", ".join(f"{name} {count:.1f}" for name, count in whole.calls.items())
-    flops = f"{whole.network.forward_flops / 1e12:.3g} TFLOP"
-    passes = f"{sum(whole.calls.values()):.0f} forward passes of {flops} ({calls})"
+    tera = whole.network.forward_flops / 1e12
+    passes = f"{sum(whole.calls.values()):.0f} forward passes of {tera:.3g} TFLOP ({calls})"
     say(f"a step costs {whole.relative_cost:.1f} x sampling its images: {passes}")
     for note in whole.notes:
         say(Text("not counted:", "yellow"), note)
@@ -161,24 +157,20 @@ def estimate(
         return
     share = f"{whole.peak / memory:.0%} of {gpu_memory}; {estimates.MARGIN:.0%} are left for what is not counted"
     if whole.fits(memory):
-        say(Text("fits:", "green"), share)
-        return
+        return say(Text("fits:", "green"), share)
     say(Text("does not fit:", "red"), share)
     if (narrow := estimates.without_masters(run, processes)) is not None:
         price = f"most steps of optimizer.lr={run.optimizer.lr:g} round to nothing in bfloat16: docs/training.md"
-        size = f"{gigabytes(narrow.peak)} GB"
-        say(f"without master weights (tuning.master_weights=false) it takes {size}, and {price}")
+        say(f"without master weights (tuning.master_weights=false) it takes {gigabytes(narrow.peak)} GB, and {price}")
     say("looking for what fits:")
-
-    def tell(added: list[str], count: int, found: estimates.Estimate) -> None:
+    for added, count, found in estimates.suggest(config, overrides or [], memory, processes):
         if count == 2 * processes:
-            say(f"no setting that is known here fits {processes} process{'es' if processes > 1 else ''}:")
-        on = f"{count} processes, " if count > processes else ""
-        say_unwrapped(f"  {gigabytes(found.peak)} GB with {on}{added[-1]}")
-
-    added, count, smaller = estimates.suggest(config, overrides or [], memory, processes, tell)
-    outcome = "fits" if smaller.fits(memory) else f"the smallest found still does not fit, for the {smaller.peak_phase}"
-    say(f"{outcome}: {gigabytes(smaller.peak)} GB a process, {smaller.relative_cost:.1f} x sampling, with")
+            say(f"no setting that is known here fits {on}:")
+        if added:
+            more = f"{count} processes, " if count > processes else ""
+            say_unwrapped(f"  {gigabytes(found.peak)} GB with {more}{added[-1]}")
+    outcome = "fits" if found.fits(memory) else f"the smallest found still does not fit, for the {found.peak_phase}"
+    say(f"{outcome}: {gigabytes(found.peak)} GB a process, {found.relative_cost:.1f} x sampling, with")
     say_unwrapped(f"  {' '.join(added) or 'nothing changed'}")
     if count > processes:
         say(f"on {count} processes")
@@ -213,8 +205,7 @@ def sample(
     gc.enable()
     backbone = frozen_backbone(run, weights, str(process_state().device))
     seeds, sampling = sample_seeds(seed, count=count), (run.evaluation_rollout, run.evaluation_guidance)
-    images = generate(backbone, prompts, seeds, *sampling)
-    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+    pixels = generate(backbone, prompts, seeds, *sampling).permute(0, 2, 3, 1).cpu().numpy()
     sample_grid(pixels, prompts, [None] * count, columns=min(4, count)).savefig(out, dpi=110)
     console.print(f"wrote {out}")
 
@@ -239,13 +230,9 @@ def export(
 def evaluate(
     config: Annotated[str, Argument(help="the folder of a run, which is then scored too, a config.yaml, or a preset")],
     overrides: Overrides = None,
-    weights: Annotated[
-        list[str] | None, Option(help="PATH or NAME=PATH of a run, checkpoint, or LoRA; may be repeated")
-    ] = None,
+    weights: Annotated[list[str] | None, Option(help="PATH or NAME=PATH of a run or LoRA; may repeat")] = None,
     out: Annotated[Path | None, Option(help="folder of the results; default: <run>-eval")] = None,
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="throw away scores of other settings that the folder holds")
-    ] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="delete the folder's scores of other settings")] = False,
     processes: Processes = 1,
 ) -> None:
     """Score the base and tuned models on the same prompts and seeds: means, intervals, paired tests, and a page. A
@@ -268,9 +255,8 @@ def evaluate(
     if not console.quiet:
         from flowbp.cli.tables import evaluation_tables
 
-        options = run.evaluation
-        for table in evaluation_tables(results, f"{options.prompts}, {options.samples} images, seed {options.seed}"):
-            console.print(table)
+        title = f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"
+        console.print(*evaluation_tables(results, title))
         say_unwrapped(f"report: {(folder / 'report.html').resolve()}")
 
 
@@ -280,25 +266,20 @@ def compare(
     out: Annotated[Path, Option(help="folder of comparison.html and comparison.json")] = Path("comparison"),
 ) -> None:
     """Put several runs into one table and one page, and name the differences that make their comparison unfair."""
-    from flowbp.cli.tables import comparison_table, listed, means_table
-    from flowbp.evaluation.runs import compare_runs, grouped
+    from flowbp.cli.tables import comparison_table, means_table, values_table
+    from flowbp.evaluation.runs import compare_runs
 
     results = compare_runs(runs, out)
     first, *others = names = [run["name"] for run in results["runs"]]
     if results["unfair"]:
         reason = "more than the method differs" if results["point"] else "the methods are equal, other settings differ"
         title = Text.assemble(("not a fair comparison", "bold yellow"), f": {reason}")
-        table = Table(Column("key", overflow="fold"), "value: runs", "so it is", title=title)
-        for key, difference in results["unfair"].items():
-            table.add_row(key, listed(grouped(difference["values"], names)), difference["why"])
-        console.print(table)
+        rows = [(key, difference["values"], difference["why"]) for key, difference in results["unfair"].items()]
+        console.print(values_table(rows, names, title, "so it is"))
     for warning in results["warnings"]:
         say(Text("warning:", "bold yellow"), warning)
     if results["point"]:
-        table = Table("key", "value: runs", title="what is compared")
-        for key, values in results["point"].items():
-            table.add_row(key, listed(grouped(values, names)))
-        console.print(table)
+        console.print(values_table(results["point"].items(), names, "what is compared"))
     if results["means"]:
         console.print(means_table(results["means"], "run", "means over all images"))
     for name in others:
@@ -313,6 +294,7 @@ def plan(
     overrides: Annotated[list[str] | None, Argument(help="field=value of the method, such as alpha=0.3")] = None,
     steps: Annotated[int, Option(min=1, max=1000, help="rollout steps")] = 25,
     shift: Annotated[float, Option(min=1e-3, help="timestep shift of the noise schedule")] = 3.0,
+    solver: Annotated[Solver, Option(help="of the rollout, as rollout.solver")] = "euler",
     seed: Annotated[int, Option(min=0, help="seed of the draw")] = 0,
     png: Annotated[Path | None, Option(help="also draw the plan")] = None,
 ) -> None:
@@ -321,48 +303,40 @@ def plan(
 
     from flowbp.cli.tables import plan_table
     from flowbp.config import build_method, parse_overrides
+    from flowbp.methods import draw_plan
     from flowbp.runtime.inputs import check_target
 
     if png is not None:
         check_target("--png", png, ".png")
     u = 1.0 - np.arange(steps) / steps
     sigmas = np.append(shift * u / (1.0 + (shift - 1.0) * u), 0.0)
-    drawn = build_method({"name": method} | parse_overrides(overrides or ())).plan(sigmas, np.random.default_rng(seed))
-    console.print(plan_table(drawn, sigmas, f"{method}, {steps} steps, seed {seed}"))
+    built = build_method({"name": method} | parse_overrides(overrides or ()))
+    drawn = draw_plan(built, sigmas, np.random.default_rng(seed), solver)
+    console.print(plan_table(drawn, sigmas, f"{method}, {steps} {solver} steps, seed {seed}"))
     sees = "the sample" if drawn.reward_input is None else f"the posterior mean at node {drawn.reward_input.at}"
     bridge = "none" if drawn.bridge is None else f"at node {drawn.bridge.node}, alpha {drawn.bridge.alpha:g}"
     say(f"reward sees {sees}; bridge: {bridge}; re-noised copies: {drawn.num_renoised}")
     if png is not None:
-        from flowbp.evaluation.figures import draw_plan
+        from flowbp.evaluation import figures
 
-        draw_plan(drawn, sigmas, f"{method}: one plan of {steps} steps").savefig(png, dpi=130)
+        figures.draw_plan(drawn, sigmas, f"{method}: one plan of {steps} steps").savefig(png, dpi=130)
         console.print(f"wrote {png}")
 
 
 @app.command()
-def rewards(
-    name: Annotated[str | None, Argument(help="tell more of one reward, and how to fetch it")] = None,
-) -> None:
+def rewards(name: Annotated[str | None, Argument(help="say what this one is and how to fetch it")] = None) -> None:
     """List the rewards: their checkpoints, licences, scores and usual hinges."""
+    from flowbp.cli.tables import rewards_table
     from flowbp.rewards.registry import EMBEDDED, REWARDS, find_source, how_to_fetch
 
     if name in EMBEDDED:
-        say(f"{name} is a model of the reward clip, and part of flowbp: reward={{name: clip, model: {name}}}")
-        return
+        return say(f"{name} is a model of the reward clip, and part of flowbp: reward={{name: clip, model: {name}}}")
     if name is not None and ":" in name:
         from flowbp.rewards.callable import CallableReward
 
         CallableReward.find(name)
-        say(f"{name} is a reward of your own, and was found: reward={{name: '{name}'}}")
-        return
-    columns = (Column("reward, checkpoint, paper", no_wrap=True), "parameters, licence, scores")
-    table = Table(*columns, Column("hinge", justify="right"), title="flowbp rewards", show_lines=True)
-    for key, source in REWARDS.items() if name is None else [(name, find_source(name))]:
-        size = f"{source.parameters / 1e6:,.0f} M" if source.parameters else "–"
-        hinge = "" if source.hinge is None else f"{source.hinge:g}"
-        names = Text.assemble((key, "bold"), f"\n{source.files['model'].repository}\n{source.paper}")
-        table.add_row(names, f"{size}\n{source.licence}\n{source.scores}", hinge)
-    console.print(table)
+        return say(f"{name} is a reward of your own, and was found: reward={{name: '{name}'}}")
+    console.print(rewards_table(REWARDS if name is None else {name: find_source(name)}))
     if name is None:
         say("flowbp rewards NAME says how to fetch one; a function of your own is reward.name=module:function")
     else:
@@ -372,49 +346,21 @@ def rewards(
 @app.command()
 def presets(name: Annotated[str | None, Argument(help="print this one as a config")] = None) -> None:
     """List the presets, or print one as a config to start from."""
-    from flowbp.cli.tables import non_defaults
+    from flowbp.cli.tables import presets_table
     from flowbp.config import commented, dump, load
     from flowbp.presets import names
 
     if name is not None:
-        typer.echo(commented(dump(load(name, run_code=False))), nl=False)
-        return
-    settings = (Column(key, overflow="fold") for key in ("batch", "guidance", "method"))
-    title = "flowbp train PRESET; defaults are left out, flowbp presets PRESET prints all"
-    table = Table(Column("preset", no_wrap=True), *settings, title=title)
-    for preset in names():
-        run = load(preset)
-        cells = (preset, str(run.data.batch_size), non_defaults(run.guidance), non_defaults(run.method))
-        table.add_row(*cells, end_section=preset.endswith("/flowbp-lagrange"))
-    console.print(table)
+        return typer.echo(commented(dump(load(name, run_code=False))), nl=False)
+    console.print(presets_table({preset: load(preset) for preset in names()}))
 
 
 @app.command()
 def doctor() -> None:
     """Print versions, the device, and which kernels run and why."""
-    import importlib.metadata
-    import platform
+    from flowbp.cli.tables import doctor_table
 
-    import torch
-
-    import flowbp
-    from flowbp.runtime.reproducible import math_library
-    from flowbp_kernels import backend
-
-    table = Table("what", "found", title="flowbp doctor")
-    table.add_row("flowbp", flowbp.__version__)
-    table.add_row("python", platform.python_version())
-    for package in ("torch", "diffusers", "transformers", "peft", "accelerate", "triton"):
-        try:
-            table.add_row(package, importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            table.add_row(package, "not installed")
-    cuda = torch.cuda.is_available()
-    table.add_row("device", torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads")
-    table.add_row("matrix products", math_library())
-    for name, runs, why in backend.report():
-        table.add_row(f"kernels: {name}", f"{'runs' if runs else 'cannot run'}: {why}")
-    console.print(table)
+    console.print(doctor_table())
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

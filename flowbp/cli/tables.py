@@ -1,13 +1,20 @@
 """What the command line prints, as tables of 80 columns."""
 
 import dataclasses
-from collections.abc import Iterator
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 
+import torch
 from rich import box
 from rich.table import Column, Table
+from rich.text import Text
 
+from flowbp import __version__
 from flowbp.evaluation import numbers
 from flowbp.evaluation.numbers import between, number, scale_of, scale_of_change
+from flowbp.evaluation.runs import grouped
+from flowbp.runtime.reproducible import math_library
 
 
 def estimate_table(estimate, title: str) -> Table:
@@ -99,9 +106,60 @@ def evaluation_tables(results: dict, title: str) -> Iterator[Table]:
         yield table
 
 
+def values_table(rows: Iterable[tuple], runs: Sequence[str], title: str | Text, *columns: str) -> Table:
+    """Rows (key, what each run has for it, cells of `columns`)."""
+    table = Table(Column("key", overflow="fold"), "value: runs", *columns, title=title)
+    for key, values, *cells in rows:
+        table.add_row(key, listed(grouped(values, runs)), *cells)
+    return table
+
+
 def listed(parts: list[tuple[str, str]]) -> str:
     """value: the runs that have it, one value a line."""
     return "\n".join(f"{value}: {names}" for value, names in parts)
+
+
+def rewards_table(sources: Mapping) -> Table:
+    """Where the published rewards are, and what their scores mean."""
+    columns = (Column("reward, checkpoint, paper", no_wrap=True), "parameters, licence, scores")
+    table = Table(*columns, Column("hinge", justify="right"), title="flowbp rewards", show_lines=True)
+    for name, source in sources.items():
+        size = f"{source.parameters / 1e6:,.0f} M" if source.parameters else "–"
+        hinge = "" if source.hinge is None else f"{source.hinge:g}"
+        names = Text.assemble((name, "bold"), f"\n{source.files['model'].repository}\n{source.paper}")
+        table.add_row(names, f"{size}\n{source.licence}\n{source.scores}", hinge)
+    return table
+
+
+def presets_table(presets: Mapping) -> Table:
+    """What the presets say, less the defaults."""
+    settings = (Column(key, overflow="fold") for key in ("batch", "guidance", "method"))
+    title = "flowbp train PRESET; defaults are left out, flowbp presets PRESET prints all"
+    table = Table(Column("preset", no_wrap=True), *settings, title=title)
+    for name, run in presets.items():
+        cells = (name, str(run.data.batch_size), non_defaults(run.guidance), non_defaults(run.method))
+        table.add_row(*cells, end_section=name.endswith("/flowbp-lagrange"))
+    return table
+
+
+def doctor_table() -> Table:
+    """Versions, the device, and which kernels run and why."""
+    from flowbp_kernels import backend  # imports torch._dynamo
+
+    table = Table("what", "found", title="flowbp doctor")
+    table.add_row("flowbp", __version__)
+    table.add_row("python", platform.python_version())
+    for package in ("torch", "diffusers", "transformers", "peft", "accelerate", "triton"):
+        try:
+            table.add_row(package, version(package))
+        except PackageNotFoundError:
+            table.add_row(package, "not installed")
+    cuda = torch.cuda.is_available()
+    table.add_row("device", torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads")
+    table.add_row("matrix products", math_library())
+    for name, runs, why in backend.report():
+        table.add_row(f"kernels: {name}", f"{'runs' if runs else 'cannot run'}: {why}")
+    return table
 
 
 def non_defaults(built) -> str:

@@ -69,26 +69,24 @@ class StrictYAML(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            problem, mark = "an alias is not read here: write its value out", self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(None, None, "an alias is not read here: write its value out", mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
-        for name, _ in node.value:
-            if str(name.value) in seen:
-                problem = f"the key {short(name.value)} stands here again"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=name.start_mark)
-            seen.add(str(name.value))
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(None, None, f"the key {short(key.value)} stands here again", key.start_mark)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         text = node.value.lstrip("+-")
         if ":" in text or (text.startswith("0") and text[1:2].isdigit()):
             problem = f"{cut(node.value)} would be read in base 60 or 8: write a plain number"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-        is_int = node.tag.endswith(":int")
-        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
+            raise yaml.MarkedYAMLError(None, None, problem, node.start_mark)
+        return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
 
 
 StrictYAML.add_constructor("tag:yaml.org,2002:int", StrictYAML.construct_number)
@@ -122,9 +120,8 @@ def merge(base: dict[str, Any], extra: Mapping[str, Any]) -> None:
         if key in NAMED:
             value, old = ({"name": it} if isinstance(it, str) else it for it in (value, old))
         elif key != "checker" and isinstance(value, Mapping) and isinstance(old, str):
-            raise ConfigError(
-                f"{key} is {short(old)}, which has no {cut(' or '.join(map(str, value)))}: give {cut(key)} once"
-            )
+            fields = cut(" or ".join(map(str, value)))
+            raise ConfigError(f"{key} is {short(old)}, which has no {fields}: give {cut(key)} once")
         nested = isinstance(value, Mapping) and isinstance(old, dict)
         if nested and key in NAMED and "name" in old:
             nested = value.get("name", old["name"]) == old["name"]
@@ -132,9 +129,7 @@ def merge(base: dict[str, Any], extra: Mapping[str, Any]) -> None:
             nested = is_one_reward(value) == is_one_reward(old)
         if nested:
             merge(old, value)
-            base[key] = old
-        else:
-            base[key] = copy.deepcopy(value)
+        base[key] = old if nested else copy.deepcopy(value)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

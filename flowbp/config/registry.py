@@ -32,7 +32,9 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
         if key not in fields:
             raise unknown(f"{cls.__name__} key", key, fields)
         if hints[key] is PairSampler:
-            arguments[key] = _build_pairs(value, fields[key].default)
+            if isinstance(value, Mapping) and dataclasses.is_dataclass(default := fields[key].default):
+                value = {"name": describe(default, PAIR_SAMPLERS)["name"]} | value  # fields alone: the default's
+            arguments[key] = build_named("pair sampler", PAIR_SAMPLERS, value)
         elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
             arguments[key] = build(hints[key], value)
         else:
@@ -43,20 +45,12 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
     return cls(**arguments)
 
 
-def _build_pairs(spec: Any, default: Any) -> Any:
-    """A pair sampler. Fields without a name are those of the method's own default."""
-    if isinstance(spec, Mapping) and dataclasses.is_dataclass(default):
-        spec = {"name": describe(default, PAIR_SAMPLERS)["name"]} | spec
-    return build_named("pair sampler", PAIR_SAMPLERS, spec)
-
-
 def build_named(kind: str, registry: Mapping[str, type], spec: Any) -> Any:
     """Build from "name" or {name: ..., **fields}. A name "module:Class" imports a class of your own."""
     if dataclasses.is_dataclass(spec):
         return spec  # already built
     if not isinstance(spec, (str, Mapping)):
-        known = ", ".join(sorted(registry))
-        raise ConfigError(f"{short(spec)} is no {kind}: give a name, or a mapping of name and fields; known: {known}")
+        raise ConfigError(f"{short(spec)} is no {kind}: give a name, or name and fields; known: {', '.join(registry)}")
     fields = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = fields.pop("name", None)
     if isinstance(name, str) and ":" in name:
@@ -89,10 +83,8 @@ class Unimported:
 
     def plan(self, sigmas: Any, rng: Any) -> Any:
         """Raises ConfigError: the code would have to run."""
-        way_out = f"to run it here, type it, such as method={self.spec['name']}"
-        raise ConfigError(
-            f"{', '.join(own_code(self.spec))} is code that a file names, and reading it runs none: {way_out}"
-        )
+        code, way_out = ", ".join(own_code(self.spec)), f"to run it here, type it, such as method={self.spec['name']}"
+        raise ConfigError(f"{code} is code that a file names, and reading it runs none: {way_out}")
 
 
 def own_code(values: Any) -> list[str]:

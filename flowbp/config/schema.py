@@ -18,7 +18,7 @@ from flowbp.config.registry import FINITE, ConfigError, Unimported, build_method
 from flowbp.foreign import cut, short
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import IMAGE_STATISTICS
-from flowbp.methods import METHODS, draw_plan
+from flowbp.methods import METHODS, Plans, draw_plan
 from flowbp.objective import Objective
 from flowbp.quadrature import Solver
 from flowbp.rewards import Reward, RunningScale, Smoothing, Term, check_options, load_reward
@@ -114,8 +114,7 @@ class Strict(BaseModel):
     def _known_keys_only(cls, values: Any) -> Any:
         for name in values if isinstance(values, Mapping) else ():
             if name not in cls.model_fields:
-                homes = [f"{section}.{name}" for section, inner in cls.sections() if name in inner.model_fields]
-                if homes:
+                if homes := [f"{section}.{name}" for section, inner in cls.sections() if name in inner.model_fields]:
                     raise ConfigError(f"unknown key {name!r}; did you mean {' or '.join(homes)}?")
                 raise unknown("key", name, cls.model_fields)
         return values
@@ -214,13 +213,10 @@ class DataConfig(Strict):
     cache: Cache | None = key(None, "folder of cached embeddings; null means $FLOWBP_CACHE, else ~/.cache/flowbp")
 
 
-Recompute = Literal["always", "never", "auto"]
-
-
 class MemoryConfig(Strict):
     """Memory against time. Only vae_tiling changes the gradient, because it blends the seams of its tiles."""
 
-    recompute: Recompute = key("always", "replay active nodes, keep their graphs, or keep what fits")
+    recompute: Literal["always", "never", "auto"] = key("always", "replay nodes, keep their graphs, or keep what fits")
     budget_gb: NonNegative | None = key(None, "1e9 bytes for the graphs that recompute=auto keeps; null: what is free")
     nodes_per_forward: Size = key(1, "active nodes replayed in one batched forward pass")
     reward_batch: Size | None = key(None, "samples decoded and scored at a time; null takes the whole batch")
@@ -236,8 +232,7 @@ class MemoryConfig(Strict):
         if self.shard_gradients and not self.shard:
             raise ValueError("shard_gradients=true needs shard=true: gradients are split as the weights are")
         if self.budget_gb is not None and self.recompute != "auto":
-            needs = f"budget_gb={self.budget_gb} needs recompute=auto, not {self.recompute}"
-            raise ValueError(f"{needs}: it says how many graphs auto keeps")
+            raise ValueError(f"budget_gb={self.budget_gb} needs recompute=auto, not {self.recompute}, to limit graphs")
         return self
 
 
@@ -256,8 +251,7 @@ class TuningConfig(Strict):
         given = {"alpha": self.alpha, "dropout": self.dropout or None, "targets": self.targets}
         for name, value in given.items():
             if self.mode == "full" and value is not None:
-                way_out = "leave it out, as mode=full trains all weights, or use mode=lora"
-                raise ValueError(f"{name}={cut(value)} is a setting of LoRA: {way_out}")
+                raise ValueError(f"{name}={cut(value)} is a setting of LoRA: leave it out, or use mode=lora")
         return self
 
 
@@ -344,9 +338,6 @@ class EvaluationConfig(Strict):
         return self
 
 
-Plans = Literal["shared", "per_batch", "per_sample", "stratified"]
-
-
 class RunConfig(Strict):
     """Everything a run needs; a resolved copy is written beside its results.
 
@@ -381,8 +372,7 @@ class RunConfig(Strict):
                 why = "samples replay their own nodes; or plans=shared"
                 raise ValueError(f"plans={self.plans} needs {name}={needed}, not {value}: {why}")
         if dropout and self.memory.nodes_per_forward > 1:
-            why = "masks are drawn again node by node"
-            raise ValueError(f"tuning.dropout={dropout} needs memory.nodes_per_forward=1: {why}")
+            raise ValueError(f"tuning.dropout={dropout} needs memory.nodes_per_forward=1: masks are drawn node by node")
         return self
 
     @validator(mode="after")
@@ -396,10 +386,9 @@ class RunConfig(Strict):
     @validator(mode="after")
     def _method_fits_the_rollout(self):
         steps = self.rollout.num_steps
-        if isinstance(self.method, Unimported):
-            return self
         try:
-            draw_plan(self.method, np.linspace(1, 0, steps + 1), np.random.default_rng(0), self.rollout.solver)
+            if not isinstance(self.method, Unimported):
+                draw_plan(self.method, np.linspace(1, 0, steps + 1), np.random.default_rng(0), self.rollout.solver)
         except ValueError as error:
             raise ValueError(f"method {self.method_name} with rollout.num_steps={steps}: {error}") from error
         return self
@@ -418,13 +407,9 @@ class RunConfig(Strict):
     @property
     def evaluation_rollout(self) -> RolloutConfig:
         """The rollout of images that are scored, or drawn by `flowbp sample`; by default on the pipeline's levels."""
-        size, options = self.rollout, self.evaluation
-        steps, solver, levels = (
-            (options.num_steps, options.solver, options.sigmas) if options else (None, "euler", "pipeline")
-        )
-        return RolloutConfig(
-            num_steps=steps or size.num_steps, solver=solver, height=size.height, width=size.width, sigmas=levels
-        )
+        size, options = self.rollout, self.evaluation or EvaluationConfig.model_construct()
+        own = {"num_steps": options.num_steps or size.num_steps, "solver": options.solver, "sigmas": options.sigmas}
+        return RolloutConfig(height=size.height, width=size.width, **own)
 
     @property
     def evaluation_guidance(self) -> Guidance:

@@ -63,10 +63,9 @@ def build_backbone(
     """The backbone with random weights (none on "meta") and without text encoders; prompts embed as random numbers."""
     if model.pipeline not in BACKBONES:
         raise ValueError(f"no backbone for {model.pipeline}; there is one for {', '.join(BACKBONES)}")
-    pipeline, parts = getattr(diffusers, model.pipeline), dict(model.others)
-    for part in pipeline._get_signature_types():
-        if part.startswith(("text_encoder", "tokenizer")):
-            parts.setdefault(part, None)
+    pipeline = getattr(diffusers, model.pipeline)
+    texts = [part for part in pipeline._get_signature_types() if part.startswith(("text_encoder", "tokenizer"))]
+    parts: dict[str, Any] = dict.fromkeys(texts) | model.others
     with made_on(device, dtype):
         for part, (kind, sizes) in {"transformer": model.transformer, "vae": model.vae}.items():
             parts[part] = getattr(diffusers, kind).from_config(sizes).to(dtype)
@@ -99,11 +98,9 @@ def read_architecture(name: str) -> Architecture:
     except OSError as error:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
-        cause = str(error).splitlines()[0].rstrip(".")
-        raise OSError(
-            f"the config files of {location} are neither on this disk nor within reach ({cause}): pass the folder of a "
-            f"diffusers pipeline, or a model whose architecture is known offline: {', '.join(ARCHITECTURES)}"
-        ) from error
+        cause = f"neither on this disk nor within reach ({str(error).splitlines()[0].rstrip('.')})"
+        way_out = f"a diffusers folder, or a model whose architecture is known offline: {', '.join(ARCHITECTURES)}"
+        raise OSError(f"the config files of {location} are {cause}: pass {way_out}") from error
 
     def part(name: str) -> tuple[str, dict]:
         """(class, config) of a part of the pipeline."""

@@ -13,14 +13,14 @@ The passes are run on the meta device (`passes`). What an allocator adds to thei
 the CUDA context) is not counted. No estimate was compared with a GPU.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from flowbp.config import RunConfig, load
-from flowbp.estimate.passes import NetworkPass, RewardPass, TextPass, draw_plan, network_pass, reward_pass, text_pass
+from flowbp.estimate.passes import ModelsPass, NetworkPass, draw_plan, network_pass, reward_pass, text_pass
 from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.trajectory import ring_rows
 
@@ -40,8 +40,8 @@ class Estimate:
     config: RunConfig
     processes: int
     network: NetworkPass
-    reward: RewardPass
-    text: TextPass
+    reward: ModelsPass
+    text: ModelsPass
 
     def as_dict(self) -> dict:
         """For JSON."""
@@ -181,11 +181,6 @@ class Estimate:
 
     # -- time --------------------------------------------------------------------------------------------------------
 
-    @property
-    def branches(self) -> int:
-        """Network calls of a guided velocity."""
-        return 2 if self.config.guidance.active else 1
-
     def branches_at(self, node: int) -> int:
         """Network calls of the rollout at a node."""
         return 2 if self.config.guidance.guides(self.network.sigmas[node]) else 1
@@ -197,7 +192,7 @@ class Estimate:
         A backward pass counts as two, and as three where it runs the forward pass of its blocks again.
         """
         config, replays = self.config, float(np.mean(self.replays))
-        with_gradient = 1 if config.guidance.detach_negative else self.branches
+        with_gradient = 2 if config.guidance.active and not config.guidance.detach_negative else 1
         last = config.rollout.num_steps - 1
         visited = [[*range(plan.num_steps(last + 1)), *[last] * plan.num_renoised] for plan in self.plans]
         return {
@@ -221,18 +216,13 @@ class Estimate:
 
 
 def suggest(
-    name: str,
-    overrides: Iterable[str],
-    memory: float,
-    processes: int = 1,
-    tell: Callable[[list[str], int, Estimate], object] = lambda added, processes, found: None,
-) -> tuple[list[str], int, Estimate]:
-    """(overrides to add, processes, the estimate) of a run that fits into `memory` bytes, or of the smallest found.
+    name: str, overrides: Iterable[str], memory: float, processes: int = 1
+) -> Iterator[tuple[list[str], int, Estimate]]:
+    """(overrides to add, processes, the estimate) of the run as it is, and of ever smaller ones, of which the last fits
+    into `memory` bytes or is the smallest found.
 
     Each round takes the first change that acts on the phase of the peak and lowers the peak. Changes that leave the
     step as it is come first. After these, the weights are sharded over twice as many processes, as long as that helps.
-
-    tell is called with each better run on the way.
     """
     overrides, added = list(overrides), []
 
@@ -240,6 +230,7 @@ def suggest(
         return estimate(load(name, [*overrides, *more], run_code=False), processes)
 
     found = estimate_with([], processes)
+    yield added, processes, found
     left = changes(found.config)
     while not found.fits(memory):
         for phases, change in left:
@@ -251,15 +242,14 @@ def suggest(
             break
         left.remove((phases, change))
         added, found = candidate, tried
-        tell(added, processes, found)
+        yield added, processes, found
     while not found.fits(memory):
         candidate = over(added, ["memory.shard=true"])
         tried = estimate_with(candidate, 2 * processes)
         if tried.peak >= found.peak:
             break
         added, processes, found = candidate, 2 * processes, tried
-        tell(added, processes, found)
-    return added, processes, found
+        yield added, processes, found
 
 
 def without_masters(config: RunConfig, processes: int = 1) -> Estimate | None:

@@ -65,24 +65,15 @@ class NetworkPass:
     sigmas: np.ndarray
 
 
-@dataclass(frozen=True)
-class RewardPass:
-    """Bytes of the rewards' and monitors' weights, and the peak that decoder and rewards add, forward and backward.
+class ModelsPass(NamedTuple):
+    """Bytes of the weights of models beside the network, and the peak that a pass of them adds.
 
     notes: a line for each part that could not be counted.
     """
 
     weight_bytes: int
     peak_bytes: int
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class TextPass:
-    """Bytes of the text encoders' weights, and the peak that embedding one batch of prompts adds."""
-
-    weight_bytes: int
-    peak_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,8 +98,8 @@ def network_pass(config: RunConfig) -> NetworkPass:
     return _network_pass(Case(config, config.model_dump_json(include=NETWORK)))
 
 
-def reward_pass(config: RunConfig) -> RewardPass:
-    """Decoder and rewards of the run, forward and backward."""
+def reward_pass(config: RunConfig) -> ModelsPass:
+    """Rewards and monitors of the run; their pass is that of the decoder and the rewards, forward and backward."""
     return _reward_pass(Case(config, config.model_dump_json(include=REWARD)))
 
 
@@ -207,7 +198,7 @@ def block_bytes(denoiser: nn.Module, counts: Callable[[nn.Parameter], bool]) -> 
 
 
 @cache
-def _reward_pass(case: Case) -> RewardPass:
+def _reward_pass(case: Case) -> ModelsPass:
     config, evaluation, batch = case.config, case.config.evaluation, case.config.data.batch_size
     backbone = _backbone(config)
     rewards = {name: _reward(spec) for name, spec in config.reward.items()}
@@ -227,7 +218,7 @@ def _reward_pass(case: Case) -> RewardPass:
         peak_bytes = live.peak - before
     loaded = [*rewards.values(), *monitors]
     notes = tuple(each.note for each in loaded if each.note)
-    return RewardPass(sum(each.weight_bytes for each in loaded), peak_bytes, notes)
+    return ModelsPass(sum(each.weight_bytes for each in loaded), peak_bytes, notes)
 
 
 class MetaReward(NamedTuple):
@@ -278,14 +269,14 @@ ENCODE = {  # how the pipelines of diffusers call a class of text encoders
 
 
 @cache
-def text_pass(options: BackboneConfig) -> TextPass:
-    """The backbone's text encoders, embedding as many prompts as `flowbp.runtime.embeddings` does at a time."""
+def text_pass(options: BackboneConfig) -> ModelsPass:
+    """The backbone's text encoders; their pass embeds as many prompts as `flowbp.runtime.embeddings` does at a time."""
     backbone, encoders = read_backbone(options)
     with torch.no_grad(), fused_attention(), LiveBytes(t for encoder in encoders for t in tensors(encoder)) as live:
         weight_bytes = live.alive
         for encoder in encoders:
             _encode(encoder, backbone.text_tokens)
-        return TextPass(weight_bytes, live.peak - weight_bytes)
+        return ModelsPass(weight_bytes, live.peak - weight_bytes)
 
 
 def _encode(encoder: PreTrainedModel, tokens: int) -> None:

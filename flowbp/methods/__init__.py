@@ -34,6 +34,9 @@ __all__ = ["METHODS", "Method", "draw_plan", "draw_plans"]
 __all__ += ["DRTune", "DRaFTLV", "FlowBPBridge", "FlowBPLagrange", "FlowBPSparse", "LeapAlign", "ReFL"]
 
 
+Plans = Literal["shared", "per_batch", "per_sample", "stratified"]
+
+
 class Method(Protocol):
     """Anything that draws a plan. A config names your own as "module:Class", a frozen dataclass.
 
@@ -66,14 +69,9 @@ def draw_plan(method: Method, sigmas: np.ndarray, rng: np.random.Generator, solv
 
 
 def draw_plans(
-    method: Method,
-    sigmas: np.ndarray,
-    rng: np.random.Generator,
-    batch: int,
-    plans: Literal["shared", "per_batch", "per_sample", "stratified"],
-    solver: Solver = "euler",
+    method: Method, sigmas: np.ndarray, rng: np.random.Generator, batch: int, plans: Plans, solver: Solver = "euler"
 ) -> SurrogatePlan | PlanBatch:
-    """The plan of a batch, or one plan a sample.
+    """The plan of a batch, or one plan a sample, for a rollout with `solver`.
 
     shared, per_batch  one plan for all samples. The two differ in the trainer alone: for "shared" it gives all
                        micro-batches of a step the same generator, for "per_batch" each its own
@@ -83,13 +81,17 @@ def draw_plans(
 
     The expected gradient is the same whichever is chosen; its variance is not.
     """
-    if plans in ("shared", "per_batch"):
+
+    def draw(rng: np.random.Generator) -> SurrogatePlan:
         return draw_plan(method, sigmas, rng, solver)
+
+    if plans in ("shared", "per_batch"):
+        return draw(rng)
     if plans == "per_sample":
-        return PlanBatch(tuple(draw_plan(method, sigmas, rng, solver) for _ in range(batch)))
+        return PlanBatch(tuple(draw(rng) for _ in range(batch)))
 
     def position(plan: SurrogatePlan) -> float:
         nodes, weights = np.array(plan.active).T
         return float(np.average(nodes, weights=np.abs(weights)))
 
-    return PlanBatch(tuple(stratified_draws(lambda rng: draw_plan(method, sigmas, rng, solver), batch, position, rng)))
+    return PlanBatch(tuple(stratified_draws(draw, batch, position, rng)))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flowbp.active_sets import check_count, equally_spaced, is_active
-from flowbp.plan import PosteriorMean, SurrogatePlan
+from flowbp.plan import PosteriorMean, SurrogatePlan, check_range
 from flowbp.quadrature import check_sigmas, euler, leap
 
 
@@ -25,13 +25,9 @@ class DRTune:
     def plan(self, sigmas, rng) -> SurrogatePlan:
         num_steps = len(check_sigmas(sigmas)) - 1
         check_count(self.num_active, num_steps)
-        if not 0.0 <= self.early_stop_ratio <= 1.0:
-            raise ValueError(f"early_stop_ratio must lie in [0, 1], got {self.early_stop_ratio}: 0 never stops early")
+        check_range("early_stop_ratio", self.early_stop_ratio, 0, 1, "0 never stops early")
         latest = round(num_steps * self.early_stop_ratio) if self.early_stop_steps is None else self.early_stop_steps
-        if not 0 <= latest <= num_steps:
-            raise ValueError(
-                f"early_stop_steps must lie in [0, {num_steps}], the rollout's steps, got {latest}: 0 never stops early"
-            )
+        check_range("early_stop_steps", latest, 0, num_steps, "0 never stops early, the rollout has no more steps")
         stop = num_steps - (int(rng.integers(1, latest + 1)) if latest else 1)
         return self.at(sigmas, stop, equally_spaced(stop + 1, self.num_active, rng))
 

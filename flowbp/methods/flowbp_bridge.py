@@ -38,7 +38,6 @@ class FlowBPBridge:
             raise ValueError(f"bridge node {j} must be an active node; active nodes are {list(active)}")
         table = solver_table(check_sigmas(sigmas), solver)
         nodes, weights, gradients = sparse_sum(table, active, self.rescale, self.tail_ratio, min_window=3)
-        shares = tuple(
-            part / whole if whole else 1.0 for part, whole in zip(weights_in(table, j), weights, strict=True)
-        )
+        at_j = zip(weights_in(table, j), weights, strict=True)
+        shares = tuple(part / whole if whole else 1.0 for part, whole in at_j)
         return SurrogatePlan(nodes, weights, gradients, bridge=Bridge(j, self.alpha), shares=shares)

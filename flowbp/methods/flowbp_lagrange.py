@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from flowbp.active_sets import DirichletPair, PairSampler, train_window
-from flowbp.plan import Bridge, Similarity, SurrogatePlan
+from flowbp.plan import Bridge, Similarity, SurrogatePlan, check_range
 from flowbp.quadrature import check_sigmas, lagrange, lagrange_supports, leap, rescale_factor, uniform
 
 RULES = {"lagrange": lagrange, "uniform": uniform}
@@ -48,10 +48,7 @@ class FlowBPLagrange:
 
     def at(self, sigmas, k: int, j: int) -> SurrogatePlan:
         sigmas = check_sigmas(sigmas)
-        if not 0.0 <= self.anchor <= 1.0:
-            raise ValueError(
-                f"anchor must lie in [0, 1], got {self.anchor}: 1 is the quadrature alone, 0 the plain leap from x_k"
-            )
+        check_range("anchor", self.anchor, 0, 1, "1 is the quadrature alone, 0 the plain leap from x_k")
         first_nodes, first, first_grad = self._segment(sigmas, k, j)
         second_nodes, second, second_grad = self._segment(sigmas, j, len(sigmas) - 1)
         plain_leap = np.where(np.array(first_nodes) == k, leap(sigmas, k, j), 0.0)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flowbp.plan import PosteriorMean, SurrogatePlan
+from flowbp.plan import PosteriorMean, SurrogatePlan, check_range
 from flowbp.quadrature import check_sigmas, leap
 
 
@@ -16,8 +16,7 @@ class ReFL:
 
     def plan(self, sigmas, rng) -> SurrogatePlan:
         num_steps = len(check_sigmas(sigmas)) - 1
-        if not 1 <= self.last_n <= num_steps:
-            raise ValueError(f"last_n must lie in [1, {num_steps}], the steps of the rollout, got {self.last_n}")
+        check_range("last_n", self.last_n, 1, num_steps, "take at most the steps of the rollout")
         return self.at(sigmas, num_steps - int(rng.integers(1, self.last_n + 1)))
 
     def at(self, sigmas, node: int) -> SurrogatePlan:
