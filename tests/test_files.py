@@ -4,7 +4,9 @@ import json
 import os
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from flowbp.runtime.files import digest_files, remove, remove_left, replacing, write_file, write_json
 
@@ -121,3 +123,19 @@ def test_a_digest_is_of_contents_in_order(tmp_path):
         (tmp_path / name).write_text(name)
     one, other = ([tmp_path / name for name in order] for order in ("ab", "ba"))
     assert digest_files(one) != digest_files(other) == digest_files(other)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_are_as_readable_as_this_users_others_whichever_library_writes_them(mask, mode, tmp_path):
+    before = os.umask(mask)
+    try:
+        with replacing(tmp_path / "weights.safetensors") as scratch:
+            save_file({"w": torch.zeros(1)}, scratch)
+        with replacing(tmp_path / "folder") as scratch:
+            scratch.mkdir()
+            save_file({"w": torch.zeros(1)}, scratch / "weights.safetensors")
+        assert os.umask(mask) == mask, "left as it was"
+    finally:
+        os.umask(before)
+    for name in ("weights.safetensors", "folder/weights.safetensors"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode

@@ -77,7 +77,8 @@ def means_table(rows: list[dict], column: str, title: str) -> Table:
 
 def metric_table(rows: list[dict], title: str, *columns: str) -> Table:
     """An empty table of a column of metrics and `columns` of numbers, with the notes on `rows` below it."""
-    figures = (Column(column, justify="right", no_wrap=True) for column in columns)
+    # An interval goes on the next line where the terminal is narrow, and no number is cut.
+    figures = (Column(column, justify="right", no_wrap="%" not in column) for column in columns)
     caption = "\n".join(numbers.notes(rows)) or None
     style = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
     return Table(Column("metric", no_wrap=True), *figures, title=title, caption=caption, **style)

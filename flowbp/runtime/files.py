@@ -41,6 +41,9 @@ def replacing(path: Path, cache: bool = False) -> Iterator[Path]:
     with writing(path), scratch_folder(path) as folder:
         scratch = folder / path.name
         yield scratch
+        for part in parts(scratch):
+            if part.is_file():  # safetensors writes for this user alone
+                part.chmod(0o666 & ~umask())
         if not cache:
             flush(scratch)
         if path.is_dir():  # one folder cannot replace another
@@ -174,8 +177,20 @@ def remove(path: Path) -> None:
 
 def flush(path: Path) -> None:
     """Wait until a file, or all that a folder holds, is on the disk."""
-    for part in (*(path.rglob("*") if path.is_dir() else ()), path):
+    for part in parts(path):
         sync(part)
+
+
+def parts(path: Path) -> tuple[Path, ...]:
+    """All that a folder holds, and `path` itself."""
+    return (*(path.rglob("*") if path.is_dir() else ()), path)
+
+
+def umask() -> int:
+    """The permissions that this process gives no new file. The system tells them when they are set."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def sync(path: Path) -> None:
