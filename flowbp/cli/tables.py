@@ -77,11 +77,15 @@ def means_table(rows: list[dict], column: str, title: str) -> Table:
 
 def metric_table(rows: list[dict], title: str, *columns: str) -> Table:
     """An empty table of a column of metrics and `columns` of numbers, with the notes on `rows` below it."""
-    # An interval goes on the next line where the terminal is narrow, and no number is cut.
-    figures = (Column(column, justify="right", no_wrap="%" not in column) for column in columns)
+    # Where the terminal is narrow, names and intervals go on the next line, and no number is cut.
+    intervals = {"no_wrap": False, "min_width": 10}
+    figures = (
+        Column(column, justify="right", **(intervals if "%" in column else {"no_wrap": True, "min_width": len(column)}))
+        for column in columns
+    )
     caption = "\n".join(numbers.notes(rows)) or None
     style = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
-    return Table(Column("metric", no_wrap=True), *figures, title=title, caption=caption, **style)
+    return Table(Column("metric"), *figures, title=title, caption=caption, **style)
 
 
 def label(row: dict) -> str:
