@@ -344,9 +344,9 @@ def test_each_copy_of_each_sample_has_noise_and_perturbations_of_its_own(tmp_pat
     trainer = Trainer(tiny(tmp_path, "method={name: draft-lv, num_renoised: 2}", "rollout.num_steps=2"))
     score, noises, seeds = trainer.rewards.score, [], []
 
-    def rolled(velocity, noise, sigmas, plan, renoise, recompute):
+    def rolled(velocity, noise, sigmas, plan, renoise, *options):
         noises.extend(torch.cat([noise, *renoise]).flatten(1))
-        return rollout(velocity, noise, sigmas, plan, renoise, recompute)
+        return rollout(velocity, noise, sigmas, plan, renoise, *options)
 
     monkeypatch.setattr("flowbp.training.trainer.rollout", rolled)
     trainer.rewards.score = lambda images, prompts, own: seeds.extend(own) or score(images, prompts, own)
