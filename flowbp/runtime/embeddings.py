@@ -126,6 +126,7 @@ class EmbeddingCache:
             for row, prompt in enumerate(chunk):  # of several processes that write the same prompt, one wins
                 tensors = {name: value[row] for name, value in embedded.items()}
                 write_tensors(self.path(prompt), tensors, {"prompt": prompt}, cache=True)
+            del embedded, tensors  # before the next chunk, which takes as much
             progress(len(chunk))
 
     def signature(self, prompt: str) -> Signature | None:
