@@ -175,6 +175,14 @@ def test_the_folder_of_a_run_is_its_output_wherever_it_was_moved(tmp_path, monke
     assert result.exit_code == 0 and Path("b/report.html").exists(), "but for another output="
 
 
+def test_a_moved_run_that_lost_its_metrics_is_not_trained_where_it_came_from(tmp_path):
+    train(tiny(tmp_path))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "moved/metrics.jsonl").unlink()
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "moved"), "--resume", "steps=3"])
+    assert "moved exists and is not a run" in str(result.exception) and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_resume_that_finds_nothing_says_so(killed, tmp_path, caplog):
     config = tiny(tmp_path, "steps=1")

@@ -83,9 +83,11 @@ def train(
     from flowbp.runtime.inputs import check_inputs
     from flowbp.runtime.interrupts import heard_by, interrupt
     from flowbp.runtime.processes import launched
-    from flowbp.runtime.run_folder import RunFolder, how_to_go_on, is_run
+    from flowbp.runtime.run_folder import CHECKPOINTS, RunFolder, how_to_go_on, is_run
 
-    if config not in names() and is_run(Path(config)) and "output" not in parse_overrides(overrides or ()):
+    # With checkpoints it is a run's, even one that lost its metrics, of which `check` then tells.
+    of_a_run = is_run(Path(config)) or Path(config, CHECKPOINTS).is_dir()
+    if config not in names() and of_a_run and "output" not in parse_overrides(overrides or ()):
         settings = settings.model_copy(update={"output": Path(config)})
     try:
         with launched(processes):

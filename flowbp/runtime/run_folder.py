@@ -221,7 +221,8 @@ class RunFolder:
 
     def _digest_of_best(self) -> str:
         folder = self.path / BEST
-        return files.digest_files([*folder.glob(LORA), *sorted(folder.glob(f"{TRANSFORMER}/*"))])
+        kept = [*folder.glob(LORA), *folder.glob("step.json"), *sorted(folder.glob(f"{TRANSFORMER}/*"))]
+        return files.digest_files(kept)
 
     def _validations(self) -> dict[int, Path]:
         return files.by_step(self.path / VALIDATION, ".safetensors")

@@ -7,6 +7,7 @@ from the k-th write on, a limit to the size of files.
 import errno
 import gc
 import os
+import re
 import resource
 import select
 import signal
@@ -56,7 +57,7 @@ class Ended:
     @property
     def error(self) -> str:
         """What it says of its error, on one line."""
-        return " ".join(self.said.rpartition("error:")[2].split())
+        return " ".join(re.split(r"(?:^|[\r\n])error:", self.said)[-1].split())  # not after "I/O error:"
 
 
 def flowbp_command(*arguments: object, before: Callable[[], None] = lambda: None, limit: float = 120) -> Ended:
