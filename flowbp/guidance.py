@@ -59,12 +59,12 @@ class Guidance:
         return self.active and (self.interval is None or self.interval[0] <= level <= self.interval[1])
 
     def scale_at(self, sigma: Tensor) -> float | Tensor:
-        """`scale`; with an interval, a tensor shaped as sigma [] or [B] that is 1 at the levels outside."""
+        """`scale`; with an interval, a float64 tensor shaped as sigma [] or [B] that is 1 at the levels outside."""
         if self.interval is None:
             return self.scale
         low, high = self.interval
-        inside = (sigma.double() >= low) & (sigma.double() <= high)  # in double, as `guides`
-        return torch.where(inside, self.scale, 1.0)
+        level = sigma.double()  # as `guides` compares; torch would round scale and bounds to float32
+        return torch.where((level >= low) & (level <= high), torch.full_like(level, self.scale), 1.0)
 
     @property
     def divisor(self) -> float:

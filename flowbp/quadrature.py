@@ -87,12 +87,12 @@ def solver_table(sigmas: np.ndarray, solver: Solver) -> np.ndarray:
     """
     if solver not in ORDERS:
         raise ValueError(f"solver must be one of {', '.join(ORDERS)}, not {solver!r}")
-    table = np.zeros((len(sigmas) - 1, len(sigmas) - 1))
+    table = np.diag(euler(sigmas, range(len(sigmas) - 1)))
     for n in range(len(table)):
-        for order in range(min(ORDERS[solver], n + 1), 0, -1):
+        for order in range(min(ORDERS[solver], n + 1), 1, -1):
             nodes = range(n - order + 1, n + 1)
-            row = lagrange(sigmas, nodes, n, n + 1) if order > 1 else euler(sigmas, nodes)
-            if order == 1 or np.abs(row).sum() <= LARGEST_SUM * abs(leap(sigmas, n, n + 1)):
+            row = lagrange(sigmas, nodes, n, n + 1)
+            if np.abs(row).sum() <= LARGEST_SUM * abs(leap(sigmas, n, n + 1)):
                 table[n, nodes] = row
                 break
     return table

@@ -279,8 +279,8 @@ def test_the_guided_velocity_has_the_same_value_with_and_without_gradient():
 # -- guidance in an interval -------------------------------------------------------------------------------------------
 
 WITHIN = {
-    "detached": Guidance(3.5, interval=(0.3, 0.8)),
-    "both branches": Guidance(3.5, detach_negative=False, interval=(0.3, 0.8)),
+    "detached": Guidance(3.3, interval=(0.3, 0.8)),
+    "both branches": Guidance(3.3, detach_negative=False, interval=(0.3, 0.8)),
 }
 
 
@@ -294,7 +294,7 @@ def test_levels_outside_the_interval_take_the_positive_branch_alone(name, guidan
     assert field.rows == 3 * (sum(1 + each for each in guided) + copies) and 0 < sum(guided) < 12
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for i, each in enumerate(guided):
-        velocity = toy_velocity(field, guidance=Guidance(3.5 if each else 1.0))
+        velocity = toy_velocity(field, guidance=Guidance(3.3 if each else 1.0))
         x = x + (sigmas[i + 1] - sigmas[i]) * velocity(x, torch.tensor(sigmas[i], dtype=torch.float64)).detach()
     torch.testing.assert_close(trajectory.sample, x, rtol=1e-12, atol=1e-14)
     swept = sweep_gradient(plan, guidance=guidance)

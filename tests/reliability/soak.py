@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -88,6 +89,7 @@ class Report:
             self.file.write_text(json.dumps(about, indent=1) + "\n")
 
     def fell(self, name: str, what: str) -> None:
+        what = re.sub(r"\S*soak-\w+", "FOLDER", what)
         self.fallen.append(f"{name}: {what}")
         self.count(name)
         print(f"  {name}: {what}", flush=True)
@@ -143,13 +145,13 @@ class Soak:
 
     def copy(self, template: Path) -> Path:
         """A copy to work on, always at the same place."""
-        work = self.folder / "work"
+        work = self.folder / "tried"
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(template, work)
         return work
 
     def clear(self) -> Path:
-        work = self.folder / "work"
+        work = self.folder / "tried"
         shutil.rmtree(work, ignore_errors=True)
         return work
 
@@ -229,7 +231,7 @@ class Soak:
         assert ended.code == 0, ended.said
         expected = self.folder / "expected"
         shutil.rmtree(expected, ignore_errors=True)
-        (self.folder / "work").rename(expected)
+        (self.folder / "tried").rename(expected)
         for name in (str(file.relative_to(template)) for file in files(template)):
             for kind in kinds:
                 if self.random.random() > share or (kind == "swap" and not (other / name).is_file()):

@@ -139,6 +139,7 @@ def test_one_outlier_hardly_moves_the_running_scale_and_a_new_scale_does(outlier
         scores = 0.5 + 0.1 * torch.randn(8, generator=rng)
         scores[0] = outlier if step == place else scores[0]
         scale.update(scores)
+        # Widest where the first batch of 8 holds the outlier: (1 + BOUND^2 / 8)^(1/2) = 3.7 times its own deviation.
         assert step < place or 0.05 < scale.value < 0.5
     for _ in range(50):
         scale.update(500 + 100 * torch.randn(8, generator=rng))
