@@ -74,7 +74,8 @@ class Guidance:
 
 @dataclass(eq=False, repr=False)
 class GuidedVelocity:
-    """The velocity of one batch under `guidance`, with its conditioning bound: (x [B, *S], sigma [] or [B]) -> [B, *S].
+    """The velocity of one batch under `guidance`, with its conditioning bound: (x [B, *S], sigma [] or [B]) -> [B, *S],
+    in x's dtype where it is guided, else in the network's.
 
     batched: run the two branches in one network call, wherever both record a graph or neither does.
     """
@@ -96,7 +97,10 @@ class GuidedVelocity:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         positive, negative = self.branches(x, sigma)
-        return positive if negative is None else negative + self._scale(x, sigma) * (positive - negative)
+        if negative is None:
+            return positive
+        positive, negative = positive.to(x.dtype), negative.to(x.dtype)  # a bfloat16 sum would lose what guidance adds
+        return negative + self._scale(x, sigma) * (positive - negative)
 
     def at(self, level: float) -> "GuidedVelocity":
         """The velocity at one noise level: this one, or its positive branch alone where the level is not guided."""
@@ -136,7 +140,7 @@ class GuidedVelocity:
         if copies > 1:
             return self._repeated(copies).replay(x, sigma)
         if self.guidance.active and self.guidance.detach_negative:
-            return self._scale(x, sigma) * self.network(x, sigma, self.positive)
+            return self._scale(x, sigma) * self.network(x, sigma, self.positive).to(x.dtype)
         return self(x, sigma)
 
     def _repeated(self, copies: int) -> "GuidedVelocity":

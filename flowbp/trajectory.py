@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowbp.guidance import GuidedVelocity
+from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.plan import Copy, Node, Number, Place, PlanBatch, SurrogatePlan, in_order
 from flowbp.quadrature import ORDERS, Solver, solver_table
 from flowbp.replay import Recompute
@@ -54,9 +54,11 @@ class NodeCache:
         return self.rows[slot] if isinstance(slot, int) else self.rows[slot, range(len(slot))]
 
 
-def ring_rows(solver: Solver) -> int:
-    """How many of the last velocities a step of `solver` reads from the cache; 0 for Euler, which reads none."""
-    return ORDERS[solver] if ORDERS[solver] > 1 else 0
+def ring_rows(solver: Solver, guidance: Guidance) -> int:
+    """How many of the last velocities a rollout keeps though no plan reads them: those that a step of `solver` reads
+    (Euler: none), and at least one under guidance, because a step rounds its velocity to the dtype of the row.
+    """
+    return max(ORDERS[solver] if ORDERS[solver] > 1 else 0, int(guidance.active))
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,10 @@ def rollout(
         raise ValueError(f"the plan re-noises {copies} copies, but renoise holds noise for {len(renoise)}")
     latents = NodeCache("latents", plan.cached_latents if plan else (), noise)
     table, visited = solver_table(sigmas.double().cpu().numpy(), solver), plan.num_steps(total) if plan else total
-    velocities = NodeCache("velocities", plan.cached_velocities if plan else (), noise, ring_rows(solver))
+    velocities: Any = None
     levels, numbers = sigmas.to(noise.device), tuple(sigmas.tolist())
     recorder = _Recorder(plan, recompute or Recompute(), noise.device)
-    scale, last = velocity.guidance.scale, numbers[-2]
+    guidance, last = velocity.guidance, numbers[-2]
     if plan is not None and plan.reward_input is not None:
         table[-1] = [*[0.0] * (total - 1), -last]  # an Euler step ends at the posterior mean, of which copies are made
 
@@ -151,9 +153,12 @@ def rollout(
         first.copy_(noise)
     for i in range(visited):
         v, v_neg = recorder.branches(velocity.at(numbers[i]), x, levels[i], i)
+        if i == 0:  # In the network's dtype nothing is lost, except where velocities are guided.
+            like, ring = noise if guidance.active else v, ring_rows(solver, guidance)
+            velocities = NodeCache("velocities", plan.cached_velocities if plan else (), like, ring)
         # One pass over the latent: guide v_neg and v, where there are two; step; write the rows of both caches.
         row, out = velocities.row(i), latents.row(i + 1)
-        stepped, _ = cfg_euler_step(x, v, v_neg, scale, float(table[i, i]), velocity_out=row, out=out)
+        stepped, _ = cfg_euler_step(x, v, v_neg, guidance.scale, float(table[i, i]), velocity_out=row, out=out)
         (nodes,) = table[i].nonzero()
         if len(nodes) > 1:
             slots = [velocities.last_slot(int(node)) for node in nodes]
@@ -162,7 +167,7 @@ def rollout(
     for m, eps in enumerate(renoise):
         noised = latents[Copy(m)].copy_((1 - last) * x + last * eps)
         v, v_neg = recorder.branches(velocity.at(last), noised, levels[-2], Copy(m))
-        cfg_euler_step(noised, v, v_neg, scale, -last, velocity_out=velocities.row(Copy(m)))
+        cfg_euler_step(noised, v, v_neg, guidance.scale, -last, velocity_out=velocities.row(Copy(m)))
     autocast = autocast_state(noise.device.type)
     return Trajectory(levels, numbers, latents, velocities, x, recorder.kept, recorder.rng, autocast)
 

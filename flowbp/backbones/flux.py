@@ -40,4 +40,4 @@ class FluxBackbone(DiffusersBackbone):
             return_dict=False,
             **conditioning,
         )[0]
-        return F.pixel_shuffle(v.mT.unflatten(2, (rows, columns)), 2).to(x.dtype)
+        return F.pixel_shuffle(v.mT.unflatten(2, (rows, columns)), 2)

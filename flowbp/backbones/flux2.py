@@ -53,7 +53,7 @@ class Flux2Backbone(DiffusersBackbone):
             return_dict=False,
             **conditioning,
         )[0]
-        return v.mT.reshape(x.shape).to(x.dtype)
+        return v.mT.reshape(x.shape)
 
     def vae_latents(self, x: Tensor) -> Tensor:
         vae = self.pipe.vae

@@ -38,5 +38,4 @@ class SD3Backbone(DiffusersBackbone):
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         latents, timestep = x.to(self.denoiser.dtype), (sigma * 1000).expand(len(x))
-        v = self.denoiser(hidden_states=latents, timestep=timestep, return_dict=False, **conditioning)[0]
-        return v.to(x.dtype)
+        return self.denoiser(hidden_states=latents, timestep=timestep, return_dict=False, **conditioning)[0]

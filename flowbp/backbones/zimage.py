@@ -47,7 +47,7 @@ class ZImageBackbone(DiffusersBackbone):
         lengths = conditioning["lengths"].tolist()
         texts = [embed[:length] for embed, length in zip(conditioning["embeds"], lengths, strict=True)]
         v = self.denoiser(list(images), time, texts, return_dict=False)[0]
-        return -torch.stack(v).squeeze(2).to(x.dtype)
+        return -torch.stack(v).squeeze(2)
 
     def vae_latents(self, x: Tensor) -> Tensor:
         return super().vae_latents(x.to(self.pipe.vae.dtype))

@@ -136,7 +136,7 @@ class Estimate:
         # FSDP2 adds gradients up and reduces them in float32
         whole = self.wide_bytes if self.shards > 1 else network.trained_bytes
         cached = max(len(plan.cached_latents) + len(plan.cached_velocities) for plan in self.plans)
-        cached += ring_rows(self.config.rollout.solver)
+        cached += ring_rows(self.config.rollout.solver, self.config.guidance)
         return {
             "gradients": network.trained_bytes // self.shards if split else whole,
             "gradients of two blocks": network.trained_block_bytes * whole // network.trained_bytes if split else 0,

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
@@ -16,8 +17,11 @@ from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 import flowbp
 from flowbp.backbones import BACKBONES, bind_velocity, check_guidance, load_backbone
 from flowbp.guidance import Guidance
-from flowbp.methods import METHODS
+from flowbp.methods import METHODS, draw_plan
+from flowbp.replay import Recompute
 from flowbp.runtime.weights import base_weights
+from flowbp.surrogate import backward
+from flowbp.trajectory import rollout
 
 TEXTS = ["a red circle", "two blue stars, far apart"]
 
@@ -85,8 +89,35 @@ def test_precision_decides_the_dtype_of_the_latents_alone(tiny_backbone, name):
         x = backbone.noise(32, 32, seeds())
         assert x.dtype == (torch.float32 if precision == "float32" or name == "ZImagePipeline" else torch.bfloat16)
         with torch.no_grad():
-            assert bind_velocity(backbone, TEXTS, guidance_of(backbone))(x, torch.tensor(0.6)).dtype == x.dtype
+            for scale, dtype in ((1.0, torch.bfloat16), (3.0, x.dtype)):  # guided in the latents' dtype
+                v = bind_velocity(backbone, TEXTS, guidance_of(backbone, scale))(x, torch.tensor(0.6))
+                assert v.dtype == dtype
             assert backbone.decode(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("solver, recompute", [("euler", "always"), ("euler", "never"), ("adams-2", "always")])
+@pytest.mark.parametrize("scale", [1.0, 3.0], ids=["unguided", "guided"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_bfloat16_velocity_enters_the_step_and_the_cache_without_loss(tiny_backbone, name, scale, solver, recompute):
+    """Samples and gradient are those of velocities that were cast to float32 before, to the bit. The cache holds half
+    the bytes where velocities are not guided.
+    """
+    backbone = copy.deepcopy(tiny_backbone(name, torch.bfloat16, "float32"))
+    backbone.denoiser.requires_grad_(True)
+    sigmas, noise = backbone.sigmas(6, 32, 32), backbone.noise(32, 32, seeds())
+    plan = draw_plan(METHODS["flowbp-lagrange"](), sigmas.double().numpy(), np.random.default_rng(0), solver)
+    narrow = bind_velocity(backbone, TEXTS, guidance_of(backbone, scale))
+    wide = replace(narrow, network=lambda x, sigma, given: narrow.network(x, sigma, given).to(x.dtype))
+    found = []
+    for velocity in (narrow, wide):
+        trajectory = rollout(velocity, noise, sigmas, plan, recompute=Recompute(recompute), solver=solver)
+        backward(plan, trajectory, velocity.replay, torch.ones_like(noise))
+        rounded = velocity is narrow and scale == 1
+        assert trajectory.velocities.rows.dtype == (torch.bfloat16 if rounded else torch.float32)
+        samples = trajectory.sample, rollout(velocity, noise, sigmas, solver=solver).sample
+        found.append([*samples, *(p.grad for p in backbone.denoiser.parameters() if p.grad is not None)])
+        backbone.denoiser.zero_grad()
+    assert len(found[0]) > 10 and all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("name", BACKBONES)

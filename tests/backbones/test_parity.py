@@ -86,10 +86,10 @@ def drawn_by_euler(backbone, variant, steps, height, width, sigmas=None):
     for sigma, h in zip(sigmas, torch.diff(sigmas), strict=False):
         v = velocity(x, sigma)
         if variant.name == ZIMAGE and variant.guidance.active:
-            # The same guidance, in the order in which this pipeline rounds it.
-            positive, negative = velocity.branches(x, sigma)
+            # The same guidance, in the order in which this pipeline rounds it, and like it in float32.
+            positive, negative = (branch.float() for branch in velocity.branches(x, sigma))
             v = positive + (variant.guidance.scale - 1) * (positive - negative)
-        x = (x.float() + h * v).to(v.dtype)
+        x = (x.float() + h * v.to(x.dtype)).to(x.dtype)
         trajectory.append(x)
     return trajectory, backbone.decode(x)
 
