@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from flowbp.active_sets import PAIR_SAMPLERS, UniformPair, reverse_bounds
 from flowbp.cli import app
-from flowbp.config import describe, load
+from flowbp.config import changed, describe, load
 from flowbp.guidance import Guidance
 from flowbp.methods import FlowBPSparse, LeapAlign
 from flowbp.presets import names
@@ -222,6 +222,18 @@ def test_null_takes_a_monitor_away():
         "imagereward",
     }
     assert load("sd3.5-medium/refl", ["evaluation.monitors=null"]).evaluation.monitors == {}
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_fast_preset_differs_in_the_sampler_and_in_what_memory_buys(name):
+    slow, fast = (load(preset, ["output=runs/x"]) for preset in (name, f"{name}-fast"))
+    assert load(f"{name}-fast").output == Path("runs", f"{name}-fast")
+    differences = {"rollout.num_steps", "memory.recompute", "compile", "method.last_n"}
+    dumped = (run.model_dump(mode="json") for run in (slow, fast))
+    assert differences >= changed(*dumped).keys() >= {"rollout.num_steps", "memory.recompute"}
+    assert (fast.rollout.num_steps, fast.memory.recompute) == (8, "auto")
+    assert fast.compile == ("inductor" if "/" in name else None)
+    assert fast.evaluation_rollout == slow.evaluation_rollout
 
 
 def test_presets_are_listed_and_printed():

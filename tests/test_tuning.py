@@ -6,16 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_pipeline
+from torch._subclasses import FakeTensorMode
 
 from flowbp.backbones import load_backbone
 from flowbp.backbones.sd3 import SD3Backbone
-from flowbp.config import ConfigError, TuningConfig, dump, load
+from flowbp.config import ConfigError, OptimizerConfig, TuningConfig, dump, load
 from flowbp.config.loading import CONFIG
 from flowbp.evaluation.pages import training_facts
 from flowbp.runtime import tuned_model
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowbp.runtime.run_folder import RunFolder
-from flowbp.runtime.tuning import trainable_parameters
+from flowbp.runtime.tuning import build_optimizer, trainable_parameters
 from flowbp.runtime.weights import LORA, load_weights, pinned, save_weights
 from flowbp.training import run as running
 from flowbp.training.trainer import Trainer
@@ -133,6 +134,13 @@ def test_a_checkpoint_that_holds_nan_is_refused_as_weights(broken, tmp_path):
     save_checkpoint(tmp_path, 1, run.model, run.optimizer, run.rewards)
     with pytest.raises(ValueError, match="step-000001 holds NaN or inf in 1 of its"):
         load_weights(load_backbone("shapes", max_sequence_length=1), latest_checkpoint(tmp_path))
+
+
+def test_adamw_is_one_kernel_on_a_gpu_and_as_it_was_on_a_cpu():
+    with FakeTensorMode():
+        weights = [torch.nn.Parameter(torch.empty(3, device=device)) for device in ("cuda", "cpu")]
+        fused = [build_optimizer([weight], OptimizerConfig()).defaults["fused"] for weight in weights]
+    assert fused == [True, False]
 
 
 def test_lora_is_its_own_master(tmp_path):

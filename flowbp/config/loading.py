@@ -42,8 +42,8 @@ def load(name: str | Path, overrides: Iterable[str] = (), run_code: bool = True)
 def read(name: str | Path) -> list[dict[str, Any]]:
     """The mappings that make up a config, each to be laid over those before it. A preset can have several."""
     path = Path(name)
-    if str(name) in presets.names() and not path.is_file():
-        return presets.layers(str(name))
+    if (preset := presets.layers(str(name))) and not path.is_file():
+        return preset
     if path.is_dir():
         path = path / CONFIG
     if not path.is_file():

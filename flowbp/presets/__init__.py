@@ -1,4 +1,5 @@
 """Presets: a YAML file here is a whole config; `published.yaml` holds the published runs, composed as backbone/method.
+NAME-fast is the preset NAME with what `fast.yaml` lays over it.
 
 `flowbp presets` lists them, `flowbp presets NAME` prints one as a config.
 """
@@ -12,27 +13,33 @@ import yaml
 __all__ = ["layers", "names"]
 
 FOLDER = Path(__file__).parent
-PUBLISHED = FOLDER / "published.yaml"
+PUBLISHED, FAST = "published", "fast"
 
 
 def names() -> list[str]:
-    """Every preset, the whole configs first."""
-    whole = sorted(path.stem for path in FOLDER.glob("*.yaml") if path != PUBLISHED)
-    runs = published()
+    """Every preset but the fast ones, the whole configs first."""
+    whole = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in (PUBLISHED, FAST))
+    runs = read(PUBLISHED)
     pairs = ((backbone, method) for backbone in runs["backbones"] for method in runs["methods"])
     return whole + [f"{backbone}/{method}" for backbone, method in pairs if backbone in runs["methods"][method]]
 
 
 def layers(name: str) -> list[dict[str, Any]]:
-    """The mappings that make up the preset `name`, each to be laid over those before it."""
-    if (FOLDER / f"{name}.yaml").is_file():
-        return [yaml.safe_load((FOLDER / f"{name}.yaml").read_text())]
-    backbone, _, method = name.partition("/")
-    runs = published()
-    named = {"output": f"runs/{name}", "method": {"name": method}}
-    return [runs["common"], runs["backbones"][backbone], named, runs["methods"][method][backbone]]
+    """The mappings that make up the preset `name`, each to be laid over those before it; none for an unknown name."""
+    if (base := name.removesuffix("-fast")) not in names():
+        return []
+    backbone, _, method = base.partition("/")
+    if method:
+        runs, named = read(PUBLISHED), {"method": {"name": method}}
+        found = [runs["common"], runs["backbones"][backbone], named, runs["methods"][method][backbone]]
+    else:
+        found = [read(base)]
+    if name != base:
+        fast = read(FAST)
+        found += [fast["every"], fast["published"] if method else {}, fast.get(method, {})]
+    return [*found, {"output": f"runs/{name}"}]
 
 
 @cache
-def published() -> dict[str, Any]:
-    return yaml.safe_load(PUBLISHED.read_text())
+def read(name: str) -> dict[str, Any]:
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())

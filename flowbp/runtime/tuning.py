@@ -7,6 +7,7 @@ most steps are. So the optimizer, the average and the checkpoints hold master we
 
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,8 +83,11 @@ def moving_average(masters: Mapping[str, Tensor], decay: float) -> Any:
 
 
 def build_optimizer(parameters: Iterable[Tensor], options: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW, its moments in the parameters' dtype, or in 8 bits. Raises ConfigError where bitsandbytes is missing."""
-    kind = torch.optim.AdamW
+    """AdamW, its moments in the parameters' dtype, or in 8 bits. On a GPU it is one kernel, without a copy of the
+    weights. Raises ConfigError where bitsandbytes is missing.
+    """
+    parameters = list(parameters)
+    kind = partial(torch.optim.AdamW, fused=all(p.is_cuda for p in parameters))
     if options.name == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit as kind  # pyright: ignore[reportMissingImports]
