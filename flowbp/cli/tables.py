@@ -75,6 +75,24 @@ def means_table(rows: list[dict], column: str, title: str) -> Table:
     return table
 
 
+def sweep_table(rows: list[dict], title: str) -> Table:
+    """The change of each metric by setting, over training runs, and the difference from the first setting."""
+    figures = (Column(name, justify="right", min_width=10) for name in ("change", "one run's images", "less the first"))
+    columns = "metric", Column("setting", overflow="fold"), Column("runs", justify="right"), *figures
+    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for metric in dict.fromkeys(row["metric"] for row in rows if row["metric"] not in numbers.NOT_BETTER):
+        own = [row for row in rows if row["metric"] == metric]
+        for i, row in enumerate(own):
+            scale = row["change"][0]
+            told = [
+                "–" if part is None else f"{numbers.signed(part[0], scale)} {between(part[1:], scale)}"
+                for part in (row["change"], row["difference"])
+            ]
+            cells = str(len(row["seeds"])), told[0], between(row["images"], scale), told[1]
+            table.add_row("" if i else metric, row["setting"], *cells, end_section=i + 1 == len(own))
+    return table
+
+
 def metric_table(rows: list[dict], title: str, *columns: str) -> Table:
     """An empty table of a column of metrics and `columns` of numbers, with the notes on `rows` below it."""
     # Where the terminal is narrow, names and intervals go on the next line, and no number is cut.

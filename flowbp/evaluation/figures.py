@@ -108,6 +108,28 @@ def curves(runs: Mapping[str, Sequence[Mapping]], metric: str, title: str, unit:
     return as_text(figure)
 
 
+def changes_of_runs(metric: str, changes: Mapping[str, Sequence[float]]) -> "Figure":
+    """The change of a metric in each training run, a row for each setting: a dot a run, and the mean with its 95 %
+    interval over runs.
+    """
+    from matplotlib.figure import Figure
+
+    from flowbp.evaluation.statistics import mean_of_runs
+
+    figure = Figure(figsize=(7.0, 1.0 + 0.5 * len(changes)), layout="constrained")
+    axis = figure.subplots()
+    for row, values in enumerate(changes.values()):
+        mean, low, high = mean_of_runs(values)
+        axis.plot(values, [row + 0.2] * len(values), "o", ms=4, color=QUIET)
+        axis.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="s", ms=6, color=ACTIVE, capsize=3)
+    axis.axvline(0, color=QUIET, lw=1)
+    axis.set_yticks(range(len(changes)), ["\n".join(textwrap.wrap(setting, 40)) for setting in changes])
+    axis.set_ylim(len(changes) - 0.5, -0.5)
+    axis.set_xlabel(f"change of {metric}")
+    axis.spines[["top", "right"]].set_visible(False)
+    return as_text(figure)
+
+
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Means [n - window + 1] of the finite values in each window of values [n]; nan where a window has none."""
     finite, ones = np.isfinite(values), np.ones(window)

@@ -1,0 +1,169 @@
+"""What few steps in training cost: the demo trained with fewer calls of the network, and scored alike.
+
+Each setting of the sampler is trained from several seeds, and its images are then drawn with 25 steps of Euler, however
+it was trained. Seeds are shared between settings, so that differences are paired: 95 % t intervals over training runs.
+A call is one forward pass of an image, rollout and replays together: a guided step makes two. Seconds are those of one
+thread's CPU. A run is kept in the JSON file when it ends, and is not made again.
+
+    python benchmarks/few_steps.py --seeds 42 43 44 45 46 --json docs/few_steps.json --png docs/few_steps.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy import stats
+
+from flowbp.config import load
+from flowbp.evaluation.figures import ACTIVE, BRIDGE, INK
+from flowbp.runtime.environment import environment
+from flowbp.training.trainer import Trainer
+
+FAST = ["guidance.interval=[0.3,1]"]
+# name -> (guidance, solver, steps, other settings); the first of each guidance is what the others are compared with
+SETTINGS = {
+    "scale 3: euler 25": (3.0, "euler", 25, []),
+    "scale 3: euler 8, [.3, 1]": (3.0, "euler", 8, FAST),
+    "scale 3: adams-2 8, [.3, 1]": (3.0, "adams-2", 8, FAST),
+    "euler 25": (1.0, "euler", 25, []),
+    "euler 12": (1.0, "euler", 12, []),
+    "euler 6": (1.0, "euler", 6, []),
+    "adams-2 12": (1.0, "adams-2", 12, []),
+    "adams-2 6": (1.0, "adams-2", 6, []),
+}
+COMMON = ["data.batch_size=16", "memory.recompute=never", "evaluation.samples=576", "evaluation.num_steps=25"]
+LOOKS = {"euler": (INK, "o"), "adams-2": (ACTIVE, "s"), "adams-3": (BRIDGE, "^")}
+METRICS = ("checker", "reward", "monitor", "diversity")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45, 46])
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="NAME")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--png", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+
+    found = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"runs": []}
+    found |= {"environment": environment(), "common": COMMON}
+    for seed in arguments.seeds:
+        for name in arguments.settings:
+            if not any(run["seed"] == seed and run["setting"] == name for run in found["runs"]):
+                base = next((run["before"] for run in found["runs"] if same_base(run["setting"], name)), None)
+                run = train(name, seed, base)
+                found["runs"].append(run)
+                print(json.dumps(run), flush=True)
+                arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    made = [name for name in SETTINGS if any(run["setting"] == name for run in found["runs"])]
+    found["rows"] = [summary(name, found["runs"]) for name in made]
+    arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    for row in found["rows"]:
+        cells = [f"{metric} {told(row['change'][metric])}" for metric in METRICS]
+        print(f"{row['setting']:28} {row['calls']:4.1f} calls  {row['seconds']:.2f} s  {'  '.join(cells)}")
+        if row["difference"]:
+            print(f"{'less ' + row['than']:>28} " + "  ".join(f"{m} {told(row['difference'][m])}" for m in METRICS))
+    if arguments.png:
+        draw(found["runs"], found["rows"]).savefig(arguments.png, dpi=130)
+
+
+def same_base(one: str, other: str) -> bool:
+    return SETTINGS[one][0] == SETTINGS[other][0]
+
+
+def train(name: str, seed: int, base: dict | None) -> dict:
+    """A whole run: mean scores before (`base`, where they are known) and after, calls and CPU seconds a step."""
+    scale, solver, steps, others = SETTINGS[name]
+    sampler = [f"guidance.scale={scale}", f"rollout.solver={solver}", f"rollout.num_steps={steps}"]
+    with tempfile.TemporaryDirectory() as folder:
+        config = load("demo", [f"output={folder}", f"seed={seed}", *COMMON, *sampler, *others])
+        trainer = Trainer(config)
+    model, calls = trainer.model, []
+    handle = model.backbone.denoiser.register_forward_hook(lambda module, given, output: calls.append(len(output[0])))
+    began = time.process_time()
+    for step in range(config.steps):
+        trainer.step(step)
+    seconds = (time.process_time() - began) / config.steps
+    handle.remove()
+
+    def mean_scores(weights: dict) -> dict:
+        values = trainer.evaluator.score(model, weights).values
+        return {metric: float(np.nanmean(values[metric])) for metric in METRICS}
+
+    scores = {"before": base or mean_scores(model.base), "after": mean_scores(model.tuned)}
+    calls_of_an_image = sum(calls) / config.steps / config.data.batch_size
+    return {"setting": name, "seed": seed, "calls": calls_of_an_image, "seconds": round(seconds, 4)} | scores
+
+
+def summary(name: str, runs: list[dict]) -> dict:
+    """Over the seeds of a setting: mean and 95 % interval of each change, and of its difference from the first setting
+    of that guidance, over the seeds that both have.
+    """
+    changes = {
+        (run["setting"], run["seed"]): {metric: run["after"][metric] - run["before"][metric] for metric in METRICS}
+        for run in runs
+    }
+    reference = next(other for other in SETTINGS if same_base(other, name))
+    own = [run for run in runs if run["setting"] == name]
+    seeds = [run["seed"] for run in own]
+    shared = [seed for seed in seeds if (reference, seed) in changes and name != reference]
+    difference = {
+        metric: with_interval([changes[name, seed][metric] - changes[reference, seed][metric] for seed in shared])
+        for metric in (METRICS if shared else ())
+    }
+    return {
+        "setting": name,
+        "than": reference,
+        "seeds": seeds,
+        "calls": float(np.mean([run["calls"] for run in own])),
+        "seconds": float(np.mean([run["seconds"] for run in own])),
+        "before": own[0]["before"],
+        "change": {metric: with_interval([changes[name, seed][metric] for seed in seeds]) for metric in METRICS},
+        "difference": difference,
+    }
+
+
+def with_interval(values: list[float]) -> list[float]:
+    """Mean and 95 % t interval over training runs; two of them at least."""
+    spread = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5 if values[1:] else np.nan
+    return [float(x) for x in (np.mean(values), np.mean(values) - spread, np.mean(values) + spread)]
+
+
+def told(values: list[float]) -> str:
+    mean, low, high = values
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]".replace("0.", ".")
+
+
+def draw(runs: list[dict], rows: list[dict]) -> Figure:
+    """The checker's gain against the calls of an image, for each guidance: a dot a run, means with intervals."""
+    scales = list(dict.fromkeys(SETTINGS[row["setting"]][0] for row in rows))
+    figure = Figure(figsize=(4.8 * len(scales), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(scales), squeeze=False)[0]
+    for axis, scale in zip(panels, scales, strict=True):
+        axis.set_title("no guidance" if scale == 1 else f"guidance {scale:g}", loc="left", color=INK)
+        for row in (row for row in rows if SETTINGS[row["setting"]][0] == scale):
+            solver, steps = SETTINGS[row["setting"]][1:3]
+            colour, marker = LOOKS[solver]
+            mean, low, high = row["change"]["checker"]
+            x = row["calls"] + (0.35 if solver != "euler" else 0)  # beside Euler's, not upon it
+            gains = [r["after"]["checker"] - r["before"]["checker"] for r in runs if r["setting"] == row["setting"]]
+            axis.plot([x] * len(gains), gains, ".", color=colour, alpha=0.35)
+            axis.errorbar(x, mean, yerr=[[mean - low], [high - mean]], fmt=marker, color=colour, capsize=3)
+            axis.annotate(f"{solver} {steps}", (x, high), (0, 4), textcoords="offset points", ha="center", color=colour)
+        axis.set_xlabel("network calls of an image and step")
+        axis.set_ylim(bottom=0)
+        axis.margins(x=0.12, y=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("gain of right images")
+    return figure
+
+
+if __name__ == "__main__":
+    main()

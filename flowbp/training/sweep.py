@@ -1,0 +1,212 @@
+"""Runs that differ in a few keys, each from several seeds, and what they have in common.
+
+One run says little: another seed moves its scores further than the interval over its images tells. So a setting is
+judged by the mean over training runs, with a 95 % t interval over these runs, and two settings by the differences of
+runs that share their seed. Settings are all combinations of the values given for each key. A run is `flowbp train` in a
+process of its own, on one thread, in <folder>/<setting>/seed-<n>. A sweep that was interrupted goes on by the same
+command: what is finished is kept.
+"""
+
+import itertools
+import os
+import queue
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowbp.config import ConfigError, RunConfig, load, parse_overrides
+from flowbp.evaluation import figures
+from flowbp.evaluation.pages import as_data_uri, as_png, render, run_facts
+from flowbp.evaluation.statistics import mean_of_runs
+from flowbp.foreign import cut
+from flowbp.runtime.console import progress_bar
+from flowbp.runtime.environment import describe_environment, environment
+from flowbp.runtime.files import read_json, write_file, write_json
+from flowbp.runtime.run_folder import RunFolder, mark_folder
+
+SEEDS = re.compile(r"(\d+)\.\.(\d+)")  # 0..7: both ends belong to it
+
+
+@dataclass(frozen=True)
+class SweptRun:
+    """setting: the keys in which it differs from others, each by the end of its name. arguments: of `flowbp train`."""
+
+    setting: str
+    seed: int
+    folder: Path
+    arguments: tuple[str, ...]
+    config: RunConfig
+
+    @property
+    def finished(self) -> bool:
+        """The report is the last that a run writes."""
+        return (self.folder / "report.html").is_file()
+
+
+def planned(config: str, overrides: Sequence[str], folder: Path) -> list[SweptRun]:
+    """The runs of a sweep, setting by setting. `key=a,b` has two values, `key=[a,b]` one, `seeds=0..3` four seeds.
+
+    Raises ConfigError for a setting that no run could have, ValueError for a folder with a run of another setting.
+    """
+    axes: dict[str, list[str]] = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            parse_overrides([override])  # raises
+        axes[key] = alternatives(value)
+    given = axes.pop("seeds", [str(load(config).seed)])
+    seeds = [seed for text in given for seed in span(text)]
+    if "seed" in axes or "output" in axes:
+        raise ConfigError("a sweep gives each run its seed and its output: use seeds=0..7 and --out")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds={','.join(given)} names a seed twice: runs are told apart by their seeds")
+    swept, runs = [key for key, values in axes.items() if len(values) > 1], []
+    last = [key.rpartition(".")[2] for key in swept]
+    names = {key: key if last.count(name) > 1 else name for key, name in zip(swept, last, strict=True)}
+    for values in itertools.product(*axes.values()):
+        named = dict(zip(axes, values, strict=True))
+        setting = " ".join(f"{name}={named[key]}" for key, name in names.items()) or "as given"
+        for seed in seeds:
+            place = folder / re.sub(r"[^\w.=,+-]+", "_", setting) / f"seed-{seed}"
+            typed = [f"{key}={value}" for key, value in named.items()] + [f"seed={seed}", f"output={place}"]
+            run = load(config, typed)
+            if run.evaluation is None:
+                raise ConfigError(f"{setting}: a sweep compares scores, and evaluation is null: name its prompts")
+            if place.exists():
+                RunFolder(place).check(run, resume=True, overwrite=False)
+            runs.append(SweptRun(setting, seed, place, (config, *typed), run))
+    return runs
+
+
+def alternatives(text: str) -> list[str]:
+    """The values of an override: what commas part that stand in no bracket."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{(") - (character in ")}]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def span(text: str) -> list[int]:
+    """The seeds that 0..7 or 5 names."""
+    ends = SEEDS.fullmatch(text)
+    seeds = range(int(ends[1]), int(ends[2]) + 1) if ends else [int(text)] if text.isdecimal() else []
+    if not seeds:
+        raise ConfigError(f"seeds={cut(text)} names no seed: write 0..7, or 1,2,3")
+    return list(seeds)
+
+
+def sweep(runs: Sequence[SweptRun], folder: Path, processes: int) -> dict[str, Any]:
+    """Make the runs that are not finished, `processes` at a time, and write sweep.json and sweep.html into `folder`.
+
+    Returns what sweep.json holds: {"rows": a row for each setting and metric, "failed": {folder: last words}, ...}. A
+    run that fails stops no other. KeyboardInterrupt ends the runs under way, which write a checkpoint first.
+    """
+    mark_folder(folder, "flowbp sweep")
+    failed = make([run for run in runs if not run.finished], processes, len(runs))
+    finished = [run for run in runs if run.finished]
+    results = {"runs": [], "rows": summary(finished), "failed": failed, "environment": environment()}
+    for run in finished:
+        results["runs"].append({"setting": run.setting, "seed": run.seed, "scores": overall(run)})
+    write_json(folder / "sweep.json", results)
+    if finished:
+        write_file(folder / "sweep.html", page(folder.name, finished, results))
+    return results
+
+
+def make(runs: Sequence[SweptRun], processes: int, total: int) -> dict[str, str]:
+    """Train `runs`, each in a process of its own. Returns the last line that each failed run said."""
+    failed, under_way, places = {}, set(), queue.SimpleQueue()
+    for place in range(processes):
+        places.put(place)
+
+    def train(run: SweptRun) -> None:
+        place = places.get()
+        log = run.folder.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        resume = ["--resume"] if run.folder.exists() else []
+        with log.open("a") as file:
+            command = [sys.executable, "-m", "flowbp", "train", *run.arguments, *resume]
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=surroundings(place))
+            under_way.add(process)
+            code = process.wait()
+        under_way.discard(process)
+        places.put(place)
+        if code != 0:
+            said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+            failed[str(run.folder)] = f"{cut(said[-1], 200)} ({log})"
+
+    with progress_bar("sweep", "run", total, total - len(runs)) as bar, ThreadPoolExecutor(processes) as pool:
+        try:
+            for _ in pool.map(train, runs):
+                bar.update()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(under_way):
+                process.terminate()
+            raise
+    return failed
+
+
+def surroundings(place: int) -> dict[str, str]:
+    """The environment of the run at `place`: one thread, unless OMP_NUM_THREADS is given, and one of the GPUs."""
+    import torch
+
+    given, gpus = {"OMP_NUM_THREADS": "1"} | os.environ, torch.cuda.device_count()
+    if gpus > 1 and "CUDA_VISIBLE_DEVICES" not in given:
+        given["CUDA_VISIBLE_DEVICES"] = str(place % gpus)
+    return given
+
+
+def overall(run: SweptRun) -> dict[str, dict[str, float]]:
+    """{metric: its row of evaluation.json over all images}."""
+    return {row["metric"]: row for row in read_json(run.folder / "evaluation.json") if row["category"] == "all"}
+
+
+def summary(runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
+    """A row for each setting and metric: over its runs the mean before and after and the change, over the runs that
+    share a seed with the first setting the difference from it, and the mean ends of a single run's interval over its
+    images, which is narrower than that over runs. Intervals are None for fewer than two runs.
+    """
+    scores = {(run.setting, run.seed): overall(run) for run in runs}
+    first, rows = runs[0].setting if runs else "", []
+    for setting in dict.fromkeys(run.setting for run in runs):
+        seeds = [run.seed for run in runs if run.setting == setting]
+        shared = [seed for seed in seeds if (first, seed) in scores and setting != first]
+        for metric in scores[setting, seeds[0]]:
+            own = [scores[setting, seed][metric] for seed in seeds]
+            ours, theirs = (np.array([scores[s, seed][metric]["change"] for seed in shared]) for s in (setting, first))
+            row = {"setting": setting, "metric": metric, "seeds": seeds}
+            row |= {key: float(np.mean([each[key] for each in own])) for key in ("before", "after")}
+            row |= {"change": mean_of_runs([each["change"] for each in own])}
+            row |= {"images": [float(np.mean([each[end] for each in own])) for end in ("low", "high")]}
+            rows.append(row | {"difference": mean_of_runs(ours - theirs) if shared else None})
+    return rows
+
+
+def page(name: str, runs: Sequence[SweptRun], results: dict[str, Any]) -> str:
+    """sweep.html: a table and a picture for each metric, and the settings that all runs share."""
+    metrics = list(dict.fromkeys(row["metric"] for row in results["rows"]))
+    changes = {metric: {} for metric in metrics}
+    for run in results["runs"]:
+        for metric in metrics:
+            changes[metric].setdefault(run["setting"], []).append(run["scores"][metric]["change"])
+    return render(
+        "sweep.html",
+        name=name,
+        results=results,
+        metrics=metrics,
+        pictures={m: as_data_uri(as_png(figures.changes_of_runs(m, own))) for m, own in changes.items()},
+        trained=" and ".join(runs[0].config.reward),
+        facts_of_first=run_facts(runs[0].config) | {"made with": describe_environment(results["environment"])},
+    )
