@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from flowbp import cli
 from flowbp.config import build_method, load, parse_overrides
 from flowbp.rewards.registry import find_source
+from flowbp.training.sweep import planned
 
 ROOT = Path(__file__).parents[1]
 APP = typer.main.get_command(cli.app)
@@ -87,6 +88,8 @@ def check_flowbp(arguments: list[str]) -> None:
         build_method({"name": given["method"]} | parse_overrides(overrides))
     elif name == "rewards" and given["name"] is not None and ":" not in given["name"]:
         find_source(given["name"])
+    elif name == "sweep":
+        planned(given["config"], overrides, given["out"])
     elif name == "presets" and given["name"] is not None:
         load(given["name"])
     elif "config" in given:
@@ -280,7 +283,7 @@ METAVARIABLES = {
 
 def example(said: str) -> str:
     """A command of the prose as one that can be checked: `flowbp train CONFIG [key=value ...]` -> flowbp train demo."""
-    said = re.sub(r"\b(?:key|field)=value\b|\boptions\b|\.\.\.", "", said)
+    said = re.sub(r"\b(?:key|field)=(?:value|a,b)\b|\boptions\b|\.\.\.", "", said)
     said = re.sub(r"^(flowbp rewards )\[?NAME\]?", r"\1clip", said)
     said = re.sub(r"^(flowbp presets )\[?NAME\]?", r"\1demo", said)
     for name, value in METAVARIABLES.items():
