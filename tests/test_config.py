@@ -120,7 +120,7 @@ def test_a_number_that_cannot_be_meant_is_refused_where_the_config_is_read(overr
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["memory.budget_gb=3"], "memory: budget_gb=3.0 needs recompute=auto, not always"),
+        (["memory.budget_gb=3"], "memory: budget_gb=3.0 needs recompute=auto, not never"),
         (["tuning.mode=full", "tuning.dropout=0.1"], "tuning: dropout=0.1 is a setting of LoRA: leave it out"),
         (["tuning.mode=full", "tuning.targets=[to_q]"], "is a setting of LoRA"),
         (["tuning.targets=[]"], "tuning.targets: .*at least 1 item"),

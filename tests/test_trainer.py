@@ -438,10 +438,10 @@ def test_plans_a_sample_and_dropout_say_what_they_exclude(tmp_path):
         ("tuning.dropout=0.1", "plans=stratified needs tuning.dropout=0.0"),
     ):
         with pytest.raises(ValueError, match=message):
-            tiny(tmp_path, "plans=stratified", override)
+            tiny(tmp_path, "plans=stratified", "memory.recompute=always", override)
     with pytest.raises(ValueError, match="needs memory.nodes_per_forward=1"):
         tiny(tmp_path, "tuning.dropout=0.1", "memory.nodes_per_forward=2")
-    row = Trainer(tiny(tmp_path, "plans=stratified")).step(0)
+    row = Trainer(tiny(tmp_path, "plans=stratified", "memory.recompute=always")).step(0)
     assert np.isfinite(row["grad_norm"]) and any(isinstance(node, tuple) for node in row["nodes"])
 
 
