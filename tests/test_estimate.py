@@ -45,6 +45,7 @@ def tiny(tmp_path, *overrides, side=128):
         "rollout.num_steps=6",
         "steps=2",
         "evaluation=null",
+        "memory.recompute=always",
     ]
     return load("demo", [f"output={tmp_path / 'run'}", *sizes, *overrides])
 
