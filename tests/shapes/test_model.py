@@ -14,7 +14,6 @@ from transformers import CLIPModel, CLIPTokenizer  # noqa: E402
 from flowbp.shapes import MONITOR, PIPELINE, REWARD  # noqa: E402
 from flowbp.shapes.recipe import models, stages  # noqa: E402
 from flowbp.shapes.recipe.scenes import render, sample_negative, sample_scene, sample_spec, true_specs  # noqa: E402
-from flowbp.shapes.world import WORDS  # noqa: E402
 
 CAPTIONS = ["a red circle left of a blue square", "three crosses", ""]
 
@@ -40,7 +39,7 @@ def test_weights_are_at_most_8_megabytes():
 
 def test_every_word_is_one_token():
     tokenizer = models.build_tokenizer()
-    assert all(len(tokenizer(word).input_ids) == 3 for word in WORDS)
+    assert all(len(tokenizer(word).input_ids) == 3 for word in models.WORDS)
     assert len(tokenizer("a photo of some dogs").input_ids) > 7  # other words fall apart into letters, none is lost
 
 

@@ -8,9 +8,10 @@ import pytest
 
 from flowbp.shapes import check, check_batch, prompts
 from flowbp.shapes.checker import find_objects
-from flowbp.shapes.prompts import SPLITS, pools
+from flowbp.shapes.prompts import splits
+from flowbp.shapes.recipe.captions import CATEGORIES, SPLITS, category_of, pools, served
 from flowbp.shapes.recipe.scenes import render, sample_negative, sample_scene, sample_spec, texts, true_specs
-from flowbp.shapes.world import CATEGORIES, NUMBERS, Spec, parse, satisfies
+from flowbp.shapes.world import NUMBERS, Spec, parse, satisfies
 
 
 def drawn(n, seed=0):
@@ -84,12 +85,16 @@ def test_relations_have_direction():
     assert not satisfies(scene, parse("a red circle above a blue square"))
 
 
+def test_the_file_of_prompts_is_what_the_recipe_serves():
+    assert splits() == {split: served(split) for split in SPLITS}
+
+
 def test_splits_are_deterministic_balanced_and_disjoint_where_large():
     for split in SPLITS:
         listed = prompts(split)
         assert listed == prompts(split)
         assert [p.category for p in listed[:6]] == list(CATEGORIES)
-        assert all(parse(p.text).category == p.category for p in listed)
+        assert all(category_of(parse(p.text)) == p.category for p in listed)
     for category, lists in pools("train").items():
         for i, pool in enumerate(lists):
             others = {spec.text for split in ("dev", "test") for spec in pools(split)[category][i]}

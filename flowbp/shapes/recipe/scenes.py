@@ -8,8 +8,8 @@ from functools import cache
 
 import numpy as np
 
-from ..prompts import pools
-from ..world import CATEGORIES, HUES, RELATIONS, SHAPES, SIZE, WINDOW, Object, Spec, satisfies, stamp
+from ..world import HUES, RELATIONS, SHAPES, SIZE, WINDOW, Object, Spec, satisfies, stamp
+from .captions import CATEGORIES, pools
 
 DIFFICULTY = {"single object": 1, "colours": 1, "counting": 2, "two objects": 2, "position": 3, "attribute binding": 2}
 

@@ -29,8 +29,9 @@ from torch import nn
 
 from ..checker import check_batch, find_objects
 from ..prompts import prompts
-from ..world import CATEGORIES, Object, parse
+from ..world import Object, parse
 from . import models
+from .captions import CATEGORIES, category_of
 from .scenes import render, sample_negative, sample_scene, sample_spec, true_specs
 from .scenes import texts as texts_of
 
@@ -320,7 +321,7 @@ def scorer_accuracy(model, tokenizer, n: int, split: str = "dev") -> dict[str, f
     better = right_score > wrong_score
     result = {"all": better.mean(), "auc": (right_score[:, None] > wrong_score[None]).mean()}
     for category in CATEGORIES:
-        result[category] = better[[spec.category == category for spec in specs]].mean()
+        result[category] = better[[category_of(spec) == category for spec in specs]].mean()
     return {key: round(float(value), 3) for key, value in result.items()}
 
 
