@@ -222,7 +222,8 @@ def suggest(
     into `memory` bytes or is the smallest found.
 
     Each round takes the first change that acts on the phase of the peak and lowers the peak. Changes that leave the
-    step as it is come first. After these, the weights are sharded over twice as many processes, as long as that helps.
+    step as it is come first. Where none helps, the weights are sharded over twice as many processes, as long as that
+    does.
     """
     overrides, added = list(overrides), []
 
@@ -233,22 +234,16 @@ def suggest(
     yield added, processes, found
     left = changes(found.config)
     while not found.fits(memory):
-        for phases, change in left:
+        acting = [(change, processes) for phases, change in left if found.peak_phase in phases]
+        for change, count in [*acting, (["memory.shard=true"], 2 * processes)]:
             candidate = over(added, change)
-            tried = estimate_with(candidate, processes) if found.peak_phase in phases else found
+            tried = estimate_with(candidate, count)
             if tried.peak < found.peak:
                 break
         else:
             break
-        left.remove((phases, change))
-        added, found = candidate, tried
-        yield added, processes, found
-    while not found.fits(memory):
-        candidate = over(added, ["memory.shard=true"])
-        tried = estimate_with(candidate, 2 * processes)
-        if tried.peak >= found.peak:
-            break
-        added, processes, found = candidate, 2 * processes, tried
+        left = [(phases, other) for phases, other in left if other != change]
+        added, processes, found = candidate, count, tried
         yield added, processes, found
 
 
