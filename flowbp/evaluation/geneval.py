@@ -17,10 +17,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
+from PIL import Image
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, StringConstraints, ValidationError, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,45 +56,31 @@ Detector = Callable[[Tensor, Sequence[str]], Detections]  # (image [3, H, W] in 
 NameColours = Callable[[Tensor, Sequence[Detection], str], list[str]]
 
 
-@dataclass(frozen=True)
-class Clause:
+class Clause(BaseModel, frozen=True):
     """`count` objects of a class, perhaps of a colour and in a relation to the objects of an earlier include clause."""
 
-    name: str
-    count: int
-    colour: str | None = None
-    position: tuple[str, int] | None = None
-
-    @classmethod
-    def parse(cls, entry: Mapping[str, Any]) -> "Clause":
-        position = (entry["position"][0], int(entry["position"][1])) if "position" in entry else None
-        name, count = entry["class"], int(entry["count"])
-        if not isinstance(name, str) or count < 1:
-            raise ValueError(f"{short(entry)} must have the name of a class, and a count of 1 or more")
-        return cls(name, count, entry.get("color"), position)
+    name: str = Field(alias="class")
+    count: PositiveInt
+    colour: Literal[*COLOURS] | None = Field(None, alias="color")
+    position: tuple[Literal[*RELATIONS], NonNegativeInt] | None = None
 
 
-@dataclass(frozen=True)
-class Requirement:
-    """What the image of a prompt must hold and must not."""
+class Requirement(BaseModel, frozen=True):
+    """What the image of a prompt must hold and must not: an object of evaluation_metadata.jsonl. Raises ValidationError
+    for a colour, relation or reference that GenEval does not have.
+    """
 
     tag: str
-    include: tuple[Clause, ...]
+    prompt: Annotated[str, StringConstraints(strip_whitespace=True)]
+    include: tuple[Clause, ...] = ()
     exclude: tuple[Clause, ...] = ()
 
-    @classmethod
-    def parse(cls, entry: Mapping[str, Any]) -> "Requirement":
-        """From an object of evaluation_metadata.jsonl. Raises ValueError for a colour, relation or reference that
-        GenEval does not have.
-        """
-        include, exclude = (tuple(map(Clause.parse, entry.get(key, ()))) for key in ("include", "exclude"))
-        for i, clause in enumerate(include):
-            if clause.colour is not None and clause.colour not in COLOURS:
-                raise ValueError(f"colour {short(clause.colour)} in {short(entry)} must be one of {', '.join(COLOURS)}")
-            if clause.position is not None and (clause.position[0] not in RELATIONS or not 0 <= clause.position[1] < i):
-                rule = f"must be [{' or '.join(RELATIONS)}, index of an earlier clause]"
-                raise ValueError(f"position {short(clause.position)} in {short(entry)} {rule}")
-        return cls(entry["tag"], include, exclude)
+    @model_validator(mode="after")
+    def refers_backwards(self) -> Self:
+        for i, clause in enumerate(self.include):
+            if clause.position is not None and clause.position[1] >= i:
+                raise ValueError(f"the position {clause.position} of clause {i} must name an earlier clause")
+        return self
 
     @property
     def classes(self) -> list[str]:
@@ -111,12 +99,14 @@ def load_requirements(path: str) -> dict[str, Requirement]:
             continue
         where = f"{path}, line {number}"
         try:
-            entry = json.loads(line, object_pairs_hook=once)
-            prompt, requirement = entry["prompt"].strip(), Requirement.parse(entry)
-        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
-            raise ValueError(
-                f"{where}: {cut(repr(error), 300)}; a line has tag, prompt, include and exclude"
-            ) from error
+            requirement = Requirement.model_validate(json.loads(line, object_pairs_hook=once))
+        except (ValueError, RecursionError) as error:
+            cause = repr(error)
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                cause = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {short(first['input'])}"
+            raise ValueError(f"{where}: {cut(cause, 300)}; a line has tag, prompt, include and exclude") from error
+        prompt = requirement.prompt
         if requirements.setdefault(prompt, requirement) != requirement:
             raise ValueError(f"{where}: {short(prompt)} stands there twice with other requirements; word one otherwise")
     return requirements
@@ -270,9 +260,10 @@ class TransformersDetector:
             if self.labels[label] not in found:
                 continue
             logits = F.interpolate(outputs.masks_queries_logits[:, [query]], image.shape[-2:], mode="bilinear")[0, 0]
-            if (mask := logits > 0).any():
-                score = chance * logits[mask].sigmoid().mean().item()
-                found[self.labels[label]].append(segment_of(mask.cpu().numpy(), score))
+            mask = (logits > 0).cpu().numpy()
+            if box := Image.fromarray(mask).getbbox():
+                score = chance * logits[logits > 0].sigmoid().mean().item()
+                found[self.labels[label]].append(Detection(box, score, mask))
 
 
 # Names of COCO's classes elsewhere: in GenEval's prompts, and in detectors whose labels are older.
@@ -286,16 +277,8 @@ def coco_name(name: str) -> str:
     return COCO_NAMES.get(name.lower(), name.lower())
 
 
-def segment_of(mask: np.ndarray, score: float) -> Detection:
-    """The detection of a mask that is not empty; its box is that of the mask."""
-    ys, xs = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    return Detection((float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1)), score, mask)
-
-
-def as_picture(image: Tensor):
+def as_picture(image: Tensor) -> Image.Image:
     """[3, H, W] in [0, 1] -> a Pillow image."""
-    from PIL import Image
-
     return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
