@@ -37,14 +37,6 @@ class Spec(NamedTuple):
     objects: tuple[tuple[str | None, str], ...]
     relation: str | None = None
 
-    @property
-    def text(self) -> str:
-        names = [f"{colour} {shape}" if colour else shape for colour, shape in self.objects]
-        if len(names) > 1 and len(set(names)) == 1:
-            number = next(word for word, n in NUMBERS.items() if n == len(names))
-            return f"{number} {names[0]}{'es' if names[0].endswith('s') else 's'}"
-        return f" {self.relation or 'and'} ".join(f"a {name}" for name in names)
-
 
 class Object(NamedTuple):
     shape: str

@@ -18,6 +18,15 @@ SHARED_BELOW = 40
 PER_CATEGORY = {"train": 240, "dev": 48, "test": 48}
 
 
+def caption(spec: Spec) -> str:
+    """The caption that asks for `spec`, of which `parse` is the inverse."""
+    names = [f"{colour} {shape}" if colour else shape for colour, shape in spec.objects]
+    if len(names) > 1 and len(set(names)) == 1:
+        number = next(word for word, n in NUMBERS.items() if n == len(names))
+        return f"{number} {names[0]}{'es' if names[0].endswith('s') else 's'}"
+    return f" {spec.relation or 'and'} ".join(f"a {name}" for name in names)
+
+
 def category_of(spec: Spec) -> str:
     """The one of CATEGORIES that a caption belongs to."""
     coloured = spec.objects[0][0] is not None
@@ -46,7 +55,7 @@ def pools(split: str) -> dict[str, list[list[Spec]]]:
     }
 
     def part(pool: list[Spec]) -> list[Spec]:
-        pool = sorted(pool, key=lambda spec: hashlib.sha256(spec.text.encode()).digest())
+        pool = sorted(pool, key=lambda spec: hashlib.sha256(caption(spec).encode()).digest())
         if len(pool) < SHARED_BELOW:
             return pool
         held = round(0.15 * len(pool))
@@ -65,5 +74,5 @@ def served(split: str) -> dict[str, list[str]]:
     for category, lists in pools(split).items():
         count = PER_CATEGORY[split] if len(lists) > 1 else min(PER_CATEGORY[split], len(lists[0]))
         turns = [(lists[i % len(lists)], i // len(lists)) for i in range(count)]
-        listed[category] = [pool[i % len(pool)].text for pool, i in turns]
+        listed[category] = [caption(pool[i % len(pool)]) for pool, i in turns]
     return listed
