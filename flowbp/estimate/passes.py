@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from flowbp.backbones import Backbone, bind_velocity
 from flowbp.config import BackboneConfig, RunConfig, ScorerConfig
-from flowbp.estimate.architectures import IMAGE_TOWERS, ImageTower, read_backbone
+from flowbp.estimate.architectures import IMAGE_TOWERS, SIZES, ImageTower, read_backbone
 from flowbp.guidance import GuidedVelocity
 from flowbp.methods import draw_plans
 from flowbp.objective import reward_gradient
@@ -239,12 +239,6 @@ def _no_graph(images: Tensor, prompts: list[str]) -> Tensor:
 
 # -- text encoders ---------------------------------------------------------------------------------------------------
 
-ENCODE = {  # how the pipelines of diffusers call a class of text encoders
-    "CLIPTextModelWithProjection": {"output_hidden_states": True},
-    "Qwen3ForCausalLM": {"output_hidden_states": True, "use_cache": False},
-    "Qwen3Model": {"output_hidden_states": True},
-}
-
 
 @cache
 def text_pass(options: BackboneConfig) -> ModelsPass:
@@ -259,7 +253,7 @@ def text_pass(options: BackboneConfig) -> ModelsPass:
 
 def _encode(encoder: PreTrainedModel, tokens: int) -> None:
     """One batch of prompts, as long as the encoder pads them."""
-    options, at = dict(ENCODE.get(type(encoder).__name__, {})), {"device": "meta"}
+    options, at = dict(SIZES["calls"].get(type(encoder).__name__, {})), {"device": "meta"}
     if isinstance(encoder.config, CLIPTextConfig):
         tokens = encoder.config.max_position_embeddings
     if isinstance(encoder.config, Qwen3Config):
