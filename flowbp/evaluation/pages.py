@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import yaml
@@ -20,9 +20,6 @@ from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import plain
 from flowbp.runtime.environment import describe_environment, environment
 from flowbp.runtime.files import write_file
-
-if TYPE_CHECKING:  # importing it takes long, and whoever checks a command's input does without
-    from matplotlib.figure import Figure
 
 AXES = {  # metric -> title of its panel, and what its vertical axis counts; any other metric is a score
     "grad_norm": ("gradient norm", "L2 norm before clipping"),
@@ -62,7 +59,7 @@ def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[st
     return pictures
 
 
-def draw_samples(scores: Scores) -> "Figure":
+def draw_samples(scores: Scores) -> "figures.Figure":
     """The images that `scores` kept, with their prompts, framed by the checker's verdict if there is one."""
     checker = scores.values.get("checker")
     passed = [None if checker is None else bool(checker[i]) for i in range(len(scores.images))]
@@ -87,7 +84,7 @@ def paired_samples(scores: Mapping[str, Scores], side: int = 256) -> list[dict[s
     return pairs
 
 
-def as_png(figure: "Figure") -> bytes:
+def as_png(figure: "figures.Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
