@@ -115,37 +115,23 @@ def load_requirements(path: str) -> dict[str, Requirement]:
 # -- the judgement -----------------------------------------------------------------------------------------------------
 
 
-def faults(
+def is_right(
     requirement: Requirement, detected: Detections, colours: Callable[[Sequence[Detection], str], list[str]]
-) -> list[str]:
-    """What is wrong with an image in which `detected` was seen. No fault means that the image is right."""
-    wrong: list[str] = []
-    held: list[Sequence[Detection] | None] = []  # the objects of each include clause so far; None where it fails
-
-    def fault_of(clause: Clause, objects: Sequence[Detection]) -> str | None:
-        if len(objects) < clause.count:
-            return f"{len(objects)} {clause.name}, {clause.count} wanted"
-        if clause.colour is not None:
-            seen = colours(objects, clause.name)
-            if seen.count(clause.colour) < clause.count:
-                return f"{clause.name} is {' and '.join(seen)}, {clause.colour} wanted"
-        if clause.position is not None:
-            relation, target = clause.position
-            others = held[target]
-            if others is None or any(relation not in relations(a.box, b.box) for a in objects for b in others):
-                return f"{clause.name} is not {relation} its target"
-        return None
-
+) -> bool:
+    """Whether an image in which `detected` was seen meets the requirement."""
+    held: list[Sequence[Detection]] = []  # the objects of each include clause so far
     for clause in requirement.include:
         objects = detected.get(clause.name, ())[: clause.count]
-        fault = fault_of(clause, objects)
-        held.append(None if fault else objects)
-        wrong += [fault] if fault else []
-    for clause in requirement.exclude:
-        count = len(detected.get(clause.name, ()))
-        if count >= clause.count:
-            wrong.append(f"{count} {clause.name}, fewer than {clause.count} wanted")
-    return wrong
+        held.append(objects)
+        if len(objects) < clause.count:
+            return False
+        if clause.colour is not None and any(seen != clause.colour for seen in colours(objects, clause.name)):
+            return False
+        if clause.position is not None:
+            relation, target = clause.position
+            if any(relation not in relations(a.box, b.box) for a in objects for b in held[target]):
+                return False
+    return all(len(detected.get(clause.name, ())) < clause.count for clause in requirement.exclude)
 
 
 def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
@@ -177,11 +163,11 @@ class GenEval:
     counting_threshold: float = 0.9
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        right = [not self.faults(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        right = [self.is_right(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
         return torch.tensor(right, dtype=torch.float32)
 
-    def faults(self, image: Tensor, prompt: str) -> list[str]:
-        """What is wrong with the image [3, H, W] of a prompt. Raises ValueError for a prompt without a requirement."""
+    def is_right(self, image: Tensor, prompt: str) -> bool:
+        """Whether the image [3, H, W] shows what its prompt says. Raises ValueError for a prompt without a requirement."""
         if prompt not in self.requirements:
             raise ValueError(f"no GenEval metadata for the prompt {short(prompt)}: evaluation.prompts must be its file")
         requirement = self.requirements[prompt]
@@ -190,7 +176,7 @@ class GenEval:
             name: [d for d in sorted(detections, key=lambda d: -d.score) if d.score > least][:MOST_OBJECTS]
             for name, detections in self.detect(image, requirement.classes).items()
         }
-        return faults(requirement, detected, lambda objects, name: self.name_colours(image, objects, name))
+        return is_right(requirement, detected, lambda objects, name: self.name_colours(image, objects, name))
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------
