@@ -167,7 +167,7 @@ class GenEval:
         return torch.tensor(right, dtype=torch.float32)
 
     def is_right(self, image: Tensor, prompt: str) -> bool:
-        """Whether the image [3, H, W] shows what its prompt says. Raises ValueError for a prompt without a requirement."""
+        """Whether the image [3, H, W] shows what its prompt says. Raises ValueError for one without a requirement."""
         if prompt not in self.requirements:
             raise ValueError(f"no GenEval metadata for the prompt {short(prompt)}: evaluation.prompts must be its file")
         requirement = self.requirements[prompt]
