@@ -114,8 +114,7 @@ def lagrange_supports(start: int, stop: int, order: int) -> tuple[int, ...]:
     if order < 1:
         raise ValueError(f"quadrature order must be at least 1, got {order}")
     length = stop - start
-    if length <= order:
-        return tuple(range(start, stop))
+    order = min(order, length)
     if order == 1:
         return (start,)
     return tuple(sorted({start + round(m * (length - 1) / (order - 1)) for m in range(order)}))

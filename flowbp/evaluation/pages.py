@@ -146,19 +146,16 @@ def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], s
     """samples_<model>.png and report.html of an evaluation."""
     for name, own in scores.items():
         write_file(folder / f"samples_{name}.png", as_png(draw_samples(own)))
-    options, about = config.evaluation, results["models"][0]
+    about = results["models"][0]
     made_with = about["versions"] | {"commit": environment()["commit"], "device": about["device"]}
-    said = facts(config, models=list(scores), made_with=describe_environment(made_with))
     page = render(
         "evaluation.html",
         name=folder.name,
-        facts_of_evaluation=said.of_evaluation,
-        models=results["models"],
+        config=config,
+        results=results,
+        facts_of_evaluation=facts(config, models=list(scores), made_with=describe_environment(made_with)).of_evaluation,
         overall=by_metric(results["means"], "model"),
-        changed=results["changes"],
         pairs=paired_samples(scores),
-        trained=" and ".join(config.reward),
-        config=yaml.safe_dump(about["settings"], sort_keys=False),
-        checker=options.checker,
+        settings=yaml.safe_dump(about["settings"], sort_keys=False),
     )
     write_file(folder / "report.html", page)
