@@ -51,9 +51,6 @@ class Detection:
 
 
 Detections = Mapping[str, Sequence[Detection]]  # by class, most confident first
-Detector = Callable[[Tensor, Sequence[str]], Detections]  # (image [3, H, W] in [0, 1], classes)
-# (image, detections, class) -> one of COLOURS for each detection
-NameColours = Callable[[Tensor, Sequence[Detection], str], list[str]]
 
 
 class Clause(BaseModel, frozen=True):
@@ -154,11 +151,14 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
 class GenEval:
     """The scorer (images [B, 3, H, W] in [0, 1], prompts) -> [B]: 1 where every requirement of the prompt is met, else
     0.
+
+    detect: (image [3, H, W] in [0, 1], classes) -> what is there.  name_colours: (image, detections, class) -> one of
+    COLOURS for each detection.
     """
 
     requirements: Mapping[str, Requirement]
-    detect: Detector
-    name_colours: NameColours
+    detect: Callable[[Tensor, Sequence[str]], Detections]
+    name_colours: Callable[[Tensor, Sequence[Detection], str], list[str]]
     threshold: float = 0.3
     counting_threshold: float = 0.9
 
