@@ -253,7 +253,7 @@ class SurrogatePlan:
             raise ValueError(f"re-noised copies start at the last node {total - 1}, but the plan ends at {last}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class PlanBatch:
     """One plan a sample, all from one method: the table that `flowbp.surrogate` sweeps is [K, B] instead of [K].
 
@@ -261,16 +261,19 @@ class PlanBatch:
     are padded at the noise end with replays of weight 0, up to `num_active` or the longest plan, so that all samples,
     and all ranks that share a batch, run equally many passes. Raises ValueError when the plans differ in what one batch
     cannot mix: the kind of reward input, the number of copies, or the similarity.
+
+    The other attributes are those of a SurrogatePlan. Each field of a replay is one value where all samples agree, else
+    one a sample.
     """
 
     plans: tuple[SurrogatePlan, ...]
     num_active: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "plans", tuple(self.plans))
+        self.plans = tuple(self.plans)
         if not self.plans:
             raise ValueError("a batch of plans needs at least one plan")
-        object.__setattr__(self, "num_active", max(self.num_active, *(len(plan.active) for plan in self.plans)))
+        self.num_active = max(self.num_active, *(len(plan.active) for plan in self.plans))
         kinds = {
             "reward_input": {plan.reward_input is None for plan in self.plans},
             "num_renoised": {plan.num_renoised for plan in self.plans},
@@ -279,34 +282,22 @@ class PlanBatch:
         for name, kind in kinds.items():
             if len(kind) > 1:
                 raise ValueError(f"the plans of a batch must agree in {name}, got {kind}: draw all from one method")
+        self.similarity, self.num_renoised = self.plans[0].similarity, self.plans[0].num_renoised
+        seen = [plan.reward_input.at for plan in self.plans if plan.reward_input is not None]
+        self.reward_input = PosteriorMean(_shared(seen)) if seen else None
         if self.similarity is not None and self.reward_input is not None and isinstance(self.reward_input.at, tuple):
             raise ValueError("plans with similarity must see posterior means of one node, where their residuals end")
-
-    def rows(self, samples: slice) -> "PlanBatch":
-        """The plans of some samples, padded to as many replays as the whole batch makes."""
-        return PlanBatch(self.plans[samples], self.num_active)
-
-    @property
-    def replays(self) -> tuple[Replay, ...]:
-        """As SurrogatePlan.replays; each field is one value where all samples agree, else one a sample."""
+        self.cached_latents = frozenset[Place]().union(*(plan.cached_latents for plan in self.plans))
+        self.cached_velocities = frozenset[Place]().union(*(plan.cached_velocities for plan in self.plans))
         columns = []
         for plan in self.plans:
             idle = Replay(plan.replays[0].node, weight=0.0)
             columns.append((idle,) * (self.num_active - len(plan.active)) + plan.replays)
-        return tuple(Replay(*map(_shared, zip(*row, strict=True))) for row in zip(*columns, strict=True))
+        self.replays = tuple(Replay(*map(_shared, zip(*row, strict=True))) for row in zip(*columns, strict=True))
 
-    @property
-    def reward_input(self) -> PosteriorMean | None:
-        first = self.plans[0].reward_input
-        return first and PosteriorMean(_shared(plan.reward_input and plan.reward_input.at for plan in self.plans))
-
-    @property
-    def similarity(self) -> Similarity | None:
-        return self.plans[0].similarity
-
-    @property
-    def num_renoised(self) -> int:
-        return self.plans[0].num_renoised
+    def rows(self, samples: slice) -> "PlanBatch":
+        """The plans of some samples, padded to as many replays as the whole batch makes."""
+        return PlanBatch(self.plans[samples], self.num_active)
 
     @property
     def leaps(self) -> Leaps:
@@ -316,14 +307,6 @@ class PlanBatch:
 
     def num_steps(self, total: int) -> int:
         return max(plan.num_steps(total) for plan in self.plans)
-
-    @property
-    def cached_latents(self) -> frozenset[Place]:
-        return frozenset().union(*(plan.cached_latents for plan in self.plans))
-
-    @property
-    def cached_velocities(self) -> frozenset[Place]:
-        return frozenset().union(*(plan.cached_velocities for plan in self.plans))
 
     def check(self, total: int, batch: int | None = None) -> None:
         """As SurrogatePlan.check, for every plan; and raise ValueError unless each sample of `batch` has one."""

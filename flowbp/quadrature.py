@@ -12,6 +12,8 @@ from typing import Literal
 
 import numpy as np
 
+from flowbp.foreign import short
+
 Solver = Literal["euler", "adams-2", "adams-3"]
 ORDERS: dict[Solver, int] = {"euler": 1, "adams-2": 2, "adams-3": 3}
 # Of a solver's absolute weights in one step, in step lengths. Adams-Bashforth of order 3 has 3.67 on even steps.
@@ -23,7 +25,7 @@ def check_sigmas(sigmas: Sequence[float]) -> np.ndarray:
     try:
         levels = np.asarray(sigmas, dtype=np.float64)
     except (TypeError, OverflowError) as error:
-        raise ValueError(f"sigmas must be noise levels, not {repr(sigmas)[:80]}: {error}") from error
+        raise ValueError(f"sigmas must be noise levels, not {short(sigmas)}: {error}") from error
     if levels.ndim != 1 or len(levels) < 2:
         raise ValueError(f"sigmas must be a vector of at least two noise levels, got shape {levels.shape}")
     if not np.all(np.isfinite(levels)):
@@ -114,8 +116,7 @@ def lagrange_supports(start: int, stop: int, order: int) -> tuple[int, ...]:
     if order < 1:
         raise ValueError(f"quadrature order must be at least 1, got {order}")
     length = stop - start
-    if length <= order:
-        return tuple(range(start, stop))
+    order = min(order, length)
     if order == 1:
         return (start,)
     return tuple(sorted({start + round(m * (length - 1) / (order - 1)) for m in range(order)}))

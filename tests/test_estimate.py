@@ -101,6 +101,11 @@ def measured_peaks(trainer):
             "Flux2KleinPipeline",
             ["memory.reward_batch=1", "method={name: flowbp-sparse, num_active: 4}", "memory.nodes_per_forward=2"],
         ),
+        (
+            "Flux2KleinPipeline",
+            ["memory.reward_batch=1", "method={name: flowbp-sparse, num_active: 4}"]
+            + ["memory.nodes_per_forward=2", "memory.recompute=never"],
+        ),
         ("ZImagePipeline", ["memory.reward_batch=1"]),
         ("FluxPipeline", ["memory.reward_batch=1", "tuning.mode=full", "backbone.dtype=bfloat16"]),
         ("Flux2KleinPipeline", ["memory.reward_batch=1", "tuning.mode=full", "memory.recompute=never", "ema=null"]),

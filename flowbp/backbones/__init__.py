@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from flowbp.foreign import cut, read_text, short
 from flowbp.names import nearest
@@ -28,14 +29,7 @@ __all__ += ["Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "chec
 logging.getLogger("transformers.utils.import_utils").addFilter(lambda said: "torchvision" not in said.getMessage())
 
 ABSENT = [None, None]
-KNOWN_MODELS = {
-    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
-    "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
-    "flux.1-dev": "black-forest-labs/FLUX.1-dev",
-    "flux.2-klein-base-4b": "black-forest-labs/FLUX.2-klein-base-4B",
-    "flux.2-klein-base-9b": "black-forest-labs/FLUX.2-klein-base-9B",
-    "z-image": "Tongyi-MAI/Z-Image",
-}
+KNOWN_MODELS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
 
 
 def load_backbone(

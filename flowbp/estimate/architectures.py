@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel
+from transformers.modeling_utils import local_torch_dtype
 
 from flowbp.backbones import BACKBONES, Backbone, Precision, locate
 from flowbp.config import BackboneConfig
@@ -48,13 +49,8 @@ IMAGE_TOWERS = {reward: CLIPVisionConfig(**arguments) for reward, arguments in S
 @contextmanager
 def made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
     """Modules made in the block lie on `device` in `dtype` from the first."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)
+    with local_torch_dtype(dtype), torch.device(device):
+        yield
 
 
 def build_backbone(

@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from flowbp.backbones import Backbone, bind_velocity
 from flowbp.config import BackboneConfig, RunConfig, ScorerConfig
-from flowbp.estimate.architectures import IMAGE_TOWERS, ImageTower, read_backbone
+from flowbp.estimate.architectures import IMAGE_TOWERS, SIZES, ImageTower, read_backbone
 from flowbp.guidance import GuidedVelocity
 from flowbp.methods import draw_plans
 from flowbp.objective import reward_gradient
@@ -31,38 +31,6 @@ from flowbp.runtime.embeddings import BATCH
 from flowbp.runtime.memory import LiveBytes, save_memory
 from flowbp.runtime.tuning import trainable_parameters
 from flowbp_kernels.sweep import record
-
-
-@dataclass(frozen=True)
-class NetworkPass:
-    """The network, and its passes over one micro-batch.
-
-    parameters, trained   numbers of parameters; largest: elements of the largest trained tensor
-    trained_bytes         what is trained; frozen_bytes: the rest of the network
-    block_bytes           the most weights that FSDP2 holds unsharded at a time; trained_block_bytes: trained ones alone
-    vae_bytes             weights of the VAE
-    latent_bytes          one latent of the micro-batch
-    forward_bytes         peak of a forward pass without gradient, with both branches of guidance
-    forward_flops         FLOPs of one branch of it
-    graph_bytes           the graph of a replay of `memory.nodes_per_forward` nodes
-    replay_bytes          peak of such a replay, forward and backward
-    sigmas                [N + 1] noise levels of the rollout
-    """
-
-    parameters: int
-    trained: int
-    largest: int
-    trained_bytes: int
-    frozen_bytes: int
-    block_bytes: int
-    trained_block_bytes: int
-    vae_bytes: int
-    latent_bytes: int
-    forward_bytes: int
-    forward_flops: int
-    graph_bytes: int
-    replay_bytes: int
-    sigmas: np.ndarray
 
 
 class ModelsPass(NamedTuple):
@@ -93,8 +61,8 @@ REWARD = {"reward": True, "evaluation": {"watch", "monitors"}}
 REWARD |= PLAN | {"memory": {"reward_batch", "vae_checkpointing", "vae_slicing", "vae_tiling"}}
 
 
-def network_pass(config: RunConfig) -> NetworkPass:
-    """Forward pass and replay of the run. Raises ValueError or OSError if the backbone's architecture is unknown."""
+def network_pass(config: RunConfig) -> "NetworkPass":
+    """The passes of the run's network. Raises ValueError or OSError if the backbone's architecture is unknown."""
     return _network_pass(Case(config, config.model_dump_json(include=NETWORK)))
 
 
@@ -112,42 +80,52 @@ def draw_plan(config: RunConfig, draw: int, sigmas: np.ndarray) -> SurrogatePlan
 # -- network ---------------------------------------------------------------------------------------------------------
 
 
-@cache
-def _network_pass(case: Case) -> NetworkPass:
-    config, size = case.config, case.config.rollout
-    backbone = _backbone(config)
-    denoiser, parameters = backbone.denoiser, sum(p.numel() for p in backbone.denoiser.parameters())
-    with torch.device("meta"):
-        trained = trainable_parameters(backbone, config.tuning).values()
-    denoiser.train(config.tuning.dropout > 0)
-    for p in trained:
-        p.grad = torch.zeros_like(p)
-    latents = _latents(backbone, config, config.data.batch_size)
-    sigmas = backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas).double().numpy()
-    with fused_attention(), LiveBytes([*tensors(denoiser), *(p.grad for p in trained)]) as live:
-        before = live.alive
-        velocity = bind_velocity(backbone, [""] * config.data.batch_size, config.guidance)
-        with torch.no_grad():
-            velocity.branches(latents, torch.empty((), device="meta"))
-        forward_bytes, live.peak = live.peak - before, live.alive
-        graph_bytes = _replay(velocity, latents, draw_plan(config, 0, sigmas), config.memory.nodes_per_forward, live)
-        replay_bytes = live.peak - before
-    return NetworkPass(
-        parameters=parameters,
-        trained=sum(p.numel() for p in trained),
-        largest=max(p.numel() for p in trained),
-        trained_bytes=bytes_of(trained),
-        frozen_bytes=bytes_of(tensors(denoiser)) - bytes_of(trained),
-        block_bytes=block_bytes(denoiser, lambda p: True),
-        trained_block_bytes=block_bytes(denoiser, lambda p: p.requires_grad),
-        vae_bytes=bytes_of(tensors(backbone.pipe.vae)),
-        latent_bytes=latents.nbytes,
-        forward_bytes=forward_bytes,
-        forward_flops=_forward_flops(backbone, velocity, latents),
-        graph_bytes=graph_bytes,
-        replay_bytes=replay_bytes,
-        sigmas=sigmas,
-    )
+class NetworkPass:
+    """The network, and its passes over one micro-batch: a forward pass and a replay.
+
+    parameters, trained   numbers of parameters; largest: elements of the largest trained tensor
+    trained_bytes         what is trained; frozen_bytes: the rest of the network
+    block_bytes           the most weights that FSDP2 holds unsharded at a time; trained_block_bytes: trained ones alone
+    vae_bytes             weights of the VAE
+    latent_bytes          one latent of the micro-batch
+    forward_bytes         peak of a forward pass without gradient, with both branches of guidance
+    forward_flops         FLOPs of one branch of it
+    graph_bytes           the graph of a replay of `memory.nodes_per_forward` nodes
+    replay_bytes          peak of such a replay, forward and backward
+    sigmas                [N + 1] noise levels of the rollout
+    """
+
+    def __init__(self, case: Case):
+        config, size = case.config, case.config.rollout
+        backbone = _backbone(config)
+        denoiser, self.vae_bytes = backbone.denoiser, bytes_of(tensors(backbone.pipe.vae))
+        self.parameters = sum(p.numel() for p in denoiser.parameters())
+        with torch.device("meta"):
+            trained = trainable_parameters(backbone, config.tuning).values()
+        self.trained, self.largest = sum(p.numel() for p in trained), max(p.numel() for p in trained)
+        self.trained_bytes = bytes_of(trained)
+        self.frozen_bytes = bytes_of(tensors(denoiser)) - self.trained_bytes
+        self.block_bytes = block_bytes(denoiser, lambda p: True)
+        self.trained_block_bytes = block_bytes(denoiser, lambda p: p.requires_grad)
+        denoiser.train(config.tuning.dropout > 0)
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+        latents = _latents(backbone, config, config.data.batch_size)
+        self.latent_bytes = latents.nbytes
+        self.sigmas = backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas).double().numpy()
+        plan = draw_plan(config, 0, self.sigmas)
+        with fused_attention(), LiveBytes([*tensors(denoiser), *(p.grad for p in trained)]) as live:
+            before = live.alive
+            velocity = bind_velocity(backbone, [""] * config.data.batch_size, config.guidance)
+            with torch.no_grad():
+                velocity.branches(latents, torch.empty((), device="meta"))
+            self.forward_bytes, live.peak = live.peak - before, live.alive
+            self.graph_bytes = _replay(velocity, latents, plan, config.memory.nodes_per_forward, live)
+            self.replay_bytes = live.peak - before
+        self.forward_flops = _forward_flops(backbone, velocity, latents)
+
+
+_network_pass = cache(NetworkPass)
 
 
 def _backbone(config: RunConfig) -> Backbone:
@@ -261,12 +239,6 @@ def _no_graph(images: Tensor, prompts: list[str]) -> Tensor:
 
 # -- text encoders ---------------------------------------------------------------------------------------------------
 
-ENCODE = {  # how the pipelines of diffusers call a class of text encoders
-    "CLIPTextModelWithProjection": {"output_hidden_states": True},
-    "Qwen3ForCausalLM": {"output_hidden_states": True, "use_cache": False},
-    "Qwen3Model": {"output_hidden_states": True},
-}
-
 
 @cache
 def text_pass(options: BackboneConfig) -> ModelsPass:
@@ -281,7 +253,7 @@ def text_pass(options: BackboneConfig) -> ModelsPass:
 
 def _encode(encoder: PreTrainedModel, tokens: int) -> None:
     """One batch of prompts, as long as the encoder pads them."""
-    options, at = dict(ENCODE.get(type(encoder).__name__, {})), {"device": "meta"}
+    options, at = dict(SIZES["calls"].get(type(encoder).__name__, {})), {"device": "meta"}
     if isinstance(encoder.config, CLIPTextConfig):
         tokens = encoder.config.max_position_embeddings
     if isinstance(encoder.config, Qwen3Config):

@@ -17,10 +17,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
+from PIL import Image
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, StringConstraints, ValidationError, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -49,50 +51,33 @@ class Detection:
 
 
 Detections = Mapping[str, Sequence[Detection]]  # by class, most confident first
-Detector = Callable[[Tensor, Sequence[str]], Detections]  # (image [3, H, W] in [0, 1], classes)
-# (image, detections, class) -> one of COLOURS for each detection
-NameColours = Callable[[Tensor, Sequence[Detection], str], list[str]]
 
 
-@dataclass(frozen=True)
-class Clause:
+class Clause(BaseModel, frozen=True):
     """`count` objects of a class, perhaps of a colour and in a relation to the objects of an earlier include clause."""
 
-    name: str
-    count: int
-    colour: str | None = None
-    position: tuple[str, int] | None = None
-
-    @classmethod
-    def parse(cls, entry: Mapping[str, Any]) -> "Clause":
-        position = (entry["position"][0], int(entry["position"][1])) if "position" in entry else None
-        name, count = entry["class"], int(entry["count"])
-        if not isinstance(name, str) or count < 1:
-            raise ValueError(f"{short(entry)} must have the name of a class, and a count of 1 or more")
-        return cls(name, count, entry.get("color"), position)
+    name: str = Field(alias="class")
+    count: PositiveInt
+    colour: Literal[*COLOURS] | None = Field(None, alias="color")
+    position: tuple[Literal[*RELATIONS], NonNegativeInt] | None = None
 
 
-@dataclass(frozen=True)
-class Requirement:
-    """What the image of a prompt must hold and must not."""
+class Requirement(BaseModel, frozen=True):
+    """What the image of a prompt must hold and must not: an object of evaluation_metadata.jsonl. Raises ValidationError
+    for a colour, relation or reference that GenEval does not have.
+    """
 
     tag: str
-    include: tuple[Clause, ...]
+    prompt: Annotated[str, StringConstraints(strip_whitespace=True)]
+    include: tuple[Clause, ...] = ()
     exclude: tuple[Clause, ...] = ()
 
-    @classmethod
-    def parse(cls, entry: Mapping[str, Any]) -> "Requirement":
-        """From an object of evaluation_metadata.jsonl. Raises ValueError for a colour, relation or reference that
-        GenEval does not have.
-        """
-        include, exclude = (tuple(map(Clause.parse, entry.get(key, ()))) for key in ("include", "exclude"))
-        for i, clause in enumerate(include):
-            if clause.colour is not None and clause.colour not in COLOURS:
-                raise ValueError(f"colour {short(clause.colour)} in {short(entry)} must be one of {', '.join(COLOURS)}")
-            if clause.position is not None and (clause.position[0] not in RELATIONS or not 0 <= clause.position[1] < i):
-                rule = f"must be [{' or '.join(RELATIONS)}, index of an earlier clause]"
-                raise ValueError(f"position {short(clause.position)} in {short(entry)} {rule}")
-        return cls(entry["tag"], include, exclude)
+    @model_validator(mode="after")
+    def refers_backwards(self) -> Self:
+        for i, clause in enumerate(self.include):
+            if clause.position is not None and clause.position[1] >= i:
+                raise ValueError(f"the position {clause.position} of clause {i} must name an earlier clause")
+        return self
 
     @property
     def classes(self) -> list[str]:
@@ -111,12 +96,14 @@ def load_requirements(path: str) -> dict[str, Requirement]:
             continue
         where = f"{path}, line {number}"
         try:
-            entry = json.loads(line, object_pairs_hook=once)
-            prompt, requirement = entry["prompt"].strip(), Requirement.parse(entry)
-        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
-            raise ValueError(
-                f"{where}: {cut(repr(error), 300)}; a line has tag, prompt, include and exclude"
-            ) from error
+            requirement = Requirement.model_validate(json.loads(line, object_pairs_hook=once))
+        except (ValueError, RecursionError) as error:
+            cause = repr(error)
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                cause = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {short(first['input'])}"
+            raise ValueError(f"{where}: {cut(cause, 300)}; a line has tag, prompt, include and exclude") from error
+        prompt = requirement.prompt
         if requirements.setdefault(prompt, requirement) != requirement:
             raise ValueError(f"{where}: {short(prompt)} stands there twice with other requirements; word one otherwise")
     return requirements
@@ -125,37 +112,23 @@ def load_requirements(path: str) -> dict[str, Requirement]:
 # -- the judgement -----------------------------------------------------------------------------------------------------
 
 
-def faults(
+def is_right(
     requirement: Requirement, detected: Detections, colours: Callable[[Sequence[Detection], str], list[str]]
-) -> list[str]:
-    """What is wrong with an image in which `detected` was seen. No fault means that the image is right."""
-    wrong: list[str] = []
-    held: list[Sequence[Detection] | None] = []  # the objects of each include clause so far; None where it fails
-
-    def fault_of(clause: Clause, objects: Sequence[Detection]) -> str | None:
-        if len(objects) < clause.count:
-            return f"{len(objects)} {clause.name}, {clause.count} wanted"
-        if clause.colour is not None:
-            seen = colours(objects, clause.name)
-            if seen.count(clause.colour) < clause.count:
-                return f"{clause.name} is {' and '.join(seen)}, {clause.colour} wanted"
-        if clause.position is not None:
-            relation, target = clause.position
-            others = held[target]
-            if others is None or any(relation not in relations(a.box, b.box) for a in objects for b in others):
-                return f"{clause.name} is not {relation} its target"
-        return None
-
+) -> bool:
+    """Whether an image in which `detected` was seen meets the requirement."""
+    held: list[Sequence[Detection]] = []  # the objects of each include clause so far
     for clause in requirement.include:
         objects = detected.get(clause.name, ())[: clause.count]
-        fault = fault_of(clause, objects)
-        held.append(None if fault else objects)
-        wrong += [fault] if fault else []
-    for clause in requirement.exclude:
-        count = len(detected.get(clause.name, ()))
-        if count >= clause.count:
-            wrong.append(f"{count} {clause.name}, fewer than {clause.count} wanted")
-    return wrong
+        held.append(objects)
+        if len(objects) < clause.count:
+            return False
+        if clause.colour is not None and any(seen != clause.colour for seen in colours(objects, clause.name)):
+            return False
+        if clause.position is not None:
+            relation, target = clause.position
+            if any(relation not in relations(a.box, b.box) for a in objects for b in held[target]):
+                return False
+    return all(len(detected.get(clause.name, ())) < clause.count for clause in requirement.exclude)
 
 
 def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
@@ -178,20 +151,23 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
 class GenEval:
     """The scorer (images [B, 3, H, W] in [0, 1], prompts) -> [B]: 1 where every requirement of the prompt is met, else
     0.
+
+    detect: (image [3, H, W] in [0, 1], classes) -> what is there.  name_colours: (image, detections, class) -> one of
+    COLOURS for each detection.
     """
 
     requirements: Mapping[str, Requirement]
-    detect: Detector
-    name_colours: NameColours
+    detect: Callable[[Tensor, Sequence[str]], Detections]
+    name_colours: Callable[[Tensor, Sequence[Detection], str], list[str]]
     threshold: float = 0.3
     counting_threshold: float = 0.9
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        right = [not self.faults(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        right = [self.is_right(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
         return torch.tensor(right, dtype=torch.float32)
 
-    def faults(self, image: Tensor, prompt: str) -> list[str]:
-        """What is wrong with the image [3, H, W] of a prompt. Raises ValueError for a prompt without a requirement."""
+    def is_right(self, image: Tensor, prompt: str) -> bool:
+        """Whether the image [3, H, W] shows what its prompt says. Raises ValueError for one without a requirement."""
         if prompt not in self.requirements:
             raise ValueError(f"no GenEval metadata for the prompt {short(prompt)}: evaluation.prompts must be its file")
         requirement = self.requirements[prompt]
@@ -200,7 +176,7 @@ class GenEval:
             name: [d for d in sorted(detections, key=lambda d: -d.score) if d.score > least][:MOST_OBJECTS]
             for name, detections in self.detect(image, requirement.classes).items()
         }
-        return faults(requirement, detected, lambda objects, name: self.name_colours(image, objects, name))
+        return is_right(requirement, detected, lambda objects, name: self.name_colours(image, objects, name))
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------
@@ -270,9 +246,10 @@ class TransformersDetector:
             if self.labels[label] not in found:
                 continue
             logits = F.interpolate(outputs.masks_queries_logits[:, [query]], image.shape[-2:], mode="bilinear")[0, 0]
-            if (mask := logits > 0).any():
-                score = chance * logits[mask].sigmoid().mean().item()
-                found[self.labels[label]].append(segment_of(mask.cpu().numpy(), score))
+            mask = (logits > 0).cpu().numpy()
+            if box := Image.fromarray(mask).getbbox():
+                score = chance * logits[logits > 0].sigmoid().mean().item()
+                found[self.labels[label]].append(Detection(box, score, mask))
 
 
 # Names of COCO's classes elsewhere: in GenEval's prompts, and in detectors whose labels are older.
@@ -286,16 +263,8 @@ def coco_name(name: str) -> str:
     return COCO_NAMES.get(name.lower(), name.lower())
 
 
-def segment_of(mask: np.ndarray, score: float) -> Detection:
-    """The detection of a mask that is not empty; its box is that of the mask."""
-    ys, xs = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    return Detection((float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1)), score, mask)
-
-
-def as_picture(image: Tensor):
+def as_picture(image: Tensor) -> Image.Image:
     """[3, H, W] in [0, 1] -> a Pillow image."""
-    from PIL import Image
-
     return Image.fromarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 

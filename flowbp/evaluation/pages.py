@@ -3,26 +3,23 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import yaml
 from PIL import Image
 
-from flowbp.config import RewardConfig, RolloutConfig, RunConfig, flatten
+from flowbp.config import RewardConfig, RunConfig, flatten
 from flowbp.evaluation import figures
 from flowbp.evaluation.numbers import FILTERS, NOT_BETTER, by_metric, duration
 from flowbp.evaluation.scores import Scores
 from flowbp.foreign import LARGEST, cut
-from flowbp.guidance import Guidance
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import plain
 from flowbp.runtime.environment import describe_environment, environment
 from flowbp.runtime.files import write_file
-
-if TYPE_CHECKING:  # importing it takes long, and whoever checks a command's input does without
-    from matplotlib.figure import Figure
 
 AXES = {  # metric -> title of its panel, and what its vertical axis counts; any other metric is a score
     "grad_norm": ("gradient norm", "L2 norm before clipping"),
@@ -32,13 +29,25 @@ AXES = {  # metric -> title of its panel, and what its vertical axis counts; any
 } | {name: (name, "mean over images") for name in IMAGE_STATISTICS}
 
 
+@cache
+def templates() -> jinja2.Environment:
+    """flowbp/templates. Their filters are functions of `numbers` and of this module, under their own names."""
+    escaped, loader = jinja2.select_autoescape(), jinja2.PackageLoader("flowbp")
+    made = jinja2.Environment(loader=loader, autoescape=escaped, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    described = (describe_reward, duration, images_a_step)
+    made.filters |= {function.__name__: function for function in (*FILTERS, *described)}
+    made.globals["not_better"] = NOT_BETTER
+    return made
+
+
 def render(template: str, **values: Any) -> str:
-    """A page of flowbp/templates, as HTML. The functions of `numbers.FILTERS` are filters under their own names."""
-    loader, undefined = jinja2.PackageLoader("flowbp"), jinja2.StrictUndefined
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=undefined)
-    environment.filters |= {function.__name__: function for function in FILTERS}
-    environment.globals["not_better"] = NOT_BETTER
-    return plain(environment.get_template(template).render(**values))
+    """A page of flowbp/templates, as HTML."""
+    return plain(templates().get_template(template).render(**values))
+
+
+def facts(config: RunConfig, **values: Any) -> Any:
+    """What templates/facts.jinja says of a run or an evaluation."""
+    return templates().get_template("facts.jinja").make_module(values | {"config": config})
 
 
 def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str], smooth: bool = True) -> dict:
@@ -50,7 +59,7 @@ def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[st
     return pictures
 
 
-def draw_samples(scores: Scores) -> "Figure":
+def draw_samples(scores: Scores) -> "figures.Figure":
     """The images that `scores` kept, with their prompts, framed by the checker's verdict if there is one."""
     checker = scores.values.get("checker")
     passed = [None if checker is None else bool(checker[i]) for i in range(len(scores.images))]
@@ -75,7 +84,7 @@ def paired_samples(scores: Mapping[str, Scores], side: int = 256) -> list[dict[s
     return pairs
 
 
-def as_png(figure: "Figure") -> bytes:
+def as_png(figure: "figures.Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -103,41 +112,12 @@ def as_data_uri(png: bytes) -> str:
 
 def run_facts(config: RunConfig) -> dict[str, str]:
     """What is trained, and how: {label: text}."""
-    tuned = f"LoRA of rank {config.tuning.rank}" if config.tuning.mode == "lora" else "all weights"
-    tuned += f", started from {config.tuning.init}" if config.tuning.init else ""
-    rewards = {name: describe_reward(spec) for name, spec in config.reward.items()}
-    return {
-        "method": config.method_name,
-        "model": f"{describe_backbone(config)}; trained: {tuned}, learning rate {config.optimizer.lr:g}",
-        "reward": "; ".join(said if name == "reward" else f"{name}: {said}" for name, said in rewards.items()),
-        "rollout": describe_rollout(config.rollout, config.guidance),
-        "seed": str(config.seed),
-    }
+    return facts(config).of_run
 
 
 def training_facts(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The same, and what it took. rows: of metrics.jsonl."""
-    spent, peak = duration(sum(row["seconds"] for row in rows)), max(row["peak_mb"] for row in rows)
-    steps, images = f"{len(rows)} of {config.steps} steps", images_a_step(config, rows)
-    return run_facts(config) | {
-        "training": f"{steps}, {images} images each, prompts {config.data.prompts}",
-        "took": f"{spent} of training, at most {peak:,.0f} MB of memory",
-    }
-
-
-def describe_backbone(config: RunConfig) -> str:
-    return f"{config.backbone.name}, {config.backbone.dtype}"
-
-
-def describe_rollout(sampling: RolloutConfig, guidance: Guidance) -> str:
-    """The sampler's steps, solver and noise levels, the size of its images, and its guidance."""
-    levels = "published noise levels" if sampling.sigmas == "published" else "noise levels of the pipeline"
-    scales = [f"{guidance.scale:g}"] if guidance.active or guidance.embedded is None else []
-    scales += [f"{guidance.embedded:g} (embedded)"] if guidance.embedded is not None else []
-    within = " for noise levels {:g} to {:g}".format(*guidance.interval) if guidance.interval else ""
-    steps = "steps" if sampling.solver == "euler" else f"steps of {sampling.solver}"
-    size = f"{sampling.height} x {sampling.width} pixels"
-    return f"{sampling.num_steps} {steps} on the {levels}, {size}, guidance {' and '.join(scales)}{within}"
+    return facts(config, rows=rows).of_training
 
 
 def images_a_step(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> int:
@@ -166,26 +146,16 @@ def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], s
     """samples_<model>.png and report.html of an evaluation."""
     for name, own in scores.items():
         write_file(folder / f"samples_{name}.png", as_png(draw_samples(own)))
-    options, about = config.evaluation, results["models"][0]
+    about = results["models"][0]
     made_with = about["versions"] | {"commit": environment()["commit"], "device": about["device"]}
-    facts = {
-        "models": ", ".join(scores),
-        "backbone": describe_backbone(config),
-        "prompts": f"{options.prompts}, {options.samples} images a model",
-        "rollout": describe_rollout(config.evaluation_rollout, config.evaluation_guidance),
-        "seed": str(options.seed),
-        "made with": describe_environment(made_with),
-    }
     page = render(
         "evaluation.html",
         name=folder.name,
-        facts_of_evaluation=facts,
-        models=results["models"],
+        config=config,
+        results=results,
+        facts_of_evaluation=facts(config, models=list(scores), made_with=describe_environment(made_with)).of_evaluation,
         overall=by_metric(results["means"], "model"),
-        changed=results["changes"],
         pairs=paired_samples(scores),
-        trained=" and ".join(config.reward),
-        config=yaml.safe_dump(about["settings"], sort_keys=False),
-        checker=options.checker,
+        settings=yaml.safe_dump(about["settings"], sort_keys=False),
     )
     write_file(folder / "report.html", page)

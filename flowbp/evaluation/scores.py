@@ -203,22 +203,16 @@ def evaluate(samples: Samples, score: Callable[[slice], Part], progress: Callabl
 
 @dataclass(frozen=True)
 class Group:
-    """The m samples of a category that have finite scores.
+    """The m samples of a category that have finite scores of a metric.
 
-    missing: the samples of the category without one. weights [m]: of the samples in a mean. texts: their m prompts.
-    columns [K, m]: their scores under K models.
+    about: the fields of `Row`. weights [m]: of the samples in a mean. texts: their m prompts. columns [K, m]: their
+    scores under K models.
     """
 
-    category: str
-    missing: int
+    about: dict[str, Any]
     weights: np.ndarray
     texts: list[str]
     columns: np.ndarray
-
-    def describe(self, metric: str) -> dict[str, Any]:
-        """The fields of `Row`, for `metric`."""
-        counts = {"count": len(self.texts), "missing": self.missing, "prompts": len(set(self.texts))}
-        return {"metric": metric, "category": self.category} | counts
 
     def mean(self, values: np.ndarray) -> float:
         return weighted_mean(values, self.weights)
@@ -228,7 +222,7 @@ class Group:
         return dict(zip(("low", "high"), interval(values, self.weights, self.texts), strict=True))
 
 
-def finite_groups(prompts: list[Prompt], *columns: np.ndarray) -> Iterator[Group]:
+def finite_groups(metric: str, prompts: list[Prompt], *columns: np.ndarray) -> Iterator[Group]:
     """The samples that are finite in all K `columns` [n]: those of all prompts, then those of each category."""
     table = np.stack(columns)
     finite = np.isfinite(table).all(axis=0)
@@ -236,7 +230,9 @@ def finite_groups(prompts: list[Prompt], *columns: np.ndarray) -> Iterator[Group
         weights = sum((members & finite) / max(1, (members & finite).sum()) for members in sets)
         missing = sum(int((members & ~finite).sum()) for members in sets)
         rows = np.flatnonzero(weights)
-        yield Group(category, missing, weights[rows], [prompts[i].text for i in rows], table[:, rows])
+        texts = [prompts[i].text for i in rows]
+        about = {"category": category, "count": len(rows), "missing": missing, "prompts": len(set(texts))}
+        yield Group({"metric": metric} | about, weights[rows], texts, table[:, rows])
 
 
 def averaged_sets(prompts: list[Prompt]) -> dict[str, list[np.ndarray]]:
@@ -293,9 +289,9 @@ class Difference(Row):
 def summarise(scores: Scores) -> list[Summary]:
     """Every metric over all images, then over each category."""
     return [
-        Summary(**group.describe(metric), mean=group.mean(group.columns[0]), **group.interval(group.columns[0]))
+        Summary(**group.about, mean=group.mean(group.columns[0]), **group.interval(group.columns[0]))
         for metric, values in scores.values.items()
-        for group in finite_groups(scores.prompts, values)
+        for group in finite_groups(metric, scores.prompts, values)
     ]
 
 
@@ -307,9 +303,9 @@ def compare(before: Scores, after: Scores) -> list[Difference]:
         raise ValueError("a paired comparison needs the same prompts and seeds on both sides")
     rows = []
     for metric in (name for name in before.values if name in after.values):
-        for group in finite_groups(before.prompts, before.values[metric], after.values[metric]):
+        for group in finite_groups(metric, before.prompts, before.values[metric], after.values[metric]):
             old, new = group.columns
             means = {"before": group.mean(old), "after": group.mean(new), "change": group.mean(new - old)}
             p_value = paired_p_value(old, new, group.weights, group.texts)
-            rows.append(Difference(**group.describe(metric), **means, **group.interval(new - old), p_value=p_value))
+            rows.append(Difference(**group.about, **means, **group.interval(new - old), p_value=p_value))
     return rows

@@ -13,7 +13,6 @@ from tqdm.std import Bar, tqdm  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm.utils import disp_len
 
 HARMLESS = {  # logger: a part of its messages that ask for nothing
-    "transformers.utils.import_utils": "requires torchvision (not installed)",  # rewards preprocess by themselves
     "diffusers.loaders.peft": "No LoRA keys associated to CLIPText",  # the text encoders are never tuned
     "diffusers.loaders.lora_base": "No LoRA keys associated to CLIPText",
     "diffusers.models.modeling_utils": "should be kept in float32: []",

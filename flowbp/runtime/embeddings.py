@@ -36,7 +36,6 @@ BATCH = 8  # prompts that are encoded together, always equally many, because rou
 
 Encode = Callable[[list[str]], Conditioning]
 Progress = Callable[[int], object]  # takes the number of prompts that were done since the last call
-Signature = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of the tensors of one prompt
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ def embed_once(
     embeddings.fill(on_device, [""])
     share = texts[state.process_index :: state.num_processes]
     with progress_bar("embed", "prompt", len(share)) as bar:
-        embeddings.fill(on_device, share, embeddings.signature(""), bar.update)
+        embeddings.fill(on_device, share, bar.update)
     state.wait_for_everyone()
     for name in encoders:
         setattr(backbone.pipe, name, None)
@@ -101,16 +100,11 @@ class EmbeddingCache:
     def path(self, prompt: str) -> Path:
         return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
 
-    def fill(
-        self, encode: Encode, prompts: list[str], like: Signature | None = None, progress: Progress = lambda done: None
-    ) -> None:
-        """Embed those of `prompts` that have no undamaged file, or one of another signature than `like`.
-
-        like: None accepts any signature.
-        """
+    def fill(self, encode: Encode, prompts: list[str], progress: Progress = lambda done: None) -> None:
+        """Embed those of `prompts` that have no undamaged file."""
         missing = []
         for prompt in prompts:
-            if (signature := self.signature(prompt)) is not None and signature == (like or signature):
+            if self.holds(prompt):
                 progress(1)
             else:
                 missing.append(prompt)
@@ -129,13 +123,13 @@ class EmbeddingCache:
             del embedded, tensors  # before the next chunk, which takes as much
             progress(len(chunk))
 
-    def signature(self, prompt: str) -> Signature | None:
-        """Dtype and shape of the prompt's tensors by name; None when the file is absent or damaged."""
+    def holds(self, prompt: str) -> bool:
+        """Whether the prompt has an undamaged file."""
         try:
-            tensors, _ = read_tensors(self.path(prompt), {"prompt": prompt})
+            read_tensors(self.path(prompt), {"prompt": prompt})
         except OSError:
-            return None
-        return {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+            return False
+        return True
 
     def _check_space(self, count: int) -> None:
         one, free = self.path(""), shutil.disk_usage(self.folder).free

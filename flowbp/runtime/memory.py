@@ -4,8 +4,6 @@ Group offload is not among the switches: it takes a block's weights away after e
 reads them.
 """
 
-import resource
-import sys
 import time
 import weakref
 from collections.abc import Iterable, Iterator
@@ -69,11 +67,9 @@ def peak_memory_mb() -> float:
     """Peak memory so far in MB (1e6 bytes): the GPU's allocated bytes, or the process's resident set without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
-    status = Path("/proc/self/status")
-    if status.is_file():
-        lines = (line.split() for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(next(lines)[1]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1) / 1e6
+    # not the ru_maxrss of getrusage, which begins at the peak of the process that started this one
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(next(lines)[1]) * 1024 / 1e6
 
 
 class LiveBytes(TorchDispatchMode):

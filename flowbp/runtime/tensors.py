@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowbp.foreign import short
 from flowbp.runtime.files import replacing
 
 SHA256 = "flowbp_sha256"  # no key of another program
@@ -59,7 +60,7 @@ def read_tensors(
         raise OSError(f"{path} is damaged: it has changed since it was written")
     for key, value in (about or {}).items():
         if found.get(key) != value:
-            raise OSError(f"{path} is of another {key}: it holds {str(found.get(key))[:80]!r}, not {value[:80]!r}")
+            raise OSError(f"{path} is of another {key}: it holds {short(found.get(key))}, not {short(value)}")
     return tensors, found
 
 

@@ -26,9 +26,6 @@ HUES = {"red": 0, "yellow": 54, "green": 120, "cyan": 180, "blue": 235, "purple"
 # direction from the second object to the first
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = {"two": 2, "three": 3, "four": 4}
-CATEGORIES = ("single object", "colours", "counting", "two objects", "position", "attribute binding")
-PLURALS = ("circles", "squares", "triangles", "crosses")
-WORDS = ("a", "and", "left", "right", "of", "above", "below", *NUMBERS, *HUES, *SHAPES, *PLURALS)
 WINDOW = 15  # side of a stamp
 
 
@@ -39,25 +36,6 @@ class Spec(NamedTuple):
 
     objects: tuple[tuple[str | None, str], ...]
     relation: str | None = None
-
-    @property
-    def text(self) -> str:
-        names = [f"{colour} {shape}" if colour else shape for colour, shape in self.objects]
-        if len(names) > 1 and len(set(names)) == 1:
-            number = next(word for word, n in NUMBERS.items() if n == len(names))
-            return f"{number} {names[0]}{'es' if names[0].endswith('s') else 's'}"
-        return f" {self.relation or 'and'} ".join(f"a {name}" for name in names)
-
-    @property
-    def category(self) -> str:
-        coloured = self.objects[0][0] is not None
-        if len(self.objects) == 1:
-            return "colours" if coloured else "single object"
-        if len(set(self.objects)) == 1:
-            return "counting"
-        if self.relation:
-            return "position"
-        return "attribute binding" if coloured else "two objects"
 
 
 class Object(NamedTuple):

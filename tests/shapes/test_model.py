@@ -13,8 +13,8 @@ from transformers import CLIPModel, CLIPTokenizer  # noqa: E402
 
 from flowbp.shapes import MONITOR, PIPELINE, REWARD  # noqa: E402
 from flowbp.shapes.recipe import models, stages  # noqa: E402
+from flowbp.shapes.recipe.captions import caption  # noqa: E402
 from flowbp.shapes.recipe.scenes import render, sample_negative, sample_scene, sample_spec, true_specs  # noqa: E402
-from flowbp.shapes.world import WORDS  # noqa: E402
 
 CAPTIONS = ["a red circle left of a blue square", "three crosses", ""]
 
@@ -40,7 +40,7 @@ def test_weights_are_at_most_8_megabytes():
 
 def test_every_word_is_one_token():
     tokenizer = models.build_tokenizer()
-    assert all(len(tokenizer(word).input_ids) == 3 for word in WORDS)
+    assert all(len(tokenizer(word).input_ids) == 3 for word in models.WORDS)
     assert len(tokenizer("a photo of some dogs").input_ids) > 7  # other words fall apart into letters, none is lost
 
 
@@ -103,11 +103,11 @@ def test_reward_prefers_the_caption_of_a_rendering_to_a_hard_negative(folder):
     specs = [sample_spec(rng, "test") for _ in range(200)]
     scenes = [sample_scene(spec, rng) for spec in specs]
     x = stages.to_float(np.stack([render(scene, rng) for scene in scenes]))
-    true = [frozenset(t.text for t in true_specs(scene, -2.0)) for scene in scenes]
+    true = [frozenset(caption(t) for t in true_specs(scene, -2.0)) for scene in scenes]
     wrong = [sample_negative(spec, rng, t, known=False) for spec, t in zip(specs, true, strict=True)]
     with torch.no_grad():
         right, false = (
-            models.score(model, x, models.tokenize(tokenizer, [s.text for s in group])) for group in (specs, wrong)
+            models.score(model, x, models.tokenize(tokenizer, [caption(s) for s in group])) for group in (specs, wrong)
         )
     assert (right > false).float().mean() > 0.8
 

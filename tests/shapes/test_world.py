@@ -8,9 +8,10 @@ import pytest
 
 from flowbp.shapes import check, check_batch, prompts
 from flowbp.shapes.checker import find_objects
-from flowbp.shapes.prompts import SPLITS, pools
+from flowbp.shapes.prompts import splits
+from flowbp.shapes.recipe.captions import CATEGORIES, SPLITS, caption, category_of, pools, served
 from flowbp.shapes.recipe.scenes import render, sample_negative, sample_scene, sample_spec, texts, true_specs
-from flowbp.shapes.world import CATEGORIES, NUMBERS, Spec, parse, satisfies
+from flowbp.shapes.world import NUMBERS, Spec, parse, satisfies
 
 
 def drawn(n, seed=0):
@@ -22,13 +23,13 @@ def drawn(n, seed=0):
 
 def test_checker_accepts_renderings_of_the_caption():
     specs, _, images, _ = drawn(600)
-    assert check_batch(images, [spec.text for spec in specs]).mean() > 0.99
+    assert check_batch(images, [caption(spec) for spec in specs]).mean() > 0.99
 
 
 def test_checker_rejects_hard_negatives():
     specs, scenes, images, rng = drawn(600, seed=1)
-    true = [frozenset(s.text for s in true_specs(scene)) for scene in scenes]
-    wrong = [sample_negative(spec, rng, t, known=False).text for spec, t in zip(specs, true, strict=True)]
+    true = [frozenset(caption(s) for s in true_specs(scene)) for scene in scenes]
+    wrong = [caption(sample_negative(spec, rng, t, known=False)) for spec, t in zip(specs, true, strict=True)]
     assert check_batch(images, wrong).mean() < 0.01
 
 
@@ -36,7 +37,7 @@ def test_checker_survives_noise_and_blur_of_a_decoder():
     specs, _, images, rng = drawn(200, seed=2)
     x = images / 255.0
     x = 0.9 * x + 0.1 * np.roll(x, 1, axis=1) + rng.normal(0, 0.02, x.shape)
-    assert check_batch(x.transpose(0, 3, 1, 2), [spec.text for spec in specs]).mean() > 0.97
+    assert check_batch(x.transpose(0, 3, 1, 2), [caption(spec) for spec in specs]).mean() > 0.97
 
 
 def test_checker_rejects_objects_of_two_colours_and_merged_objects():
@@ -55,7 +56,7 @@ def test_checker_is_blind_to_the_form_of_the_image():
     specs, _, images, _ = drawn(5, seed=4)
     for spec, image in zip(specs, images, strict=True):
         tensor = torch.from_numpy(image).permute(2, 0, 1) / 255
-        assert check(image, spec.text) and check(tensor, spec.text) and check(tensor.double(), spec.text)
+        assert check(image, caption(spec)) and check(tensor, caption(spec)) and check(tensor.double(), caption(spec))
     with pytest.raises(ValueError, match="resize"):
         check(np.zeros((64, 64, 3), np.uint8), "a circle")
 
@@ -63,13 +64,13 @@ def test_checker_is_blind_to_the_form_of_the_image():
 def test_every_true_caption_of_a_scene_passes_its_rendering():
     _, scenes, images, _ = drawn(100, seed=5)
     for scene, image in zip(scenes, images, strict=True):
-        assert all(check(image, spec.text) for spec in true_specs(scene, margin=2.0))
+        assert all(check(image, caption(spec)) for spec in true_specs(scene, margin=2.0))
 
 
-def test_parse_inverts_text_for_every_caption():
+def test_parse_inverts_the_words_of_every_caption():
     every = [spec for split in SPLITS for lists in pools(split).values() for pool in lists for spec in pool]
-    assert all(parse(spec.text) == spec for spec in every)
-    assert all(len(spec.text.split()) <= 10 for spec in every)
+    assert all(parse(caption(spec)) == spec for spec in every)
+    assert all(len(caption(spec).split()) <= 10 for spec in every)
 
 
 def test_parse_names_what_is_not_a_caption():
@@ -84,19 +85,23 @@ def test_relations_have_direction():
     assert not satisfies(scene, parse("a red circle above a blue square"))
 
 
+def test_the_file_of_prompts_is_what_the_recipe_serves():
+    assert splits() == {split: served(split) for split in SPLITS}
+
+
 def test_splits_are_deterministic_balanced_and_disjoint_where_large():
     for split in SPLITS:
         listed = prompts(split)
         assert listed == prompts(split)
         assert [p.category for p in listed[:6]] == list(CATEGORIES)
-        assert all(parse(p.text).category == p.category for p in listed)
+        assert all(category_of(parse(p.text)) == p.category for p in listed)
     for category, lists in pools("train").items():
         for i, pool in enumerate(lists):
-            others = {spec.text for split in ("dev", "test") for spec in pools(split)[category][i]}
-            shared = len(pool) < 34
-            assert others == {spec.text for spec in pool} if shared else not others & {spec.text for spec in pool}
-    assert not {spec.text for p in pools("dev")["position"] for spec in p} & {
-        spec.text for p in pools("test")["position"] for spec in p
+            others = {caption(spec) for split in ("dev", "test") for spec in pools(split)[category][i]}
+            own, shared = {caption(spec) for spec in pool}, len(pool) < 34
+            assert others == own if shared else not others & own
+    assert not {caption(spec) for p in pools("dev")["position"] for spec in p} & {
+        caption(spec) for p in pools("test")["position"] for spec in p
     }
 
 
@@ -107,8 +112,8 @@ def test_unknown_split_is_named():
 
 def test_known_negatives_are_train_captions():
     rng = np.random.default_rng(0)
-    assert all(sample_negative(sample_spec(rng), rng).text in texts("train") for _ in range(300))
-    assert Spec(((None, "cross"),) * NUMBERS["two"]).text == "two crosses"
+    assert all(caption(sample_negative(sample_spec(rng), rng)) in texts("train") for _ in range(300))
+    assert caption(Spec(((None, "cross"),) * NUMBERS["two"])) == "two crosses"
 
 
 def test_import_is_light():

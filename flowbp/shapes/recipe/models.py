@@ -19,7 +19,10 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from ..world import SIZE, WORDS
+from ..world import HUES, NUMBERS, SHAPES, SIZE
+
+PLURALS = ("circles", "squares", "triangles", "crosses")
+WORDS = ("a", "and", "left", "right", "of", "above", "below", *NUMBERS, *HUES, *SHAPES, *PLURALS)
 
 MAX_TOKENS = 12
 TEXT_WIDTH, TEXT_WIDTH_2 = 128, 32  # of the pipeline's two text encoders; both hidden and pooled

@@ -8,8 +8,8 @@ from functools import cache
 
 import numpy as np
 
-from ..prompts import pools
-from ..world import CATEGORIES, HUES, RELATIONS, SHAPES, SIZE, WINDOW, Object, Spec, satisfies, stamp
+from ..world import HUES, RELATIONS, SHAPES, SIZE, WINDOW, Object, Spec, satisfies, stamp
+from .captions import CATEGORIES, caption, pools
 
 DIFFICULTY = {"single object": 1, "colours": 1, "counting": 2, "two objects": 2, "position": 3, "attribute binding": 2}
 
@@ -25,7 +25,7 @@ def sample_spec(rng: np.random.Generator, split: str = "train") -> Spec:
 @cache
 def texts(split: str) -> frozenset[str]:
     """Every caption of a split."""
-    return frozenset(spec.text for lists in pools(split).values() for pool in lists for spec in pool)
+    return frozenset(caption(spec) for lists in pools(split).values() for pool in lists for spec in pool)
 
 
 def true_specs(objects: list[Object], margin: float = 0.0) -> list[Spec]:
@@ -78,7 +78,7 @@ def sample_negative(
     """
     while True:
         wrong = corrupt(spec, rng)
-        if wrong.text not in true and (not known or wrong.text in texts("train")):
+        if caption(wrong) not in true and (not known or caption(wrong) in texts("train")):
             return wrong
 
 

@@ -29,8 +29,9 @@ from torch import nn
 
 from ..checker import check_batch, find_objects
 from ..prompts import prompts
-from ..world import CATEGORIES, Object, parse
+from ..world import Object, parse
 from . import models
+from .captions import CATEGORIES, caption, category_of
 from .scenes import render, sample_negative, sample_scene, sample_spec, true_specs
 from .scenes import texts as texts_of
 
@@ -78,7 +79,7 @@ def data(out: Path, recipe: Recipe) -> None:
     scenes = [sample_scene(spec, rng) for spec in specs]
     np.save(out / "images.npy", np.stack([render(scene, rng) for scene in scenes]))
     (out / "scenes.json").write_text(
-        json.dumps([[spec.text, scene] for spec, scene in zip(specs, scenes, strict=True)])
+        json.dumps([[caption(spec), scene] for spec, scene in zip(specs, scenes, strict=True)])
     )
 
 
@@ -114,7 +115,7 @@ def vae(out: Path, recipe: Recipe) -> None:
         out / "latents.npy",
         np.concatenate([encode(images[i : i + 500]).half().numpy() for i in range(0, len(images), 500)]),
     )
-    captions = [caption for caption, _ in json.loads((out / "scenes.json").read_text())[:1000]]
+    captions = [text for text, _ in json.loads((out / "scenes.json").read_text())[:1000]]
     with torch.inference_mode():
         x = to_float(images[:1000])
         y = model.decode(encode(images[:1000])).sample
@@ -127,7 +128,7 @@ class Captions:
 
     def __init__(self, out: Path, tokenizer):
         rows = json.loads((out / "scenes.json").read_text())
-        self.specs = [parse(caption) for caption, _ in rows]
+        self.specs = [parse(text) for text, _ in rows]
         self.scenes = [[Object(*o) for o in scene] for _, scene in rows]
         self.ids = lru_cache(maxsize=None)(lambda text: models.tokenize(tokenizer, [text])[0])
 
@@ -142,7 +143,7 @@ class Captions:
         out = []
         for i, u in zip(index, rng.random(len(index)), strict=True):
             spec = self.specs[i if u > noise / 2 else rng.integers(len(self.specs))]
-            out.append((sample_negative(spec, rng) if noise / 2 < u < noise else spec).text)
+            out.append(caption(sample_negative(spec, rng) if noise / 2 < u < noise else spec))
         return out
 
 
@@ -270,13 +271,13 @@ def scorer(out: Path, recipe: Recipe, name: str, seed: int, **sizes: int) -> Non
         index = rng.integers(len(images), size=recipe.scorer_batch)
         own, true, texts = [], [], []
         for i in index:
-            specs = [spec for spec in true_specs(captions.scenes[i], 2.0) if spec.text in texts_of("train")]
+            specs = [spec for spec in true_specs(captions.scenes[i], 2.0) if caption(spec) in texts_of("train")]
             own.append(captions.specs[i] if rng.random() < 0.5 else specs[rng.integers(len(specs))])
-            true.append(frozenset(spec.text for spec in true_specs(captions.scenes[i], -2.0)))
-            texts += [own[-1].text, sample_negative(own[-1], rng, true[-1]).text]
+            true.append(frozenset(caption(spec) for spec in true_specs(captions.scenes[i], -2.0)))
+            texts += [caption(own[-1]), caption(sample_negative(own[-1], rng, true[-1]))]
         texts = list(dict.fromkeys(texts))
         place = {text: j for j, text in enumerate(texts)}
-        target = torch.tensor([place[spec.text] for spec in own])
+        target = torch.tensor([place[caption(spec)] for spec in own])
         x = augment(images[index], autoencoder, rng)
         image = F.normalize(model.get_image_features(pixel_values=x).pooler_output, dim=-1)
         text = F.normalize(model.get_text_features(input_ids=captions.tokens(texts)).pooler_output, dim=-1)
@@ -313,14 +314,14 @@ def scorer_accuracy(model, tokenizer, n: int, split: str = "dev") -> dict[str, f
     specs = [sample_spec(rng, split) for _ in range(n)]
     scenes = [sample_scene(spec, rng) for spec in specs]
     x = to_float(np.stack([render(scene, rng) for scene in scenes]))
-    true = [frozenset(spec.text for spec in true_specs(scene, -2.0)) for scene in scenes]
+    true = [frozenset(caption(spec) for spec in true_specs(scene, -2.0)) for scene in scenes]
     wrong = [sample_negative(spec, rng, t, known=False) for spec, t in zip(specs, true, strict=True)]
-    right_score = models.score(model, x, models.tokenize(tokenizer, [spec.text for spec in specs])).numpy()
-    wrong_score = models.score(model, x, models.tokenize(tokenizer, [spec.text for spec in wrong])).numpy()
+    right_score = models.score(model, x, models.tokenize(tokenizer, [caption(spec) for spec in specs])).numpy()
+    wrong_score = models.score(model, x, models.tokenize(tokenizer, [caption(spec) for spec in wrong])).numpy()
     better = right_score > wrong_score
     result = {"all": better.mean(), "auc": (right_score[:, None] > wrong_score[None]).mean()}
     for category in CATEGORIES:
-        result[category] = better[[spec.category == category for spec in specs]].mean()
+        result[category] = better[[category_of(spec) == category for spec in specs]].mean()
     return {key: round(float(value), 3) for key, value in result.items()}
 
 
