@@ -100,7 +100,8 @@ def scalar_table(x: Tensor, nodes: Tensor | None = None, **scalars: float | Tens
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-dimensional tensor, not of shape {tuple(value.shape)}")
         _placed(name, value, x)
-        check_together(name, value, *(rule or tensors)[0][::-1])
+        first_name, first = (rule or tensors)[0]
+        check_together(name, value, first, first_name)
     # Sums, because torch.compile needs no graph for each value of a float that is added to a tensor.
     zero = torch.zeros((), dtype=torch.float64, device=next((t.device for _, t in rule + tensors), None))
     return torch.stack([zero + value for value in scalars.values()]).detach()

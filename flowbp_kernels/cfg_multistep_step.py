@@ -147,8 +147,9 @@ def _run(
     runs = backend.select("cfg_multistep_step", 0 if nodes is None else nodes.shape[0], **tensors)
     if runs == "reference":
         dtype = v_cond.dtype if velocity is None else velocity.dtype
+        guidance, h = coefficients
         x_next, v = reference.cfg_multistep_step(
-            x, v_cond, v_uncond, *coefficients, velocities, nodes, weights, velocity_dtype=dtype
+            x, v_cond, v_uncond, guidance, h, velocities, nodes, weights, velocity_dtype=dtype
         )
         out.copy_(x_next)
         if velocity is not None:
