@@ -28,7 +28,7 @@ from flowbp.methods import FlowBPLagrange  # noqa: E402
 from flowbp_kernels import backend, sweep  # noqa: E402
 from flowbp_kernels.bench import machine, measure  # noqa: E402
 
-OPS = ("cfg_euler_step", "quadrature_update", "leap_residuals", "bridge_cotangents")
+OPS = ("cfg_multistep_step", "cfg_euler_step", "quadrature_update", "leap_residuals", "bridge_cotangents")
 
 
 class Transformer(nn.Module):

@@ -300,12 +300,12 @@ void leap_residuals(const Tensor& x_k, const Tensor& x_j, const Tensor& x_end, c
 }
 
 template <bool kCuda>
-void cfg_euler_step(const Tensor& x, const Tensor& v_cond, const std::optional<Tensor>& v_uncond,
-                    double guidance, double h, const std::optional<Tensor>& on_device,
-                    const std::optional<Tensor>& velocity, const Tensor& out) {
+void cfg_multistep_step(const Tensor& x, const Tensor& v_cond, const std::optional<Tensor>& v_uncond, double guidance,
+                        double h, const std::optional<Tensor>& on_device, const std::optional<Tensor>& velocities,
+                        const std::optional<Tensor>& nodes, const std::optional<Tensor>& weights,
+                        const std::optional<Tensor>& velocity, const Tensor& out) {
   const int64_t total = x.numel();
-  CfgEulerStep op{};
-  op.elements = total;
+  CfgMultistepStep op{};
   op.x = input(x, "x", x, total);
   op.v_cond = input(v_cond, "v_cond", x, total);
   if (v_uncond) {
@@ -321,12 +321,25 @@ void cfg_euler_step(const Tensor& x, const Tensor& v_cond, const std::optional<T
     STD_TORCH_CHECK(kCuda && !on_device->is_cpu() && on_device->numel() == 2, "guidance and h must lie on the device, as 2 numbers");
     op.on_device = numbers<double>(*on_device, "guidance and h", ScalarType::Double, x);
   }
-  if (total == 0) return;
-  if constexpr (kCuda) {
-    on_cuda(op, cfg_euler_step_cuda, x);
-  } else {
-    on_cpu(op, instruction_set().kernels->cfg_euler_step, chunks(total), kChunk * 3);
+  Tables<1> tables = {0, 0, {nullptr, 1}, {{nullptr, 1}}, false};
+  if (velocities) {
+    STD_TORCH_CHECK(nodes && weights, "velocities need nodes and weights");
+    const int64_t rows = rows_in(*velocities, x);
+    op.velocities = input(*velocities, "velocities", x, rows * total, true);
+    tables = tables_of<1>(&*nodes, rows, {&*weights}, x);
   }
+  // Where samples do not differ, all elements are one sample's, in fewer chunks.
+  const bool apart = tables.nodes.columns > 1 || tables.weights[0].columns > 1;
+  const int64_t batch = apart ? x.size(0) : 1, size = total / std::max<int64_t>(1, batch);
+  for_each_launch(tables, batch, size, [&](Samples s, const Rule<1>& rule) {
+    op.s = s;
+    op.rule = rule;
+    if constexpr (kCuda) {
+      on_cuda(op, cfg_multistep_step_cuda, x);
+    } else {
+      on_cpu(op, instruction_set().kernels->cfg_multistep_step, s.samples * chunks(size), kChunk * (tables.num_nodes + 3));
+    }
+  });
 }
 
 template <bool kCuda>
@@ -381,8 +394,8 @@ STABLE_TORCH_LIBRARY(flowbp_compiled, m) {
         " -> ()");
   m.def("leap_residuals(Tensor x_k, Tensor x_j, Tensor x_end, Tensor velocities, Tensor nodes, Tensor first,"
         " Tensor second, Tensor? scales, Tensor(a!)? predictions, Tensor(b!) partials, Tensor(c!) residuals) -> ()");
-  m.def("cfg_euler_step(Tensor x, Tensor v_cond, Tensor? v_uncond, float guidance, float h, Tensor? on_device,"
-        " Tensor(a!)? velocity, Tensor(b!) out) -> ()");
+  m.def("cfg_multistep_step(Tensor x, Tensor v_cond, Tensor? v_uncond, float guidance, float h, Tensor? on_device,"
+        " Tensor? velocities, Tensor? nodes, Tensor? weights, Tensor(a!)? velocity, Tensor(b!) out) -> ()");
   m.def("bridge_cotangents(Tensor g, Tensor g_x, Tensor weights, Tensor alphas, Tensor(a!) out) -> ()");
   m.def("isa() -> str");
   m.def("isas() -> str");
@@ -394,7 +407,7 @@ STABLE_TORCH_LIBRARY(flowbp_compiled, m) {
 STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CPU, m) {
   m.impl("quadrature_update", TORCH_BOX(&quadrature_update<false>));
   m.impl("leap_residuals", TORCH_BOX(&leap_residuals<false>));
-  m.impl("cfg_euler_step", TORCH_BOX(&cfg_euler_step<false>));
+  m.impl("cfg_multistep_step", TORCH_BOX(&cfg_multistep_step<false>));
   m.impl("bridge_cotangents", TORCH_BOX(&bridge_cotangents<false>));
 }
 
@@ -412,7 +425,7 @@ STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CUDA, m) {
   m.impl("quadrature_update", TORCH_BOX(&quadrature_update<true>));
   m.impl("leap_residuals", TORCH_BOX(&leap_residuals<true>));
-  m.impl("cfg_euler_step", TORCH_BOX(&cfg_euler_step<true>));
+  m.impl("cfg_multistep_step", TORCH_BOX(&cfg_multistep_step<true>));
   m.impl("bridge_cotangents", TORCH_BOX(&bridge_cotangents<true>));
 }
 #endif

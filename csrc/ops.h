@@ -108,13 +108,16 @@ struct LeapResiduals {
   Walk walk;  // on the CPU
 };
 
-// v = v_uncond + guidance (v_cond - v_uncond), or v_cond;  velocity = v;  out = x + h velocity, as velocity was rounded
-struct CfgEulerStep {
-  int64_t elements;
-  Input x, v_cond, v_uncond;  // v_uncond of v_cond's dtype, or null
+// v = v_uncond + guidance (v_cond - v_uncond), or v_cond;  velocity = v
+// out = x + sum over terms of weight * velocities[node, b] + h velocity, as velocity was rounded
+// An Euler step is the one without velocities, on one sample of all elements.
+struct CfgMultistepStep {
+  Samples s;
+  Input x, v_cond, v_uncond, velocities;  // v_uncond of v_cond's dtype, or null; velocities null: there are no terms
   float guidance, h;
   const double* on_device;  // guidance, then h, which the kernel reads instead when it runs; or null
   Output velocity, out;  // velocity.dtype rounds v even if velocity.data is null; out of x's dtype
+  Rule<1> rule;
 };
 
 // out[node, b] = weight[0] (g + weight[1] g_x); a weight of zero cuts what it multiplies
@@ -149,11 +152,11 @@ void with_cache_type(Dtype dtype, F f) {
   with_type(dtype, f);
 }
 
-// The CPU kernels of one instruction set. A task is a chunk of one sample; of all elements, for cfg_euler_step.
+// The CPU kernels of one instruction set. A task is a chunk of one sample.
 struct CpuKernels {
   void (*quadrature_update)(const QuadratureUpdate&, int64_t first_task, int64_t last_task);
   void (*leap_residuals)(const LeapResiduals&, int64_t first_task, int64_t last_task);
-  void (*cfg_euler_step)(const CfgEulerStep&, int64_t first_task, int64_t last_task);
+  void (*cfg_multistep_step)(const CfgMultistepStep&, int64_t first_task, int64_t last_task);
   void (*bridge_cotangents)(const BridgeCotangents&, int64_t first_task, int64_t last_task);
 };
 extern const CpuKernels kAvx512, kAvx2, kBaseline;
@@ -174,7 +177,7 @@ CudaVerdict cuda_verdict();
 // The CUDA kernels; each returns null or what went wrong. `stream` is a cudaStream_t.
 const char* quadrature_update_cuda(const QuadratureUpdate&, void* stream);
 const char* leap_residuals_cuda(const LeapResiduals&, void* stream);
-const char* cfg_euler_step_cuda(const CfgEulerStep&, void* stream);
+const char* cfg_multistep_step_cuda(const CfgMultistepStep&, void* stream);
 const char* bridge_cotangents_cuda(const BridgeCotangents&, void* stream);
 
 }  // namespace flowbp

@@ -13,7 +13,7 @@ from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.plan import Copy, Node, Number, Place, PlanBatch, SurrogatePlan, in_order
 from flowbp.quadrature import ORDERS, Solver, solver_table
 from flowbp.replay import Recompute
-from flowbp_kernels import RngState, cfg_euler_step, quadrature_update
+from flowbp_kernels import RngState, cfg_euler_step, cfg_multistep_step
 from flowbp_kernels.sweep import Graph, as_in_the_rollout, autocast_state, record
 
 
@@ -158,12 +158,11 @@ def rollout(
             velocities = NodeCache("velocities", plan.cached_velocities if plan else (), like, ring)
         # One pass over the latent: guide v_neg and v, where there are two; step; write the rows of both caches.
         row, out = velocities.row(i), latents.row(i + 1)
-        stepped, _ = cfg_euler_step(x, v, v_neg, guidance.scale, float(table[i, i]), velocity_out=row, out=out)
-        (nodes,) = table[i].nonzero()
-        if len(nodes) > 1:
-            slots = [velocities.last_slot(int(node)) for node in nodes]
-            stepped = quadrature_update(x, velocities.rows, slots, table[i, nodes].tolist(), out=stepped)
-        x = stepped
+        (earlier,) = table[i, :i].nonzero()
+        rule = [velocities.last_slot(int(node)) for node in earlier], table[i, earlier].tolist()
+        x, _ = cfg_multistep_step(
+            x, v, v_neg, guidance.scale, float(table[i, i]), velocities.rows, *rule, velocity_out=row, out=out
+        )
     for m, eps in enumerate(renoise):
         noised = latents[Copy(m)].copy_((1 - last) * x + last * eps)
         v, v_neg = recorder.branches(velocity.at(last), noised, levels[-2], Copy(m))

@@ -4,6 +4,7 @@ op                    formula                                            gradien
 quadrature_update     x + sum_k w_k v_{n_k}                              x, velocities    cuda, triton, cpu
 leap_residuals        mean |x + sum_k w_k v_{n_k} - x'|, both leaps      nothing          cuda, triton, cpu
 cfg_euler_step        v = v_u + s (v_c - v_u);  x + h v                  x, v_c, v_u      cuda, triton, cpu
+cfg_multistep_step    that v;  x + sum_k w_k v_{n_k} + h v               x, v_c, v_u, v_n cuda, triton, cpu
 bridge_cotangents     c_k = w_k (g + a_k g_x)                            g, g_x           cuda, triton, cpu
 straight_through      value of one tensor, scaled gradient of another    surrogate        PyTorch's copy
 selective_recompute   cached value; backward replays the active nodes    parameters       bridge_cotangents
@@ -28,6 +29,7 @@ function).
 from flowbp_kernels import adjoints  # noqa: F401  (registers gradients)
 from flowbp_kernels.bridge_cotangents import bridge_cotangents
 from flowbp_kernels.cfg_euler_step import cfg_euler_step
+from flowbp_kernels.cfg_multistep_step import cfg_multistep_step
 from flowbp_kernels.leap_residuals import leap_residuals
 from flowbp_kernels.quadrature_update import quadrature_update
 from flowbp_kernels.recompute import selective_recompute
@@ -38,6 +40,7 @@ __all__ = [
     "RngState",
     "bridge_cotangents",
     "cfg_euler_step",
+    "cfg_multistep_step",
     "leap_residuals",
     "quadrature_update",
     "selective_recompute",

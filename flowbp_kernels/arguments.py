@@ -88,10 +88,11 @@ def weight_table(name: str, weights: Tensor | Sequence, x: Tensor) -> Tensor:
     return _columns(name, table.double(), x.shape[0])
 
 
-def scalar_table(x: Tensor, **scalars: float | Tensor) -> Tensor:
-    """Numbers and tensors [] as one float64 tensor without gradient: on x's device if one of the tensors is there, else
-    on the CPU.
+def scalar_table(x: Tensor, nodes: Tensor | None = None, **scalars: float | Tensor) -> Tensor:
+    """Numbers and tensors [] as one float64 tensor without gradient: where the nodes of their rule lie; without nodes,
+    on x's device if one of the tensors is there, else on the CPU.
     """
+    rule: list[tuple[str, Tensor]] = [] if nodes is None else [("nodes", nodes)]
     tensors = [(name, value) for name, value in scalars.items() if isinstance(value, Tensor)]
     for name, value in scalars.items():
         check_number(name, value)
@@ -99,9 +100,10 @@ def scalar_table(x: Tensor, **scalars: float | Tensor) -> Tensor:
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-dimensional tensor, not of shape {tuple(value.shape)}")
         _placed(name, value, x)
-        check_together(name, value, tensors[0][1], tensors[0][0])
+        first_name, first = (rule or tensors)[0]
+        check_together(name, value, first, first_name)
     # Sums, because torch.compile needs no graph for each value of a float that is added to a tensor.
-    zero = torch.zeros((), dtype=torch.float64, device=tensors[0][1].device if tensors else None)
+    zero = torch.zeros((), dtype=torch.float64, device=next((t.device for _, t in rule + tensors), None))
     return torch.stack([zero + value for value in scalars.values()]).detach()
 
 

@@ -41,21 +41,29 @@ def leap_residuals(
     return gaps.reshape(2, len(x_k), x_k.shape[1:].numel()).mean(2), predictions
 
 
-def cfg_euler_step(
+def cfg_multistep_step(
     x: Tensor,
     v_cond: Tensor,
     v_uncond: Tensor | None,
     guidance: float | Tensor,
     h: float | Tensor,
+    velocities: Tensor | None,
+    nodes: Tensor | None,
+    weights: Tensor | None,
     velocity_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """v = v_uncond + guidance (v_cond - v_uncond), rounded to velocity_dtype; x + h v in x.dtype, and v"""
-    dtype = accumulation_dtype(x, v_cond)
+    """v = v_uncond + guidance (v_cond - v_uncond), rounded to velocity_dtype; x + sum_k weights[k] velocities[n_k] +
+    h v in x.dtype, and v. velocities, nodes and weights None: there is no sum, as in an Euler step.
+    """
+    dtype = accumulation_dtype(x, v_cond, *([] if velocities is None else [velocities]))
     velocity = v_cond.to(dtype)
     if v_uncond is not None:
         velocity = v_uncond.to(dtype) + guidance * (velocity - v_uncond.to(dtype))
     velocity = velocity.to(velocity_dtype)
-    return (x.to(dtype) + h * velocity.to(dtype)).to(x.dtype), velocity
+    total = x.to(dtype)
+    if velocities is not None and nodes is not None and weights is not None:
+        total = _integrate(total, velocities, nodes, weights, None)
+    return (total + h * velocity.to(dtype)).to(x.dtype), velocity
 
 
 def bridge_cotangents(g: Tensor, g_x: Tensor, weights: Tensor, alphas: Tensor, dtype: torch.dtype) -> Tensor:

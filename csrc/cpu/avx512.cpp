@@ -45,7 +45,7 @@ inline void finish_stream() { _mm_sfence(); }
 
 }  // namespace
 
-const CpuKernels kAvx512 = {quadrature_update, leap_residuals, cfg_euler_step, bridge_cotangents};
+const CpuKernels kAvx512 = {quadrature_update, leap_residuals, cfg_multistep_step, bridge_cotangents};
 
 }  // namespace flowbp
 #ifdef __clang__

@@ -39,7 +39,7 @@ inline void finish_stream() {}
 
 }  // namespace
 
-const CpuKernels kBaseline = {quadrature_update, leap_residuals, cfg_euler_step, bridge_cotangents};
+const CpuKernels kBaseline = {quadrature_update, leap_residuals, cfg_multistep_step, bridge_cotangents};
 
 void sum_chunks(const LeapResiduals& op) {
   const int64_t num_chunks = chunks(op.s.size);

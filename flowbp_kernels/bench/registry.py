@@ -25,7 +25,7 @@ class Case:
     op: str
     latent: str
     batch: int
-    steps: int  # N: rows of the cache, all of which are read; 1 for an op of no cache
+    steps: int  # N: rows of the cache, all of which are read; 1 for an op of no cache or of few rows
     dtype: str
 
     @property
@@ -62,7 +62,7 @@ def cases(ops, latents, batches, steps, dtypes) -> Iterator[Case]:
 
 def has_rows(op: str) -> bool:
     """Whether the op's size depends on the number of steps."""
-    return op not in ("cfg_euler_step", "straight_through")
+    return op not in ("cfg_euler_step", "cfg_multistep_step", "straight_through")
 
 
 def footprint(case: Case, modes: Sequence[str]) -> int:
@@ -187,6 +187,42 @@ def cfg_euler_step(case: Case, device: str) -> Problem:
     )
 
 
+def cfg_multistep_step(case: Case, device: str) -> Problem:
+    """Adams-Bashforth of order 3: two earlier velocities are read."""
+    x, v_cond, v_uncond, velocities = (*(_draw(case, device) for _ in range(3)), _draw(case, device, 3))
+    guidance, h, nodes, weights = 4.5, -0.077, [0, 1], [-0.017, 0.053]
+    latent_slot, velocity_slot = torch.empty_like(x), torch.empty_like(x)
+
+    def eager(x, v_cond, v_uncond, velocities):
+        v = v_uncond + guidance * (v_cond - v_uncond)
+        x_next = x + weights[0] * velocities[0] + weights[1] * velocities[1] + h * v
+        if not v.requires_grad:
+            velocity_slot.copy_(v)
+            latent_slot.copy_(x_next)
+        return x_next, v
+
+    def fused(x, v_cond, v_uncond, velocities):
+        v = (v_uncond.float() + guidance * (v_cond.float() - v_uncond.float())).to(v_cond.dtype)
+        total = x.float() + weights[0] * velocities[0].float() + weights[1] * velocities[1].float()
+        return (total + h * v.float()).to(x.dtype), v
+
+    def ours(x, v_cond, v_uncond, velocities, **slots):
+        step = x, v_cond, v_uncond, guidance, h
+        return flowbp_kernels.cfg_multistep_step(*step, velocities, nodes, weights, **slots)
+
+    return Problem(
+        inputs=(x, v_cond, v_uncond, velocities),
+        ours=ours,
+        ours_into=lambda *tensors: ours(*tensors, velocity_out=velocity_slot, out=latent_slot),
+        to_compile=fused,
+        baselines={"eager": eager},
+        leaves=(0, 1, 2, 3),
+        # Backward reads the gradients of x_next, which is that of x, and of v, and writes those of v_cond, v_uncond and
+        # of all three rows.
+        traffic=_traffic(x, forward=7, backward=7),
+    )
+
+
 def bridge_cotangents(case: Case, device: str) -> Problem:
     g, g_x = _draw(case, device), _draw(case, device)
     weights, alphas = _weights(case), [0.3] * (case.steps // 2) + [0.0] * (case.steps - case.steps // 2)
@@ -233,7 +269,15 @@ def straight_through(case: Case, device: str) -> Problem:
 
 
 OPS = {
-    op.__name__: op for op in (quadrature_update, leap_residuals, cfg_euler_step, bridge_cotangents, straight_through)
+    op.__name__: op
+    for op in (
+        quadrature_update,
+        leap_residuals,
+        cfg_euler_step,
+        cfg_multistep_step,
+        bridge_cotangents,
+        straight_through,
+    )
 }
 
 

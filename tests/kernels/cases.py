@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flowbp_kernels import bridge_cotangents, cfg_euler_step, leap_residuals, quadrature_update
+from flowbp_kernels import bridge_cotangents, cfg_euler_step, cfg_multistep_step, leap_residuals, quadrature_update
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 41), (2, 4097), (3, 2, 5, 9), (0, 4), (3, 0)]
@@ -91,6 +91,21 @@ def cfg_eager(x, v_cond, v_uncond, guidance, h):
     return x + h * velocity, velocity
 
 
+def multistep_arguments(shape, num_nodes, dtype, per_sample):
+    """The cache lies behind the other tensors, before the rule: see multistep_call."""
+    *tensors, guidance, h = cfg_arguments(shape, num_nodes, dtype, per_sample)
+    cache = draw(NUM_CACHED, *shape, dtype=dtype, seed=3)
+    return *tensors, cache, guidance, h, *rule(num_nodes, shape[0], per_sample)
+
+
+def multistep_call(x, v_cond, v_uncond, cache, guidance, h, nodes, weights):
+    return cfg_multistep_step(x, v_cond, v_uncond, guidance, h, cache, nodes, weights)
+
+
+def multistep_eager(x, v_cond, v_uncond, cache, guidance, h, nodes, weights):
+    return cfg_eager(eager_sum(x, cache, nodes, weights), v_cond, v_uncond, guidance, h)
+
+
 def bridge_arguments(shape, num_nodes, dtype, per_sample):
     _, weights = rule(num_nodes, shape[0], per_sample)
     return draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1), weights, weights.flip(0) / 4
@@ -105,5 +120,6 @@ OPS = {
     "quadrature_update": Op(2, quadrature_arguments, lambda *a: (quadrature_update(*a),), lambda *a: (eager_sum(*a),)),
     "leap_residuals": Op(4, leap_arguments, leap_call, leap_eager),
     "cfg_euler_step": Op(3, cfg_arguments, cfg_euler_step, cfg_eager),
+    "cfg_multistep_step": Op(4, multistep_arguments, multistep_call, multistep_eager),
     "bridge_cotangents": Op(2, bridge_arguments, lambda *a: (bridge_cotangents(*a),), bridge_eager),
 }

@@ -76,6 +76,7 @@ def test_traffic_is_each_tensor_once():
         "full": 9 * element,
     }
     assert problem(tiny("cfg_euler_step"), "cpu").traffic["forward"] == 5 * element
+    assert problem(tiny("cfg_multistep_step"), "cpu").traffic["forward"] == 7 * element
     assert problem(tiny("leap_residuals"), "cpu").traffic == {"forward": 6 * element}
 
 
@@ -256,7 +257,7 @@ def test_the_docs_hold_the_table_of_the_committed_results():
 def test_the_share_of_a_step_counts_the_ops_that_the_engine_calls():
     options = {"device": "cpu", "tokens": 4, "width": 64, "depth": 1, "batch": 2, "steps": 12, "repeats": 1}
     share = script("step_share").share("reference", argparse.Namespace(**options))
-    assert set(share["by_op_ms"]) >= {"cfg_euler_step", "leap_residuals"}
+    assert set(share["by_op_ms"]) >= {"cfg_multistep_step", "leap_residuals"}
     assert 0 < share["percent"] < 100 and share["ops_ms"] == pytest.approx(sum(share["by_op_ms"].values()))
     text = script("table")._share(options, share | {"step_ms": 200.0, "ops_ms": 1.5, "percent": 0.75})
     assert text.startswith("- `reference`: of a training step of 200 ms") and text.endswith(

@@ -2,6 +2,8 @@
 it.
 """
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,14 @@ from kernels.cases import DTYPES, NUM_CACHED, OPS, SHAPES, draw, rule
 from torch import library
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from flowbp_kernels import backend, bridge_cotangents, cfg_euler_step, leap_residuals, quadrature_update
+from flowbp_kernels import (
+    backend,
+    bridge_cotangents,
+    cfg_euler_step,
+    cfg_multistep_step,
+    leap_residuals,
+    quadrature_update,
+)
 
 ISAS = backend.isas()
 
@@ -66,11 +75,13 @@ def test_mixed_dtypes_agree_with_the_reference(dtype, cache_dtype, isa, monkeypa
     scales = draw(5, 3, seed=2).abs()
     calls = {
         "update": lambda: quadrature_update(x, cache, nodes, weights, scales=scales),
+        "multistep": lambda: torch.cat(cfg_multistep_step(x, x, -x, 4.5, -0.04, cache, nodes, weights)),
         "leaps": lambda: leap_residuals(x, -x, x / 2, cache, nodes, (weights, weights), scales=scales),
     }
     if cache_dtype.itemsize > 1:
         slots = torch.empty(3, 4097, dtype=torch.float32), torch.empty_like(x)
         calls["guided step"] = lambda: torch.cat(cfg_euler_step(x, cache[0], cache[1], 4.5, -0.04))
+        calls["multistep"] = lambda: torch.cat(cfg_multistep_step(x, x, -x, 4.5, -0.04, cache, nodes, weights))
         calls["step into slots"] = lambda: cfg_euler_step(
             x, cache[0], None, 1.0, -0.04, velocity_out=slots[0], out=slots[1]
         )[0].clone()
@@ -84,12 +95,35 @@ def test_mixed_dtypes_agree_with_the_reference(dtype, cache_dtype, isa, monkeypa
         torch.testing.assert_close(result.float(), call().float(), rtol=2 * eps, atol=eps)
 
 
+@pytest.mark.parametrize("choice", ["cpu", "reference"])
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("cache_dtype", [*DTYPES, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_multistep_step_has_the_bits_of_two_passes(dtype, cache_dtype, per_sample, choice, isa, monkeypatch):
+    """Without nodes of the Euler step, and else of the sum over the rows with its velocity behind them."""
+    monkeypatch.setenv("FLOWBP_KERNELS", choice)
+    x, v_cond, v_uncond = draw(3, 1041), draw(3, 1041, dtype=dtype, seed=1), draw(3, 1041, dtype=dtype, seed=2)
+    cache, (nodes, weights) = draw(5, 3, 1041, seed=3).to(cache_dtype), rule(3, 3, per_sample)
+    last = torch.full_like(nodes[:1], 5), torch.full_like(weights[:1], -0.04)
+    for negative, slot in product((None, v_uncond), (None, torch.empty(3, 1041), torch.empty(3, 1041, dtype=dtype))):
+        step = x, v_cond, negative, 4.5, -0.04
+        x_euler, v_euler = (part.clone() for part in cfg_euler_step(*step, velocity_out=slot))
+        none = cfg_multistep_step(*step, cache, nodes[:0], weights[:0], velocity_out=slot)
+        assert torch.equal(none[0], x_euler) and torch.equal(none[1], v_euler)
+        x_next, v = cfg_multistep_step(*step, cache, nodes, weights, velocity_out=slot)
+        rows = torch.cat([cache.float(), v_euler.float()[None]])
+        two_passes = quadrature_update(x, rows, torch.cat([nodes, last[0]]), torch.cat([weights, last[1]]))
+        assert torch.equal(x_next, two_passes) and torch.equal(v, v_euler)
+
+
 def test_every_float8_value_is_read_exactly(isa):
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    assert torch.equal(
-        quadrature_update(torch.zeros(1, 256), values[None, None], [0], [1.0])[0].nan_to_num(),
-        values.float().nan_to_num(),
-    )
+    nothing = torch.zeros(1, 256)
+    for summed in (
+        quadrature_update(nothing, values[None, None], [0], [1.0]),
+        cfg_multistep_step(nothing, nothing, None, 1.0, 0.5, values[None, None], [0], [1.0])[0],
+    ):
+        assert torch.equal(summed[0].nan_to_num(), values.float().nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -217,6 +251,7 @@ def test_zero_coefficients_cut(choice, monkeypatch):
     assert leap_residuals(x, x, x, cache, [0, 1, 2], ([0.5, 0.0, 0.0], [0.0, 0.0, 1.0])).isfinite().all()
     scales = torch.tensor([[1.0, 1.0], [torch.nan, torch.nan], [1.0, 1.0]])
     assert quadrature_update(x, cache, [0, 1, 2], [0.5, 0.0, 1.0], scales=scales).isfinite().all()
+    assert cfg_multistep_step(x, x, None, 1.0, -0.1, cache, [0, 1, 2], [0.5, 0.0, 1.0])[0].isfinite().all()
     mixed = leap_residuals(x, x, x, cache, [0, 1], ([0.5, 0.0], [0.0, 1.0]))
     assert mixed[0].isfinite().all() and mixed[1].isnan().all()
     seeds = bridge_cotangents(x, cache[1], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0])
@@ -227,12 +262,14 @@ def test_zero_coefficients_cut(choice, monkeypatch):
 @pytest.mark.parametrize("batch", [1, 129, 300])
 def test_a_batch_of_rules_may_exceed_one_launch(batch, isa):
     x, cache, (nodes, weights) = draw(batch, 7), draw(NUM_CACHED, batch, 7, seed=1), rule(9, batch, True)
-    together = quadrature_update(x, cache, nodes, weights)
+    v = draw(batch, 7, seed=2)
+    together, step = quadrature_update(x, cache, nodes, weights), (v, -v, 4.5, -0.04)
+    stepped = cfg_multistep_step(x, *step, cache, nodes, weights)[0]
     for b in {0, batch // 2, batch - 1}:
         one = slice(b, b + 1)
-        assert torch.equal(
-            together[one], quadrature_update(x[one], cache[:, one].contiguous(), nodes[:, b], weights[:, b])
-        )
+        alone = cache[:, one].contiguous(), nodes[:, b], weights[:, b]
+        assert torch.equal(together[one], quadrature_update(x[one], *alone))
+        assert torch.equal(stepped[one], cfg_multistep_step(x[one], v[one], -v[one], *step[2:], *alone)[0])
 
 
 def test_more_than_2_to_the_31_elements_are_addressed(isa):
@@ -242,8 +279,9 @@ def test_more_than_2_to_the_31_elements_are_addressed(isa):
     size = 2**20
     cache = torch.from_numpy(np.zeros((2**12, 1, size), dtype=np.uint8))
     cache[-1, 0, -1] = 0x38  # 1.0
-    result = quadrature_update(torch.zeros(1, size), cache.view(torch.float8_e4m3fn), [2**12 - 1], [2.0])
-    assert result[0, -1] == 2 and result.sum() == 2
+    nothing, row = torch.zeros(1, size), (cache.view(torch.float8_e4m3fn), [2**12 - 1], [2.0])
+    for result in (quadrature_update(nothing, *row), cfg_multistep_step(nothing, nothing, None, 1.0, 0.5, *row)[0]):
+        assert result[0, -1] == 2 and result.sum() == 2
 
 
 @given(
@@ -285,8 +323,18 @@ def operator_calls():
         "quadrature_update_out": (x0, cache0, nodes, weights, None, torch.empty_like(x0)),
         "leap_residuals": (x0, y0, z0, cache0, nodes, weights, weights, None),
         "leap_residuals_out": (x0, y0, z0, cache0, nodes, weights, weights, scales, torch.empty(2, 3, 41)),
-        "cfg_euler_step": (x, y, z, step),
-        "cfg_euler_step_out": (x0, y0, None, step, torch.empty_like(x0), torch.empty_like(x0)),
+        "cfg_multistep_step": (x, y, z, step, cache, nodes, weights),
+        "cfg_multistep_step_out": (
+            x0,
+            y0,
+            None,
+            step,
+            cache0,
+            nodes,
+            weights,
+            torch.empty_like(x0),
+            torch.empty_like(x0),
+        ),
         "bridge_cotangents": (x, y, weights, weights, torch.bfloat16),
         "bridge_cotangents_out": (x0, y0, weights, weights, seeds),
     }
@@ -299,6 +347,15 @@ def operator_calls():
 def test_the_operator_is_registered_correctly(name, choice, monkeypatch):
     monkeypatch.setenv("FLOWBP_KERNELS", choice)
     library.opcheck(getattr(torch.ops.flowbp_kernels, name).default, operator_calls()[name])
+
+
+@pytest.mark.parametrize("choice", ["cpu", "reference"])
+@pytest.mark.parametrize("guided, rows", [(False, True), (True, False)])
+def test_the_operator_takes_a_step_without_guidance_and_one_without_rows(guided, rows, choice, monkeypatch):
+    monkeypatch.setenv("FLOWBP_KERNELS", choice)
+    x, y, z, step, *cached = operator_calls()["cfg_multistep_step"]
+    arguments = x, y, z if guided else None, step, *(cached if rows else [None] * 3)
+    library.opcheck(torch.ops.flowbp_kernels.cfg_multistep_step.default, arguments)
 
 
 def test_every_operator_is_checked():
@@ -322,7 +379,9 @@ def test_a_step_with_slots_compiles_without_graph_breaks(monkeypatch):
 
     def two_steps(x, v_cond, v_uncond, velocities, latents):
         for i in range(2):
-            x, v = cfg_euler_step(x, v_cond, v_uncond, 4.5, -0.04, velocity_out=velocities[i], out=latents[i])
+            earlier = velocities, [0][:i], [0.02][:i]
+            slots = {"velocity_out": velocities[i], "out": latents[i]}
+            x, v = cfg_multistep_step(x, v_cond, v_uncond, 4.5, -0.04, *earlier, **slots)
         return x, leap_residuals(latents[0], x, v, velocities, [0, 1], ([0.5, 0.0], [0.0, -1.0]))
 
     arguments = [draw(3, 41, seed=seed) for seed in range(3)]
@@ -354,11 +413,13 @@ def test_fake_tensors_pass_through_every_op():
     with FakeTensorMode():
         for name, op in OPS.items():
             fake = [
-                torch.empty(3, 41) for _ in range(op.num_tensors - (name in ("quadrature_update", "leap_residuals")))
+                torch.empty(3, 41)
+                for _ in range(op.num_tensors - (name not in ("cfg_euler_step", "bridge_cotangents")))
             ]
             caches = [torch.empty(2, 3, 41)] * (op.num_tensors - len(fake))
             rules = {"quadrature_update": ([0, 1], [0.5, 1.0]), "leap_residuals": ([0, 1], [0.5, 0], [0, 1.0])}
             rules |= {"bridge_cotangents": ([0.5, 1.0], [0.1, 0]), "cfg_euler_step": (4.5, -0.1)}
+            rules |= {"cfg_multistep_step": (4.5, -0.1, [0, 1], [0.5, 1.0])}
             assert all(isinstance(result, FakeTensor) for result in op.call(*fake, *caches, *rules[name]))
 
 

@@ -13,11 +13,19 @@ import torch
 from kernels.cases import draw
 from kernels.emulate import build
 
-from flowbp_kernels import backend, bridge_cotangents, cfg_euler_step, leap_residuals, quadrature_update
+from flowbp_kernels import (
+    backend,
+    bridge_cotangents,
+    cfg_euler_step,
+    cfg_multistep_step,
+    leap_residuals,
+    quadrature_update,
+)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}  # Dtype in csrc/ops.h
 SHAPES = [(3, 41), (1, 4097), (2, 2056)]  # the last in accesses of 16 bytes; of one chunk, of three and of two
 GUIDANCE_AND_H = np.array([4.5, -0.04])
+NO_ROWS = None, None, None
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="built with AVX2 and FMA"),
@@ -91,6 +99,14 @@ def test_sums_over_a_cache_have_the_same_bits(emulated, shape, cache_dtype, on_d
             )
             assert same_bits(out, quadrature_update(x_k, cache, *table[:2], scales=factors))
 
+            stepped, velocity = unwritten(*shape, dtype=dtype), unwritten(*shape, dtype=dtype)
+            emulated.cfg_multistep_step(
+                *map(raw, (x_k, x_j, x_end)), GUIDANCE_AND_H, raw(cache), nodes.numpy(),
+                weights[:1].contiguous().numpy(), raw(velocity), raw(stepped), 5, batch, size, on_device,
+            )  # fmt: skip
+            x_next, v = cfg_multistep_step(x_k, x_j, x_end, 4.5, -0.04, cache, *table[:2])
+            assert same_bits(stepped, x_next) and same_bits(velocity, v)
+
             landings, expected = (unwritten(2, *shape, dtype=torch.float32) for _ in range(2))
             partials, residuals = (
                 torch.empty(2, batch, -(-size // emulated.chunk)),
@@ -117,7 +133,8 @@ def test_elementwise_ops_have_the_same_bits(emulated, shape, dtype, on_device):
             *(unwritten(*shape, dtype=slot or dtype) for _ in range(2)),
         )
         given = None if v_uncond is None else raw(z)
-        emulated.cfg_euler_step(raw(x), raw(y), given, GUIDANCE_AND_H, raw(mine), raw(out), x.numel(), on_device)
+        sizes = 0, 1, x.numel(), on_device  # all elements are one sample's
+        emulated.cfg_multistep_step(raw(x), raw(y), given, GUIDANCE_AND_H, *NO_ROWS, raw(mine), raw(out), *sizes)
         x_next, v = cfg_euler_step(x, y, v_uncond, 4.5, -0.04, velocity_out=velocity)
         assert same_bits(out, x_next) and same_bits(mine, v)
 
@@ -162,7 +179,8 @@ def test_a_dtype_that_no_kernel_takes_ends_the_process(emulated):
         "module = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
         "byte = (np.zeros(1, np.uint8), 3), (np.zeros(4, np.uint8), 0)\n"
-        "module.cfg_euler_step(byte[0], byte[1], None, np.zeros(2), None, byte[1], 1, False)\n"
+        "rows = None, None, None\n"
+        "module.cfg_multistep_step(byte[0], byte[1], None, np.zeros(2), *rows, None, byte[1], 0, 1, 1, False)\n"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.returncode == -signal.SIGABRT, ended.stderr
@@ -190,9 +208,12 @@ def test_no_16_byte_access_where_a_tensor_does_not_start_on_16_bytes(emulated, o
         lambda *t: emulated.leap_residuals(
             *t[:4], nodes.numpy(), weights.numpy(), None, t[4], partials, residuals, *sizes
         ): (x, y, z, cache, landings),
-        lambda x, y, z, slot, out: emulated.cfg_euler_step(
-            x, y, z, GUIDANCE_AND_H, slot, out, x[0].size // 4, on_device
+        lambda x, y, z, slot, out: emulated.cfg_multistep_step(
+            x, y, z, GUIDANCE_AND_H, *NO_ROWS, slot, out, *sizes
         ): (x, y, z, slot, out),
+        lambda x, y, z, cache, slot, out: emulated.cfg_multistep_step(
+            x, y, z, GUIDANCE_AND_H, cache, nodes.numpy(), weight, slot, out, *sizes
+        ): (x, y, z, cache, slot, out),
         lambda g, g_x, seeds: emulated.bridge_cotangents(g, g_x, weights.numpy(), seeds, *sizes[1:]): (x, y, seeds),
     }  # fmt: skip
     for call, tensors in calls.items():

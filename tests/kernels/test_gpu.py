@@ -65,6 +65,7 @@ def test_one_captured_graph_serves_every_plan(choice):
         ("quadrature_update", nodes, weights),
         ("leap_residuals", nodes, weights, weights.flip(1)),
         ("cfg_euler_step", torch.tensor(2.0), torch.tensor(-0.3)),
+        ("cfg_multistep_step", torch.tensor(2.0), torch.tensor(-0.3), nodes, weights),
         ("bridge_cotangents", weights, weights),
     ):
         for table, other in zip(arguments[name][OPS[name].num_tensors :], parts, strict=True):

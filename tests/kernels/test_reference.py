@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from flowbp_kernels import bridge_cotangents, cfg_euler_step, leap_residuals, quadrature_update, straight_through
+from flowbp_kernels import (
+    bridge_cotangents,
+    cfg_euler_step,
+    cfg_multistep_step,
+    leap_residuals,
+    quadrature_update,
+    straight_through,
+)
 
 LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 41), (2, 3, 5, 7), (5, 4097), (0, 4), (3, 0)]
@@ -41,6 +48,8 @@ def test_float64_stays_float64():
     exact = x - cache[0] / 3
     torch.testing.assert_close(quadrature_update(x, cache, [0], [-1 / 3]), exact, rtol=1e-15, atol=1e-15)
     torch.testing.assert_close(cfg_euler_step(x, cache[0], cache[0], 2.0, -1 / 3)[0], exact, rtol=1e-15, atol=1e-15)
+    step = cfg_multistep_step(x.float(), x.float(), None, 1.0, 0.0, cache, [0], [-1 / 3])[0]
+    torch.testing.assert_close(step, (x.float() - cache[0] / 3).float(), rtol=1e-7, atol=0)
     torch.testing.assert_close(bridge_cotangents(x, x, [1 / 3], [0.0])[0], x / 3, rtol=1e-15, atol=1e-15)
     assert leap_residuals(x, x, x, cache.float(), [0], ([1.0], [1.0])).dtype == torch.float64
 
@@ -61,6 +70,20 @@ def test_a_replay_from_the_cached_velocity_meets_the_same_latent(dtype):
     x, v_cond, v_uncond = draw(3, 41).float(), draw(3, 41, dtype=dtype, seed=1), draw(3, 41, dtype=dtype, seed=2)
     x_next, velocity = cfg_euler_step(x, v_cond, v_uncond, 4.5, -0.04)
     assert torch.equal(quadrature_update(x, velocity[None], [0], [-0.04]), x_next)
+
+
+@pytest.mark.parametrize("cache_dtype", [*LOW_PRECISION, torch.float8_e4m3fn, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_cfg_multistep_step_matches_its_formula(dtype, shape, cache_dtype):
+    x, cache = draw(*shape, dtype=torch.float32), draw(4, *shape, seed=3).to(cache_dtype)
+    v_cond, v_uncond = draw(*shape, dtype=dtype, seed=1), draw(*shape, dtype=dtype, seed=2)
+    weights = torch.tensor([-0.25, 0.5, -0.75], dtype=torch.float64)
+    x_next, velocity = cfg_multistep_step(x, v_cond, v_uncond, 4.5, -0.04, cache, [3, 1, 1], weights)
+    assert (x_next.dtype, velocity.dtype) == (torch.float32, dtype)
+    assert_rounded_once(velocity, v_uncond.double() + 4.5 * (v_cond.double() - v_uncond.double()))
+    earlier = torch.einsum("k,k...->...", weights, cache.double()[[3, 1, 1]])
+    assert_rounded_once(x_next, x.double() + earlier - 0.04 * velocity.double())
 
 
 def test_guidance_of_one_is_the_conditional_velocity():
@@ -84,6 +107,7 @@ def test_zero_coefficients_cut_instead_of_scaling():
     assert torch.equal(quadrature_update(g, poison[None], [0], [0.0]), g)
     assert torch.equal(bridge_cotangents(g, poison, [1.0], [0.0])[0], g)
     assert torch.equal(bridge_cotangents(poison, g, [0.0], [1.0])[0], torch.zeros(2, 3, dtype=torch.float64))
+    assert torch.equal(cfg_multistep_step(g, g, None, 1.0, 0.5, poison[None], [0], [0.0])[0], 1.5 * g)
     leaf = g.clone().requires_grad_()
     straight_through(g, leaf, scale=0.0).backward(poison)
     assert torch.equal(leaf.grad, torch.zeros_like(g))
@@ -133,6 +157,10 @@ def test_gradients_match_finite_differences():
     assert check(lambda x, cache: quadrature_update(x, cache, [2, 0, 2], [0.5, -1.0, 0.25]), (x, cache))
     assert check(lambda x, cache: quadrature_update(x, cache, per_sample, draw(3, 2, seed=4)), (x, cache))
     assert check(lambda x, y, z: cfg_euler_step(x, y, z, 4.5, -0.1), (x, y, z))
+    of_all, of_each = ([2, 0, 2], [0.5, -1.0, 0.25]), (per_sample, draw(3, 2, seed=4))
+    assert check(lambda *t: cfg_multistep_step(*t[:3], 4.5, -0.1, t[3], *of_all), (x, y, z, cache))
+    assert check(lambda *t: cfg_multistep_step(*t[:3], 4.5, -0.1, t[3], *of_each), (x, y, z, cache))
+    assert check(lambda *t: cfg_multistep_step(*t[:2], None, 4.5, -0.1, t[2], *of_each)[0], (x, y, cache))
     assert check(lambda x, y: bridge_cotangents(x, y, [0.5, -1.0], [0.3, 0.0]), (x, y))
     per_sample = draw(2, 2, seed=5)
     assert check(lambda x, y: bridge_cotangents(x, y, per_sample, [0.3, 0.0]), (x, y))
@@ -146,6 +174,7 @@ def test_second_derivatives_match_finite_differences():
     cache = draw(3, 2, 3, seed=3).requires_grad_()
     check = torch.autograd.gradgradcheck
     assert check(lambda x, cache: quadrature_update(x, cache, [2, 0], [0.5, -1.0]), (x, cache))
+    assert check(lambda x, y, c: cfg_multistep_step(x, y, x, 4.5, -0.1, c, [2, 0], [0.5, -1.0]), (x, y, cache))
     assert check(lambda x, y: bridge_cotangents(x, y, [0.5, -1.0], [0.3, 0.0]), (x, y))
 
 
@@ -155,6 +184,7 @@ def test_weights_get_no_gradient():
     assert not quadrature_update(x, x[None], [0], weights).requires_grad
     assert not bridge_cotangents(x, x, weights, weights).requires_grad
     assert not cfg_euler_step(x, x, x, 1.0, h)[0].requires_grad
+    assert not cfg_multistep_step(x, x, x, 1.0, h, x[None], [0], weights)[0].requires_grad
 
 
 @pytest.mark.parametrize(
@@ -162,6 +192,7 @@ def test_weights_get_no_gradient():
     [
         (cfg_euler_step, (draw(2, 3), draw(2, 3), draw(2, 3, seed=1), 4.5, -0.1)),
         (quadrature_update, (draw(2, 3), draw(4, 2, 3, seed=1), [0, 3], [0.5, -1.0])),
+        (cfg_multistep_step, (*[draw(2, 3)] * 3, 4.5, -0.1, draw(4, 2, 3, seed=1), [0, 3], [0.5, -1.0])),
         (bridge_cotangents, (draw(2, 3), draw(2, 3, seed=1), draw(4), draw(4))),
         (straight_through, (draw(2, 3), draw(2, 3, seed=1).requires_grad_(), 0.5)),
         (leap_residuals, (draw(2, 3), draw(2, 3), draw(2, 3), draw(4, 2, 3, seed=1), [0, 3], ([0.5, 0.0], [0.0, 1.0]))),
@@ -199,6 +230,15 @@ x, cache, integers = torch.zeros(2, 3), torch.zeros(4, 2, 3), torch.zeros(2, 3, 
             "h must be a number or a 0-dimensional tensor, not of shape",
         ),
         (lambda: cfg_euler_step(x, x, x, torch.zeros(1), -0.1), "guidance must be a number or a 0-dimensional tensor"),
+        (lambda: cfg_multistep_step(x, x, x, 1.0, -0.1, cache[0], [0], [1.0]), r"velocities must be \[N, \*x.shape\]"),
+        (lambda: cfg_multistep_step(x, x, x, 1.0, -0.1, cache, [4], [1.0]), "node 4 is not in the cache"),
+        (lambda: cfg_multistep_step(x, x, x, 1.0, -0.1, cache, [0, 1], [1.0]), "nodes has 2 rows and weights 1"),
+        (lambda: cfg_multistep_step(x, x, x.double(), 1.0, -0.1, cache, [0], [1.0]), "must share one dtype"),
+        (lambda: cfg_multistep_step(x, x, x, 1.0, "h", cache, [0], [1.0]), "h must be a real number or tensor"),
+        (
+            lambda: cfg_multistep_step(x, x, x, 1.0, -0.1, cache.clone().requires_grad_(), [0], [1.0], out=x.clone()),
+            "writing into out records no gradient",
+        ),
         (lambda: bridge_cotangents(x, x[:1], [1.0], [0.0]), "g_x has shape"),
         (lambda: bridge_cotangents(x, x, [1.0], [0.0, 0.0]), "weights has 1 rows and alphas 2"),
         (lambda: bridge_cotangents(x, x, [1.0], [0.0], dtype=torch.int32), "dtype must be a float dtype"),

@@ -8,7 +8,14 @@ from kernels.cases import NUM_CACHED, OPS, draw, rule
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowbp_kernels import bridge_cotangents, cfg_euler_step, leap_residuals, quadrature_update, reference
+from flowbp_kernels import (
+    bridge_cotangents,
+    cfg_euler_step,
+    cfg_multistep_step,
+    leap_residuals,
+    quadrature_update,
+    reference,
+)
 
 SHAPE = (3, 41)
 
@@ -57,6 +64,7 @@ def test_the_device_of_a_rule_chooses_the_operator(name):
         with FakeTensorMode(), Recorder() as recorder:
             places = ["cuda"] * op.num_tensors + [place] * (len(arguments) - op.num_tensors)
             op.call(*(torch.empty(a.shape, dtype=a.dtype, device=p) for a, p in zip(arguments, places, strict=True)))
+        name = name.replace("euler", "multistep")  # an Euler step is one without nodes
         assert recorder.called in ([name + form], [f"{name}_out{form}"])
 
 
@@ -94,10 +102,17 @@ def test_the_parts_of_a_rule_lie_in_one_place():
         lambda: leap_residuals(x, x, x, cache, nodes, (weights, [0.5, 0.5])),
         lambda: bridge_cotangents(x, x, weights, [0.5, 0.5]),
         lambda: cfg_euler_step(x, x, x, torch.tensor(4.5), weights[0]),
+        lambda: cfg_multistep_step(x, x, x, 4.5, weights[0], cache, [0, 1], [0.5, 0.5]),
+        lambda: cfg_multistep_step(x, x, x, torch.tensor(4.5), -0.1, cache, nodes, weights),
+        lambda: cfg_multistep_step(x, x, x, 4.5, -0.1, cache, nodes, [0.5, 0.5]),
     ):
         with pytest.raises(ValueError, match="pass both as numbers or CPU tensors, or both on the device"):
             call()
-    assert cfg_euler_step(x, x, x, 4.5, weights[0])[0].is_meta, "a number joins a tensor where that lies"
+    for joined in (
+        cfg_euler_step(x, x, x, 4.5, weights[0]),
+        cfg_multistep_step(x, x, x, 4.5, -0.1, cache, nodes, weights),
+    ):
+        assert joined[0].is_meta, "a number joins a tensor where that lies"
 
 
 @pytest.mark.parametrize("guided", [False, True])

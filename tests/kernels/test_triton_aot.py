@@ -21,7 +21,7 @@ from flowbp_kernels._triton import (  # noqa: E402
     CARRIED,
     OPTIONS,
     bridge_cotangents,
-    cfg_euler_step,
+    cfg_multistep_step,
     leap_residuals,
     quadrature_update,
     write,
@@ -60,9 +60,11 @@ def seeds(batch=BATCH):
     return {"g": "*fp32", "g_x": "*bf16", "out": "*bf16", **SEEDS, **batch}
 
 
-def step(size="i32", **on_device):
+def step(batch=BATCH, **others):
+    """Of no rows, an Euler step, unless `others` has velocities."""
     tensors = dict.fromkeys(("x", "v_cond", "v_uncond", "velocity", "out"), "*bf16")
-    return tensors | {"guidance": "fp32", "h": "fp32", "size": size} | on_device
+    rule = RULE if "velocities" in others else dict.fromkeys(("node_columns", "weight_columns", *CACHE), "i32")
+    return tensors | {"guidance": "fp32", "h": "fp32"} | rule | batch | others
 
 
 SCALES = {"scales": "*fp32"}
@@ -76,9 +78,19 @@ CASES = {
     "quadrature_update, fp32": (quadrature_update.kernel, update("*fp32"), 1024, 80, (17, 1)),
     "quadrature_update, fp8": (quadrature_update.kernel, update("*u8") | SCALES, 2048, 80, (10, 2)),
     "quadrature_update, fp8, 64-bit size": (quadrature_update.kernel, update("*u8", HUGE) | SCALES, 2048, 80, (10, 2)),
-    "cfg_euler_step, by value": (cfg_euler_step.kernel, step(), 1024, 64, (3, 2)),
-    "cfg_euler_step, on the device": (cfg_euler_step.kernel, step(on_device="*fp64"), 1024, 64, (3, 2)),
-    "cfg_euler_step, 64-bit size": (cfg_euler_step.kernel, step("i64"), 1024, 64, (3, 2)),
+    "Euler step, by value": (cfg_multistep_step.kernel, step(), 1024, 64, (3, 2)),
+    "Euler step, on the device": (cfg_multistep_step.kernel, step(on_device="*fp64"), 1024, 64, (3, 2)),
+    "Euler step, 64-bit size": (cfg_multistep_step.kernel, step(HUGE), 1024, 64, (3, 2)),
+    "multistep, bf16": (cfg_multistep_step.kernel, step(velocities="*bf16"), 1024, 80, (11, 2)),
+    "multistep, fp32, on the device": (
+        cfg_multistep_step.kernel,
+        step(velocities="*fp32", on_device="*fp64"),
+        1024,
+        96,
+        (19, 2),
+    ),
+    "multistep, fp8": (cfg_multistep_step.kernel, step(velocities="*u8"), 2048, 128, (14, 4)),
+    "multistep, 64-bit size": (cfg_multistep_step.kernel, step(HUGE, velocities="*bf16"), 1024, 80, (11, 2)),
     "bridge_cotangents": (bridge_cotangents.kernel, seeds(), 1024, 64, (3, 8)),
     "bridge_cotangents, 64-bit size": (bridge_cotangents.kernel, seeds(HUGE), 1024, 64, (3, 8)),
     "leap_residuals": (leap_residuals.kernel, leaps("*bf16"), 1024, 80, (19, 2)),

@@ -16,7 +16,7 @@ import triton.language as tl
 import flowbp_kernels
 from flowbp_kernels._triton import CARRIED, OPTIONS, carry
 from flowbp_kernels._triton.bridge_cotangents import bridge_cotangents
-from flowbp_kernels._triton.cfg_euler_step import cfg_euler_step
+from flowbp_kernels._triton.cfg_multistep_step import cfg_multistep_step
 from flowbp_kernels._triton.leap_residuals import leap_residuals
 from flowbp_kernels._triton.quadrature_update import quadrature_update
 from flowbp_kernels._triton.rows import place
@@ -168,21 +168,21 @@ def test_quadrature_update_may_write_over_its_latent():
 def test_nothing_is_launched_for_no_elements(shape):
     x, velocities = draw(*shape), draw(NUM_CACHED, *shape)
     assert quadrature_update(x, velocities, *rule(2)).shape == shape
-    assert cfg_euler_step(x, x, x, 2.0, -0.1)[0].shape == shape
+    assert cfg_multistep_step(x, x, x, 2.0, -0.1)[0].shape == shape
     assert bridge_cotangents(x, x, *rule(2)).shape == (2, *shape)
 
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cfg_euler_step_uses_the_velocity_that_it_stored(dtype, shape, guided):
+def test_an_euler_step_uses_the_velocity_that_it_stored(dtype, shape, guided):
     x, v_cond, v_uncond = (
         draw(*shape),
         draw(*shape, dtype=dtype, seed=1),
         draw(*shape, dtype=dtype, seed=2) if guided else None,
     )
     out, velocity_out = unwritten(*shape), unwritten(*shape, dtype=dtype)
-    x_next, velocity = cfg_euler_step(x, v_cond, v_uncond, 4.5, -0.04, velocity_out=velocity_out, out=out)
+    x_next, velocity = cfg_multistep_step(x, v_cond, v_uncond, 4.5, -0.04, velocity_out=velocity_out, out=out)
     assert x_next is out and velocity is velocity_out
     exact = v_uncond.double() + 4.5 * (v_cond.double() - v_uncond.double()) if guided else v_cond.double()
     assert_rounded_once(velocity, exact)
@@ -191,12 +191,30 @@ def test_cfg_euler_step_uses_the_velocity_that_it_stored(dtype, shape, guided):
     assert torch.equal(replayed, x_next)
 
 
-def test_cfg_euler_step_makes_its_outputs_and_copies_no_velocity_without_guidance():
+def test_an_euler_step_makes_its_outputs_and_copies_no_velocity_without_guidance():
     x, v_cond, v_uncond = draw(3, 41, dtype=torch.float16), draw(3, 41, seed=1), draw(3, 41, seed=2)
-    x_next, velocity = cfg_euler_step(x, v_cond, v_uncond, 2.0, -0.1)
+    x_next, velocity = cfg_multistep_step(x, v_cond, v_uncond, 2.0, -0.1)
     assert (x_next.dtype, velocity.dtype) == (torch.float16, torch.float32)
     assert_rounded_once(x_next, x.double() - 0.1 * velocity.double())
-    assert cfg_euler_step(x, v_cond, None, 2.0, -0.1)[1] is v_cond
+    assert cfg_multistep_step(x, v_cond, None, 2.0, -0.1)[1] is v_cond
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("num_nodes", [0, 1, 11])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_a_multistep_step_adds_the_rows_before_its_velocity(cache_dtype, num_nodes, columns):
+    x, v_cond, v_uncond = (draw(2, 1041, seed=seed) for seed in range(3))
+    cache, (nodes, weights) = draw(NUM_CACHED, 2, 1041, seed=3).to(cache_dtype), rule(num_nodes, columns)
+    cache[4], weights[nodes == 4] = NAN, 0
+    out, slot = unwritten(2, 1041), unwritten(2, 1041, dtype=torch.float16)
+    cfg_multistep_step(x, v_cond, v_uncond, 4.5, -0.04, None, cache, nodes, weights, slot, out)
+    assert_rounded_once(slot, v_uncond.double() + 4.5 * (v_cond.double() - v_uncond.double()))
+    earlier = integral(x, cache.float(), nodes, weights, torch.float64)
+    assert_rounded_once(out, earlier - 0.04 * slot.double())
+    rows, own = torch.cat([cache.float(), slot.float()[None]]), torch.full_like(nodes[:1], NUM_CACHED)
+    if num_nodes:
+        both = torch.cat([nodes, own]), torch.cat([weights, numbers([[-0.04] * columns])])
+        assert torch.equal(quadrature_update(x, rows, *both), out)
 
 
 @pytest.mark.parametrize("columns", [1, 2])
@@ -283,6 +301,10 @@ def test_a_rule_that_is_carried_to_the_device_has_the_bits_of_one_that_lies_ther
             flowbp_kernels.quadrature_update(x_k, cache, *of_cpu[:2], scales=scales),
             quadrature_update(x_k, cache, nodes, first, scales),
         ),
+        (
+            flowbp_kernels.cfg_multistep_step(x_k, x_j, x_end, 4.5, -0.1, cache, *of_cpu[:2])[0],
+            cfg_multistep_step(x_k, x_j, x_end, 4.5, -0.1, None, cache, nodes, first)[0],
+        ),
         (flowbp_kernels.bridge_cotangents(x_k, x_j, *of_cpu[1:]), bridge_cotangents(x_k, x_j, first, second)),
         (
             flowbp_kernels.leap_residuals(
@@ -298,8 +320,8 @@ def test_a_rule_that_is_carried_to_the_device_has_the_bits_of_one_that_lies_ther
 def test_guidance_and_step_may_lie_on_the_device():
     x, v_cond, v_uncond = (draw(2, 41, seed=seed) for seed in range(3))
     by_value, on_device = (
-        cfg_euler_step(x, v_cond, v_uncond, 4.5, -0.04),
-        cfg_euler_step(x, v_cond, v_uncond, 0.0, 0.0, numbers([4.5, -0.04])),
+        cfg_multistep_step(x, v_cond, v_uncond, 4.5, -0.04),
+        cfg_multistep_step(x, v_cond, v_uncond, 0.0, 0.0, numbers([4.5, -0.04])),
     )
     assert all(map(torch.equal, by_value, on_device))
 
@@ -365,8 +387,9 @@ def test_every_launch_says_that_nothing_is_fused_unasked(monkeypatch):
     flowbp_kernels.quadrature_update(x, cache, [0], [0.5])
     flowbp_kernels.leap_residuals(x, y, z, cache, [0], ([0.5], [0.5]))
     flowbp_kernels.cfg_euler_step(x, y, z, 4.5, -0.04)
+    flowbp_kernels.cfg_multistep_step(x, y, z, 4.5, -0.04, cache, [0], [0.5])
     flowbp_kernels.bridge_cotangents(x, y, [0.5], [0.5])
-    assert len(options) == 7 and all(OPTIONS.items() <= given.items() for given in options)  # 3 of them carry a rule
+    assert len(options) == 9 and all(OPTIONS.items() <= given.items() for given in options)  # 4 of them carry a rule
 
 
 def fuses():
@@ -408,6 +431,7 @@ def test_sums_have_the_bits_of_the_compiled_ops(dtype, monkeypatch):
             flowbp_kernels.quadrature_update(x, float8.to(device), *rules, scales=scales.to(device)),
             flowbp_kernels.bridge_cotangents(x, y, rules[1], rules[1].flip(0)),
             *flowbp_kernels.cfg_euler_step(x, y, z, 4.5, -0.04),
+            *flowbp_kernels.cfg_multistep_step(x, y, z, 4.5, -0.04, cache.to(device), *rules),
             landings,
         )
         return [result.cpu() for result in (*exact, gaps)]
@@ -428,7 +452,14 @@ def test_the_public_ops_reach_these_launchers(monkeypatch):
             flowbp_kernels.quadrature_update(x_k, velocities, nodes[:, 0], row),
             quadrature_update(x_k, velocities, nodes, first),
         ),
-        (flowbp_kernels.cfg_euler_step(x_k, x_j, x_end, 4.5, -0.1)[0], cfg_euler_step(x_k, x_j, x_end, 4.5, -0.1)[0]),
+        (
+            flowbp_kernels.cfg_euler_step(x_k, x_j, x_end, 4.5, -0.1)[0],
+            cfg_multistep_step(x_k, x_j, x_end, 4.5, -0.1)[0],
+        ),
+        (
+            flowbp_kernels.cfg_multistep_step(x_k, x_j, x_end, 4.5, -0.1, velocities, nodes[:, 0], row)[0],
+            cfg_multistep_step(x_k, x_j, x_end, 4.5, -0.1, None, velocities, nodes, first)[0],
+        ),
         (flowbp_kernels.bridge_cotangents(x_k, x_j, row, row), bridge_cotangents(x_k, x_j, first, first)),
         (
             flowbp_kernels.leap_residuals(x_k, x_j, x_end, velocities, nodes[:, 0], weights[..., 0]),
@@ -448,7 +479,8 @@ def test_one_captured_graph_serves_every_plan():
         residuals = leap_residuals(x, end, x, velocities, nodes, (weights, weights))
         return (
             end,
-            *cfg_euler_step(x, end, velocities[0], 0.0, 0.0, step),
+            *cfg_multistep_step(x, end, velocities[0], 0.0, 0.0, step),
+            *cfg_multistep_step(x, end, velocities[0], 0.0, 0.0, step, velocities, nodes, weights),
             bridge_cotangents(x, end, weights, weights),
             residuals,
         )

@@ -187,6 +187,7 @@ CALLS: dict[Callable, list] = {
     ops.quadrature_update: [tensors, tensors, rules, rules],
     ops.leap_residuals: [tensors, tensors, tensors, tensors, rules, st.tuples(rules, rules) | strange],
     ops.cfg_euler_step: [tensors, tensors, tensors, numbers | rules, numbers | rules],
+    ops.cfg_multistep_step: [tensors, tensors, tensors, *[numbers | rules] * 2, tensors, rules, rules],
     ops.bridge_cotangents: [tensors, tensors, rules, rules],
     ops.straight_through: [tensors, tensors],
 }

@@ -52,16 +52,21 @@ void leap_residuals(Tensor x_k, Tensor x_j, Tensor x_end, Tensor velocities, Nod
   });
 }
 
-void cfg_euler_step(Tensor x, Tensor v_cond, std::optional<Tensor> v_uncond, Weights guidance_and_h,
-                    std::optional<Tensor> velocity, Tensor out, int64_t elements, bool on_device) {
-  CfgEulerStep op = {elements, input(x), input(v_cond), input(v_uncond)};
+void cfg_multistep_step(Tensor x, Tensor v_cond, std::optional<Tensor> v_uncond, Weights guidance_and_h,
+                        std::optional<Tensor> velocities, std::optional<Nodes> nodes, std::optional<Weights> weights,
+                        std::optional<Tensor> velocity, Tensor out, int64_t rows, int64_t batch, int64_t size, bool on_device) {
+  CfgMultistepStep op = {{}, input(x), input(v_cond), input(v_uncond), input(velocities)};
   if (on_device) {
     op.on_device = guidance_and_h.data();
   } else {
     op.guidance = static_cast<float>(guidance_and_h.at(0)), op.h = static_cast<float>(guidance_and_h.at(1));
   }
   op.velocity = output(velocity, v_cond.second), op.out = output(out);
-  cfg_euler_step_cuda(op, nullptr);
+  const Tables<1> none = {0, 0, {nullptr, 1}, {{nullptr, 1}}, false};
+  for_each_launch(nodes ? tables<1>(&*nodes, *weights, rows, on_device) : none, batch, size, [&](Samples s, const Rule<1>& rule) {
+    op.s = s, op.rule = rule;
+    cfg_multistep_step_cuda(op, nullptr);
+  });
 }
 
 void bridge_cotangents(Tensor g, Tensor g_x, Weights weights, Tensor out, int64_t batch, int64_t size, bool on_device) {
@@ -77,7 +82,7 @@ void bridge_cotangents(Tensor g, Tensor g_x, Weights weights, Tensor out, int64_
 PYBIND11_MODULE(emulated, m) {
   m.def("quadrature_update", &quadrature_update);
   m.def("leap_residuals", &leap_residuals);
-  m.def("cfg_euler_step", &cfg_euler_step);
+  m.def("cfg_multistep_step", &cfg_multistep_step);
   m.def("bridge_cotangents", &bridge_cotangents);
   m.attr("chunk") = kChunk;
 }

@@ -81,17 +81,23 @@ int main() {
       quadrature_update_cuda({s, input(x), input(cache), nullptr, {out.data(), Dtype::kFloat32}, rule}, nullptr);
       for (const float v : out) good &= v != v;
     });
-    std::vector<float> out(total), other(total), velocity(total);
     const std::vector<double> coefficients = {4.5, -0.04};
-    CfgEulerStep op = {total, input(x), input(y), input(cache), 4.5f, -0.04f, nullptr,
-                       {velocity.data(), Dtype::kFloat32}, {out.data(), Dtype::kFloat32}};
-    cfg_euler_step_cuda(op, nullptr);
-    op.on_device = coefficients.data(), op.out.data = other.data();
-    cfg_euler_step_cuda(op, nullptr);
-    good &= out == other;
-    op.out.data = other.data();
-    kHere.cfg_euler_step(op, 0, chunks(total));
-    good &= out == other;
+    std::vector<float> other(total);  // of the CPU, to which a rule travels by value
+    for (const int64_t terms : {0, 3}) {  // an Euler step, and one over the rows of a cache
+      for (const bool on_device : {false, true}) {
+        const Tables<1> rule_of = {terms, rows, read, {first}, on_device && terms};
+        for_each_launch(rule_of, batch, size, [&](Samples s, const Rule<1>& rule) {
+          std::vector<float> out(total), velocity(total);
+          CfgMultistepStep op = {s, input(x), input(y), input(cache), terms ? input(cache) : Input{}, 4.5f, -0.04f, nullptr,
+                                 {velocity.data(), Dtype::kFloat32}, {out.data(), Dtype::kFloat32}, rule};
+          if (on_device) op.on_device = coefficients.data();
+          cfg_multistep_step_cuda(op, nullptr);
+          op.out.data = other.data();
+          if (!on_device) kHere.cfg_multistep_step(op, 0, s.samples * chunks(size));
+          good &= out == other;
+        });
+      }
+    }
   }
   std::puts(good ? "equal" : "the emulated kernels and the CPU's differ");
   return good ? 0 : 1;
