@@ -93,7 +93,7 @@ train demo output=run
 train demo output=/proc/flowbp
 train demo --resume --overwrite
 train run --resume optimizer.lr=1e-3
-train demo output='~nobody/run'
+train demo output='~no-such-user/run'
 train demo --processes 0
 train demo --overwite
 train sd3.5-medium/flowbp-lagrange
@@ -138,7 +138,7 @@ plan own:Method
 plan flowbp-lagrange --png nodir/x.png
 plan flowbp-lagrange --png x.yaml
 rewards hpsv
-rewards shapes
+rewards shapes-monitr
 rewards mymod:f
 presets dmo
 bench --op nothing
