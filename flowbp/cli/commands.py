@@ -27,7 +27,6 @@ from flowbp.runtime import run_folder
 from flowbp.runtime.console import TextConsole, tame_libraries
 from flowbp.runtime.inputs import check_inputs, check_target, parse_size, try_rewards
 from flowbp.runtime.interrupts import heard_by, interrupt
-from flowbp.runtime.run_folder import CHECKPOINTS, CONFIG, RunFolder
 
 # What is imported above needs no torch, whose import takes longer than all checks together: commands import that last.
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -89,11 +88,11 @@ def train(
     """Fine-tune a backbone; writes weights, metrics, samples and report.html into the config's output folder."""
     settings = load(config, overrides or ())
     # With checkpoints it is a run's, even one that lost its metrics, of which `check` then tells.
-    of_a_run = run_folder.is_run(Path(config)) or Path(config, CHECKPOINTS).is_dir()
+    of_a_run = run_folder.is_run(Path(config)) or Path(config, run_folder.CHECKPOINTS).is_dir()
     if config not in preset_names() and of_a_run and "output" not in parse_overrides(overrides or ()):
         settings = settings.model_copy(update={"output": Path(config)})
     try:
-        folder = RunFolder(settings.output)
+        folder = run_folder.RunFolder(settings.output)
         with heard_by(interrupt), folder.locked():
             folder.check(settings, resume, overwrite, processes)
             check_inputs(settings, train=True)
@@ -241,7 +240,7 @@ def evaluate(
     """Score the base and tuned models on the same prompts and seeds: means, intervals, paired tests, and a page. A
     killed run goes on.
     """
-    run, of_a_run = load(config, overrides or ()), Path(config, CONFIG).is_file()
+    run, of_a_run = load(config, overrides or ()), Path(config, run_folder.CONFIG).is_file()
     for read in (Path(config), *(Path(spec.rpartition("=")[2]) for spec in weights or ())):
         run_folder.check_whole(read)
     folder = out or Path(f"{config.rstrip('/') if of_a_run else run.output}-eval")
