@@ -1,6 +1,5 @@
 """The command line: train, presets, estimate, sample, export, eval, compare, plan, rewards, doctor, bench."""
 
-import gc
 import json
 import os
 import signal
@@ -41,7 +40,6 @@ Processes = Annotated[int, Option(min=1, help="of this machine; a step takes dat
 
 def main() -> None:
     """Run the command line; errors of the user's making end with one clear message instead of a traceback."""
-    gc.disable()  # looking for garbage, of which imports leave none, takes a tenth of their time
     try:
         if code := app(standalone_mode=False):
             sys.exit(code)
@@ -58,8 +56,6 @@ def main() -> None:
             to_stderr = TextConsole(stderr=True, quiet=False)
             to_stderr.print(Text("error:", "bold red"), cut(message, 4000), highlight=False, soft_wrap=True)
         sys.exit(2)
-    finally:
-        gc.enable()
 
 
 def show_version(wanted: bool) -> None:
@@ -103,7 +99,6 @@ def train(
                 try_rewards(settings, train=True)
             from flowbp.training.run import train as run
 
-            gc.enable()
             output = run(settings, resume, overwrite)
     except KeyboardInterrupt as stop:
         say_unwrapped(f"\nstopped. {run_folder.how_to_go_on(settings.output)}")
@@ -145,7 +140,6 @@ def estimate(
         read_index(run.backbone.name)
     from flowbp.estimate import estimate as estimates
 
-    gc.enable()
     whole = estimates.estimate(run, processes)
     on = f"{processes} process{'es' if processes > 1 else ''}"
     console.print(tables.estimate_table(whole, f"{config}, {on}"))
@@ -205,7 +199,6 @@ def sample(
     from flowbp.runtime.distributed import process_state
     from flowbp.runtime.tuned_model import frozen_backbone
 
-    gc.enable()
     backbone = frozen_backbone(run, weights, str(process_state().device))
     seeds, sampling = sample_seeds(seed, count=count), (run.evaluation_rollout, run.evaluation_guidance)
     pixels = generate(backbone, prompts, seeds, *sampling).permute(0, 2, 3, 1).cpu().numpy()
@@ -252,7 +245,6 @@ def evaluate(
     models = name_models(weights or ([config] if of_a_run else []))
     with launched(processes):
         try_rewards(run)
-        gc.enable()
         results = run_evaluation(run, models, folder, overwrite)
     if not console.quiet:
         title = f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"
@@ -353,5 +345,4 @@ def bench(context: typer.Context) -> None:
     """Time the kernels beside eager PyTorch and torch.compile (options: flowbp bench --help)."""
     from flowbp_kernels.bench import main as run
 
-    gc.enable()
     run(context.args)
