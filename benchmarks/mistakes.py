@@ -3,9 +3,9 @@
     python benchmarks/mistakes.py [--only train] [--json docs/mistakes.json]
 
 Every mistake is a command of its own, run in a folder with a few files to be wrong about. A good answer comes within
-LIMIT seconds, before the libraries of models are imported, names what is wrong in one line, and shows neither a
+LIMIT seconds, before torch and the libraries of models are imported, names what is wrong in one line, and shows neither a
 traceback nor a raw "[Errno". The script exits with code 1 if any answer is not good.
-Most of the seconds are the import of torch, which is measured beside them: busy neighbours slow both.
+An answer that needs torch waits for its import, which is measured beside them: busy neighbours slow both.
 """
 
 import argparse
