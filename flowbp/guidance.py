@@ -6,17 +6,19 @@ Whether the negative branch carries gradient is decided here. Detached (the defa
 and input, so the VJP of v is scale times the VJP of v_pos, and a replay does not run the negative branch at all.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a config checks its guidance without torch, whose import takes longer than the check
+    from torch import Tensor
 
-Conditioning = Mapping[str, Tensor]  # named tensors, each [B, ...]
+Conditioning = Mapping[str, "Tensor"]  # named tensors, each [B, ...]
 # (x [B, *S], sigma [] or [B], conditioning) -> velocity [B, *S]
-NetworkVelocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
+NetworkVelocity = Callable[["Tensor", "Tensor", Conditioning], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Guidance:
             return self.scale
         low, high = self.interval
         level = sigma.double()  # as `guides` compares; torch would round scale and bounds to float32
-        return torch.where((level >= low) & (level <= high), torch.full_like(level, self.scale), 1.0)
+        return level.new_ones(level.shape).masked_fill((level >= low) & (level <= high), self.scale)
 
     @property
     def divisor(self) -> float:
@@ -87,6 +89,8 @@ class GuidedVelocity:
     batched: bool = True
 
     def __post_init__(self):
+        import torch
+
         if not self.guidance.active:
             return
         if self.negative is None:
@@ -102,7 +106,7 @@ class GuidedVelocity:
         positive, negative = positive.to(x.dtype), negative.to(x.dtype)  # a bfloat16 sum would lose what guidance adds
         return negative + self._scale(x, sigma) * (positive - negative)
 
-    def at(self, level: float) -> "GuidedVelocity":
+    def at(self, level: float) -> GuidedVelocity:
         """The velocity at one noise level: this one, or its positive branch alone where the level is not guided."""
         if not self.guidance.active or self.guidance.guides(level):
             return self
@@ -119,6 +123,8 @@ class GuidedVelocity:
         replayed: `replay` will repeat this x and sigma. A detached v_neg then gets a network call of its own, so that
             v_pos draws the random numbers (dropout) that the replay draws.
         """
+        import torch
+
         if not self.guidance.active:
             return self.network(x, sigma, self.positive), None
         alone = self.guidance.detach_negative and (replayed or torch.is_grad_enabled())
@@ -143,8 +149,10 @@ class GuidedVelocity:
             return self._scale(x, sigma) * self.network(x, sigma, self.positive).to(x.dtype)
         return self(x, sigma)
 
-    def _repeated(self, copies: int) -> "GuidedVelocity":
+    def _repeated(self, copies: int) -> GuidedVelocity:
         """The velocity of a batch that holds this one `copies` times."""
+        import torch
+
         both: Any = (self.positive, self.negative)
         positive, negative = (side and {name: torch.cat([x] * copies) for name, x in side.items()} for side in both)
         return replace(self, positive=positive, negative=negative)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowbp.names import IMAGE_STATISTICS
+
 THUMBNAIL = 32  # pixels a side; images are compared by their composition, not by their texture
 
 
@@ -76,5 +78,4 @@ def high_frequency(images: Tensor, prompts: list[str] | None = None) -> Tensor:
     return torch.where(total > 1e-6 * height * width, high / total.clamp(min=1e-12), torch.zeros_like(total))
 
 
-OF_ONE_IMAGE = {"saturation": saturation, "high_frequency": high_frequency}
-IMAGE_STATISTICS = (*OF_ONE_IMAGE, "diversity")
+OF_ONE_IMAGE = dict(zip(IMAGE_STATISTICS, (saturation, high_frequency), strict=False))

@@ -1,4 +1,6 @@
-"""Names that a user types: the nearest known one to a misspelt one, and what "module:attribute" stands for."""
+"""Names that a user types: the nearest known one to a misspelt one, what "module:attribute" stands for, and which are
+taken by the metrics of `flowbp.image_statistics`.
+"""
 
 import difflib
 import importlib
@@ -9,6 +11,7 @@ from typing import Any
 
 from flowbp.foreign import cut, short
 
+IMAGE_STATISTICS = ("saturation", "high_frequency", "diversity")  # a config knows them without torch
 FOLDERS: list[Path] = []  # beside the working folder, where `find` looks
 
 

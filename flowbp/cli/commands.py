@@ -1,6 +1,5 @@
 """The command line: train, presets, estimate, sample, export, eval, compare, plan, rewards, doctor, bench."""
 
-import gc
 import json
 import os
 import signal
@@ -9,16 +8,26 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.text import Text
 from typer import Argument, Option
 
 from flowbp import __version__
+from flowbp.cli import tables
+from flowbp.config import build_method, commented, dump, load, parse_overrides
 from flowbp.foreign import cut
+from flowbp.methods import draw_plan
+from flowbp.presets import names as preset_names
 from flowbp.quadrature import Solver
+from flowbp.rewards.callable import CallableReward
+from flowbp.rewards.registry import EMBEDDED, REWARDS, find_source, how_to_fetch
+from flowbp.runtime import run_folder
 from flowbp.runtime.console import TextConsole, tame_libraries
+from flowbp.runtime.inputs import check_inputs, check_target, parse_size, try_rewards
+from flowbp.runtime.interrupts import heard_by, interrupt
 
-# Commands read their config before they import what it takes to run it, so that a mistake is told within two seconds.
+# What is imported above needs no torch, whose import takes longer than all checks together: commands import that last.
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = TextConsole()
 say = partial(console.print, highlight=False)  # wrapped at words
@@ -31,7 +40,6 @@ Processes = Annotated[int, Option(min=1, help="of this machine; a step takes dat
 
 def main() -> None:
     """Run the command line; errors of the user's making end with one clear message instead of a traceback."""
-    gc.disable()  # looking for garbage, of which imports leave none, takes a tenth of their time
     try:
         if code := app(standalone_mode=False):
             sys.exit(code)
@@ -48,8 +56,6 @@ def main() -> None:
             to_stderr = TextConsole(stderr=True, quiet=False)
             to_stderr.print(Text("error:", "bold red"), cut(message, 4000), highlight=False, soft_wrap=True)
         sys.exit(2)
-    finally:
-        gc.enable()
 
 
 def show_version(wanted: bool) -> None:
@@ -76,38 +82,33 @@ def train(
     processes: Processes = 1,
 ) -> None:
     """Fine-tune a backbone; writes weights, metrics, samples and report.html into the config's output folder."""
-    from flowbp.config import load, parse_overrides
-
     settings = load(config, overrides or ())
-    from flowbp.presets import names
-    from flowbp.runtime.inputs import check_inputs
-    from flowbp.runtime.interrupts import heard_by, interrupt
-    from flowbp.runtime.processes import launched
-    from flowbp.runtime.run_folder import CHECKPOINTS, RunFolder, how_to_go_on, is_run
-
     # With checkpoints it is a run's, even one that lost its metrics, of which `check` then tells.
-    of_a_run = is_run(Path(config)) or Path(config, CHECKPOINTS).is_dir()
-    if config not in names() and of_a_run and "output" not in parse_overrides(overrides or ()):
+    of_a_run = run_folder.is_run(Path(config)) or Path(config, run_folder.CHECKPOINTS).is_dir()
+    if config not in preset_names() and of_a_run and "output" not in parse_overrides(overrides or ()):
         settings = settings.model_copy(update={"output": Path(config)})
     try:
+        folder = run_folder.RunFolder(settings.output)
+        with heard_by(interrupt), folder.locked():
+            folder.check(settings, resume, overwrite, processes)
+            check_inputs(settings, train=True)
+        from flowbp.runtime.processes import launched
+
         with launched(processes):
             with heard_by(interrupt):
-                RunFolder(settings.output).check(settings, resume, overwrite)
-                check_inputs(settings, train=True)
-            from flowbp.cli.tables import comparison_table
+                try_rewards(settings, train=True)
             from flowbp.training.run import train as run
 
-            gc.enable()
             output = run(settings, resume, overwrite)
     except KeyboardInterrupt as stop:
-        say_unwrapped(f"\nstopped. {how_to_go_on(settings.output)}")
+        say_unwrapped(f"\nstopped. {run_folder.how_to_go_on(settings.output)}")
         raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
     except ConnectionError as error:
-        raise ConnectionError(f"{error}. {how_to_go_on(settings.output)}") from error
+        raise ConnectionError(f"{error}. {run_folder.how_to_go_on(settings.output)}") from error
     if console.quiet:
         return
     if (file := output / "evaluation.json").is_file():
-        console.print(comparison_table(json.loads(file.read_text()), f"{output}: same prompts and seeds"))
+        console.print(tables.comparison_table(json.loads(file.read_text()), f"{output}: same prompts and seeds"))
     if (file := output / "validation.json").is_file():
         validation = json.loads(file.read_text())
         metric, best = validation["metric"], validation["best"]
@@ -129,24 +130,19 @@ def estimate(
     json_file: Annotated[Path | None, Option("--json", help="write all numbers here, in bytes")] = None,
 ) -> None:
     """Predict the peak memory and the cost of a training step. Needs no GPU and reads no weights."""
-    from flowbp.config import load
-
     run = load(config, overrides or (), run_code=False)
-    from flowbp.backbones import KNOWN_MODELS, read_index
-    from flowbp.runtime.inputs import check_target, parse_size
-
     memory = None if gpu_memory is None else parse_size(gpu_memory)
     if json_file is not None:
         check_target("--json", json_file)
+    from flowbp.backbones import KNOWN_MODELS, read_index
+
     if run.backbone.name not in KNOWN_MODELS:  # their sizes are known
         read_index(run.backbone.name)
-    from flowbp.cli.tables import estimate_table, gigabytes
     from flowbp.estimate import estimate as estimates
 
-    gc.enable()
     whole = estimates.estimate(run, processes)
     on = f"{processes} process{'es' if processes > 1 else ''}"
-    console.print(estimate_table(whole, f"{config}, {on}"))
+    console.print(tables.estimate_table(whole, f"{config}, {on}"))
     calls = ", ".join(f"{name} {count:.1f}" for name, count in whole.calls.items())
     tera = whole.network.forward_flops / 1e12
     passes = f"{sum(whole.calls.values()):.0f} forward passes of {tera:.3g} TFLOP ({calls})"
@@ -163,16 +159,17 @@ def estimate(
     say(Text("does not fit:", "red"), share)
     if (narrow := estimates.without_masters(run, processes)) is not None:
         price = f"most steps of optimizer.lr={run.optimizer.lr:g} round to nothing in bfloat16: docs/training.md"
-        say(f"without master weights (tuning.master_weights=false) it takes {gigabytes(narrow.peak)} GB, and {price}")
+        takes = f"it takes {tables.gigabytes(narrow.peak)} GB, and {price}"
+        say(f"without master weights (tuning.master_weights=false) {takes}")
     say("looking for what fits:")
     for added, count, found in estimates.suggest(config, overrides or [], memory, processes):
         if count == 2 * processes:
             say(f"no setting that is known here fits {on}:")
         if added:
             more = f"{count} processes, " if count > processes else ""
-            say_unwrapped(f"  {gigabytes(found.peak)} GB with {more}{added[-1]}")
+            say_unwrapped(f"  {tables.gigabytes(found.peak)} GB with {more}{added[-1]}")
     outcome = "fits" if found.fits(memory) else f"the smallest found still does not fit, for the {found.peak_phase}"
-    say(f"{outcome}: {gigabytes(found.peak)} GB a process, {found.relative_cost:.1f} x sampling, with")
+    say(f"{outcome}: {tables.gigabytes(found.peak)} GB a process, {found.relative_cost:.1f} x sampling, with")
     say_unwrapped(f"  {' '.join(added) or 'nothing changed'}")
     if count > processes:
         say(f"on {count} processes")
@@ -182,21 +179,19 @@ def estimate(
 def sample(
     config: Annotated[str, Argument(help="the folder of a run, a YAML file, or a preset")],
     prompts: Annotated[list[str], Argument(help="prompts to draw")],
-    weights: Annotated[Path | None, Option(help="folder of a finished run; without it the base model is drawn")] = None,
+    weights: Annotated[Path | None, Option(exists=True, help="of a finished run; default: the base model")] = None,
     out: Annotated[Path, Option(help="PNG to write")] = Path("samples.png"),
     seed: Annotated[int, Option(min=0, help="seed of the initial noise")] = 0,
 ) -> None:
     """Draw prompts with the base or the tuned model."""
-    from flowbp.config import load
-
     run, count = load(config, run_code=False), len(prompts)
+    check_target("--out", out, ".png")
     from flowbp.backbones import read_index
-    from flowbp.runtime.inputs import check_target
     from flowbp.runtime.weights import weight_files
 
-    check_target("--out", out, ".png")
     read_index(run.backbone.name)
     if weights is not None:
+        run_folder.check_whole(weights)
         weight_files(weights)
     from flowbp.evaluation.figures import sample_grid
     from flowbp.evaluation.scores import generate
@@ -204,7 +199,6 @@ def sample(
     from flowbp.runtime.distributed import process_state
     from flowbp.runtime.tuned_model import frozen_backbone
 
-    gc.enable()
     backbone = frozen_backbone(run, weights, str(process_state().device))
     seeds, sampling = sample_seeds(seed, count=count), (run.evaluation_rollout, run.evaluation_guidance)
     pixels = generate(backbone, prompts, seeds, *sampling).permute(0, 2, 3, 1).cpu().numpy()
@@ -214,16 +208,15 @@ def sample(
 
 @app.command()
 def export(
-    run: Annotated[Path, Argument(help="folder of a finished LoRA run")],
+    run: Annotated[Path, Argument(exists=True, help="folder of a finished LoRA run")],
     out: Annotated[Path, Argument(help="file to write, such as my-lora.safetensors")],
 ) -> None:
     """Write a run's LoRA as one file for ComfyUI, with alpha / rank in the weights. (A run's own file is for
     diffusers.)
     """
-    from flowbp.runtime.inputs import check_target
+    check_target("the file", out, ".safetensors")
     from flowbp.runtime.weights import export_comfyui
 
-    check_target("the file", out, ".safetensors")
     export_comfyui(run, out)
     console.print(f"wrote {out}", soft_wrap=True)
 
@@ -240,25 +233,22 @@ def evaluate(
     """Score the base and tuned models on the same prompts and seeds: means, intervals, paired tests, and a page. A
     killed run goes on.
     """
-    from flowbp.config import load
-
-    is_run = (Path(config) / "config.yaml").is_file()
-    run = load(config, overrides or ())
+    run, of_a_run = load(config, overrides or ()), Path(config, run_folder.CONFIG).is_file()
+    for read in (Path(config), *(Path(spec.rpartition("=")[2]) for spec in weights or ())):
+        run_folder.check_whole(read)
+    folder = out or Path(f"{config.rstrip('/') if of_a_run else run.output}-eval")
+    run_folder.check_mark(folder, "flowbp eval")
+    check_inputs(run)
     from flowbp.evaluation.models import name_models, run_evaluation
-    from flowbp.runtime.inputs import check_inputs
     from flowbp.runtime.processes import launched
 
-    models = name_models(weights or ([config] if is_run else []))
-    folder = out or Path(f"{config.rstrip('/') if is_run else run.output}-eval")
+    models = name_models(weights or ([config] if of_a_run else []))
     with launched(processes):
-        check_inputs(run)
-        gc.enable()
+        try_rewards(run)
         results = run_evaluation(run, models, folder, overwrite)
     if not console.quiet:
-        from flowbp.cli.tables import evaluation_tables
-
         title = f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"
-        console.print(*evaluation_tables(results, title))
+        console.print(*tables.evaluation_tables(results, title))
         say_unwrapped(f"report: {(folder / 'report.html').resolve()}")
 
 
@@ -268,7 +258,10 @@ def compare(
     out: Annotated[Path, Option(help="folder of comparison.html and comparison.json")] = Path("comparison"),
 ) -> None:
     """Put several runs into one table and one page, and name the differences that make their comparison unfair."""
-    from flowbp.cli.tables import comparison_table, means_table, values_table
+    run_folder.short_names(runs)
+    for folder in runs:
+        run_folder.check_run(folder)
+    run_folder.check_mark(out, "flowbp compare")
     from flowbp.evaluation.runs import compare_runs
 
     results = compare_runs(runs, out)
@@ -277,16 +270,16 @@ def compare(
         reason = "more than the method differs" if results["point"] else "the methods are equal, other settings differ"
         title = Text.assemble(("not a fair comparison", "bold yellow"), f": {reason}")
         rows = [(key, difference["values"], difference["why"]) for key, difference in results["unfair"].items()]
-        console.print(values_table(rows, names, title, "so it is"))
+        console.print(tables.values_table(rows, names, title, "so it is"))
     for warning in results["warnings"]:
         say(Text("warning:", "bold yellow"), warning)
     if results["point"]:
-        console.print(values_table(results["point"].items(), names, "what is compared"))
+        console.print(tables.values_table(results["point"].items(), names, "what is compared"))
     if results["means"]:
-        console.print(means_table(results["means"], "run", "means over all images"))
+        console.print(tables.means_table(results["means"], "run", "means over all images"))
     for name in others:
         if rows := [row for row in results["changes"] if row["run"] == name and row["category"] == "all"]:
-            console.print(comparison_table(rows, f"{name} against {first}", "first", "other"))
+            console.print(tables.comparison_table(rows, f"{name} against {first}", "first", "other"))
     say_unwrapped(f"page: {(out / 'comparison.html').resolve()}")
 
 
@@ -301,20 +294,13 @@ def plan(
     png: Annotated[Path | None, Option(help="also draw the plan")] = None,
 ) -> None:
     """Draw one plan of a method and print its nodes, noise levels, weights and bridge."""
-    import numpy as np
-
-    from flowbp.cli.tables import plan_table
-    from flowbp.config import build_method, parse_overrides
-    from flowbp.methods import draw_plan
-    from flowbp.runtime.inputs import check_target
-
     if png is not None:
         check_target("--png", png, ".png")
     u = 1.0 - np.arange(steps) / steps
     sigmas = np.append(shift * u / (1.0 + (shift - 1.0) * u), 0.0)
     built = build_method({"name": method} | parse_overrides(overrides or ()))
     drawn = draw_plan(built, sigmas, np.random.default_rng(seed), solver)
-    console.print(plan_table(drawn, sigmas, f"{method}, {steps} {solver} steps, seed {seed}"))
+    console.print(tables.plan_table(drawn, sigmas, f"{method}, {steps} {solver} steps, seed {seed}"))
     sees = "the sample" if drawn.reward_input is None else f"the posterior mean at node {drawn.reward_input.at}"
     bridge = "none" if drawn.bridge is None else f"at node {drawn.bridge.node}, alpha {drawn.bridge.alpha:g}"
     say(f"reward sees {sees}; bridge: {bridge}; re-noised copies: {drawn.num_renoised}")
@@ -328,17 +314,12 @@ def plan(
 @app.command()
 def rewards(name: Annotated[str | None, Argument(help="say what this one is and how to fetch it")] = None) -> None:
     """List the rewards: their checkpoints, licences, scores and usual hinges."""
-    from flowbp.cli.tables import rewards_table
-    from flowbp.rewards.registry import EMBEDDED, REWARDS, find_source, how_to_fetch
-
     if name in EMBEDDED:
         return say(f"{name} is a model of the reward clip, and part of flowbp: reward={{name: clip, model: {name}}}")
     if name is not None and ":" in name:
-        from flowbp.rewards.callable import CallableReward
-
         CallableReward.find(name)
         return say(f"{name} is a reward of your own, and was found: reward={{name: '{name}'}}")
-    console.print(rewards_table(REWARDS if name is None else {name: find_source(name)}))
+    console.print(tables.rewards_table(REWARDS if name is None else {name: find_source(name)}))
     if name is None:
         say("flowbp rewards NAME says how to fetch one; a function of your own is reward.name=module:function")
     else:
@@ -348,21 +329,15 @@ def rewards(name: Annotated[str | None, Argument(help="say what this one is and 
 @app.command()
 def presets(name: Annotated[str | None, Argument(help="print this one as a config")] = None) -> None:
     """List the presets, or print one as a config to start from."""
-    from flowbp.cli.tables import presets_table
-    from flowbp.config import commented, dump, load
-    from flowbp.presets import names
-
     if name is not None:
         return typer.echo(commented(dump(load(name, run_code=False))), nl=False)
-    console.print(presets_table({preset: load(preset) for preset in names()}))
+    console.print(tables.presets_table({preset: load(preset) for preset in preset_names()}))
 
 
 @app.command()
 def doctor() -> None:
     """Print versions, the device, and which kernels run and why."""
-    from flowbp.cli.tables import doctor_table
-
-    console.print(doctor_table())
+    console.print(tables.doctor_table())
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -370,5 +345,4 @@ def bench(context: typer.Context) -> None:
     """Time the kernels beside eager PyTorch and torch.compile (options: flowbp bench --help)."""
     from flowbp_kernels.bench import main as run
 
-    gc.enable()
     run(context.args)

@@ -5,15 +5,13 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
 from rich import box
 from rich.table import Column, Table
 from rich.text import Text
 
 from flowbp import __version__
 from flowbp.evaluation import numbers
-from flowbp.evaluation.numbers import between, number, scale_of, scale_of_change
-from flowbp.evaluation.runs import grouped
+from flowbp.evaluation.numbers import between, grouped, number, scale_of, scale_of_change
 from flowbp.runtime.reproducible import math_library
 
 
@@ -167,6 +165,8 @@ def presets_table(presets: Mapping) -> Table:
 
 def doctor_table() -> Table:
     """Versions, the device, and which kernels run and why."""
+    import torch
+
     from flowbp_kernels import backend  # imports torch._dynamo
 
     table = Table("what", "found", title="flowbp doctor")

@@ -3,29 +3,35 @@
 Unknown keys are errors.
 """
 
+import importlib.metadata
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
-import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag
 from pydantic import model_validator as validator
 
 from flowbp.config.registry import FINITE, ConfigError, Unimported, build_method, describe, from_mapping, unknown
 from flowbp.foreign import cut, short
 from flowbp.guidance import Guidance
-from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.methods import METHODS, Plans, draw_plan
-from flowbp.objective import Objective
+from flowbp.names import IMAGE_STATISTICS
 from flowbp.quadrature import Solver
-from flowbp.rewards import Reward, RunningScale, Smoothing, Term, check_options, load_reward
+from flowbp.rewards import Reward, Smoothing, check_options, load_reward
 
 # Names that no reward or monitor may have: the columns that the trainer logs (a test keeps them equal) and `SCORED`.
 LOGGED = "step nodes images loss grad_norm sample_grad_norm d_j d_0 kept skipped lr seconds peak_mb".split()
 SCORED = ["prompt", "category", "seed", "checker", "embedding", *IMAGE_STATISTICS]  # columns of an evaluation
+
+# The backends that torch registers itself (a test keeps the names equal), which it tells only after seconds of imports.
+BACKENDS = "inductor cudagraphs openxla openxla_eval tvm ts aot_ts invoke_subgraph eager eager_debug".split()
+BACKENDS += "eager_noexcept pre_dispatch_eager aot_eager aot_eager_default_partitioner".split()
+BACKENDS += [f"aot_eager_decomp_partition{kind}" for kind in ("", "_crossref", "_with_mode")]
+BACKENDS += ["dynamo_minifier_backend", "dynamo_accuracy_minifier_backend"]
 
 # -- kinds of values; numbers are finite wherever they stand -----------------------------------------------------------
 
@@ -66,7 +72,9 @@ def located(value: str) -> str:
 
 
 def known_backend(name: str) -> str:
-    known = torch.compiler.list_backends(exclude_tags=None)
+    known = {*BACKENDS, *importlib.metadata.entry_points(group="torch_dynamo_backends").names}
+    if dynamo := sys.modules.get("torch._dynamo"):  # where one's own may be registered; importing it takes seconds
+        known |= set(dynamo.list_backends(exclude_tags=None))
     if name not in known:
         raise unknown("compile backend", name, known)
     return name
@@ -177,8 +185,10 @@ class RewardConfig(ScorerConfig):
     normalise: bool = key(False, "divide the loss by the running deviation of the reward")
     smooth: Annotated[Smoothing | None, from_mapping(Smoothing)] = None
 
-    def term(self, device: str = "cpu", reward: Reward | None = None) -> Term:
-        """The reward with its part in the loss; it is loaded unless it is given."""
+    def term(self, device: str = "cpu", reward: Reward | None = None) -> Any:
+        """The `Term` of the reward, which is loaded unless it is given: imports torch."""
+        from flowbp.rewards.weighted import Objective, RunningScale, Term
+
         scale = RunningScale() if self.normalise else None
         return Term(reward or self.load(device), Objective(self.hinge), self.weight, self.smooth, scale)
 

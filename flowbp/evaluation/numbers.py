@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flowbp.image_statistics import IMAGE_STATISTICS
+from flowbp.names import IMAGE_STATISTICS
 
 NOT_BETTER = [name for name in IMAGE_STATISTICS if name != "diversity"]  # a higher one is neither better nor worse
 
@@ -78,6 +78,16 @@ def by_metric(rows: Sequence[Mapping[str, Any]], who: str) -> dict[str, dict[str
         if row["category"] == "all":
             table.setdefault(row["metric"], {})[row[who]] = row
     return table
+
+
+def grouped(values: Sequence[Any], names: Sequence[str]) -> list[tuple[str, str]]:
+    """(value, the runs that have it) for each value, which stays readable with many runs. A dash stands for a key that
+    a run lacks.
+    """
+    runs: dict[str, list[str]] = {}
+    for value, name in zip(values, names, strict=True):
+        runs.setdefault("–" if value is None else str(value), []).append(name)
+    return [(value, ", ".join(own)) for value, own in runs.items()]
 
 
 def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -16,14 +16,14 @@ import yaml
 
 from flowbp.config import ConfigError, RewardConfig, RunConfig, by_name, dump, flatten, load
 from flowbp.evaluation import figures, pages
-from flowbp.evaluation.numbers import by_metric
+from flowbp.evaluation.numbers import by_metric, grouped
 from flowbp.evaluation.scores import Scores, compare, summarise
 from flowbp.foreign import cut, inside
-from flowbp.image_statistics import IMAGE_STATISTICS
+from flowbp.names import IMAGE_STATISTICS
 from flowbp.runtime.checkpoint import latest_checkpoint
 from flowbp.runtime.environment import ENVIRONMENT, describe_environment
 from flowbp.runtime.files import read_json, write_file, write_json
-from flowbp.runtime.run_folder import CONFIG, METRICS, RunFolder, mark_folder
+from flowbp.runtime.run_folder import CONFIG, METRICS, RunFolder, check_run, mark_folder, short_names
 
 # Verdicts on a difference: it is what runs are compared for, it makes the comparison unfair, or it changes no result.
 POINT, UNFAIR, BOOKKEEPING = "point", "unfair", "bookkeeping"
@@ -87,17 +87,13 @@ def read_run(folder: Path, name: str) -> Run:
     """Raises FileNotFoundError for a folder that holds no run, or a run that has not started, ConfigError for a run
     of another version, and OSError for damaged files.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: pass the folders of runs")
-    for file in (CONFIG, METRICS):
-        if not inside(folder, file).is_file():
-            way_out = "pass the folders that flowbp train wrote"
-            raise FileNotFoundError(f"{folder} holds no {file}, so it is no run: {way_out}")
+    check_run(folder)
     try:
         config = load(folder / CONFIG, run_code=False)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG} is not of this version of flowbp: {error}") from None
     run = RunFolder(folder)
+    run.check_config()
     if checkpoint := latest_checkpoint(folder):
         run.check_record(checkpoint)
     if not (rows := run.metrics()):
@@ -170,16 +166,6 @@ def objective(rewards: Mapping[str, Any]) -> str:
     return f"{'one reward' if len(terms) == 1 else f'{len(terms)} rewards'}: {' + '.join(terms)}"
 
 
-def grouped(values: Sequence[Any], names: Sequence[str]) -> list[tuple[str, str]]:
-    """(value, the runs that have it) for each value, which stays readable with many runs. A dash stands for a key that
-    a run lacks.
-    """
-    runs: dict[str, list[str]] = {}
-    for value, name in zip(values, names, strict=True):
-        runs.setdefault("–" if value is None else str(value), []).append(name)
-    return [(value, ", ".join(own)) for value, own in runs.items()]
-
-
 # -- the comparison ----------------------------------------------------------------------------------------------------
 
 
@@ -190,8 +176,6 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     {"runs": what each is and what it took, "point", "unfair", "bookkeeping", "warnings", "means",
     "changes": paired with the first run, where samples agree}
     """
-    if len(folders) < 2:
-        raise ValueError(f"a comparison needs two runs or more, got {len(folders)}")
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
     mark_folder(out, "flowbp compare")
     first, *others = runs
@@ -209,19 +193,6 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     write_json(out / "comparison.json", results)
     write_file(out / "comparison.html", page(runs, results))
     return results
-
-
-def short_names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of the folders' paths, as many of them as it takes to tell them apart. Raises ValueError for equal
-    folders.
-    """
-    parts = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    twice = dict.fromkeys(str(folder) for folder, own in zip(folders, parts, strict=True) if parts.count(own) > 1)
-    raise ValueError(f"a run is compared with itself: {', '.join(twice)}; name each folder once")
 
 
 def about(run: Run) -> dict[str, Any]:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowbp.rewards.clip import CLIPEncoder
-from flowbp.rewards.files import read_state_dict
-from flowbp.rewards.weights import frozen_head, load_frozen, renamed
+from flowbp.rewards.weights import frozen_head, load_frozen, read_state_dict, renamed
 
 
 class AestheticReward(CLIPEncoder):

@@ -1,13 +1,13 @@
 """A reward of your own: any Python function of images and prompts. A config names it as "module:function"."""
 
 import traceback
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from flowbp.names import find
 from flowbp.rewards.base import Reward
+
+if TYPE_CHECKING:  # that there is no such function is told without torch
+    from torch import Tensor
 
 
 class CallableReward:
@@ -29,7 +29,9 @@ class CallableReward:
             raise ValueError(f"reward {name!r} is {found!r}: name a function (images, prompts) -> scores, or a class")
         return found
 
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def __call__(self, images: "Tensor", prompts: list[str]) -> "Tensor":
+        import torch
+
         version = images._version
         try:
             scores = self.function(images, prompts)
@@ -39,7 +41,7 @@ class CallableReward:
             said = f"{type(error).__name__}{where}: {error}"
             called = f"f(images, prompts), images {list(images.shape)} {images.dtype} in [0, 1] and a list of texts"
             raise ValueError(f"the reward {self.name} raised {said}; it is called as {called}") from error
-        if not isinstance(scores, Tensor):
+        if not isinstance(scores, torch.Tensor):
             wrong = f"must return a tensor, got a {type(scores).__name__}: torch.stack keeps the gradient"
         elif images._version != version:
             wrong = "writes into the images, which others read: take images.clone()"
@@ -58,6 +60,8 @@ class CallableReward:
         """
         if isinstance(cls.find(name), type):
             return
+        import torch
+
         images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
         scores = cls(name)(images.requires_grad_(gradient), ["a red circle", "two cats"])
         if gradient and torch.autograd.grad(scores.sum(), images, allow_unused=True)[0] is None:

@@ -3,13 +3,8 @@ code that is in them.
 """
 
 import hashlib
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -56,17 +51,6 @@ def find_file(folder: str | Path, stem: str) -> Path:
         if (path := Path(folder, stem + suffix)).is_file():
             return path
     raise FileNotFoundError(f"{folder} holds no single file {stem} as {', '.join(SUFFIXES)}")
-
-
-def read_state_dict(folder: str | Path, stem: str) -> dict[str, Tensor]:
-    """The tensors of `stem` in `folder`: safetensors, or a torch file read with weights_only (no code is run)."""
-    path = find_file(folder, stem)
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors, which could run code: convert it to .safetensors") from error
 
 
 def pin(folder: Path, name: str) -> str:

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from flowbp.rewards.clip import CLIPEncoder
-from flowbp.rewards.files import read_state_dict
 from flowbp.rewards.preprocessing import fit_long_side, normalise
-from flowbp.rewards.weights import encoder_sizes, frozen_model, renamed
+from flowbp.rewards.weights import encoder_sizes, frozen_model, read_state_dict, renamed
 
 
 class HPSv2(CLIPEncoder):

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowbp.rewards.files import read_state_dict
 from flowbp.rewards.qwen import inputs, instruction
-from flowbp.rewards.weights import below, frozen_head, frozen_model, renamed
+from flowbp.rewards.weights import below, frozen_head, frozen_model, read_state_dict, renamed
 
 RENAMED = (  # Qwen2VLForConditionalGeneration, as saved by transformers 4.45 or later -> Qwen2VLModel
     (r"^model\.(visual|language_model)\.", r"\1."),

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from flowbp.rewards.aesthetic import rating_head
-from flowbp.rewards.files import read_state_dict
 from flowbp.rewards.preprocessing import fit_short_side, normalise
-from flowbp.rewards.weights import below, encoder_sizes, frozen_model, renamed
+from flowbp.rewards.weights import below, encoder_sizes, frozen_model, read_state_dict, renamed
 
 
 class ImageReward:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowbp.objective import Objective
-from flowbp.rewards.base import Reward, Smoothed, Smoothing
+from flowbp.rewards.base import Reward, Smoothing
 
 BOUND = 10.0  # deviations: no score of 10^23 of a normal distribution lies further out
 
@@ -52,6 +52,30 @@ class RunningScale:
             return 1.0
         mean, square = first / weight, second / weight
         return max(square - mean * mean, 1e-6 * square) ** 0.5
+
+
+class Smoothed:
+    """The mean score of `reward` under `smoothing`.
+
+    generators: one an image, so that an image's perturbations do not depend on the rest of its batch.
+    """
+
+    def __init__(self, reward: Reward, smoothing: Smoothing, generators: list[torch.Generator]):
+        self.reward, self.smoothing, self.generators = reward, smoothing, generators
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        scores = [self.reward(self._perturb(images), prompts) for _ in range(self.smoothing.copies)]
+        return torch.stack(scores).mean(dim=0)
+
+    def _perturb(self, images: Tensor) -> Tensor:
+        shift, (height, width) = self.smoothing.shift, images.shape[-2:]
+        padded = torch.nn.functional.pad(images, [shift] * 4, mode="replicate")
+        moved = []
+        for image, generator in zip(padded, self.generators, strict=True):
+            top, left = torch.randint(0, 2 * shift + 1, (2,), generator=generator).tolist()
+            noise = torch.randn(images.shape[1:], generator=generator).to(images)
+            moved.append(image[:, top : top + height, left : left + width] + self.smoothing.noise * noise)
+        return torch.stack(moved)
 
 
 @dataclass

@@ -1,18 +1,32 @@
-"""From the tensors of a published checkpoint to a frozen network: renaming, reading off sizes, and checking that each
-weight found its place.
+"""From the file of a published checkpoint to a frozen network: reading it, renaming, reading off sizes, and checking
+that each weight found its place.
 """
 
+import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flowbp.foreign import cut
+from flowbp.rewards.files import find_file
 
 State = dict[str, Tensor]
+
+
+def read_state_dict(folder: str | Path, stem: str) -> State:
+    """The tensors of `stem` in `folder`: safetensors, or a torch file read with weights_only (no code is run)."""
+    path = find_file(folder, stem)
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors, which could run code: convert it to .safetensors") from error
 
 
 def load_frozen(cls, folder: str | Path, dtype: torch.dtype):

@@ -4,17 +4,15 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.optim import Optimizer
-
-from flowbp.rewards import WeightedRewards
-from flowbp.runtime.distributed import gathered, process_state, shard_like
 from flowbp.runtime.files import by_step, check_seal, remove, remove_left, replacing, seal, step_name
-from flowbp.runtime.tuning import assign
+
+if TYPE_CHECKING:  # whether a folder holds checkpoints is told without torch
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from flowbp.rewards import WeightedRewards
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
 CHECKPOINT = "parameters.safetensors"
@@ -25,13 +23,13 @@ PROGRESS = "step.json"
 class Trained(Protocol):
     """What a checkpoint keeps of a `TunedModel`."""
 
-    parameters: dict[str, Tensor]
-    masters: dict[str, Tensor]
+    parameters: "dict[str, Tensor]"
+    masters: "dict[str, Tensor]"
     ema: Any
 
 
 def save_checkpoint(
-    output: Path, step: int, model: Trained, optimizer: Optimizer, rewards: WeightedRewards, record: dict | None = None
+    output: Path, step: int, model: Trained, optimizer: "Optimizer", rewards: "WeightedRewards", record: Any = None
 ) -> None:
     """Write all that a run needs to go on after `step` optimizer steps, then remove all checkpoints but it and the one
     before.
@@ -39,6 +37,11 @@ def save_checkpoint(
     record: what `RunFolder.record` says of the run's other files, for `progress`. Every process must call this, because
     shards are gathered from all. The main process writes.
     """
+    import torch
+    from safetensors.torch import save_file
+
+    from flowbp.runtime.distributed import gathered, process_state
+
     averages = None if model.ema is None else model.ema.state_dict()
     tensors = gathered(dict(model.masters))
     state = gathered({"optimizer": optimizer.state_dict(), "ema": averages, "rewards": rewards.state_dict()})
@@ -90,10 +93,12 @@ def progress(folder: Path) -> dict[str, Any]:
         return {"step": found["step"], "processes": found["processes"]} | found
 
 
-def load_parameters(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+def load_parameters(folder: Path, names: Iterable[str]) -> "dict[str, Tensor]":
     """The trained parameters of a checkpoint, on the CPU. Raises OSError if it is damaged, ValueError if it holds
     others than `names`.
     """
+    from safetensors.torch import load_file
+
     with reading(folder / CHECKPOINT):
         saved = load_file(folder / CHECKPOINT)
     if saved.keys() != (expected := set(names)):
@@ -107,6 +112,8 @@ def load_state(folder: Path) -> dict:
 
     It is loaded to the CPU, because the main process wrote it from a device that this process may not have.
     """
+    import torch
+
     with reading(folder / STATE):
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
 
@@ -123,14 +130,17 @@ def reading(file: Path) -> Iterator[None]:
         raise OSError(f"the checkpoint {file.parent} is damaged ({cause}): {way_out}") from error
 
 
-def load_checkpoint(folder: Path, model: Trained, optimizer: Optimizer, rewards: WeightedRewards) -> int:
+def load_checkpoint(folder: Path, model: Trained, optimizer: "Optimizer", rewards: "WeightedRewards") -> int:
     """Restore what `save_checkpoint` wrote, in place; returns the number of steps done. Raises OSError if damaged."""
+    from flowbp.runtime.distributed import shard_like
+    from flowbp.runtime.tuning import assign
+
     assign(model.masters, load_parameters(folder, model.masters))
     assign(model.parameters, model.masters)
     state, trained = load_state(folder), list(model.masters.values())
     for index, moments in state["optimizer"]["state"].items():
         p = trained[index]
-        whole = {key: value for key, value in moments.items() if torch.is_tensor(value) and value.shape == p.shape}
+        whole = {key: value for key, value in moments.items() if getattr(value, "shape", None) == p.shape}
         moments |= {key: shard_like(p, value) for key, value in whole.items()}
     optimizer.load_state_dict(state["optimizer"])
     if model.ema is not None:

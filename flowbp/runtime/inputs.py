@@ -5,18 +5,15 @@ folder, files of rewards, code of one's own, files to write. A mistake is then t
 import math
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
-from flowbp.backbones import read_index
-from flowbp.config import EvaluationConfig, GenEvalConfig, RunConfig
+from flowbp.config import ConfigError, EvaluationConfig, GenEvalConfig, RunConfig, ScorerConfig
 from flowbp.foreign import short
 from flowbp.names import find
 from flowbp.rewards.callable import CallableReward
 from flowbp.rewards.registry import find_folders, find_source
 from flowbp.runtime.data import load_prompts
-from flowbp.runtime.distributed import process_state
 
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -24,27 +21,44 @@ UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**2
 def check_inputs(config: RunConfig, train: bool = False) -> None:
     """Raise ValueError or OSError for what is not there, or is not of its kind. train: check what training needs too.
 
-    A reward that is a function scores two random images once, with gradient where it is trained on.
+    What can be told without torch is told first.
     """
     evaluation = config.evaluation
-    read_index(config.backbone.name)
     prompts = [config.data.prompts] if train else []
+    if evaluation is None and not train:
+        raise ConfigError("this config has no evaluation: add evaluation.prompts=... to say what to score")
     if evaluation is not None:
         prompts += [source for source in (evaluation.prompts, evaluation.validation_prompts) if source is not None]
         check_checker(evaluation)
     for source in prompts:
         load_prompts(source)
-    if train and config.optimizer.name == "adamw8bit":
-        from flowbp.runtime.tuning import build_optimizer
-
-        build_optimizer([torch.zeros(1)], config.optimizer)
-    device, size = str(process_state().device), (config.rollout.height, config.rollout.width)
-    rewards, monitors = config.reward.values(), evaluation.monitors.values() if evaluation is not None else ()
-    for spec, trained in [*((spec, train) for spec in rewards), *((spec, False) for spec in monitors)]:
+    for spec in scorers(config):
         if ":" in spec.name:
-            CallableReward.try_out(spec.name, device, *size, gradient=trained)
+            CallableReward.find(spec.name)
         else:
             find_folders(spec.name, find_source(spec.name), spec.model, spec.revision)
+    if train and config.optimizer.name == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise ConfigError("optimizer.name=adamw8bit: no bitsandbytes here; pip install bitsandbytes, or use adamw")
+    from flowbp.backbones import read_index
+
+    read_index(config.backbone.name)
+
+
+def scorers(config: RunConfig) -> list[ScorerConfig]:
+    """The rewards of a run, then the monitors of its evaluation."""
+    return [*config.reward.values(), *(config.evaluation.monitors.values() if config.evaluation is not None else ())]
+
+
+def try_rewards(config: RunConfig, train: bool = False) -> None:
+    """Let every reward that is a function score two random images once, with gradient where it is trained on. Raises
+    ValueError.
+    """
+    from flowbp.runtime.distributed import process_state
+
+    device, size = str(process_state().device), (config.rollout.height, config.rollout.width)
+    for number, spec in enumerate(scorers(config)):
+        if ":" in spec.name:
+            CallableReward.try_out(spec.name, device, *size, gradient=train and number < len(config.reward))
 
 
 def check_checker(evaluation: EvaluationConfig) -> None:

@@ -19,38 +19,26 @@ import math
 import os
 import shlex
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from flowbp.config import RunConfig, changed, dump
-from flowbp.config.loading import CONFIG, read, sealed
-from flowbp.foreign import cut
+from flowbp.config.loading import CONFIG, SEAL, read, sealed
+from flowbp.foreign import cut, inside
 from flowbp.runtime import files
 from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress, prune
-from flowbp.runtime.distributed import on_main, process_state
-from flowbp.runtime.environment import ENVIRONMENT, environment
-from flowbp.runtime.tensors import read_tensors, write_tensors
-from flowbp.runtime.weights import LORA, TRANSFORMER
+from flowbp.runtime.console import is_main
 
 METRICS = "metrics.jsonl"
 BEST = "best"
 VALIDATION = "validation"
 TENSORBOARD = "tensorboard"
 MARK = ".flowbp"  # in a folder that a command wrote; it holds the name of the command
-# All that a run leaves in its folder beside CONFIG and METRICS, as patterns: in this order it is emptied, so that what
-# a kill leaves is a run that goes on as it would have, from its first step.
-WRITTEN = (
-    *(CHECKPOINTS, VALIDATION, BEST, LORA, TRANSFORMER, TENSORBOARD, ENVIRONMENT, "evaluation.json"),
-    *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", files.LEFT),
-)
 
 Values = Mapping[str, np.ndarray]  # scores [n] float64 by metric
 log = logging.getLogger(__name__)
@@ -60,7 +48,7 @@ class RunFolder:
     """The folder of one run. Every process of the run has this object, but only that of the main process writes."""
 
     def __init__(self, path: Path):
-        self.path, self.writes = path, process_state().is_main_process
+        self.path, self.writes = path, is_main()
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep other runs out of the folder during the block, as the function does."""
@@ -68,8 +56,11 @@ class RunFolder:
 
     # -- before training ---------------------------------------------------------------------------------------------
 
-    def check(self, config: RunConfig, resume: bool, overwrite: bool) -> None:
-        """Raise unless the folder is empty or absent, or holds a run that a switch says to resume or to replace."""
+    def check(self, config: RunConfig, resume: bool, overwrite: bool, processes: int = 1) -> None:
+        """Raise unless the folder is empty or absent, or holds a run that a switch says to resume or to replace.
+
+        processes: that the run will have, where no launcher has said so yet.
+        """
         path = self.path
         if resume and overwrite:
             raise ValueError("--resume and --overwrite exclude each other: continue the run, or start it afresh")
@@ -79,12 +70,12 @@ class RunFolder:
             run = f"a run of flowbp (which has a {CONFIG} of its own and {METRICS})"
             raise FileExistsError(f"{path} exists and is not {run}: choose another output=")
         if resume:
-            self._check_resume(config)
+            self._check_resume(config, processes)
         elif not overwrite:
             switches = "pass --resume to go on, --overwrite to start afresh, or another output="
             raise FileExistsError(f"{path} already holds a run: {switches}")
 
-    def _check_resume(self, config: RunConfig) -> None:
+    def _check_resume(self, config: RunConfig, processes: int) -> None:
         """Raise if the run trained otherwise than `config` says, or on other processes."""
         path, new, last = self.path, config.model_dump(mode="json"), latest_checkpoint(self.path)
         about = progress(last) if last is not None else {}
@@ -99,7 +90,7 @@ class RunFolder:
             changes = ", ".join(f"{key} from {cut(was)} to {cut(now)}" for key, (was, now) in found.items())
             rule = "a resumed run keeps its config (steps alone may grow), and this one changes"
             raise ValueError(f"{rule} {changes}: train from {path}, or choose another output=")
-        now = process_state().num_processes
+        now = int(os.environ.get("WORLD_SIZE", processes))
         if (before := about.get("processes", now)) != now:
             rule = "a step's samples are processes x batch_size x accumulate, and a resumed run keeps them"
             many = f"{before} process{'es' if before > 1 else ''}"
@@ -110,10 +101,20 @@ class RunFolder:
 
         overwrite: remove what an older run wrote here, and nothing else.
         """
+        from flowbp.runtime.distributed import on_main
+        from flowbp.runtime.environment import ENVIRONMENT, environment
+        from flowbp.runtime.weights import LORA, TRANSFORMER
+
+        # All that a run leaves in its folder beside CONFIG and METRICS, as patterns: in this order it is emptied, so
+        # that what a kill leaves is a run that goes on as it would have, from its first step.
+        written = (
+            *(CHECKPOINTS, VALIDATION, BEST, LORA, TRANSFORMER, TENSORBOARD, ENVIRONMENT, "evaluation.json"),
+            *("validation.json", "scores_*.csv", "samples_*.png", "plan.png", "report.html", files.LEFT),
+        )
 
         def prepare() -> None:
             self.path.mkdir(parents=True, exist_ok=True)
-            for child in [child for pattern in WRITTEN for child in self.path.glob(pattern)] if overwrite else ():
+            for child in [child for pattern in written for child in self.path.glob(pattern)] if overwrite else ():
                 files.remove(child)
             self.write(CONFIG, sealed(dump(config)))
             if overwrite or not (self.path / METRICS).is_file():
@@ -128,6 +129,7 @@ class RunFolder:
 
         Without a checkpoint `done` is 0, and nothing is kept: no record says that it is whole.
         """
+        from flowbp.runtime.distributed import on_main
 
         def forget() -> None:
             rows = read_metrics(self.path) if done else []
@@ -162,11 +164,25 @@ class RunFolder:
             if name not in found and self.writes:
                 log.warning("%s is gone: the run goes on without what it held", self.path / name)
 
+    def check_config(self) -> None:
+        """Raise OSError where CONFIG is another run's: the newest checkpoint remembers the run's own.
+
+        Steps may have grown since, and the folder may have moved. A config without its seal was changed on purpose.
+        """
+        file, last, trained = self.path / CONFIG, latest_checkpoint(self.path), None
+        with suppress(OSError):  # finished weights are of use without their checkpoints
+            trained = progress(last).get("config") if last is not None else None
+        if isinstance(trained, dict) and file.read_bytes().startswith(SEAL.encode()):
+            own = read(file)[0]
+            if found := changed({**trained, "output": own.get("output"), "steps": own.get("steps")}, own):
+                changes = ", ".join(f"{key} {cut(was)}, not {cut(now)}" for key, (was, now) in found.items())
+                raise OSError(f"{file} is another run's: {last} was trained with {changes}. Restore it from a copy")
+
     def _digests(self, done: float = math.inf) -> dict[str, str]:
         """SHA-256 by name of metrics.jsonl, unless it is empty, and of the validation files, as after step `done`."""
-        rows = read_metrics(self.path)
-        logged = "".join(line for line, row in rows if row["step"] <= done)
-        digests = {METRICS: hashlib.sha256(logged.encode()).hexdigest()} if rows else {}
+        logged = "".join(line for line, row in read_metrics(self.path) if row["step"] <= done)
+        held = (self.path / METRICS).stat().st_size  # a cut file may hold no whole row, and is not empty
+        digests = {METRICS: hashlib.sha256(logged.encode()).hexdigest()} if held else {}
         kept = [file for step, file in self._validations().items() if step <= done]
         return digests | {f"{VALIDATION}/{file.name}": files.digest_files([file]) for file in kept}
 
@@ -178,7 +194,7 @@ class RunFolder:
             with files.writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
                 file.write(json.dumps(files.without_nan(row)) + "\n")
 
-    def track(self, accelerator: Accelerator, values: Mapping[str, Any], step: int) -> None:
+    def track(self, accelerator: Any, values: Mapping[str, Any], step: int) -> None:
         """Show values of a step to TensorBoard, whose thread tells an error of the disk at the next call."""
         with files.writing(self.path / TENSORBOARD):
             accelerator.log(dict(values), step=step)
@@ -200,6 +216,10 @@ class RunFolder:
     def keep_validation(self, step: int, values: Values, best: bool = False) -> None:
         """Keep the scores of the weights after `step` steps. best: they are those that were just saved as `BEST`."""
         if self.writes:
+            import torch
+
+            from flowbp.runtime.tensors import write_tensors
+
             file = self.path / VALIDATION / f"{files.step_name(step)}.safetensors"
             file.parent.mkdir(exist_ok=True)
             columns = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in values.items()}
@@ -207,6 +227,10 @@ class RunFolder:
 
     def validations(self) -> dict[int, Values]:
         """All scores that were kept, by step. The main process reads them for all. Raises OSError if one is damaged."""
+        from accelerate.utils import broadcast_object_list
+
+        from flowbp.runtime.tensors import read_tensors
+
         found = {step: read_tensors(file)[0] for step, file in self._validations().items()} if self.writes else None
         tables: Any = broadcast_object_list([found])[0]
         return {step: {name: column.numpy() for name, column in table.items()} for step, table in tables.items()}
@@ -214,12 +238,16 @@ class RunFolder:
     def check_best(self, step: int | None) -> None:
         """Raise OSError unless `BEST` holds what was saved there after `step` steps."""
         if self.writes and step is not None:
+            from flowbp.runtime.tensors import read_tensors
+
             _, about = read_tensors(self._validations()[step])
             if about.get(BEST) != self._digest_of_best():
                 cause = "they were damaged, deleted or replaced. All else of this run is whole"
                 raise OSError(f"{self.path / BEST} does not hold the weights of the best step, {step}: {cause}")
 
     def _digest_of_best(self) -> str:
+        from flowbp.runtime.weights import LORA, TRANSFORMER
+
         folder = self.path / BEST
         kept = [*folder.glob(LORA), *folder.glob("step.json"), *sorted(folder.glob(f"{TRANSFORMER}/*"))]
         return files.digest_files(kept)
@@ -243,18 +271,22 @@ def told_at_the_next_call() -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path, does: str, option: str) -> Iterator[None]:
-    """Keep out of `folder` during the block whoever asks for the same. It is made if need be, and removed if it stays
-    empty. The main process locks for all.
+    """Keep out of `folder` during the block whoever asks for the same. It is made if need be, with the folders above
+    it, and removed if it stays empty. The main process locks for all.
 
     The kernel holds the lock, so that a killed process leaves none. Raises FileExistsError while another process has
     it. does: what that process does there. option: which names another folder.
     """
-    if not process_state().is_main_process:
+    if not is_main():
         yield
         return
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: choose another {option}")
-    folder.mkdir(parents=True, exist_ok=True)
+    made = [folder, *(parent for parent in folder.parents if not parent.exists())]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder} cannot be made ({error.strerror}): choose another {option}") from None
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written to: choose another {option}, or change its permissions")
     handle = os.open(folder, os.O_RDONLY)
@@ -268,7 +300,8 @@ def locked(folder: Path, does: str, option: str) -> Iterator[None]:
     finally:
         os.close(handle)
         with suppress(OSError):  # it holds something
-            folder.rmdir()
+            for path in made:
+                path.rmdir()
 
 
 def read_metrics(folder: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -303,9 +336,44 @@ def is_run(folder: Path) -> bool:
     return False
 
 
+def check_run(folder: Path) -> None:
+    """Raise FileNotFoundError for a folder that holds no run, or a run that has not started."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: pass the folders of runs")
+    for file in (CONFIG, METRICS):
+        if not inside(folder, file).is_file():
+            way_out = "pass the folders that flowbp train wrote"
+            raise FileNotFoundError(f"{folder} holds no {file}, so it is no run: {way_out}")
+
+
+def check_whole(folder: Path) -> None:
+    """Raise OSError where a run's config is another's, or a file is gone that the SHA256SUMS beside it lists."""
+    if (folder / CONFIG).is_file():
+        RunFolder(folder).check_config()
+    for sums in (*folder.glob(files.SUMS), *folder.glob(f"*/{files.SUMS}")):
+        for line in sums.read_text(errors="replace").splitlines():
+            if not (file := sums.parent / cut(line.partition("  ")[2])).exists():
+                raise FileNotFoundError(f"{file} is missing, and {files.SUMS} lists it: restore it from a copy")
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the folders' paths, as many of them as it takes to tell them apart. Raises ValueError for equal
+    folders, and for fewer than two.
+    """
+    if len(folders) < 2:
+        raise ValueError(f"a comparison needs two runs or more, got {len(folders)}")
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    twice = dict.fromkeys(str(folder) for folder, own in zip(folders, parts, strict=True) if parts.count(own) > 1)
+    raise ValueError(f"a run is compared with itself: {', '.join(twice)}; name each folder once")
+
+
 def contents(folder: Path) -> set[str]:
     """The names of what lies in `folder`, but for what a killed write left."""
-    return {path.name for path in folder.iterdir() if not path.match(files.LEFT)}
+    return {path.name for path in folder.glob("*") if not path.match(files.LEFT)}
 
 
 def how_to_go_on(output: Path) -> str:
@@ -324,11 +392,14 @@ def mark_folder(folder: Path, command: str) -> None:
 
     Raises FileExistsError for a folder that holds anything and that this command did not make.
     """
-    mark = folder / MARK
-    if mark.is_file() and mark.read_text() == command:
-        return
-    if folder.exists() and (not folder.is_dir() or contents(folder)):
+    check_mark(folder, command)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_file(folder / MARK, command)
+
+
+def check_mark(folder: Path, command: str) -> None:
+    """Raise FileExistsError as `mark_folder` does."""
+    ours = (folder / MARK).is_file() and (folder / MARK).read_text() == command
+    if not ours and folder.exists() and (not folder.is_dir() or contents(folder)):
         way_out = "choose another --out, or an empty folder"
         raise FileExistsError(f"{folder} holds what {command} did not write there: {way_out}")
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_file(mark, command)

@@ -11,8 +11,12 @@ from typer.testing import CliRunner
 
 from flowbp.cli import app
 from flowbp.config import dump, load
-from flowbp.evaluation.runs import EVALUATED, IMAGES_A_STEP, Run, about, compare_runs, contrast, grouped, short_names
+from flowbp.config.loading import sealed
+from flowbp.evaluation.numbers import grouped
+from flowbp.evaluation.runs import EVALUATED, IMAGES_A_STEP, Run, about, compare_runs, contrast
 from flowbp.evaluation.scores import Scores
+from flowbp.runtime.files import seal
+from flowbp.runtime.run_folder import short_names
 
 WATCHED = ("evaluation.every=10", "evaluation.best=monitor")
 
@@ -163,6 +167,44 @@ def test_a_run_that_still_writes_and_one_without_scores_are_compared_as_far_as_t
         in missing
     )
     assert versions.endswith("copy: flowbp 0.0.9")
+
+
+def test_the_config_of_another_run_is_named(run, tmp_path):
+    """Its seal is whole. The checkpoint remembers the run's own, of which steps may grow and the folder may move."""
+    copy, own = tmp_path / "copy", (run / "config.yaml").read_text()
+    shutil.copytree(run, copy)
+    config = load(run)
+    foreign = config.model_copy(update={"seed": 7, "output": tmp_path / "theirs"})
+    longer = config.model_copy(update={"steps": 9, "output": copy})
+    (copy / "config.yaml").write_text(sealed(dump(foreign)))
+    said = "copy/config.yaml is another run's: .*step-000002 was trained with seed 42, not 7. Restore it from a copy"
+    with pytest.raises(OSError, match=said):
+        compare_runs([run, copy], tmp_path / "out")
+    result = CliRunner().invoke(app, ["eval", str(copy), "--out", str(tmp_path / "eval")])
+    assert isinstance(result.exception, OSError) and re.search(said, str(result.exception))
+    for whole in (own, sealed(dump(longer)), dump(foreign)):  # the last has no seal: its owner changed it
+        (copy / "config.yaml").write_text(whole)
+        assert compare_runs([run, copy], tmp_path / "out")
+    about = json.loads((run / "checkpoints/step-000002/step.json").read_text())
+    assert about.pop("config")
+    (copy / "checkpoints/step-000002/step.json").write_text(json.dumps(about))
+    (copy / "checkpoints/step-000002/SHA256SUMS").unlink()
+    (copy / "config.yaml").write_text(sealed(dump(foreign)))  # an older run has no record to compare with
+    assert compare_runs([run, copy], tmp_path / "out")
+
+
+def test_a_deleted_file_of_the_weights_is_named(tmp_path):
+    folder = tmp_path / "run/transformer"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (folder / name).write_text("{}")
+    seal(folder)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    said = f"{folder}/diffusion_pytorch_model.safetensors is missing, and SHA256SUMS lists it: restore it from a copy"
+    for command in (["eval", "demo", "--weights", f"mine={folder}"], ["sample", "demo", "a cat", "--weights"]):
+        weights = [] if command[0] == "eval" else [str(folder.parent)]
+        with pytest.raises(FileNotFoundError, match=said):
+            CliRunner().invoke(app, [*command, *weights], catch_exceptions=False)
 
 
 def test_a_damaged_table_of_scores_is_named(run, other, tmp_path):

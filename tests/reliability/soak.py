@@ -359,6 +359,8 @@ class Soak:
         logged = lambda run: [run / METRICS, run / "config.yaml"]  # noqa: E731
         page = ("compared/comparison.json",)
         scenes["compare"] = lambda: (self.whole(), logged, self.other(), compare, page)
+        named = lambda run: [run / "config.yaml"]  # noqa: E731
+        scenes["eval of a config"] = lambda: (self.whole(), named, self.other(), evaluate, ("eval/samples.csv",))
         again = lambda: (self.evaluation(), chunks, self.other_evaluation(), score_again, EVALUATION)  # noqa: E731
         scenes["eval again"] = again
         scenes["cache"] = lambda: (cache(), tensors, cache(), cached, tuple(f"run/{each}" for each in RESULTS))
