@@ -69,7 +69,7 @@ OF_MODELS = {
     "train|demo|backbone.name=shape": "unknown backbone 'shape'; did you mean 'shapes'?",
     "train|demo|backbone.name=own": "own holds no model_index.json",
     "sample|demo|a cat|--weights|own": "own holds no pytorch_lora_weights.safetensors",
-    "eval|demo|--weights|nowhere": "do not exist",
+    "eval|demo|--weights|nowhere": "nowhere holds no pytorch_lora_weights.safetensors",
     "estimate|demo|backbone.name=own": "own holds no model_index.json",
 }
 MISTAKES = WITHOUT_TORCH | OWN_CODE | OF_MODELS

@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from flowbp.foreign import cut, read_text, short
@@ -48,6 +47,7 @@ def load_backbone(
     model that can be neither read nor downloaded, and for a folder without a part that its model_index.json names.
     """
     location, index = read_index(name)
+    import torch
     from diffusers import DiffusionPipeline
 
     from flowbp.backbones.classes import BACKBONES

@@ -14,6 +14,7 @@ from rich.text import Text
 from typer import Argument, Option
 
 from flowbp import __version__
+from flowbp.backbones import KNOWN_MODELS, read_index
 from flowbp.cli import tables
 from flowbp.config import build_method, commented, dump, load, parse_overrides
 from flowbp.foreign import cut
@@ -23,6 +24,7 @@ from flowbp.quadrature import Solver
 from flowbp.rewards.callable import CallableReward
 from flowbp.rewards.registry import EMBEDDED, REWARDS, find_source, how_to_fetch
 from flowbp.runtime import run_folder
+from flowbp.runtime.checkpoint import weight_files
 from flowbp.runtime.console import TextConsole, tame_libraries
 from flowbp.runtime.inputs import check_inputs, check_target, parse_size, try_rewards
 from flowbp.runtime.interrupts import heard_by, interrupt
@@ -134,8 +136,6 @@ def estimate(
     memory = None if gpu_memory is None else parse_size(gpu_memory)
     if json_file is not None:
         check_target("--json", json_file)
-    from flowbp.backbones import KNOWN_MODELS, read_index
-
     if run.backbone.name not in KNOWN_MODELS:  # their sizes are known
         read_index(run.backbone.name)
     from flowbp.estimate import estimate as estimates
@@ -186,9 +186,6 @@ def sample(
     """Draw prompts with the base or the tuned model."""
     run, count = load(config, run_code=False), len(prompts)
     check_target("--out", out, ".png")
-    from flowbp.backbones import read_index
-    from flowbp.runtime.weights import weight_files
-
     read_index(run.backbone.name)
     if weights is not None:
         run_folder.check_whole(weights)
@@ -215,6 +212,7 @@ def export(
     diffusers.)
     """
     check_target("the file", out, ".safetensors")
+    weight_files(run)
     from flowbp.runtime.weights import export_comfyui
 
     export_comfyui(run, out)
@@ -234,8 +232,10 @@ def evaluate(
     killed run goes on.
     """
     run, of_a_run = load(config, overrides or ()), Path(config, run_folder.CONFIG).is_file()
-    for read in (Path(config), *(Path(spec.rpartition("=")[2]) for spec in weights or ())):
-        run_folder.check_whole(read)
+    run_folder.check_whole(Path(config))
+    for spec in weights or ():
+        run_folder.check_whole(source := Path(spec.rpartition("=")[2]))
+        weight_files(source)
     folder = out or Path(f"{config.rstrip('/') if of_a_run else run.output}-eval")
     run_folder.check_mark(folder, "flowbp eval")
     check_inputs(run)

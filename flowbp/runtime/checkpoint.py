@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # whether a folder holds checkpoints is told without torch
 
     from flowbp.rewards import WeightedRewards
 
+LORA = "pytorch_lora_weights.safetensors"
+TRANSFORMER = "transformer"
 CHECKPOINTS = "checkpoints"  # in a run's folder
 CHECKPOINT = "parameters.safetensors"
 STATE = "state.pt"
@@ -81,6 +83,22 @@ def latest_checkpoint(output: Path) -> Path | None:
             progress(newest)
             return newest
     return newest
+
+
+def weight_files(source: Path) -> list[Path]:
+    """The files that hold the weights of `source`. Raises FileNotFoundError if there are none."""
+    if source.is_file():
+        return [source]
+    for names in ((LORA,), (CHECKPOINT, STATE)):
+        if (source / names[0]).is_file():
+            return [source / name for name in names]
+    for folder in (source / TRANSFORMER, source):
+        weights = sorted(folder.glob("*.safetensors"))
+        if weights and ((folder / "config.json").is_file() or len(weights) == 1):
+            return weights
+    hint = f", or its checkpoint {unfinished}" if (unfinished := latest_checkpoint(source)) else ""
+    wanted = f"pass the folder of a finished run{hint}, or a LoRA file"
+    raise FileNotFoundError(f"{source} holds no {LORA}, transformer/ or {CHECKPOINT}: {wanted}")
 
 
 def progress(folder: Path) -> dict[str, Any]:

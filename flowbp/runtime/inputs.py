@@ -8,6 +8,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from flowbp.backbones import read_index
 from flowbp.config import ConfigError, EvaluationConfig, GenEvalConfig, RunConfig, ScorerConfig
 from flowbp.foreign import short
 from flowbp.names import find
@@ -39,8 +40,6 @@ def check_inputs(config: RunConfig, train: bool = False) -> None:
             find_folders(spec.name, find_source(spec.name), spec.model, spec.revision)
     if train and config.optimizer.name == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise ConfigError("optimizer.name=adamw8bit: no bitsandbytes here; pip install bitsandbytes, or use adamw")
-    from flowbp.backbones import read_index
-
     read_index(config.backbone.name)
 
 

@@ -31,7 +31,7 @@ from flowbp.config import RunConfig, changed, dump
 from flowbp.config.loading import CONFIG, SEAL, read, sealed
 from flowbp.foreign import cut, inside
 from flowbp.runtime import files
-from flowbp.runtime.checkpoint import CHECKPOINTS, latest_checkpoint, progress, prune
+from flowbp.runtime.checkpoint import CHECKPOINTS, LORA, TRANSFORMER, latest_checkpoint, progress, prune
 from flowbp.runtime.console import is_main
 
 METRICS = "metrics.jsonl"
@@ -103,7 +103,6 @@ class RunFolder:
         """
         from flowbp.runtime.distributed import on_main
         from flowbp.runtime.environment import ENVIRONMENT, environment
-        from flowbp.runtime.weights import LORA, TRANSFORMER
 
         # All that a run leaves in its folder beside CONFIG and METRICS, as patterns: in this order it is emptied, so
         # that what a kill leaves is a run that goes on as it would have, from its first step.
@@ -246,8 +245,6 @@ class RunFolder:
                 raise OSError(f"{self.path / BEST} does not hold the weights of the best step, {step}: {cause}")
 
     def _digest_of_best(self) -> str:
-        from flowbp.runtime.weights import LORA, TRANSFORMER
-
         folder = self.path / BEST
         kept = [*folder.glob(LORA), *folder.glob("step.json"), *sorted(folder.glob(f"{TRANSFORMER}/*"))]
         return files.digest_files(kept)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flowbp.config import ConfigError, TuningConfig, load
 from flowbp.config.loading import CONFIG
 from flowbp.foreign import cut
-from flowbp.runtime.checkpoint import CHECKPOINT, STATE, latest_checkpoint, load_parameters, load_state
+from flowbp.runtime.checkpoint import CHECKPOINT, LORA, TRANSFORMER, load_parameters, load_state, weight_files
 from flowbp.runtime.distributed import gathered, process_state
 from flowbp.runtime.files import check_seal, digest_files, replacing, seal
 from flowbp.runtime.tensors import read_tensors, seal_tensors
@@ -22,9 +22,6 @@ from flowbp.runtime.tuning import assign, trainable_parameters, trained
 
 if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
     from flowbp.backbones import Backbone
-
-LORA = "pytorch_lora_weights.safetensors"
-TRANSFORMER = "transformer"
 
 # A layer's A, B or alpha as diffusers (old and new), PEFT, kohya and ComfyUI write it.
 LORA_NAME = re.compile(
@@ -267,22 +264,6 @@ def read_lora(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     except (OSError, ValueError, RecursionError) as error:
         way_out = "pass a run, its checkpoint, or a LoRA file"
         raise ValueError(f"{file} is not a LoRA in safetensors: {cut(error, 300)}; {way_out}") from error
-
-
-def weight_files(source: Path) -> list[Path]:
-    """The files that hold the weights of `source`. Raises FileNotFoundError if there are none."""
-    if source.is_file():
-        return [source]
-    for names in ((LORA,), (CHECKPOINT, STATE)):
-        if (source / names[0]).is_file():
-            return [source / name for name in names]
-    for folder in (source / TRANSFORMER, source):
-        weights = sorted(folder.glob("*.safetensors"))
-        if weights and ((folder / "config.json").is_file() or len(weights) == 1):
-            return weights
-    hint = f", or its checkpoint {unfinished}" if (unfinished := latest_checkpoint(source)) else ""
-    wanted = f"pass the folder of a finished run{hint}, or a LoRA file"
-    raise FileNotFoundError(f"{source} holds no {LORA}, transformer/ or {CHECKPOINT}: {wanted}")
 
 
 def load_training_checkpoint(backbone: "Backbone", folder: Path) -> None:
