@@ -61,13 +61,15 @@ def name_models(specs: Iterable[str]) -> list[Model]:
     """
     models = [BASE]
     for spec in specs:
-        name, _, path = spec.rpartition("=")
+        name, equals, path = spec.partition("=")
+        if not equals or Path(spec).exists():  # the folder of a setting, such as lr=1e-4
+            name, path = "", spec
         models.append(Model(name or Path(path).resolve().stem, Path(path)))
     names = [model.name for model in models]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two models are called {name!r}: give them names of their own, --weights NAME=PATH")
-        if not "".join(c for c in name if c not in "-_. ").isalnum():
+        if not "".join(c for c in name if c not in "-_. =").isalnum():
             raise ValueError(f"{name!r} cannot be a folder's name: use letters, digits, . - _ in --weights NAME=PATH")
     return models
 

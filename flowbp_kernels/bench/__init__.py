@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device; leave --device out to measure on the CPU")
+    if options.json and not Path(options.json).parent.is_dir():
+        raise ValueError(f"--json {options.json}: there is no folder {Path(options.json).parent}: make it first")
     if options.threads:
         torch.set_num_threads(options.threads)
     room = options.memory_gb * 1e9 if options.memory_gb else _free_memory(options.device) / 2

@@ -221,8 +221,11 @@ def test_a_run_of_0_1_is_evaluated_and_not_resumed(run, tmp_path):
     assert new == of_0_1 and new[0]["scores"]["tuned"] != new[0]["scores"]["base"]
 
 
-def test_models_are_named_after_their_folders_or_as_told():
+def test_models_are_named_after_their_folders_or_as_told(tmp_path):
     assert name_models(["runs/a", "b=runs/x"]) == [BASE, Model("a", Path("runs/a")), Model("b", Path("runs/x"))]
+    (tmp_path / "lr=1e-4").mkdir()  # as flowbp sweep names the folders of settings
+    folder = str(tmp_path / "lr=1e-4")
+    assert name_models([folder, f"b={folder}"])[1:] == [Model("lr=1e-4", Path(folder)), Model("b", Path(folder))]
     with pytest.raises(ValueError, match="two models are called 'a'"):
         name_models(["runs/a", "other/a"])
     with pytest.raises(ValueError, match="cannot be a folder's name"):
