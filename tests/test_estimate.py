@@ -214,6 +214,17 @@ def test_moments_in_8_bits_are_a_quarter_of_float32(tmp_path):
     assert plain == 4 * small > 0
 
 
+@pytest.mark.parametrize("override", ["tuning.targets=[attn.to_q]", "tuning.rank=4", "tuning.mode=full"])
+def test_an_estimate_is_of_the_parameters_that_its_config_trains(override, tmp_path):
+    assert estimate(tiny(tmp_path, override, side=32)).trained != estimate(tiny(tmp_path, side=32)).trained
+
+
+def test_a_moving_average_is_in_float32_whatever_the_network_is_in(tmp_path):
+    narrow = ["tuning.mode=full", "backbone.dtype=bfloat16", "tuning.master_weights=false", "ema=0.9"]
+    found = estimate(tiny(tmp_path, *narrow, side=32))
+    assert found.resident["moving average"] == 4 * found.trained == 2 * found.resident["trained weights"]
+
+
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.3])
 def test_a_suggestion_fits_and_keeps_the_samples_of_a_step(share, tmp_path):
     overrides = ["tuning.mode=full", f"output={tmp_path}", "data.batch_size=8"]
