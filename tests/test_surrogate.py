@@ -629,13 +629,14 @@ def test_masks_that_cannot_be_drawn_again_are_refused():
         backward(plan, trajectory, toy_velocity(field.train()).replay, torch.ones(3, 6, dtype=torch.float64))
 
 
-def test_a_replay_runs_under_the_autocast_of_the_rollout():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_replay_runs_under_the_autocast_of_the_rollout(dtype):
     sigmas = torch.linspace(1, 0, 13)
     plan = FlowBPSparse(3, rescale=0.0).at(sigmas.double().numpy(), [1, 5, 9])
     gradients = {}
     for recompute in ("always", "never"):
         velocity = GuidedVelocity(DeepField(), {"text": torch.zeros(4, 1)}, None, Guidance())
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             noise = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
             trajectory = rollout(velocity, noise, sigmas, plan, recompute=Recompute(recompute))
         backward(plan, trajectory, velocity.replay, torch.ones(4, 64))
