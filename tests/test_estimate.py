@@ -162,6 +162,9 @@ def test_copied_gradients_are_whole_and_sharded_ones_where_backward_passes_accum
     )
     assert whole.working["gradients"] == 4 * whole.trained  # float32, where FSDP2 adds them up and reduces them
     assert split.peaks["sweep"] < 0.7 * whole.peaks["sweep"]  # 57 blocks
+    (checkpoint,) = (note for note in whole.notes if "checkpoint" in note)
+    gathered = 4 * whole.trained * (4 if load("flux.1-dev/flowbp-bridge").ema else 3)  # masters, moments and average
+    assert checkpoint.endswith(f": {gathered / 1e9:.1f} GB")
 
 
 def test_two_blocks_and_what_is_outside_of_blocks_are_gathered_at_a_time():
