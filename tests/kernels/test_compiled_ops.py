@@ -100,6 +100,15 @@ def test_every_half_precision_value_is_kept(dtype, isa):
     assert torch.equal(kept.nan_to_num(nan=1.0), values.nan_to_num(nan=1.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_nan_whose_bits_are_all_cut_off_stays_nan(dtype, isa):
+    """Without its lowest bits it would be infinite."""
+    values = torch.tensor([0x7F800001, -0x7FFFFF], dtype=torch.int32).view(torch.float32).repeat(1, 35)
+    velocity = torch.empty_like(values, dtype=dtype)
+    cfg_euler_step(values, values, None, 1.0, 0.0, velocity_out=velocity)
+    assert values.isnan().all() and velocity.isnan().all()
+
+
 def test_float16_is_rounded_to_nearest_and_ties_to_even(isa):
     """Halfway between any two neighbours, just below and above, past the largest, and among float32's subnormals."""
     halves = np.arange(0x7C01, dtype=np.uint16).view(np.float16).astype(np.float32)
