@@ -233,9 +233,18 @@ def test_zero_coefficients_cut(choice, monkeypatch):
     assert not bridge_cotangents(cache[1], x, [0.0], [1.0]).any()
 
 
+def test_a_residual_takes_every_chunk_of_a_large_sample(isa):
+    """One more than the 256 threads that add chunks up."""
+    start, target, end = (draw(1, 257 * 2048 + 5, seed=seed) for seed in range(3))
+    found = leap_residuals(start, target, end, start[None], [0], ([0.0], [0.0]))
+    expected = torch.stack([(start - target).abs().mean(1), (target - end).abs().mean(1)])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 9])  # a launch takes 128 samples, or 256 nodes of fewer
 @pytest.mark.parametrize("batch", [1, 129, 300])
-def test_a_batch_of_rules_may_exceed_one_launch(batch, isa):
-    x, cache, (nodes, weights) = draw(batch, 7), draw(NUM_CACHED, batch, 7, seed=1), rule(9, batch, True)
+def test_a_batch_of_rules_may_exceed_one_launch(batch, num_nodes, isa):
+    x, cache, (nodes, weights) = draw(batch, 7), draw(NUM_CACHED, batch, 7, seed=1), rule(num_nodes, batch, True)
     together = quadrature_update(x, cache, nodes, weights)
     for b in {0, batch // 2, batch - 1}:
         one = slice(b, b + 1)
