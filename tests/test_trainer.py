@@ -32,8 +32,8 @@ from flowbp.rewards import Smoothed, Smoothing, WeightedRewards, load_reward
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, seal
 from flowbp.runtime.data import Prompt, sample_seeds
 from flowbp.runtime.files import remove
-from flowbp.runtime.interrupts import Stop
-from flowbp.runtime.run_folder import RunFolder
+from flowbp.runtime.interrupts import Stop, heard_by, interrupt
+from flowbp.runtime.run_folder import RunFolder, how_to_go_on
 from flowbp.runtime.weights import load_weights
 from flowbp.surrogate import backward, reward_input
 from flowbp.training.run import run, train
@@ -670,6 +670,20 @@ def test_a_second_request_to_stop_interrupts_at_once_and_an_echo_of_the_first_do
     assert stop.number == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         stop.hear(signal.SIGINT)
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with heard_by(interrupt):
+        heard = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+    assert heard == signal.SIG_IGN
+
+
+def test_before_the_first_checkpoint_the_way_on_starts_as_many_processes(tmp_path, monkeypatch):
+    run_folder(tiny(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert how_to_go_on(tmp_path / "run").endswith(" --resume --processes 2")
 
 
 def test_sigterm_before_the_first_step_says_what_to_type(tmp_path, monkeypatch):
