@@ -138,6 +138,7 @@ def test_a_number_that_cannot_be_meant_is_refused_where_the_config_is_read(overr
         (["reward.sha256=abc"], "reward.sha256: .*got 'abc'"),
         (["reward={diversity: {model: shapes}}"], "^'diversity' names two metrics"),
         (["reward={monitor: {model: shapes}}"], "^'monitor' names two metrics"),
+        (["reward={sweep_seconds: {model: shapes}}"], "^'sweep_seconds' names two metrics"),
         (["reward={a/b: {model: shapes}}"], "reward.a/b"),
         (["reward={}"], "reward: .*at least 1 item"),
         (
@@ -188,6 +189,7 @@ def test_classes_and_functions_of_your_own_are_found_beside_the_config_and_in_th
     monkeypatch.chdir(tmp_path / "here")
     for module in ("found_here", "found_beside"):
         assert type(load(config, [f"method={module}:Mine"]).method).__module__ == module
+    assert sys.path.index(str(tmp_path / "here")) < sys.path.index(str(tmp_path / "beside"))  # the first one found wins
     with pytest.raises(ConfigError, match=f"No module named 'found_nowhere'; modules are searched in {tmp_path}/here"):
         load(config, ["method=found_nowhere:Mine"])
 

@@ -148,3 +148,11 @@ def test_nothing_prints_past_the_owner_of_plain_text():
     past = re.compile(r"rich\.(console|markup) import|rich import print|\[/\]")
     files = Path(flowbp.__file__).parent.rglob("*.py")
     assert [path.name for path in files if past.search(path.read_text(encoding="utf-8"))] == ["console.py"]
+
+
+def test_a_fall_that_is_confirmed_is_as_bold_as_a_rise():
+    row = {"metric": "clip", "category": "all", "count": 9, "missing": 0, "before": 0.4, "after": 0.5}
+    changes = [(0.1, 0.3, 0.01), (-0.3, -0.1, 0.01), (-0.1, 0.3, 0.01), (0.1, 0.3, 0.06)]
+    rows = [row | {"change": (low + high) / 2, "low": low, "high": high, "p_value": p} for low, high, p in changes]
+    table = comparison_table(rows, "title")
+    assert [shown_row.style for shown_row in table.rows] == ["bold", "bold", None, None]

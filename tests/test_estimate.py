@@ -168,6 +168,9 @@ def test_copied_gradients_are_whole_and_sharded_ones_where_backward_passes_accum
     )
     assert whole.working["gradients"] == 4 * whole.trained  # float32, where FSDP2 adds them up and reduces them
     assert split.peaks["sweep"] < 0.7 * whole.peaks["sweep"]  # 57 blocks
+    (checkpoint,) = (note for note in whole.notes if "checkpoint" in note)
+    gathered = 4 * whole.trained * (4 if load("flux.1-dev/flowbp-bridge").ema else 3)  # masters, moments and average
+    assert checkpoint.endswith(f": {gathered / 1e9:.1f} GB")
 
 
 def test_two_blocks_and_what_is_outside_of_blocks_are_gathered_at_a_time():
@@ -218,6 +221,17 @@ def test_moments_in_8_bits_are_a_quarter_of_float32(tmp_path):
         for name in ("adamw", "adamw8bit")
     )
     assert plain == 4 * small > 0
+
+
+@pytest.mark.parametrize("override", ["tuning.targets=[attn.to_q]", "tuning.rank=4", "tuning.mode=full"])
+def test_an_estimate_is_of_the_parameters_that_its_config_trains(override, tmp_path):
+    assert estimate(tiny(tmp_path, override, side=32)).trained != estimate(tiny(tmp_path, side=32)).trained
+
+
+def test_a_moving_average_is_in_float32_whatever_the_network_is_in(tmp_path):
+    narrow = ["tuning.mode=full", "backbone.dtype=bfloat16", "tuning.master_weights=false", "ema=0.9"]
+    found = estimate(tiny(tmp_path, *narrow, side=32))
+    assert found.resident["moving average"] == 4 * found.trained == 2 * found.resident["trained weights"]
 
 
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.3])

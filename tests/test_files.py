@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from flowbp.runtime.files import digest_files, remove, remove_left, replacing, write_file, write_json
+from flowbp.runtime.tensors import read_tensors, write_tensors
 
 
 def names(folder):
@@ -57,8 +58,9 @@ def test_scraps_of_a_killed_write_do_not_stop_the_next(tmp_path):
     with replacing(tmp_path / "folder") as scratch:
         scratch.mkdir()
     assert names(tmp_path) == sorted([*others, "folder"]) and names(tmp_path / "folder") == []
+    (tmp_path / ".folder.e5f6a7b8.partial").mkdir()  # perhaps of a write that has yet to lock it
     remove_left(tmp_path)
-    assert names(tmp_path) == [".folder.partial", "folder", "folder.a1b2c3d4.partial"]
+    assert names(tmp_path) == [".folder.e5f6a7b8.partial", ".folder.partial", "folder", "folder.a1b2c3d4.partial"]
 
 
 def test_a_link_that_lies_in_wait_is_not_followed(tmp_path):
@@ -139,3 +141,15 @@ def test_files_are_as_readable_as_this_users_others_whichever_library_writes_the
         os.umask(before)
     for name in ("weights.safetensors", "folder/weights.safetensors"):
         assert (tmp_path / name).stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize(("old", "new"), [(b'"F32"', b'"I32"'), (b"[2,3]", b"[3,2]"), (b'"a"', b'"b"'), (b"me", b"no")])
+def test_what_a_file_says_of_its_tensors_is_covered_by_their_digest(old, new, tmp_path):
+    file = tmp_path / "a.safetensors"
+    write_tensors(file, {"a": torch.ones(2, 3)}, {"of": "me"})
+    assert read_tensors(file)[1] == {"of": "me"}
+    content = file.read_bytes()
+    assert old in content
+    file.write_bytes(content.replace(old, new, 1))
+    with pytest.raises(OSError, match="is damaged"):
+        read_tensors(file)

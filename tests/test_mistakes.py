@@ -29,6 +29,8 @@ print(json.dumps(answers))
 WITHOUT_TORCH = {  # a command: what the answer says
     "train|demo|optimizer.lr=-1": "optimizer.lr: Input should be greater than 0",
     "train|demo|compile=inductr": "unknown compile backend 'inductr'; did you mean 'inductor'?",
+    "sweep|demo|optimizer.lr=-1,2": "optimizer.lr: Input should be greater than 0",
+    "sweep|demo|seeds=a": "seeds=a names no seed",
     "train|demo|guidance.scale=-1": "guidance scale must be a finite number",
     "train|demo|reward.smooth.copies=0": "smoothing needs 1 to 1000 copies",
     "train|demo|reward.name=hpsv": "unknown reward 'hpsv'",

@@ -2,6 +2,7 @@
 
 import sys
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -15,7 +16,7 @@ from flowbp.config import ConfigError, MemoryConfig, OptimizerConfig, TuningConf
 from flowbp.guidance import Guidance
 from flowbp.methods import FlowBPBridge
 from flowbp.replay import Recompute
-from flowbp.runtime.memory import compile_blocks, save_memory
+from flowbp.runtime.memory import compile_blocks, peak_memory_mb, save_memory
 from flowbp.runtime.tuning import build_optimizer, trainable_parameters
 from flowbp.surrogate import backward, reward_input
 from flowbp.trajectory import rollout
@@ -101,6 +102,7 @@ def test_tiling_is_differentiable(name):
     backbone = tiny_backbone(name, torch.float64)
     save_memory(backbone, MemoryConfig(vae_tiling=True, vae_checkpointing=True))
     vae = backbone.pipe.vae
+    assert vae.use_tiling and not vae.use_slicing
     vae.tile_latent_min_size, vae.tile_sample_min_size = 4, 32  # 3 x 3 tiles of a 64 x 64 image
     x = backbone.noise(64, 64, [torch.Generator().manual_seed(0)]).double()
     pixels = torch.rand(1, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -114,6 +116,13 @@ def test_tiling_is_differentiable(name):
     with torch.no_grad():
         slope = (score(x + 1e-6 * direction) - score(x - 1e-6 * direction)) / 2e-6
     assert slope.item() == pytest.approx((g * direction).sum().item(), rel=1e-5)
+
+
+def test_the_peak_of_a_process_is_in_megabytes_of_a_million_bytes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: "VmPeak:\t  9000 kB\nVmHWM:\t  5000 kB\nVmRSS:\t  400 kB\n")
+    assert peak_memory_mb() == 5.12
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -5,6 +5,8 @@ nothing is learned.
 import gc
 import weakref
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -565,6 +567,14 @@ def test_a_tensor_that_a_graph_saves_twice_weighs_once():
     assert graph_bytes == 4 * x.nbytes  # x, the first product, its square, and the exponential
 
 
+def test_a_part_that_a_graph_saves_weighs_as_much_as_the_whole_that_it_keeps_alive():
+    scale, x = torch.nn.Parameter(torch.ones(5)), torch.ones(3, 5)
+    _, graph_bytes = weigh(
+        lambda: record(lambda x, sigma: scale * x.repeat(4, 1)[:3], x, torch.tensor(0.5), False), x.device
+    )
+    assert graph_bytes == 4 * x.nbytes
+
+
 def test_frozen_weights_that_a_graph_saves_weigh_nothing():
     scale, frozen, x = (torch.nn.Parameter(torch.ones(5)) for _ in range(3))
     frozen.requires_grad_(False)
@@ -576,6 +586,15 @@ def test_frozen_weights_that_a_graph_saves_weigh_nothing():
 
 def test_free_memory_is_measured():
     assert 0 < spare_bytes(torch.device("cpu")) < 1 << 50
+
+
+def test_free_memory_is_what_was_free_when_this_process_was_at_its_largest(monkeypatch):
+    texts = {"meminfo": "MemTotal: 9000 kB\nMemAvailable: 5000 kB\n", "statm": "900 70 30 0 0 0 0"}  # 70 pages now
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: texts[path.name])
+    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=600))  # kB at most
+    monkeypatch.setattr("resource.getpagesize", lambda: 4096)
+    assert spare_bytes(torch.device("cpu")) == 1024 * (5000 - (600 - 280))
 
 
 # -- dropout and autocast ----------------------------------------------------------------------------------------------
@@ -610,13 +629,14 @@ def test_masks_that_cannot_be_drawn_again_are_refused():
         backward(plan, trajectory, toy_velocity(field.train()).replay, torch.ones(3, 6, dtype=torch.float64))
 
 
-def test_a_replay_runs_under_the_autocast_of_the_rollout():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_replay_runs_under_the_autocast_of_the_rollout(dtype):
     sigmas = torch.linspace(1, 0, 13)
     plan = FlowBPSparse(3, rescale=0.0).at(sigmas.double().numpy(), [1, 5, 9])
     gradients = {}
     for recompute in ("always", "never"):
         velocity = GuidedVelocity(DeepField(), {"text": torch.zeros(4, 1)}, None, Guidance())
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             noise = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
             trajectory = rollout(velocity, noise, sigmas, plan, recompute=Recompute(recompute))
         backward(plan, trajectory, velocity.replay, torch.ones(4, 64))

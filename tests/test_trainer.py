@@ -32,8 +32,8 @@ from flowbp.rewards import Smoothed, Smoothing, WeightedRewards, load_reward
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, seal
 from flowbp.runtime.data import Prompt, sample_seeds
 from flowbp.runtime.files import remove
-from flowbp.runtime.interrupts import Stop
-from flowbp.runtime.run_folder import RunFolder
+from flowbp.runtime.interrupts import Stop, heard_by, interrupt
+from flowbp.runtime.run_folder import RunFolder, how_to_go_on
 from flowbp.runtime.weights import load_weights
 from flowbp.surrogate import backward, reward_input
 from flowbp.training.run import run, train
@@ -88,7 +88,8 @@ def test_a_run_rolls_out_and_guides_as_its_config_says_and_evaluates_as_the_mode
     for each in (config, plain):
         Trainer(each).step(0)
     assert calls == [(config.guidance, "adams-2"), (plain.guidance, "euler")] and not torch.equal(*samples)
-    assert config.evaluation_rollout.solver == "euler" and config.evaluation_guidance == Guidance(3.0)
+    assert config.evaluation_rollout.solver == "euler"
+    assert config.evaluation_guidance == plain.evaluation_guidance == Guidance(3.0)
     asked = load("demo", [interval, "evaluation.solver=adams-3", "evaluation.interval=[0.1, 1]"])
     assert asked.evaluation_rollout.solver == "adams-3" and asked.evaluation_guidance.interval == (0.1, 1.0)
 
@@ -350,16 +351,22 @@ def test_memory_settings_leave_the_gradient_as_it_is(name, tmp_path):
 
 def test_each_copy_of_each_sample_has_noise_and_perturbations_of_its_own(tmp_path, monkeypatch):
     trainer = Trainer(tiny(tmp_path, "method={name: draft-lv, num_renoised: 2}", "rollout.num_steps=2"))
-    score, noises, seeds = trainer.rewards.score, [], []
+    score, noise, noises, seeds, seeds_of_noise = trainer.rewards.score, trainer.model.backbone.noise, [], [], set()
+
+    def drawn(height, width, generators):
+        seeds_of_noise.update(generator.initial_seed() for generator in generators)
+        return noise(height, width, generators)
 
     def rolled(velocity, noise, sigmas, plan, renoise, *others):
         noises.extend(torch.cat([noise, *renoise]).flatten(1))
         return rollout(velocity, noise, sigmas, plan, renoise, *others)
 
     monkeypatch.setattr("flowbp.training.trainer.rollout", rolled)
+    monkeypatch.setattr(trainer.model.backbone, "noise", drawn)
     trainer.rewards.score = lambda images, prompts, own: seeds.extend(own) or score(images, prompts, own)
     trainer.accumulate_gradient(0, 0)
     assert len(seeds) == len(set(seeds)) == len(noises) == 6
+    assert seeds_of_noise and seeds_of_noise.isdisjoint(seeds), "a perturbation that is the noise of the sample"
     assert (torch.corrcoef(torch.stack(noises)) - torch.eye(6)).abs().max() < 0.2  # 4 standard errors of 512 values
 
 
@@ -482,6 +489,7 @@ def test_a_folder_that_holds_a_run_is_not_touched_without_being_told(tmp_path):
         {"config.yaml": "[1", "metrics.jsonl": ""},
         {"config.yaml": "another: program", "metrics.jsonl": ""},
         {"config.yaml": "RUN", "thesis.tex": "a config that was copied to where one works"},
+        {"config.yaml": "{output: a, backbone: {}, method: refl, reward: clip, data: {}}"},  # written by hand
     ],
 )
 def test_a_folder_of_other_files_is_never_deleted(files, tmp_path):
@@ -664,6 +672,20 @@ def test_a_second_request_to_stop_interrupts_at_once_and_an_echo_of_the_first_do
         stop.hear(signal.SIGINT)
 
 
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with heard_by(interrupt):
+        heard = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+    assert heard == signal.SIG_IGN
+
+
+def test_before_the_first_checkpoint_the_way_on_starts_as_many_processes(tmp_path, monkeypatch):
+    run_folder(tiny(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert how_to_go_on(tmp_path / "run").endswith(" --resume --processes 2")
+
+
 def test_sigterm_before_the_first_step_says_what_to_type(tmp_path, monkeypatch):
     monkeypatch.setattr(RunFolder, "check", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     result = CliRunner().invoke(app, ["train", "demo", *TINY, f"output={tmp_path / 'run'}"])
@@ -737,6 +759,23 @@ def test_what_a_checkpoint_remembers_must_be_whole_or_gone(tmp_path, caplog):
     first.unlink()
     train(config, resume=True)
     assert f"{first} is gone: the run goes on without what it held" in caplog.messages
+
+
+def test_the_metrics_that_a_checkpoint_remembers_are_on_the_disk(tmp_path, monkeypatch):
+    config, seen, fsync = tiny(tmp_path), [], os.fsync
+    run_folder(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: seen.append(os.readlink(f"/proc/self/fd/{handle}")) or fsync(handle))
+        RunFolder(config.output).record(config)
+    assert seen == [str(config.output / "metrics.jsonl")]
+
+
+def test_without_a_checkpoint_nothing_that_was_validated_is_kept(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (0, 1):
+        folder.keep_validation(step, {"reward": np.zeros(2)})
+    folder.forget_after(0)
+    assert folder.validations() == {}
 
 
 @pytest.mark.parametrize("name", ["parameters.safetensors", "state.pt", "step.json"])

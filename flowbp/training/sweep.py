@@ -22,12 +22,9 @@ from typing import Any
 import numpy as np
 
 from flowbp.config import ConfigError, RunConfig, load, parse_overrides
-from flowbp.evaluation import figures
-from flowbp.evaluation.pages import as_data_uri, as_png, render, run_facts
 from flowbp.evaluation.statistics import mean_of_runs
 from flowbp.foreign import cut
 from flowbp.runtime.console import progress_bar
-from flowbp.runtime.environment import describe_environment, environment
 from flowbp.runtime.files import read_json, write_file, write_json
 from flowbp.runtime.run_folder import RunFolder, mark_folder
 
@@ -112,6 +109,8 @@ def sweep(runs: Sequence[SweptRun], folder: Path, processes: int) -> dict[str, A
     Returns what sweep.json holds: {"rows": a row for each setting and metric, "failed": {folder: last words}, ...}. A
     run that fails stops no other. KeyboardInterrupt ends the runs under way, which write a checkpoint first.
     """
+    from flowbp.runtime.environment import environment  # imports torch
+
     mark_folder(folder, "flowbp sweep")
     failed = make([run for run in runs if not run.finished], processes, len(runs))
     finished = [run for run in runs if run.finished]
@@ -195,7 +194,11 @@ def summary(runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
 
 
 def page(name: str, runs: Sequence[SweptRun], results: dict[str, Any]) -> str:
-    """sweep.html: a table and a picture for each metric, and the settings that all runs share."""
+    """sweep.html: a table and a picture for each metric, and the settings of the first run."""
+    from flowbp.evaluation import figures
+    from flowbp.evaluation.pages import as_data_uri, as_png, render, run_facts
+    from flowbp.runtime.environment import describe_environment
+
     metrics = list(dict.fromkeys(row["metric"] for row in results["rows"]))
     changes = {metric: {} for metric in metrics}
     for run in results["runs"]:

@@ -184,6 +184,17 @@ def test_a_scheduler_of_another_kind_is_refused():
     pipe.scheduler = UniPCMultistepScheduler()
     with pytest.raises(ValueError, match="samples by UniPCMultistepScheduler; a rollout takes the deterministic steps"):
         BACKBONES["FluxPipeline"](pipe)
+    pipe = tiny_pipeline("FluxPipeline")
+    pipe.scheduler.register_to_config(stochastic_sampling=True)
+    with pytest.raises(ValueError, match="a rollout takes the deterministic steps.*, with stochastic_sampling off"):
+        BACKBONES["FluxPipeline"](pipe)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_encoding_prompts_leaves_them_as_they_are(tiny_backbone, name):
+    texts = list(TEXTS)
+    tiny_backbone(name).encode(texts)
+    assert texts == TEXTS
 
 
 @pytest.mark.parametrize("name", BACKBONES)

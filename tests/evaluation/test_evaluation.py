@@ -64,6 +64,11 @@ def test_the_category_mean_takes_each_category_alike():
     assert row.category == BALANCED and row.mean == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
 
 
+def test_prompts_without_a_category_count_among_all_images_alone():
+    rows = summarise(scores([1, 0, 1], [Prompt("a", "even"), Prompt("b", "odd"), Prompt("c")]))
+    assert [(row.category, row.count) for row in rows] == [("all", 3), ("even", 1), ("odd", 1)]
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 8])
 def test_diversity_does_not_depend_on_the_chunks(chunk):
     prompts = [Prompt(name) for name in "abcabcad"]

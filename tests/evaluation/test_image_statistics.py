@@ -31,6 +31,12 @@ def test_high_frequency_is_the_share_of_power_above_half_of_nyquist(image, expec
     assert high_frequency(image).mean().item() == pytest.approx(expected, abs=0.01)
 
 
+def test_a_mirrored_image_has_the_high_frequencies_of_the_image():
+    images = torch.rand(4, 3, 20, 28, generator=torch.Generator().manual_seed(0))
+    for axis in (2, 3):
+        assert high_frequency(images.flip(axis)).tolist() == pytest.approx(high_frequency(images).tolist(), rel=1e-4)
+
+
 def test_saturation_is_that_of_hsv():
     colours = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0, 0, 0], [1.0, 0.5, 0.5], [0.2, 0.4, 0.1]])
     assert saturation(colours[:, :, None, None].expand(-1, -1, 4, 6)).tolist() == pytest.approx(

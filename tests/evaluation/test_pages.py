@@ -14,7 +14,7 @@ import flowbp
 from flowbp.config import load
 from flowbp.evaluation import figures
 from flowbp.evaluation.models import Model, run_evaluation
-from flowbp.evaluation.numbers import between, duration, number, scale_of, scale_of_change, signed
+from flowbp.evaluation.numbers import between, direction, duration, number, scale_of, scale_of_change, signed
 from flowbp.evaluation.pages import as_png, images_a_step, render
 from flowbp.evaluation.runs import compare_runs
 from flowbp.methods import ReFL
@@ -99,6 +99,7 @@ def test_runs_of_equal_methods_are_not_called_a_comparison_of_methods(run, pages
         (-0.0001, 0.5, "0.000"),
         (0.000123, 0.0004, "0.00012"),
         (123.456, 123.4, "123"),
+        (12345.6, 12345.6, "12346"),
         (1.5, 0.0, "1.500"),
     ],
 )
@@ -119,6 +120,13 @@ def test_what_is_no_number_is_a_dash():
     assert number(None) == number(float("nan")) == between((None, None)) == "–"
     assert signed(0.1) == "+0.100" and between((-1, 250), 250) == "[-1, 250]"
     assert (duration(45), duration(600), duration(36000)) == ("45 s", "10.0 min", "10.0 h")
+
+
+def test_a_change_has_a_direction_where_its_interval_excludes_zero_and_p_is_below_5_percent():
+    rise, fall = {"low": 0.1, "high": 0.2}, {"low": -0.2, "high": -0.1}
+    assert [direction(row | {"p_value": 0.049}) for row in (rise, fall)] == [1, -1]
+    assert [direction(row | {"p_value": 0.05}) for row in (rise, fall)] == [0, 0]
+    assert direction({"low": -0.1, "high": 0.2, "p_value": 0.01}) == direction({"low": None, "p_value": 0.01}) == 0
 
 
 def test_images_a_step_are_those_that_were_recorded():

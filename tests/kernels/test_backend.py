@@ -39,6 +39,7 @@ def test_auto_takes_the_compiled_kernel_where_it_can(choose):
     expected = "cpu" if backend.extension_path() else "reference"
     assert backend.select("quadrature_update", x=torch.ones(2)) == expected
     assert backend.select("quadrature_update", x=torch.ones(2, dtype=torch.float64)) == "reference"
+    assert backend.select("quadrature_update", num_nodes=backend.MAX_NODES, x=torch.ones(2)) == expected
     assert backend.select("quadrature_update", num_nodes=backend.MAX_NODES + 1, x=torch.ones(2)) == "reference"
 
 

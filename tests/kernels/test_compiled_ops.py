@@ -134,6 +134,15 @@ def test_every_half_precision_value_is_kept(dtype, isa):
     assert torch.equal(kept.nan_to_num(nan=1.0), values.nan_to_num(nan=1.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_nan_whose_bits_are_all_cut_off_stays_nan(dtype, isa):
+    """Without its lowest bits it would be infinite."""
+    values = torch.tensor([0x7F800001, -0x7FFFFF], dtype=torch.int32).view(torch.float32).repeat(1, 35)
+    velocity = torch.empty_like(values, dtype=dtype)
+    cfg_euler_step(values, values, None, 1.0, 0.0, velocity_out=velocity)
+    assert values.isnan().all() and velocity.isnan().all()
+
+
 def test_float16_is_rounded_to_nearest_and_ties_to_even(isa):
     """Halfway between any two neighbours, just below and above, past the largest, and among float32's subnormals."""
     halves = np.arange(0x7C01, dtype=np.uint16).view(np.float16).astype(np.float32)
@@ -259,9 +268,18 @@ def test_zero_coefficients_cut(choice, monkeypatch):
     assert not bridge_cotangents(cache[1], x, [0.0], [1.0]).any()
 
 
+def test_a_residual_takes_every_chunk_of_a_large_sample(isa):
+    """One more than the 256 threads that add chunks up."""
+    start, target, end = (draw(1, 257 * 2048 + 5, seed=seed) for seed in range(3))
+    found = leap_residuals(start, target, end, start[None], [0], ([0.0], [0.0]))
+    expected = torch.stack([(start - target).abs().mean(1), (target - end).abs().mean(1)])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 9])  # a launch takes 128 samples, or 256 nodes of fewer
 @pytest.mark.parametrize("batch", [1, 129, 300])
-def test_a_batch_of_rules_may_exceed_one_launch(batch, isa):
-    x, cache, (nodes, weights) = draw(batch, 7), draw(NUM_CACHED, batch, 7, seed=1), rule(9, batch, True)
+def test_a_batch_of_rules_may_exceed_one_launch(batch, num_nodes, isa):
+    x, cache, (nodes, weights) = draw(batch, 7), draw(NUM_CACHED, batch, 7, seed=1), rule(num_nodes, batch, True)
     v = draw(batch, 7, seed=2)
     together, step = quadrature_update(x, cache, nodes, weights), (v, -v, 4.5, -0.04)
     stepped = cfg_multistep_step(x, *step, cache, nodes, weights)[0]

@@ -48,6 +48,15 @@ def test_a_folder_of_the_hub_cache_is_pinned_by_its_commit():
     assert pin(Path("hub/models--a--b/snapshots/5f0e"), "model.safetensors") == "revision: 5f0e"
 
 
+def test_a_revision_pins_what_the_hub_gives(folder, monkeypatch, caplog):
+    asked = []
+    monkeypatch.setattr("flowbp.rewards.registry.locate", lambda files: asked.append(files) or folder)
+    for revision in ("5f0e", None):
+        load_reward("hpsv2", "owner/name", revision=revision)
+        assert ("nothing pins" in caplog.text) == (revision is None)
+    assert ("owner/name", "5f0e") in [(files.repository, files.revision) for files in asked]
+
+
 def test_a_digest_cannot_pin_a_checkpoint_of_several_files(tmp_path):
     with pytest.raises(ValueError, match="comes in several files, which no sha256 covers: pin it with revision="):
         load_reward("unifiedreward", str(tiny.unifiedreward_folder(tmp_path)), sha256="0" * 64)

@@ -11,7 +11,7 @@ from flowbp.shapes.checker import find_objects
 from flowbp.shapes.prompts import splits
 from flowbp.shapes.recipe.captions import CATEGORIES, SPLITS, caption, category_of, pools, served
 from flowbp.shapes.recipe.scenes import render, sample_negative, sample_scene, sample_spec, texts, true_specs
-from flowbp.shapes.world import NUMBERS, Spec, parse, satisfies
+from flowbp.shapes.world import NUMBERS, RELATIONS, Object, Spec, parse, satisfies
 
 
 def drawn(n, seed=0):
@@ -87,6 +87,13 @@ def test_relations_have_direction():
 
 def test_the_file_of_prompts_is_what_the_recipe_serves():
     assert splits() == {split: served(split) for split in SPLITS}
+
+
+def test_a_relation_dominates_the_other_axis_and_a_diagonal_has_none():
+    square = Object("square", "blue", 20.0, 20.0, 4.0)
+    for x, y, holds in ((8.0, 9.0, {"left of"}), (9.0, 8.0, {"above"}), (8.0, 8.0, set())):
+        objects = [Object("circle", "red", x, y, 4.0), square]
+        assert {r for r in RELATIONS if satisfies(objects, parse(f"a red circle {r} a blue square"))} == holds
 
 
 def test_splits_are_deterministic_balanced_and_disjoint_where_large():
