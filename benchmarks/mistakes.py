@@ -141,6 +141,9 @@ rewards hpsv
 rewards shapes-monitr
 rewards mymod:f
 presets dmo
+sweep demo seeds=a
+sweep demo optimizer.lr=1e-4,-1
+sweep demo seed=1,2
 bench --op nothing
 bench --json nodir/x.json
 doctor extra

@@ -1,4 +1,4 @@
-"""The command line: train, presets, estimate, sample, export, eval, compare, plan, rewards, doctor, bench."""
+"""The command line (`sweep` is in its own module): train, presets, estimate, sample, export, eval, compare, plan, rewards, doctor, bench."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from flowbp.cli import tables
 from flowbp.config import build_method, commented, dump, load, parse_overrides
 from flowbp.foreign import cut
 from flowbp.methods import draw_plan
+from flowbp.presets import layers as preset_layers
 from flowbp.presets import names as preset_names
 from flowbp.quadrature import Solver
 from flowbp.rewards.callable import CallableReward
@@ -87,7 +88,7 @@ def train(
     settings = load(config, overrides or ())
     # With checkpoints it is a run's, even one that lost its metrics, of which `check` then tells.
     of_a_run = run_folder.is_run(Path(config)) or Path(config, run_folder.CHECKPOINTS).is_dir()
-    if config not in preset_names() and of_a_run and "output" not in parse_overrides(overrides or ()):
+    if of_a_run and not preset_layers(config) and "output" not in parse_overrides(overrides or ()):
         settings = settings.model_copy(update={"output": Path(config)})
     try:
         folder = run_folder.RunFolder(settings.output)

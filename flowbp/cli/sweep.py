@@ -7,7 +7,11 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from flowbp.cli import tables
 from flowbp.cli.commands import Config, Overrides, app, console, say, say_unwrapped
+from flowbp.runtime.inputs import check_inputs
+from flowbp.runtime.interrupts import heard_by, interrupt
+from flowbp.training import sweep as sweeps
 
 
 @app.command()
@@ -20,24 +24,17 @@ def sweep(
     """Train every combination of key=a,b,c from the seeds of seeds=0..7, and compare settings over training runs. A
     killed sweep goes on.
     """
-    from flowbp.training.sweep import planned
-
-    runs = planned(config, overrides or (), out)
-    from flowbp.cli.tables import sweep_table
-    from flowbp.runtime.inputs import check_inputs
-    from flowbp.runtime.interrupts import heard_by, interrupt
-    from flowbp.training import sweep as module
-
+    runs = sweeps.planned(config, overrides or (), out)
     for run in {run.setting: run for run in runs}.values():
         check_inputs(run.config, train=True)
     try:
         with heard_by(interrupt):
-            results = module.sweep(runs, out, processes)
+            results = sweeps.sweep(runs, out, processes)
     except KeyboardInterrupt as stop:
         done = sum(run.finished for run in runs)
         say(f"\nstopped. {done} of {len(runs)} runs are finished; the same command goes on")
         raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
-    console.print(sweep_table(results["rows"], f"{out}: 95 % intervals over training runs"))
+    console.print(tables.sweep_table(results["rows"], f"{out}: 95 % intervals over training runs"))
     for folder, said in results["failed"].items():
         say_unwrapped(f"failed: {folder}: {said}")
     if results["rows"]:

@@ -156,7 +156,8 @@ def presets_table(presets: Mapping) -> Table:
     """What the presets say, less the defaults."""
     settings = (Column(key, overflow="fold") for key in ("batch", "guidance", "method"))
     title = "flowbp train PRESET; defaults are left out, flowbp presets PRESET prints all"
-    table = Table(Column("preset", no_wrap=True), *settings, title=title)
+    fast = "PRESET-fast is each of them with fewer network calls in training (docs/speed.md)"
+    table = Table(Column("preset", no_wrap=True), *settings, title=title, caption=fast)
     for name, run in presets.items():
         cells = (name, str(run.data.batch_size), non_defaults(run.guidance), non_defaults(run.method))
         table.add_row(*cells, end_section=name.endswith("/flowbp-lagrange"))
