@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from scipy import stats
 
 from flowbp.config import load
 from flowbp.evaluation.figures import ACTIVE, BRIDGE, INK
+from flowbp.evaluation.statistics import mean_of_runs
 from flowbp.runtime.environment import environment
 from flowbp.training.trainer import Trainer
 
@@ -45,15 +45,16 @@ METRICS = ("checker", "reward", "monitor", "diversity")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44, 45, 46])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[42, 43, 44, 45, 46], help="none: only sum up")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, metavar="NAME")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--png", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
-    found = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"runs": []}
-    found |= {"environment": environment(), "common": COMMON}
+    found = {"environment": environment(), "common": COMMON, "runs": []}
+    if arguments.json.exists():
+        found |= json.loads(arguments.json.read_text())
     for seed in arguments.seeds:
         for name in arguments.settings:
             if not any(run["seed"] == seed and run["setting"] == name for run in found["runs"]):
@@ -65,11 +66,7 @@ def main() -> None:
     made = [name for name in SETTINGS if any(run["setting"] == name for run in found["runs"])]
     found["rows"] = [summary(name, found["runs"]) for name in made]
     arguments.json.write_text(json.dumps(found, indent=1) + "\n")
-    for row in found["rows"]:
-        cells = [f"{metric} {told(row['change'][metric])}" for metric in METRICS]
-        print(f"{row['setting']:28} {row['calls']:4.1f} calls  {row['seconds']:.2f} s  {'  '.join(cells)}")
-        if row["difference"]:
-            print(f"{'less ' + row['than']:>28} " + "  ".join(f"{m} {told(row['difference'][m])}" for m in METRICS))
+    print(table(found["rows"]))
     if arguments.png:
         draw(found["runs"], found["rows"]).savefig(arguments.png, dpi=130)
 
@@ -115,7 +112,7 @@ def summary(name: str, runs: list[dict]) -> dict:
     seeds = [run["seed"] for run in own]
     shared = [seed for seed in seeds if (reference, seed) in changes and name != reference]
     difference = {
-        metric: with_interval([changes[name, seed][metric] - changes[reference, seed][metric] for seed in shared])
+        metric: mean_of_runs([changes[name, seed][metric] - changes[reference, seed][metric] for seed in shared])
         for metric in (METRICS if shared else ())
     }
     return {
@@ -125,20 +122,26 @@ def summary(name: str, runs: list[dict]) -> dict:
         "calls": float(np.mean([run["calls"] for run in own])),
         "seconds": float(np.mean([run["seconds"] for run in own])),
         "before": own[0]["before"],
-        "change": {metric: with_interval([changes[name, seed][metric] for seed in seeds]) for metric in METRICS},
+        "change": {metric: mean_of_runs([changes[name, seed][metric] for seed in seeds]) for metric in METRICS},
         "difference": difference,
     }
 
 
-def with_interval(values: list[float]) -> list[float]:
-    """Mean and 95 % t interval over training runs; two of them at least."""
-    spread = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5 if values[1:] else np.nan
-    return [float(x) for x in (np.mean(values), np.mean(values) - spread, np.mean(values) + spread)]
+def table(rows: list[dict]) -> str:
+    """Markdown: for each setting the changes, and below the differences from the first of its guidance."""
+    lines = [f"| | runs | calls | CPU s | {' | '.join(METRICS)} |", f"|{'---|' * (4 + len(METRICS))}"]
+    for row in rows:
+        cells = [row["setting"], str(len(row["seeds"])), f"{row['calls']:g}", f"{row['seconds']:.2f}".lstrip("0")]
+        lines.append(" | ".join(["", *cells, *(told(row["change"][metric]) for metric in METRICS), ""]).strip())
+        if row["difference"]:
+            cells = [f"less {row['than']}", "", "", "", *(told(row["difference"][metric]) for metric in METRICS)]
+            lines.append(" | ".join(["", *cells, ""]).strip())
+    return "\n".join(lines)
 
 
 def told(values: list[float]) -> str:
     mean, low, high = values
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]".replace("0.", ".")
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]".replace("0.", ".").replace(" [+nan, +nan]", "")
 
 
 def draw(runs: list[dict], rows: list[dict]) -> Figure:
@@ -152,7 +155,8 @@ def draw(runs: list[dict], rows: list[dict]) -> Figure:
             solver, steps = SETTINGS[row["setting"]][1:3]
             colour, marker = LOOKS[solver]
             mean, low, high = row["change"]["checker"]
-            x = row["calls"] + (0.35 if solver != "euler" else 0)  # beside Euler's, not upon it
+            most = max(row["calls"] for row in rows if SETTINGS[row["setting"]][0] == scale)
+            x = row["calls"] + (0.03 * most if solver != "euler" else 0)  # beside Euler's, not upon it
             gains = [r["after"]["checker"] - r["before"]["checker"] for r in runs if r["setting"] == row["setting"]]
             axis.plot([x] * len(gains), gains, ".", color=colour, alpha=0.35)
             axis.errorbar(x, mean, yerr=[[mean - low], [high - mean]], fmt=marker, color=colour, capsize=3)
