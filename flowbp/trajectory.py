@@ -220,6 +220,6 @@ def rollout_with_graph(velocity: GuidedVelocity, noise: Tensor, sigmas: Tensor, 
     """
     x, velocities, levels = noise, [], sigmas.to(noise.device)
     for n, row in enumerate(solver_table(sigmas.double().cpu().numpy(), solver)):
-        velocities.append(velocity(x, levels[n]))
+        velocities.append(velocity(x, levels[n]).to(x.dtype))
         x = x + sum(float(row[i]) * velocities[i] for i in row.nonzero()[0])
     return x

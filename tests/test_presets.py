@@ -228,7 +228,7 @@ def test_null_takes_a_monitor_away():
 def test_a_fast_preset_differs_in_the_sampler_and_in_what_memory_buys(name):
     slow, fast = (load(preset, ["output=runs/x"]) for preset in (name, f"{name}-fast"))
     assert load(f"{name}-fast").output == Path("runs", f"{name}-fast")
-    differences = {"rollout.num_steps", "memory.recompute", "compile", "method.last_n"}
+    differences = {"rollout.num_steps", "memory.recompute", "compile", "method.last_n", "evaluation.num_steps"}
     dumped = (run.model_dump(mode="json") for run in (slow, fast))
     assert differences >= changed(*dumped).keys() >= {"rollout.num_steps", "memory.recompute"}
     assert (fast.rollout.num_steps, fast.memory.recompute) == (8, "auto")

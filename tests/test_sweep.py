@@ -14,8 +14,8 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from flowbp import cli
-from flowbp.config import ConfigError
-from flowbp.training.sweep import planned, summary, surroundings
+from flowbp.config import ConfigError, dump
+from flowbp.training.sweep import alternatives, planned, summary, surroundings, sweep
 
 TINY = ["steps=1", "data.batch_size=2", "evaluation.samples=6", "evaluation.batch_size=6", "evaluation.grid=2"]
 
@@ -44,6 +44,9 @@ def test_without_a_choice_one_setting_is_trained_from_the_configs_seed(tmp_path)
         (["seeds=1,1"], "names a seed twice"),
         (["seeds=5..4"], "seeds=5..4 names no seed"),
         (["seed=1,2"], "use seeds=0..7"),
+        (["seeds=0..3", "seeds=7"], "seeds is given twice"),
+        (["steps=1,1"], "two settings would share the folder"),
+        (["data.prompts=a b.txt,a_b.txt"], "two settings would share the folder"),
         (["output=x"], "use seeds=0..7 and --out"),
         (["evaluation=null"], "evaluation is null"),
         (["steps=1,-1"], "steps"),
@@ -71,7 +74,7 @@ def test_means_and_intervals_are_over_runs_and_differences_over_shared_seeds(tmp
     runs = [run for run in runs if (run.setting, run.seed) in changes]
     for run in runs:
         evaluated(run, changes[run.setting, run.seed])
-    first, second = summary(runs)
+    first, second = summary(runs, "steps=1")
     assert (first["setting"], first["seeds"], second["seeds"]) == ("steps=1", [0, 1, 2], [1, 2, 3])
     low, high = stats.t.interval(0.95, 2, loc=0.2, scale=stats.sem([0.1, 0.3, 0.2]))
     np.testing.assert_allclose(first["change"], (0.2, low, high))
@@ -84,7 +87,7 @@ def test_means_and_intervals_are_over_runs_and_differences_over_shared_seeds(tmp
 def test_one_run_has_no_interval(tmp_path):
     (run,) = planned("demo", [], tmp_path)
     evaluated(run, 0.1)
-    mean, *ends = summary([run])[0]["change"]
+    mean, *ends = summary([run], "as given")[0]["change"]
     assert mean == 0.1 and np.isnan(ends).all()
 
 
@@ -94,8 +97,55 @@ def test_processes_take_turns_on_several_gpus(monkeypatch):
     assert surroundings(1)["OMP_NUM_THREADS"] == "1" and "CUDA_VISIBLE_DEVICES" not in surroundings(1)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert [surroundings(place)["CUDA_VISIBLE_DEVICES"] for place in range(3)] == ["0", "1", "0"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
-    assert surroundings(0)["CUDA_VISIBLE_DEVICES"] == "5"
+    for listed, taken in (("5", ["5", "5"]), ("3,7", ["3", "7"]), ("", ["", ""])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+        assert [surroundings(place)["CUDA_VISIBLE_DEVICES"] for place in range(2)] == taken
+
+
+@pytest.mark.parametrize(
+    "text, values", [("a,b", ["a", "b"]), ("'a, b.txt',c", ["'a, b.txt'", "c"]), ("a),b", ["a)", "b"])]
+)
+def test_commas_part_values_but_not_within_quotes(text, values):
+    assert alternatives(text) == values
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+    for name in ("my #1", "a: b", "[x]"):
+        (run,) = planned("demo", [], tmp_path / name)
+        assert run.config.output == run.folder == tmp_path / name / "as_given" / "seed-42"
+
+
+def test_a_finished_run_is_one_that_took_all_its_steps(tmp_path):
+    (run,) = planned("demo", ["steps=3"], tmp_path)
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text(dump(run.config))
+    (run.folder / "metrics.jsonl").write_text("")
+    assert not run.finished
+    (run.folder / "report.html").write_text("")
+    assert run.finished and not planned("demo", ["steps=4"], tmp_path)[0].finished
+
+
+def test_settings_may_have_rewards_of_their_own_and_intervals_may_be_missing(tmp_path):
+    rewards = "reward={a: {name: clip, model: shapes}},{b: {name: clip, model: shapes}}"
+    runs = planned("demo", [rewards, "seeds=0,1"], tmp_path)
+    for run in runs:
+        evaluated(run, 0.1)
+        rows = json.loads((run.folder / "evaluation.json").read_text())
+        own = rows[0] | {"metric": next(iter(run.config.reward)), "low": None, "high": None}
+        (run.folder / "evaluation.json").write_text(json.dumps([*rows, own]))
+    rows = summary(runs, runs[0].setting)
+    assert [row["metric"] for row in rows] == ["reward", "a", "reward", "b"]
+    assert [row["difference"] is None for row in rows] == [True, True, False, True]
+    assert np.isnan(rows[1]["images"]).all()
+
+
+@pytest.mark.parametrize("program, says", [("/bin/false", "ended with code 1"), ("/nowhere/python", "No such file")])
+def test_a_run_that_fails_stops_no_other(program, says, tmp_path, monkeypatch):
+    runs = planned("demo", ["seeds=0..2"], tmp_path)
+    monkeypatch.setattr("flowbp.training.sweep.sys.executable", program)
+    results = sweep(runs, tmp_path, processes=1)
+    assert results["failed"].keys() == {str(run.folder) for run in runs} and not results["rows"]
+    assert all(says in why for why in results["failed"].values())
 
 
 def test_a_sweep_keeps_what_is_finished_and_goes_on_with_the_rest(tmp_path):

@@ -65,7 +65,8 @@ class Backbone(Protocol):
     @abstractmethod
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """dx/dsigma at latents x [B, C, h, w] and noise level sigma, [] or one a sample [B]. It is in the
-        network's dtype: the step that adds it to x reads it so."""
+        network's dtype; the step converts it.
+        """
 
     def decode(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], float32 (or wider), differentiable in the clean latents x."""

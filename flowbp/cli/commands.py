@@ -1,4 +1,4 @@
-"""The command line (`sweep` is in its own module): train, presets, estimate, sample, export, eval, compare, plan, rewards, doctor, bench."""
+"""The command line: train, presets, estimate, sample, export, eval, compare, plan, rewards, doctor, bench, sweep."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from flowbp.rewards.registry import EMBEDDED, REWARDS, find_source, how_to_fetch
 from flowbp.runtime import run_folder
 from flowbp.runtime.checkpoint import weight_files
 from flowbp.runtime.console import TextConsole, tame_libraries
-from flowbp.runtime.inputs import check_inputs, check_target, parse_size, try_rewards
+from flowbp.runtime.inputs import check_inputs, check_target, named_path, parse_size, try_rewards
 from flowbp.runtime.interrupts import heard_by, interrupt
 
 # What is imported above needs no torch, whose import takes longer than all checks together: commands import that last.
@@ -235,7 +235,8 @@ def evaluate(
     run, of_a_run = load(config, overrides or ()), Path(config, run_folder.CONFIG).is_file()
     run_folder.check_whole(Path(config))
     for spec in weights or ():
-        run_folder.check_whole(source := Path(spec.rpartition("=")[2]))
+        _, source = named_path(spec)
+        run_folder.check_whole(source)
         weight_files(source)
     folder = out or Path(f"{config.rstrip('/') if of_a_run else run.output}-eval")
     run_folder.check_mark(folder, "flowbp eval")

@@ -32,6 +32,7 @@ from flowbp.runtime.data import load_prompts
 from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import versions
 from flowbp.runtime.files import digest_files, read_json, write_file, write_json
+from flowbp.runtime.inputs import named_path
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
 from flowbp.runtime.run_folder import contents, locked, mark_folder
@@ -61,10 +62,8 @@ def name_models(specs: Iterable[str]) -> list[Model]:
     """
     models = [BASE]
     for spec in specs:
-        name, equals, path = spec.partition("=")
-        if not equals or Path(spec).exists():  # the folder of a setting, such as lr=1e-4
-            name, path = "", spec
-        models.append(Model(name or Path(path).resolve().stem, Path(path)))
+        name, path = named_path(spec)
+        models.append(Model(name or path.resolve().stem, path))
     names = [model.name for model in models]
     for name in names:
         if names.count(name) > 1:

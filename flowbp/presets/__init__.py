@@ -36,7 +36,7 @@ def layers(name: str) -> list[dict[str, Any]]:
         found = [read(base)]
     if name != base:
         fast = read(FAST)
-        found += [fast["every"], fast["published"] if method else {}, fast.get(method, {})]
+        found += [fast["every"], fast["published"] if method else {}, fast.get(method or base, {})]
     return [*found, {"output": f"runs/{name}"}]
 
 

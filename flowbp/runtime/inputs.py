@@ -81,6 +81,12 @@ def check_target(option: str, path: Path, *suffixes: str) -> None:
         raise PermissionError(f"{option} {path} lies in a folder that cannot be written to")
 
 
+def named_path(spec: str) -> tuple[str, Path]:
+    """(name, path) of "NAME=PATH", or ("", path) of a path, which may have a = of its own, as out/lr=1e-4 has."""
+    name, equals, path = spec.partition("=")
+    return ("", Path(spec)) if not equals or Path(spec).exists() else (name, Path(path))
+
+
 def parse_size(text: str) -> float:
     """Bytes of "24GB" (1e9), "24GiB" (2^30) or "80e9"."""
     number, unit = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?", "(?:[KMGT]I?)?"

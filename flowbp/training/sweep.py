@@ -8,11 +8,13 @@ command: what is finished is kept.
 """
 
 import itertools
+import json
 import os
 import queue
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,11 +24,12 @@ from typing import Any
 import numpy as np
 
 from flowbp.config import ConfigError, RunConfig, load, parse_overrides
+from flowbp.config.loading import CONFIG, read
 from flowbp.evaluation.statistics import mean_of_runs
 from flowbp.foreign import cut
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.files import read_json, write_file, write_json
-from flowbp.runtime.run_folder import RunFolder, mark_folder
+from flowbp.runtime.run_folder import RunFolder, locked, mark_folder
 
 SEEDS = re.compile(r"(\d+)\.\.(\d+)")  # 0..7: both ends belong to it
 
@@ -43,8 +46,10 @@ class SweptRun:
 
     @property
     def finished(self) -> bool:
-        """The report is the last that a run writes."""
-        return (self.folder / "report.html").is_file()
+        """Whether it has taken all its steps and written its report, which is the last that it writes."""
+        if not (self.folder / "report.html").is_file():
+            return False
+        return read(self.folder / CONFIG)[0]["steps"] == self.config.steps
 
 
 def planned(config: str, overrides: Sequence[str], folder: Path) -> list[SweptRun]:
@@ -57,6 +62,8 @@ def planned(config: str, overrides: Sequence[str], folder: Path) -> list[SweptRu
         key, equals, value = override.partition("=")
         if not equals:
             parse_overrides([override])  # raises
+        if key in axes:
+            raise ConfigError(f"{cut(key)} is given twice: name all its values at once, as {cut(key)}=a,b")
         axes[key] = alternatives(value)
     given = axes.pop("seeds", [str(load(config).seed)])
     seeds = [seed for text in given for seed in span(text)]
@@ -72,22 +79,32 @@ def planned(config: str, overrides: Sequence[str], folder: Path) -> list[SweptRu
         setting = " ".join(f"{name}={named[key]}" for key, name in names.items()) or "as given"
         for seed in seeds:
             place = folder / re.sub(r"[^\w.=,+-]+", "_", setting) / f"seed-{seed}"
-            typed = [f"{key}={value}" for key, value in named.items()] + [f"seed={seed}", f"output={place}"]
+            typed = [f"{key}={value}" for key, value in named.items()]
+            typed += [f"seed={seed}", f"output={json.dumps(str(place))}"]  # a string in YAML, whatever stands in it
             run = load(config, typed)
             if run.evaluation is None:
                 raise ConfigError(f"{setting}: a sweep compares scores, and evaluation is null: name its prompts")
             if place.exists():
                 RunFolder(place).check(run, resume=True, overwrite=False)
             runs.append(SweptRun(setting, seed, place, (config, *typed), run))
+    folders = [run.folder for run in runs]
+    for run in runs:
+        if folders.count(run.folder) > 1:
+            raise ConfigError(f"two settings would share the folder {run.folder}: name each value once, or sweep apart")
     return runs
 
 
 def alternatives(text: str) -> list[str]:
-    """The values of an override: what commas part that stand in no bracket."""
-    parts, depth = [""], 0
+    """The values of an override: what commas part that stand in no bracket, and in no value that is quoted."""
+    parts, depth, quote = [""], 0, ""
     for character in text:
-        depth += (character in "[{(") - (character in ")}]")
-        if character == "," and depth == 0:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"" and not parts[-1]:
+            quote = character
+        else:
+            depth = max(0, depth + (character in "[{(") - (character in ")}]"))
+        if character == "," and depth == 0 and not quote:
             parts.append("")
         else:
             parts[-1] += character
@@ -96,7 +113,7 @@ def alternatives(text: str) -> list[str]:
 
 def span(text: str) -> list[int]:
     """The seeds that 0..7 or 5 names."""
-    ends = SEEDS.fullmatch(text)
+    ends, text = SEEDS.fullmatch(text.strip()), text.strip()
     seeds = range(int(ends[1]), int(ends[2]) + 1) if ends else [int(text)] if text.isdecimal() else []
     if not seeds:
         raise ConfigError(f"seeds={cut(text)} names no seed: write 0..7, or 1,2,3")
@@ -109,47 +126,63 @@ def sweep(runs: Sequence[SweptRun], folder: Path, processes: int) -> dict[str, A
     Returns what sweep.json holds: {"rows": a row for each setting and metric, "failed": {folder: last words}, ...}. A
     run that fails stops no other. KeyboardInterrupt ends the runs under way, which write a checkpoint first.
     """
-    from flowbp.runtime.environment import environment  # imports torch
-
-    mark_folder(folder, "flowbp sweep")
-    failed = make([run for run in runs if not run.finished], processes, len(runs))
-    finished = [run for run in runs if run.finished]
-    results = {"runs": [], "rows": summary(finished), "failed": failed, "environment": environment()}
-    for run in finished:
-        results["runs"].append({"setting": run.setting, "seed": run.seed, "scores": overall(run)})
-    write_json(folder / "sweep.json", results)
-    if finished:
-        write_file(folder / "sweep.html", page(folder.name, finished, results))
+    with locked(folder, "sweeps", "--out"):
+        mark_folder(folder, "flowbp sweep")
+        failed = make([run for run in runs if not run.finished], processes, len(runs))
+        finished = [run for run in runs if run.finished]
+        results = {"runs": [], "rows": summary(finished, runs[0].setting), "failed": failed}
+        for run in finished:
+            about = read_json(run.folder / "environment.json")
+            told = {"setting": run.setting, "seed": run.seed, "scores": overall(run), "environment": about}
+            results["runs"].append(told)
+        write_json(folder / "sweep.json", results)
+        if finished:
+            write_file(folder / "sweep.html", page(folder.name, finished, results))
     return results
 
 
 def make(runs: Sequence[SweptRun], processes: int, total: int) -> dict[str, str]:
-    """Train `runs`, each in a process of its own. Returns the last line that each failed run said."""
-    failed, under_way, places = {}, set(), queue.SimpleQueue()
+    """Train `runs`, each in a process of its own. Returns {folder: why} of those that failed."""
+    failed, under_way, stopping = {}, set(), threading.Event()
+    places = queue.SimpleQueue()
     for place in range(processes):
         places.put(place)
 
     def train(run: SweptRun) -> None:
         place = places.get()
-        log = run.folder.with_suffix(".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        resume = ["--resume"] if run.folder.exists() else []
-        with log.open("a") as file:
-            command = [sys.executable, "-m", "flowbp", "train", *run.arguments, *resume]
-            process = subprocess.Popen(command, stdout=file, stderr=file, env=surroundings(place))
-            under_way.add(process)
-            code = process.wait()
-        under_way.discard(process)
-        places.put(place)
-        if code != 0:
-            said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-            failed[str(run.folder)] = f"{cut(said[-1], 200)} ({log})"
+        try:
+            if why := start(run, surroundings(place)):
+                failed[str(run.folder)] = why
+        finally:
+            places.put(place)
+
+    def start(run: SweptRun, given: dict[str, str]) -> str | None:
+        """Train one run to its end. Returns why it failed, or None."""
+        log, resume = run.folder.with_suffix(".log"), ["--resume"] if run.folder.exists() else []
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("w") as file:
+                command = [sys.executable, "-m", "flowbp", "train", *run.arguments, *resume]
+                process = subprocess.Popen(command, stdout=file, stderr=file, env=given)
+                under_way.add(process)
+                if stopping.is_set():  # since before it stood among those that are ended
+                    process.terminate()
+                code = process.wait()
+                under_way.discard(process)
+            said = log.read_text(errors="replace").strip().splitlines()
+        except OSError as error:
+            return cut(error)
+        if code == 0 and run.finished:
+            return None
+        ended = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
+        return f"{ended}: {cut(said[-1], 200) if said else 'it said nothing'} ({log})"
 
     with progress_bar("sweep", "run", total, total - len(runs)) as bar, ThreadPoolExecutor(processes) as pool:
         try:
             for _ in pool.map(train, runs):
                 bar.update()
         except KeyboardInterrupt:
+            stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(under_way):
                 process.terminate()
@@ -158,31 +191,34 @@ def make(runs: Sequence[SweptRun], processes: int, total: int) -> dict[str, str]
 
 
 def surroundings(place: int) -> dict[str, str]:
-    """The environment of the run at `place`: one thread, unless OMP_NUM_THREADS is given, and one of the GPUs."""
+    """The environment of the run at `place`: one thread, unless OMP_NUM_THREADS is given, and one of the GPUs that this
+    process may use.
+    """
     import torch
 
-    given, gpus = {"OMP_NUM_THREADS": "1"} | os.environ, torch.cuda.device_count()
-    if gpus > 1 and "CUDA_VISIBLE_DEVICES" not in given:
-        given["CUDA_VISIBLE_DEVICES"] = str(place % gpus)
-    return given
+    given = {"OMP_NUM_THREADS": "1"} | os.environ
+    listed = given.get("CUDA_VISIBLE_DEVICES")
+    gpus = [str(i) for i in range(torch.cuda.device_count())] if listed is None else listed.split(",")
+    return given | ({"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if len(gpus) > 1 else {})
 
 
 def overall(run: SweptRun) -> dict[str, dict[str, float]]:
-    """{metric: its row of evaluation.json over all images}."""
-    return {row["metric"]: row for row in read_json(run.folder / "evaluation.json") if row["category"] == "all"}
+    """{metric: its row of evaluation.json over all images}, with nan for an interval that too few prompts bear."""
+    rows = [row for row in read_json(run.folder / "evaluation.json") if row["category"] == "all"]
+    return {row["metric"]: {k: float("nan") if v is None else v for k, v in row.items()} for row in rows}
 
 
-def summary(runs: Sequence[SweptRun]) -> list[dict[str, Any]]:
+def summary(runs: Sequence[SweptRun], first: str) -> list[dict[str, Any]]:
     """A row for each setting and metric: over its runs the mean before and after and the change, over the runs that
-    share a seed with the first setting the difference from it, and the mean ends of a single run's interval over its
-    images, which is narrower than that over runs. Intervals are None for fewer than two runs.
+    share a seed with the setting `first` the difference from it, and the mean ends of a single run's interval over its
+    images, which is narrower than that over runs. Intervals are nan for fewer than two runs.
     """
     scores = {(run.setting, run.seed): overall(run) for run in runs}
-    first, rows = runs[0].setting if runs else "", []
+    rows = []
     for setting in dict.fromkeys(run.setting for run in runs):
         seeds = [run.seed for run in runs if run.setting == setting]
-        shared = [seed for seed in seeds if (first, seed) in scores and setting != first]
         for metric in scores[setting, seeds[0]]:
+            shared = [seed for seed in seeds if setting != first and metric in scores.get((first, seed), {})]
             own = [scores[setting, seed][metric] for seed in seeds]
             ours, theirs = (np.array([scores[s, seed][metric]["change"] for seed in shared]) for s in (setting, first))
             row = {"setting": setting, "metric": metric, "seeds": seeds}
@@ -199,17 +235,17 @@ def page(name: str, runs: Sequence[SweptRun], results: dict[str, Any]) -> str:
     from flowbp.evaluation.pages import as_data_uri, as_png, render, run_facts
     from flowbp.runtime.environment import describe_environment
 
-    metrics = list(dict.fromkeys(row["metric"] for row in results["rows"]))
-    changes = {metric: {} for metric in metrics}
+    first, metrics = results["runs"][0], list(dict.fromkeys(row["metric"] for row in results["rows"]))
+    changes: dict[str, dict[str, list[float]]] = {metric: {} for metric in metrics}
     for run in results["runs"]:
-        for metric in metrics:
-            changes[metric].setdefault(run["setting"], []).append(run["scores"][metric]["change"])
+        for metric, row in run["scores"].items():
+            changes[metric].setdefault(run["setting"], []).append(row["change"])
     return render(
         "sweep.html",
         name=name,
         results=results,
         metrics=metrics,
         pictures={m: as_data_uri(as_png(figures.changes_of_runs(m, own))) for m, own in changes.items()},
-        trained=" and ".join(runs[0].config.reward),
-        facts_of_first=run_facts(runs[0].config) | {"made with": describe_environment(results["environment"])},
+        trained={" and ".join(run.config.reward) for run in runs},
+        facts_of_first=run_facts(runs[0].config) | {"made with": describe_environment(first["environment"])},
     )

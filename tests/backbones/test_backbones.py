@@ -21,7 +21,7 @@ from flowbp.methods import METHODS, draw_plan
 from flowbp.replay import Recompute
 from flowbp.runtime.weights import base_weights
 from flowbp.surrogate import backward
-from flowbp.trajectory import rollout
+from flowbp.trajectory import rollout, rollout_with_graph
 
 TEXTS = ["a red circle", "two blue stars, far apart"]
 
@@ -115,6 +115,8 @@ def test_a_bfloat16_velocity_enters_the_step_and_the_cache_without_loss(tiny_bac
         rounded = velocity is narrow and scale == 1
         assert trajectory.velocities.rows.dtype == (torch.bfloat16 if rounded else torch.float32)
         samples = trajectory.sample, rollout(velocity, noise, sigmas, solver=solver).sample
+        with torch.no_grad():
+            samples += (rollout_with_graph(velocity, noise, sigmas, solver),)
         found.append([*samples, *(p.grad for p in backbone.denoiser.parameters() if p.grad is not None)])
         backbone.denoiser.zero_grad()
     assert len(found[0]) > 10 and all(map(torch.equal, *found))
