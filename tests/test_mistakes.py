@@ -72,6 +72,7 @@ OF_MODELS = {
     "train|demo|backbone.name=own": "own holds no model_index.json",
     "sample|demo|a cat|--weights|own": "own holds no pytorch_lora_weights.safetensors",
     "eval|demo|--weights|nowhere": "nowhere holds no pytorch_lora_weights.safetensors",
+    "eval|demo|--weights|six=out/num_steps=6": "out/num_steps=6 holds no pytorch_lora_weights.safetensors",
     "estimate|demo|backbone.name=own": "own holds no model_index.json",
 }
 MISTAKES = WITHOUT_TORCH | OWN_CODE | OF_MODELS
