@@ -90,7 +90,7 @@ def test_a_preset_is_printed_with_what_its_keys_mean_and_is_a_config(tmp_path):
         (["plan", "lepalign"], "did you mean 'leapalign'"),
         (["plan", "refl", "--solver", "heun"], "'heun' is not one of 'euler', 'adams-2', 'adams-3'"),
         (["rewards", "hpsv"], "did you mean 'hpsv"),
-        (["export", "nowhere", "out.safetensors"], "'nowhere' does not exist"),
+        (["export", "nowhere", "out.safetensors"], "nowhere holds no pytorch_lora_weights.safetensors"),
     ],
 )
 def test_what_is_mistyped_is_answered_in_words(arguments, says, capsys, monkeypatch):

@@ -180,7 +180,7 @@ def estimate(
 def sample(
     config: Annotated[str, Argument(help="the folder of a run, a YAML file, or a preset")],
     prompts: Annotated[list[str], Argument(help="prompts to draw")],
-    weights: Annotated[Path | None, Option(exists=True, help="of a finished run; default: the base model")] = None,
+    weights: Annotated[Path | None, Option(help="of a finished run; default: the base model")] = None,
     out: Annotated[Path, Option(help="PNG to write")] = Path("samples.png"),
     seed: Annotated[int, Option(min=0, help="seed of the initial noise")] = 0,
 ) -> None:
@@ -206,7 +206,7 @@ def sample(
 
 @app.command()
 def export(
-    run: Annotated[Path, Argument(exists=True, help="folder of a finished LoRA run")],
+    run: Annotated[Path, Argument(help="folder of a finished LoRA run")],
     out: Annotated[Path, Argument(help="file to write, such as my-lora.safetensors")],
 ) -> None:
     """Write a run's LoRA as one file for ComfyUI, with alpha / rank in the weights. (A run's own file is for

@@ -124,7 +124,7 @@ def make_trainer(case, folder, world, *more):
     name, overrides = (CASES | BFLOAT16)[case]
     size = ("rollout.num_steps=6", "rollout.height=32", "rollout.width=32", f"data.batch_size={GLOBAL_BATCH // world}")
     base = ("ema=null", "evaluation=null", "guidance.scale=1.0", "reward.hinge=null", "reward.smooth=null")
-    base += ("optimizer.max_grad_norm=1e-3", "data.embeddings=live", "tuning.mode=full")
+    base += ("optimizer.max_grad_norm=1e-3", "data.embeddings=live", "tuning.mode=full", "memory.recompute=always")
     base += (f"output={folder}", f"data.prompts={folder}/prompts.txt")
     pipe = copy.copy(pipeline(name, torch.bfloat16 if case in BFLOAT16 else torch.float64))
     pipe.transformer = copy.deepcopy(pipe.transformer)
