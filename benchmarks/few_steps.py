@@ -160,10 +160,11 @@ def draw(runs: list[dict], rows: list[dict]) -> Figure:
             gains = [r["after"]["checker"] - r["before"]["checker"] for r in runs if r["setting"] == row["setting"]]
             axis.plot([x] * len(gains), gains, ".", color=colour, alpha=0.35)
             axis.errorbar(x, mean, yerr=[[mean - low], [high - mean]], fmt=marker, color=colour, capsize=3)
-            axis.annotate(f"{solver} {steps}", (x, high), (0, 4), textcoords="offset points", ha="center", color=colour)
+            place = {"ha": "left"} if solver != "euler" else {"ha": "right"}
+            axis.annotate(f" {solver} {steps} ", (x, mean), va="center", color=colour, **place)
         axis.set_xlabel("network calls of an image and step")
         axis.set_ylim(bottom=0)
-        axis.margins(x=0.12, y=0.15)
+        axis.margins(x=0.3, y=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("gain of right images")
     return figure
