@@ -35,6 +35,7 @@ SLOW_PLACES = (
     "test_readme.py",
     "test_reproducible.py",
     "test_security.py",
+    "test_sweep.py",
     "test_train_step.py",
     "test_trainer.py",
     "test_tuning.py",
