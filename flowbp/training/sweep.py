@@ -113,7 +113,8 @@ def alternatives(text: str) -> list[str]:
 
 def span(text: str) -> list[int]:
     """The seeds that 0..7 or 5 names."""
-    ends, text = SEEDS.fullmatch(text.strip()), text.strip()
+    text = text.strip()
+    ends = SEEDS.fullmatch(text)
     seeds = range(int(ends[1]), int(ends[2]) + 1) if ends else [int(text)] if text.isdecimal() else []
     if not seeds:
         raise ConfigError(f"seeds={cut(text)} names no seed: write 0..7, or 1,2,3")
