@@ -131,9 +131,9 @@ def test_sweep_equals_graph_on_every_backbone(scale, backbone_overrides, tmp_pat
 
 
 def test_a_resumed_run_equals_an_unbroken_one(backbone_overrides, tmp_path):
-    whole = tiny(tmp_path / "whole", "steps=3", "method.name=draft-lv", *backbone_overrides)
+    whole = tiny(tmp_path / "whole", "steps=3", "method.name=draft-lv", "anchor={weight: 0.5}", *backbone_overrides)
     train(whole)
-    broken = tiny(tmp_path / "broken", "steps=3", "method.name=draft-lv", *backbone_overrides)
+    broken = tiny(tmp_path / "broken", "steps=3", "method.name=draft-lv", "anchor={weight: 0.5}", *backbone_overrides)
     stopped = Trainer(broken)
     stopped_at = 2
     RunFolder(broken.output).open(broken)

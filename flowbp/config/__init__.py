@@ -8,6 +8,7 @@ their configuration. What can be known without loading a model is checked here.
 from flowbp.config.loading import changed, commented, dump, flatten, load, parse_overrides
 from flowbp.config.registry import ConfigError, build_method, describe
 from flowbp.config.schema import (
+    AnchorConfig,
     BackboneConfig,
     EvaluationConfig,
     GenEvalConfig,
@@ -23,5 +24,5 @@ from flowbp.config.schema import (
 
 __all__ = ["ConfigError", "build_method", "changed", "commented", "describe", "dump"]
 __all__ += ["flatten", "load", "parse_overrides"]
-__all__ += ["BackboneConfig", "EvaluationConfig", "GenEvalConfig", "MemoryConfig", "OptimizerConfig"]
+__all__ += ["AnchorConfig", "BackboneConfig", "EvaluationConfig", "GenEvalConfig", "MemoryConfig", "OptimizerConfig"]
 __all__ += ["RewardConfig", "RolloutConfig", "RunConfig", "ScorerConfig", "TuningConfig", "by_name"]

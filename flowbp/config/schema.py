@@ -24,7 +24,7 @@ from flowbp.quadrature import Solver
 from flowbp.rewards import Reward, Smoothing, check_options, load_reward
 
 # Names that no reward or monitor may have: the columns that the trainer logs (a test keeps them equal) and `SCORED`.
-LOGGED = "step nodes images loss grad_norm sample_grad_norm d_j d_0 kept skipped lr seconds peak_mb".split()
+LOGGED = "step nodes images loss grad_norm sample_grad_norm d_j d_0 kept drift skipped lr seconds peak_mb".split()
 SCORED = ["prompt", "category", "seed", "checker", "embedding", *IMAGE_STATISTICS]  # columns of an evaluation
 
 # The backends that torch registers itself (a test keeps the names equal), which it tells only after seconds of imports.
@@ -265,6 +265,14 @@ class TuningConfig(Strict):
         return self
 
 
+class AnchorConfig(Strict):
+    """A penalty on how far the trained velocity is from the base model's (`flowbp.anchor`)."""
+
+    kind: Literal["velocity", "norm"] = key("velocity", "penalise every difference, or only greater length")
+    weight: Positive = key(..., "of the penalty beside the reward")
+    copy_base: bool = key(False, "tuning.mode=full: hold the base model as a frozen copy of all weights")
+
+
 class OptimizerConfig(Strict):
     name: Literal["adamw", "adamw8bit"] = key("adamw", "adamw8bit needs bitsandbytes and a GPU")
     lr: Positive = 1e-4
@@ -369,6 +377,7 @@ class RunConfig(Strict):
     memory: MemoryConfig = MemoryConfig()
     compile: Backend | None = key(None, "torch.compile backend of the transformer's blocks: inductor; null: eager")
     tuning: TuningConfig = TuningConfig()
+    anchor: AnchorConfig | None = key(None, "what holds the model near its base: {weight: 0.1}")
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: Annotated[float, Number, Field(gt=0, lt=1)] | None = key(None, "decay of the moving average of the weights")
     evaluation: EvaluationConfig | None = None
@@ -383,6 +392,17 @@ class RunConfig(Strict):
                 raise ValueError(f"plans={self.plans} needs {name}={needed}, not {value}: {why}")
         if dropout and self.memory.nodes_per_forward > 1:
             raise ValueError(f"tuning.dropout={dropout} needs memory.nodes_per_forward=1: masks are drawn node by node")
+        return self
+
+    @validator(mode="after")
+    def _the_anchor_has_a_base(self):
+        full, mode = self.tuning.mode == "full", self.tuning.mode
+        if self.anchor is not None and self.anchor.copy_base != full:
+            base = "a frozen copy of all weights" if full else "the model without its adapter"
+            way_out = f"set anchor.copy_base={str(full).lower()}"
+            raise ValueError(f"with tuning.mode={mode} the anchor compares with {base}: {way_out}")
+        if self.anchor is not None and full and self.memory.shard:
+            raise ValueError("anchor.copy_base=true cannot copy sharded weights: set memory.shard=false, or use LoRA")
         return self
 
     @validator(mode="after")

@@ -77,12 +77,14 @@ class Estimate:
         wide = max(network.trained_bytes, 4 * self.trained)  # the trained weights in float32, or wider as the network's
         stepped = wide if config.tuning.master_weights else network.trained_bytes  # what the optimizer steps
         moments = {"adamw": 2 * stepped, "adamw8bit": 2 * network.trained}[config.optimizer.name]
+        copied = network.frozen_bytes + network.trained_bytes if config.tuning.mode == "full" else 0
         self.resident = {
             "frozen weights": network.frozen_bytes // shards,
             "trained weights": network.trained_bytes // shards,
             "gathered blocks": network.block_bytes if shards > 1 else 0,
             "VAE": network.vae_bytes,
             "rewards and monitors": self.reward.weight_bytes,
+            "base model": copied if config.anchor else 0,
             "text encoders": self.text.weight_bytes if config.data.embeddings == "live" else 0,
             "master weights": stepped // shards if stepped > network.trained_bytes else 0,
             "optimizer": moments // shards,
@@ -135,10 +137,12 @@ class Estimate:
         branches = [2 if config.guidance.guides(level) else 1 for level in self.network.sigmas[:-1]]  # of each node
         visited = [[*range(plan.num_steps(last + 1)), *[last] * plan.num_renoised] for plan in self.plans]
         with_gradient = 2 if config.guidance.active and not config.guidance.detach_negative else 1
+        anchored = [sum(not replay.gated for replay in plan.replays) for plan in self.plans]
         of_replays = float(np.mean(self.replays)) * with_gradient
         self.calls = {
             "rollout": float(np.mean([sum(branches[node] for node in nodes) for nodes in visited])),
             "replays": 0.0 if config.memory.recompute == "never" else of_replays,
+            "anchor": float(np.mean(anchored)) * with_gradient if config.anchor else 0.0,
             "backward": of_replays * (3 if config.memory.checkpointing else 2),
         }
         self.sampling = sum(branches)

@@ -23,6 +23,7 @@ from flowbp.runtime.files import write_file
 
 AXES = {  # metric -> title of its panel, and what its vertical axis counts; any other metric is a score
     "grad_norm": ("gradient norm", "L2 norm before clipping"),
+    "drift": ("drift", "|v - v_base| / |v_base|"),
     "d_j": ("residual d_j", "mean gap, latent units"),
     "d_0": ("residual d_0", "mean gap, latent units"),
     "checker": ("checker", "share of images"),

@@ -1,5 +1,6 @@
 """The model of a run: a backbone on its device, what is trained of it, its float32 copies and its average."""
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from flowbp.anchor import Anchor
 from flowbp.backbones import Backbone, check_guidance, load_backbone
 from flowbp.config import RunConfig
 from flowbp.methods import draw_plan
@@ -33,6 +35,7 @@ class TunedModel:
     masters     what the optimizer steps, by the same names: float32 copies of narrower parameters, and the other
                 parameters themselves
     ema         the moving average of the masters in float32, or None
+    anchor      what holds the model near its base, or None
     """
 
     def __init__(
@@ -53,6 +56,10 @@ class TunedModel:
         self._start = {name: p.detach().to("cpu", copy=True) for name, p in lora.items()}
         if config.data.embeddings == "cached":
             embed_once(self.backbone, texts, config.data.cache, accelerator.device)
+        options, self._copy = config.anchor, None
+        self.anchor = None if options is None else Anchor(options.kind, options.weight, self.as_base)
+        if options is not None and options.copy_base:
+            self._copy = copy.deepcopy(self.backbone.denoiser).requires_grad_(False).to(accelerator.device)
         save_memory(self.backbone, config.memory)
         if config.compile is not None:
             compile_blocks(self.backbone.denoiser, config.compile)
@@ -86,6 +93,22 @@ class TunedModel:
     def tuned(self) -> dict[str, Tensor]:
         """The weights that a run delivers: the average if there is one, else the last ones."""
         return self.parameters if self.ema is None else dict(zip(self.parameters, self.ema.shadow_params, strict=True))
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """The network is the base model for the block: without its adapter, or as the copy that was made of it."""
+        pipe, own = self.backbone.pipe, self.backbone.denoiser
+        try:
+            if self._copy is None:
+                own.disable_adapters()
+            else:
+                pipe.transformer = self._copy
+            yield
+        finally:
+            if self._copy is None:
+                own.enable_adapters()
+            else:
+                pipe.transformer = own
 
     @contextmanager
     def using(self, weights: Mapping[str, Tensor]) -> Iterator[Backbone]:

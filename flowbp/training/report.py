@@ -60,7 +60,7 @@ def write_report(trainer: Trainer, folder: RunFolder, scores: Mapping[str, Score
         evaluation=config.evaluation,
         held_out=validation and panels({"held-out prompts": validation["means"]}, held_out, smooth=False),
         plan=as_data_uri(plan_png),
-        curves=panels({name: rows}, [*config.reward, *monitors, "grad_norm", "d_j", "d_0"]),
+        curves=panels({name: rows}, [*config.reward, *monitors, "grad_norm", "drift", "d_j", "d_0"]),
         window=max(1, len(rows) // 10),
         trained=" and ".join(config.reward),
         pairs=paired_samples(scores),

@@ -100,7 +100,7 @@ class Trainer:
 
     def accumulate_gradient(self, step: int, micro: int) -> dict:
         """Add one micro-batch's gradient to the parameters' .grad."""
-        config, data, size = self.config, self.config.data, self.config.rollout
+        config, data, size, anchor = self.config, self.config.data, self.config.rollout, self.model.anchor
         key = (config.seed, step, micro)
         everyone, rows = self.model.ranks.size * data.batch_size, self.model.ranks.rows(data.batch_size)
         draws = np.random.default_rng((config.seed, step, 0 if config.plans == "shared" else micro, PLANS))
@@ -115,6 +115,9 @@ class Trainer:
         self.model.backbone.denoiser.train(config.tuning.dropout > 0)
         with self.phases("rollout"):
             velocity = bind_velocity(self.model.backbone, texts, config.guidance, size.timesteps)
+            if anchor is not None:
+                anchored = sum(not replay.gated for replay in plan.replays)
+                velocity = anchor.around(velocity, anchored * len(texts) * data.accumulate)
             noise = self.model.backbone.noise(size.height, size.width, generators)
             renoise = [self.model.backbone.noise(size.height, size.width, generators) for _ in range(plan.num_renoised)]
             trajectory = rollout(velocity, noise, self.model.sigmas, plan, renoise, self.recompute, size.solver)
@@ -125,6 +128,7 @@ class Trainer:
             settings = {"nodes_per_forward": config.memory.nodes_per_forward, "before_last": reduce_with}
             backward(plan, trajectory, velocity.replay, g / data.accumulate, **settings)
         self.model.backbone.denoiser.eval()
+        logged |= {} if anchor is None else {"drift": anchor.take_drift()}
         return logged | {"nodes": [replay.node for replay in plan.replays if not replay.output]}
 
     def reward_cotangent(

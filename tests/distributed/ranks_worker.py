@@ -31,10 +31,17 @@ from flowbp.trajectory import rollout
 
 GLOBAL_BATCH = 4
 SD3, FLUX2 = "StableDiffusion3Pipeline", "Flux2KleinPipeline"
-LORA = ("tuning.mode=lora", "memory.checkpointing=true")
+LORA = ("tuning.mode=lora", "memory.checkpointing=true", "anchor={weight: 0.3, copy_base: false}")
 CASES = {  # name: (pipeline, overrides)
     "sparse, accumulated": (SD3, ("method={name: flowbp-sparse, num_active: 3}", "data.accumulate=2")),
-    "bridge, guided": (SD3, ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "guidance.scale=3.0")),
+    "bridge, guided": (
+        SD3,
+        (
+            "method={name: flowbp-bridge, num_active: 3, alpha: 0.7}",
+            "guidance.scale=3.0",
+            "anchor={weight: 0.3, copy_base: true}",
+        ),
+    ),
     "filtered": (SD3, ("method={name: flowbp-lagrange, alpha: 0.3, max_dj: 0.102}",)),
     "copies, hinge": (SD3, ("method.name=draft-lv", "reward.hinge=-0.1")),
     "two rewards, one normalised": (
