@@ -12,7 +12,6 @@ from flowbp.config import load
 from flowbp.estimate.estimate import estimate
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS, draw_plans
-from flowbp.plan import PlanBatch
 from flowbp.replay import Recompute
 from flowbp.surrogate import backward, reward_input
 from flowbp.training.trainer import Trainer
@@ -139,6 +138,7 @@ def test_a_plan_whose_only_node_is_an_open_bridge_is_refused():
 
 # -- in a run ----------------------------------------------------------------------------------------------------------
 
+FULL = ["tuning.mode=full", "tuning.rank=16"]
 TINY = ["data.batch_size=2", "evaluation=null", "optimizer.lr=1e-2"]
 
 
@@ -148,7 +148,7 @@ def trainer(tmp_path, *overrides):
 
 @pytest.mark.parametrize(
     "overrides",
-    [["anchor={weight: 20}"], ["anchor={weight: 20, copy_base: true}", "tuning.mode=full", "tuning.rank=16"]],
+    [["anchor={weight: 20}"], ["anchor={weight: 20, copy_base: true}", *FULL]],
 )
 def test_a_run_starts_without_drift_and_a_heavy_anchor_holds_it(overrides, tmp_path):
     held, free = trainer(tmp_path, *overrides), trainer(tmp_path, *overrides, "anchor.weight=1e-12")
@@ -188,7 +188,7 @@ def test_as_base_the_network_is_the_one_that_the_run_started_from(mode, tmp_path
     "overrides, says",
     [
         (
-            ["tuning.mode=full", "anchor={weight: 1}"],
+            [*FULL, "anchor={weight: 1}"],
             "compares with a frozen copy of all weights: set anchor.copy_base=true",
         ),
         (
@@ -196,7 +196,7 @@ def test_as_base_the_network_is_the_one_that_the_run_started_from(mode, tmp_path
             "compares with the model without its adapter: set anchor.copy_base=false",
         ),
         (
-            ["tuning.mode=full", "anchor={weight: 1, copy_base: true}", "memory.shard=true"],
+            [*FULL, "anchor={weight: 1, copy_base: true}", "memory.shard=true"],
             "cannot copy sharded weights",
         ),
         (["anchor={weight: 0}"], "greater than 0"),
@@ -214,13 +214,6 @@ def test_the_estimate_counts_its_passes_and_its_copy():
     plain, anchored = (estimate(load("demo", [*more, *anchor])) for anchor in ([], ["anchor={weight: 1}"]))
     assert anchored.calls["anchor"] == 2 * (len(anchored.plans[0].replays) - 1) and plain.calls["anchor"] == 0
     assert anchored.peak == plain.peak
-    full = ["tuning.mode=full", "tuning.rank=16"]
-    plain, anchored = (estimate(load("demo", [*full, *a])) for a in ([], ["anchor={weight: 1, copy_base: true}"]))
-    assert anchored.peak - plain.peak == 4 * plain.network.parameters
-
-
-def test_one_plan_a_sample_counts_every_pass(tmp_path):
-    held = trainer(tmp_path, "anchor={weight: 1}", "plans=per_sample", "memory.recompute=always")
-    assert held.step(0)["drift"] == 0 and held.step(1)["drift"] > 0
-    plan = draw_plans(held.config.method, held.model.sigmas.double().numpy(), np.random.default_rng(0), 2, "per_sample")
-    assert isinstance(plan, PlanBatch)
+    plain, anchored = (estimate(load("demo", [*FULL, *a])) for a in ([], ["anchor={weight: 1, copy_base: true}"]))
+    network = plain.network.frozen_bytes + plain.network.trained_bytes
+    assert anchored.peak - plain.peak == anchored.resident["base model"] == network > 4 * plain.network.parameters
