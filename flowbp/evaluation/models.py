@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -221,8 +221,8 @@ def summarise_models(manifests: Sequence[dict[str, Any]], scores: Mapping[str, S
     pairs = {name: compare(scores[first], scores[name]) for name in others}
     return {
         "models": list(manifests),
-        "means": [{"model": name} | asdict(row) for name, own in scores.items() for row in summarise(own)],
-        "changes": [{"model": name, "against": first} | asdict(row) for name, rows in pairs.items() for row in rows],
+        "means": [{"model": name} | row for name, own in scores.items() for row in summarise(own)],
+        "changes": [{"model": name, "against": first} | row for name, rows in pairs.items() for row in rows],
     }
 
 

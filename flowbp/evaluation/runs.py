@@ -7,7 +7,7 @@ guidance, or was scored on other prompts has not been compared.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +187,8 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         "runs": [about(run) for run in runs],
         **contrast([yaml.safe_load(dump(run.config)) for run in runs], [run.images for run in runs]),
         "warnings": run_warnings(runs, changes),
-        "means": [{"run": name} | asdict(row) for name, rows in means.items() for row in rows],
-        "changes": [{"run": name} | against | asdict(row) for name, rows in changes.items() for row in rows],
+        "means": [{"run": name} | row for name, rows in means.items() for row in rows],
+        "changes": [{"run": name} | against | row for name, rows in changes.items() for row in rows],
     }
     write_json(out / "comparison.json", results)
     write_file(out / "comparison.html", page(runs, results))
