@@ -878,11 +878,11 @@ def test_a_paired_interval_excludes_zero_only_for_a_real_change():
         seeds,
         {"reward": luck + 0.1 + 0.1 * rng.normal(size=500), "checker": luck + 0.1 * rng.normal(size=500)},
     )
-    real, none = (row for row in compare(before, after) if row.category == "all")
-    assert 0 < real.low < real.change < real.high and real.p_value < 0.001
-    assert none.low < 0 < none.high and none.p_value > 0.05
+    real, none = (row for row in compare(before, after) if row["category"] == "all")
+    assert 0 < real["low"] < real["change"] < real["high"] and real["p_value"] < 0.001
+    assert none["low"] < 0 < none["high"] and none["p_value"] > 0.05
     # the luck of a seed cancels in pairs
-    assert real.high - real.low == pytest.approx(2 * 1.96 * 0.1 / 500**0.5, rel=0.1)
+    assert real["high"] - real["low"] == pytest.approx(2 * 1.96 * 0.1 / 500**0.5, rel=0.1)
     with pytest.raises(ValueError, match="same prompts and seeds"):
         compare(before, Scores(prompts, seeds[::-1], after.values))
 

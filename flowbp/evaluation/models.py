@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,38 +43,28 @@ log = logging.getLogger(__name__)
 MANIFEST = "model.json"
 CHUNKS = "[0-9]" * 5 + ".safetensors"
 
-
-@dataclass(frozen=True)
-class Model:
-    """Weights to score, under the name that they have in the results. No weights: the base model."""
-
-    name: str
-    weights: Path | None = None
+Models = Mapping[str, Path | None]  # name in the results -> weights to score; None: the base model's
 
 
-BASE = Model("base")
-
-
-def name_models(specs: Iterable[str]) -> list[Model]:
+def name_models(specs: Iterable[str]) -> Models:
     """The base model, then each of `specs`: "PATH" (named after its last part) or "NAME=PATH".
 
     Raises ValueError for equal names, and for one that cannot be a folder's.
     """
-    models = [BASE]
+    models: dict[str, Path | None] = {"base": None}
     for spec in specs:
         name, path = named_path(spec)
-        models.append(Model(name or path.resolve().stem, path))
-    names = [model.name for model in models]
-    for name in names:
-        if names.count(name) > 1:
+        name = name or path.resolve().stem
+        if name in models:
             raise ValueError(f"two models are called {name!r}: give them names of their own, --weights NAME=PATH")
         if not "".join(c for c in name if c not in "-_. =").isalnum():
             raise ValueError(f"{name!r} cannot be a folder's name: use letters, digits, . - _ in --weights NAME=PATH")
+        models[name] = path
     return models
 
 
 @naming_the_dead()
-def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, overwrite: bool = False) -> dict[str, Any]:
+def run_evaluation(config: RunConfig, models: Models, folder: Path, overwrite: bool = False) -> dict[str, Any]:
     """Score every model that is not scored yet and write the results into `folder`; returns what results.json holds.
 
     Raises ValueError where `folder` holds scores of other settings or weights, unless `overwrite` says to throw those
@@ -84,7 +74,7 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
     if options is None:
         raise ConfigError("this config has no evaluation: add evaluation.prompts=... to say what to score")
     samples = scoring.draw_samples(load_prompts(options.prompts), options)
-    manifests = [manifest(config, samples, model) for model in models]
+    manifests = [manifest(config, samples, name, weights) for name, weights in models.items()]
     state = process_state()
 
     def open_all() -> None:
@@ -100,10 +90,10 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
 
     with locked(folder, "evaluates", "--out"):
         on_main(open_all)
-        for model, about in zip(models, manifests, strict=True):
+        for about in manifests:
             # If the main process refused a folder, the others refuse it here too, instead of waiting for scores.
-            open_model(folder / model.name, about)
-            score_model(config, model, samples, folder, about, load_scorers)
+            open_model(folder / about["name"], about)
+            score_model(config, about, samples, folder, load_scorers)
         state.wait_for_everyone()
         metrics = (*config.reward, *options.monitors, "checker", *IMAGE_STATISTICS)
         scores = {about["name"]: read_scores(folder, about, samples, metrics) for about in manifests}
@@ -112,16 +102,16 @@ def run_evaluation(config: RunConfig, models: Sequence[Model], folder: Path, ove
     return results
 
 
-def manifest(config: RunConfig, samples: Samples, model: Model) -> dict[str, Any]:
+def manifest(config: RunConfig, samples: Samples, name: str, weights: Path | None) -> dict[str, Any]:
     """All that the scores of a model depend on."""
-    if model.weights is not None and not model.weights.exists():
-        raise FileNotFoundError(f"the weights of {model.name}, {model.weights}, do not exist")
+    if weights is not None and not weights.exists():
+        raise FileNotFoundError(f"the weights of {name}, {weights}, do not exist")
     settings = config.model_dump(mode="json", include={"backbone", "guidance", "reward", "evaluation"})
     settings["rollout"] = config.evaluation_rollout.model_dump(mode="json")
     return {
-        "name": model.name,
-        "weights": None if model.weights is None else str(model.weights),
-        "sha256": None if model.weights is None else digest_files(weight_files(model.weights)),
+        "name": name,
+        "weights": None if weights is None else str(weights),
+        "sha256": None if weights is None else digest_files(weight_files(weights)),
         "prompts_sha256": hashlib.sha256(json.dumps(samples.prompts).encode()).hexdigest(),
         "settings": settings,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -158,7 +148,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def score_model(
-    config: RunConfig, model: Model, samples: Samples, folder: Path, about: dict[str, Any], load: Callable[[], Scorers]
+    config: RunConfig, about: dict[str, Any], samples: Samples, folder: Path, load: Callable[[], Scorers]
 ) -> None:
     """Score this process's share of the chunks that have no whole file yet, by the scorers that `load` gives. Nothing
     is loaded if no process lacks any.
@@ -172,12 +162,13 @@ def score_model(
         return
     from flowbp.runtime.tuned_model import frozen_backbone
 
-    backbone = frozen_backbone(config, model.weights, str(state.device), [prompt.text for prompt in samples.prompts])
-    if model.weights is not None and digest_files(weight_files(model.weights)) != about["sha256"]:
-        raise OSError(f"{model.weights} was replaced while it was read: evaluate it once its training is over")
+    weights = None if about["weights"] is None else Path(about["weights"])
+    backbone = frozen_backbone(config, weights, str(state.device), [prompt.text for prompt in samples.prompts])
+    if weights is not None and digest_files(weight_files(weights)) != about["sha256"]:
+        raise OSError(f"{weights} was replaced while it was read: evaluate it once its training is over")
     settings = config.evaluation_rollout, config.evaluation_guidance, load()
     share = [(i, samples.chunks[i]) for i in missing if i % state.num_processes == state.process_index]
-    with one_thread(), progress_bar(model.name, "image", sum(scoring.length(chunk) for _, chunk in share)) as bar:
+    with one_thread(), progress_bar(about["name"], "image", sum(scoring.length(chunk) for _, chunk in share)) as bar:
         for i, chunk in share:
             part = scoring.score_chunk(backbone, samples, *settings, chunk)
             path, said = chunk_file(folder, about, i)
@@ -221,8 +212,8 @@ def summarise_models(manifests: Sequence[dict[str, Any]], scores: Mapping[str, S
     pairs = {name: compare(scores[first], scores[name]) for name in others}
     return {
         "models": list(manifests),
-        "means": [{"model": name} | asdict(row) for name, own in scores.items() for row in summarise(own)],
-        "changes": [{"model": name, "against": first} | asdict(row) for name, rows in pairs.items() for row in rows],
+        "means": [{"model": name} | row for name, own in scores.items() for row in summarise(own)],
+        "changes": [{"model": name, "against": first} | row for name, rows in pairs.items() for row in rows],
     }
 
 

@@ -7,7 +7,7 @@ guidance, or was scored on other prompts has not been compared.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +25,10 @@ from flowbp.runtime.environment import ENVIRONMENT, describe_environment
 from flowbp.runtime.files import read_json, write_file, write_json
 from flowbp.runtime.run_folder import CONFIG, METRICS, RunFolder, check_run, mark_folder, short_names
 
-# Verdicts on a difference: it is what runs are compared for, it makes the comparison unfair, or it changes no result.
-POINT, UNFAIR, BOOKKEEPING = "point", "unfair", "bookkeeping"
-EVALUATED = "final evaluation"  # made or none; added to configs
-IMAGES_A_STEP = "images a step"  # processes x data.batch_size x data.accumulate; added to configs
+POINT, UNFAIR, BOOKKEEPING = "point", "unfair", "bookkeeping"  # verdicts on a difference
+VERDICTS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("verdicts.yaml").read_text())
+EVALUATED, IMAGES_A_STEP = "final evaluation", "images a step"  # added to configs
 STOPPING = ("best", "patience", "every", "validation_prompts", "validation_samples")  # of `evaluation`
-CHANGES_NOTHING = (
-    *("output", "checkpoint_every", "data.embeddings", "data.cache"),
-    *("memory", "compile"),  # equal up to rounding, as is the cut into batches
-    *("tuning.init", "data.batch_size", "data.accumulate"),  # init_sha256 and IMAGES_A_STEP are what counts
-    *("evaluation.batch_size", "evaluation.grid", "evaluation.watch"),
-)
-VERDICTS = {  # prefix of a key -> its verdict, and why it is unfair. The first prefix that fits decides.
-    "method": (POINT, ""),
-    "memory.vae_tiling": (UNFAIR, "another training recipe"),  # the reward sees the seams of tiles
-    **dict.fromkeys(CHANGES_NOTHING, (BOOKKEEPING, "")),
-    IMAGES_A_STEP: (UNFAIR, "another number of images an optimizer step"),
-    "steps": (UNFAIR, "another number of optimizer steps"),
-    "seed": (UNFAIR, "other prompts, noise and initial weights; compare means over several seeds instead"),
-    "guidance": (UNFAIR, "another velocity, and perhaps another gradient"),
-    "rollout": (UNFAIR, "another sampler or resolution"),
-    "backbone": (UNFAIR, "another model"),
-    "reward": (UNFAIR, "another objective"),
-    "data": (UNFAIR, "other training prompts"),
-    EVALUATED: (UNFAIR, "no scores to compare"),
-    **{f"evaluation.{key}": (UNFAIR, "another rule for when to stop") for key in STOPPING},
-    "evaluation": (UNFAIR, "scored on other samples or by other metrics"),
-    "": (UNFAIR, "another training recipe"),
-}
 
 
 @dataclass(frozen=True)
@@ -135,17 +111,21 @@ def contrast(configs: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> dic
     configs = with_evaluation(configs)
     flat = [flatten(config) | {IMAGES_A_STEP: count} for config, count in zip(configs, images, strict=True)]
     can_stop_early = any(values.get("evaluation.patience") is not None for values in flat)
-    verdicts = VERDICTS | {f"evaluation.{key}": (BOOKKEEPING, "") for key in STOPPING if not can_stop_early}
+    verdicts = VERDICTS | {f"evaluation.{key}": BOOKKEEPING for key in STOPPING if not can_stop_early}
     sorted_out: dict[str, dict[str, Any]] = {POINT: {}, UNFAIR: {}, BOOKKEEPING: {}}
     for key in dict.fromkeys(key for values in flat for key in values):
         values = [one.get(key) for one in flat]
         if any(value != values[0] for value in values):
-            verdict, why = next(rule for prefix, rule in verdicts.items() if within(key, prefix))
-            sorted_out[verdict][key] = {"values": values, "why": why} if verdict == UNFAIR else values
+            said = verdicts[max((name for name in verdicts if within(key, name)), key=len)]
+            if said in sorted_out:
+                sorted_out[said][key] = values
+            else:
+                sorted_out[UNFAIR][key] = {"values": values, "why": said}
     return sorted_out
 
 
 def within(key: str, prefix: str) -> bool:
+    """Whether `key` is `prefix` or of the section `prefix`; "" has all."""
     return not prefix or f"{key}.".startswith(f"{prefix}.")
 
 
@@ -187,8 +167,8 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         "runs": [about(run) for run in runs],
         **contrast([yaml.safe_load(dump(run.config)) for run in runs], [run.images for run in runs]),
         "warnings": run_warnings(runs, changes),
-        "means": [{"run": name} | asdict(row) for name, rows in means.items() for row in rows],
-        "changes": [{"run": name} | against | asdict(row) for name, rows in changes.items() for row in rows],
+        "means": [{"run": name} | row for name, rows in means.items() for row in rows],
+        "changes": [{"run": name} | against | row for name, rows in changes.items() for row in rows],
     }
     write_json(out / "comparison.json", results)
     write_file(out / "comparison.html", page(runs, results))

@@ -34,6 +34,7 @@ Scorer = Callable[[Tensor, list[str]], Tensor]
 Scorers = Mapping[str, Scorer]
 # What a chunk of b samples gave: metric -> [b] float64; "embedding" -> [b, d]; "images" -> [m, 3, H, W] uint8
 Part = dict[str, Tensor]
+Row = dict[str, Any]  # of a table of means (`summarise`) or of changes (`compare`)
 EMBEDDING = "embedding"
 BALANCED = "category mean"
 COLUMNS = ("prompt", "category", "seed")  # of a table of scores, before the metrics
@@ -201,29 +202,51 @@ def evaluate(samples: Samples, score: Callable[[slice], Part], progress: Callabl
 # -- summaries ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Group:
-    """The m samples of a category that have finite scores of a metric.
+def summarise(scores: Scores) -> list[Row]:
+    """Every metric over all images, then over each category: the mean with the ends of its 95 % interval.
 
-    about: the fields of `Row`. weights [m]: of the samples in a mean. texts: their m prompts. columns [K, m]: their
-    scores under K models.
+    A row has metric, category, count (of the finite scores), missing (of the others), prompts (different ones among
+    those counted), mean, low and high.
     """
-
-    about: dict[str, Any]
-    weights: np.ndarray
-    texts: list[str]
-    columns: np.ndarray
-
-    def mean(self, values: np.ndarray) -> float:
-        return weighted_mean(values, self.weights)
-
-    def interval(self, values: np.ndarray) -> dict[str, float]:
-        """{"low", "high"} of the mean of values [m]."""
-        return dict(zip(("low", "high"), interval(values, self.weights, self.texts), strict=True))
+    rows = []
+    for metric, values in scores.values.items():
+        for row, (column,), weights, texts in finite_groups(metric, scores.prompts, values):
+            mean = {"mean": weighted_mean(column, weights)}
+            rows.append(row | mean | ends_of_interval(column, weights, texts))
+    return rows
 
 
-def finite_groups(metric: str, prompts: list[Prompt], *columns: np.ndarray) -> Iterator[Group]:
-    """The samples that are finite in all K `columns` [n]: those of all prompts, then those of each category."""
+def compare(before: Scores, after: Scores) -> list[Row]:
+    """Every metric that both sides have, over all samples, then over each category: its mean before and after, the mean
+    change with the ends of its 95 % interval, and the p value of no change.
+
+    Of the fields of `summarise`, a row has "before", "after", "change" and "p_value" in place of the mean. A sample
+    counts if its score is finite on both sides. Raises ValueError unless prompts and seeds agree.
+    """
+    if not before.same_samples(after):
+        raise ValueError("a paired comparison needs the same prompts and seeds on both sides")
+    rows = []
+    for metric in (name for name in before.values if name in after.values):
+        columns = before.values[metric], after.values[metric]
+        for row, (old, new), weights, texts in finite_groups(metric, before.prompts, *columns):
+            parts = {"before": old, "after": new, "change": new - old}
+            means = {name: weighted_mean(part, weights) for name, part in parts.items()}
+            p_value = {"p_value": paired_p_value(old, new, weights, texts)}
+            rows.append(row | means | ends_of_interval(new - old, weights, texts) | p_value)
+    return rows
+
+
+def ends_of_interval(values: np.ndarray, weights: np.ndarray, texts: list[str]) -> dict[str, float]:
+    """{"low", "high"} of the mean of values [m]."""
+    return dict(zip(("low", "high"), interval(values, weights, texts), strict=True))
+
+
+def finite_groups(metric: str, prompts: list[Prompt], *columns: np.ndarray) -> Iterator[tuple]:
+    """The samples that are finite in all K `columns` [n]: those of all prompts, then those of each category.
+
+    Yields (what they are, as a row begins; their scores [K, m]; their weights [m] in a mean; the texts of their m
+    prompts).
+    """
     table = np.stack(columns)
     finite = np.isfinite(table).all(axis=0)
     for category, sets in averaged_sets(prompts).items():
@@ -232,7 +255,7 @@ def finite_groups(metric: str, prompts: list[Prompt], *columns: np.ndarray) -> I
         rows = np.flatnonzero(weights)
         texts = [prompts[i].text for i in rows]
         about = {"category": category, "count": len(rows), "missing": missing, "prompts": len(set(texts))}
-        yield Group({"metric": metric} | about, weights[rows], texts, table[:, rows])
+        yield {"metric": metric} | about, table[:, rows], weights[rows], texts
 
 
 def averaged_sets(prompts: list[Prompt]) -> dict[str, list[np.ndarray]]:
@@ -247,65 +270,3 @@ def averaged_sets(prompts: list[Prompt]) -> dict[str, list[np.ndarray]]:
     sets = {"all": [np.ones(len(labels), dtype=bool)]} | {name: [members] for name, members in categories.items()}
     uneven = len({members.sum() for members in categories.values()}) > 1
     return sets | ({BALANCED: list(categories.values())} if uneven else {})
-
-
-@dataclass(frozen=True)
-class Row:
-    """A metric over the samples of a category. count: of the finite scores; missing: of the others. prompts: the number
-    of different prompts among the counted samples.
-    """
-
-    metric: str
-    category: str
-    count: int
-    missing: int
-    prompts: int
-
-
-@dataclass(frozen=True)
-class Summary(Row):
-    """The mean of a metric with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Difference(Row):
-    """A metric before and after on the same prompts and seeds: the mean change, its 95 % interval, and p of no change.
-
-    A sample counts if its score is finite on both sides.
-    """
-
-    before: float
-    after: float
-    change: float
-    low: float
-    high: float
-    p_value: float
-
-
-def summarise(scores: Scores) -> list[Summary]:
-    """Every metric over all images, then over each category."""
-    return [
-        Summary(**group.about, mean=group.mean(group.columns[0]), **group.interval(group.columns[0]))
-        for metric, values in scores.values.items()
-        for group in finite_groups(metric, scores.prompts, values)
-    ]
-
-
-def compare(before: Scores, after: Scores) -> list[Difference]:
-    """Every metric that both sides have, over all samples, then over each category. Raises ValueError unless prompts
-    and seeds agree.
-    """
-    if not before.same_samples(after):
-        raise ValueError("a paired comparison needs the same prompts and seeds on both sides")
-    rows = []
-    for metric in (name for name in before.values if name in after.values):
-        for group in finite_groups(metric, before.prompts, before.values[metric], after.values[metric]):
-            old, new = group.columns
-            means = {"before": group.mean(old), "after": group.mean(new), "change": group.mean(new - old)}
-            p_value = paired_p_value(old, new, group.weights, group.texts)
-            rows.append(Difference(**group.about, **means, **group.interval(new - old), p_value=p_value))
-    return rows

@@ -26,7 +26,7 @@ class AestheticReward(CLIPEncoder):
 
         super().__init__(load_frozen(CLIPModel, clip, getattr(torch, dtype)).to(device))
         state = read_state_dict(model, "sac+logos+ava1-l14-linearMSE")
-        self.head = rating_head(renamed(state, [(r"^layers\.", "")]), self.model.dtype).to(device)
+        self.head = rating_head(renamed(state, "LAION"), self.model.dtype).to(device)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         return self.head(self.embed(images)).squeeze(-1)

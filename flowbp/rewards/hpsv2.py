@@ -57,27 +57,6 @@ def clean(prompt: str) -> str:
     return " ".join(text.split())
 
 
-RENAMED = (  # open_clip -> transformers, applied in order
-    (r"^module\.", ""),
-    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
-    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
-    (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.attn\.", ".self_attn."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
-    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
-    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # so spelt in transformers
-    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
-    (r"^visual\.proj$", "visual_projection.weight"),
-    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
-    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
-    (r"^ln_final\.", "text_model.final_layer_norm."),
-    (r"^text_projection$", "text_projection.weight"),
-)
-
-
 def clip_from_open_clip(state: dict[str, Tensor], heads: int, dtype: torch.dtype = torch.float32):
     """A frozen `CLIPModel` with the weights of an open_clip ViT. Sizes are read off the weights; activations are exact
     GELUs.
@@ -87,7 +66,7 @@ def clip_from_open_clip(state: dict[str, Tensor], heads: int, dtype: torch.dtype
     from transformers import CLIPConfig, CLIPModel
 
     weights = {}
-    for key, value in renamed(state, RENAMED).items():
+    for key, value in renamed(state, "open_clip").items():
         if key in ("visual_projection.weight", "text_projection.weight"):
             weights[key] = value.T.contiguous()  # stored as [width, embedding]
         elif ".in_proj_" in key:  # q, k and v in one

@@ -12,11 +12,6 @@ from torch import Tensor, nn
 from flowbp.rewards.qwen import inputs, instruction
 from flowbp.rewards.weights import below, frozen_head, frozen_model, read_state_dict, renamed
 
-RENAMED = (  # Qwen2VLForConditionalGeneration, as saved by transformers 4.45 or later -> Qwen2VLModel
-    (r"^model\.(visual|language_model)\.", r"\1."),
-    (r"^model\.", "language_model."),
-)
-
 
 class HPSv3:
     """The mean mu of the head's (mu, sigma), about 0 to 15.
@@ -37,7 +32,7 @@ class HPSv3:
         self.instruction = instruction(model, "the code of HPSv3 (github.com/MizzenAI/HPSv3)", self.REWARD_TOKEN)
         state, dtype = read_state_dict(model, "HPSv3"), getattr(torch, dtype)
         self.head = reward_head(below(state, "rm_head.", "HPSv3"), dtype).to(device)
-        named = renamed(state, RENAMED).items()
+        named = renamed(state, "Qwen2-VL").items()
         qwen = {key: value for key, value in named if not key.startswith(("lm_head.", "rm_head."))}
         config = AutoConfig.from_pretrained(base, local_files_only=True)
         config.text_config.vocab_size = len(qwen["language_model.embed_tokens.weight"])

@@ -44,23 +44,11 @@ class ImageReward:
         return (score - self.MEAN) / self.STD
 
 
-VISION_RENAMED = (  # BLIP -> transformers
-    (r"^cls_token$", "embeddings.class_embedding"),
-    (r"^pos_embed$", "embeddings.position_embedding"),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
-    (r"^blocks\.", "encoder.layers."),
-    (r"\.norm([12])\.", r".layer_norm\1."),
-    (r"\.attn\.proj\.", ".self_attn.projection."),
-    (r"\.attn\.", ".self_attn."),
-    (r"^norm\.", "post_layernorm."),
-)
-
-
 def vision_model(state: dict[str, Tensor], heads: int, dtype: torch.dtype):
     """BLIP's image encoder in the weights of ImageReward, frozen; sizes are read off the weights."""
     from transformers import BlipVisionConfig, BlipVisionModel
 
-    state = renamed(below(state, "blip.visual_encoder.", "ImageReward"), VISION_RENAMED)
+    state = renamed(below(state, "blip.visual_encoder.", "ImageReward"), "BLIP")
     sizes = encoder_sizes(state, "encoder.layers.", "mlp.fc1", heads)
     patch = state["embeddings.patch_embedding.weight"].shape[-1]
     side = round((state["embeddings.position_embedding"].shape[1] - 1) ** 0.5)

@@ -5,10 +5,11 @@ that each weight found its place.
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from flowbp.foreign import cut
 from flowbp.rewards.files import find_file
 
 State = dict[str, Tensor]
+RENAMED: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("renamed.yaml").read_text())
 
 
 def read_state_dict(folder: str | Path, stem: str) -> State:
@@ -57,11 +59,11 @@ def frozen_head(layers: Mapping[str, nn.Module], weights: State, dtype: torch.dt
     return head.to(torch.promote_types(dtype, torch.float32)).eval().requires_grad_(False)
 
 
-def renamed(state: State, rules: Iterable[tuple[str, str]]) -> State:
-    """`state` with every (regular expression, replacement) applied to its keys, in order."""
+def renamed(state: State, naming: str) -> State:
+    """`state` under the names that its class in transformers has, by the rules of `naming` in renamed.yaml."""
     result = {}
     for key, value in state.items():
-        for pattern, replacement in rules:
+        for pattern, replacement in RENAMED[naming].items():
             key = re.sub(pattern, replacement, key)
         result[key] = value
     return result

@@ -1,7 +1,6 @@
 """The report of a run: tables, curves and pictures in the run's folder."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 
 import numpy as np
 
@@ -38,7 +37,7 @@ def write_report(trainer: Trainer, folder: RunFolder, scores: Mapping[str, Score
     for name, each in scores.items():
         folder.write(f"samples_{name}.png", as_png(draw_samples(each)))
         folder.write(f"scores_{name}.csv", each.as_csv())
-    differences = [asdict(row) for row in compare(*scores.values())] if scores else []
+    differences = compare(*scores.values()) if scores else []
     if scores:
         folder.write_json("evaluation.json", differences)
     if validation is not None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from flowbp.config import EvaluationConfig
 from flowbp.evaluation.numbers import between, scale_of_change, signed
-from flowbp.evaluation.scores import Difference, Samples, Scores, compare, draw_samples
+from flowbp.evaluation.scores import Row, Samples, Scores, compare, draw_samples
 from flowbp.runtime.data import load_prompts
 
 History = Mapping[int, Scores]  # by optimizer steps taken, increasing; all of the same samples
@@ -115,10 +115,10 @@ def warnings(history: History, trained: Sequence[str], held_out: Sequence[str]) 
     first, last = steps[0], steps[-1]
     since_first = overall(history[first], history[last])
     found = [
-        f"nothing can be said of {row.metric}: {row.count} scored images of {row.prompts} prompts bear no interval; "
+        f"nothing can be said of {metric}: {row['count']} scored images of {row['prompts']} prompts bear no interval; "
         "with finite scores of six prompts, evaluation.validation_samples=12, they do"
         for metric, row in since_first.items()
-        if metric in held_out and np.isnan(row.low)
+        if metric in held_out and np.isnan(row["low"])
     ]
     for metric in held_out:
         scored = np.isfinite([scores.values[metric] for scores in history.values()]).all(axis=0)
@@ -128,24 +128,24 @@ def warnings(history: History, trained: Sequence[str], held_out: Sequence[str]) 
         peak = best_step(history, metric)
         changes = overall(history[peak], history[last]) if peak not in (None, last) else {}
         for reward in trained if changes else ():
-            if changes[reward].low > 0 and changes[metric].high < 0:
+            if changes[reward]["low"] > 0 and changes[metric]["high"] < 0:
                 rise = f"the trained {reward} rose by {change(changes[reward])}"
                 fall = f"the held-out {metric} fell by {change(changes[metric])}; step {peak} may be the better model"
                 found.append(f"over-optimised: from step {peak} to {last} {rise} while {fall}")
     for metric, (limit, meaning) in LIMITS.items():
         row = since_first.get(metric)
-        if row is not None and row.before > 0:
-            relative = row.change / row.before
-            if relative * np.sign(limit) > abs(limit) and (row.low > 0 or row.high < 0):
+        if row is not None and row["before"] > 0:
+            relative = row["change"] / row["before"]
+            if relative * np.sign(limit) > abs(limit) and (row["low"] > 0 or row["high"] < 0):
                 found.append(f"{metric} changed by {relative:+.0%} since step {first}, {change(row)}: {meaning}")
     return found
 
 
-def overall(before: Scores, after: Scores) -> dict[str, Difference]:
+def overall(before: Scores, after: Scores) -> dict[str, Row]:
     """The paired change of each metric over all samples."""
-    return {row.metric: row for row in compare(before, after) if row.category == "all"}
+    return {row["metric"]: row for row in compare(before, after) if row["category"] == "all"}
 
 
-def change(row: Difference) -> str:
-    scale = scale_of_change(vars(row))
-    return f"{signed(row.change, scale)} {between((row.low, row.high), scale)}"
+def change(row: Row) -> str:
+    scale = scale_of_change(row)
+    return f"{signed(row['change'], scale)} {between((row['low'], row['high']), scale)}"

@@ -49,24 +49,24 @@ def test_prompts_are_drawn_in_order_and_again_or_several_images_at_a_time():
 def test_a_score_that_is_not_finite_is_left_out_of_both_sides_and_said(bad):
     before, after = scores([0, 1, 0, 1, 0, 1, 0, 1]), scores([2, 2, bad, 2, 2, 2, 2, 2])
     row, even, odd = compare(before, after)
-    assert (row.count, row.missing, even.missing, odd.missing) == (7, 1, 1, 0)
-    assert row.before == pytest.approx(4 / 7) and row.change == pytest.approx(10 / 7) and even.before == 0
-    (said,) = [note for note in notes([vars(row)]) if "finite" in note]
+    assert (row["count"], row["missing"], even["missing"], odd["missing"]) == (7, 1, 1, 0)
+    assert row["before"] == pytest.approx(4 / 7) and row["change"] == pytest.approx(10 / 7) and even["before"] == 0
+    (said,) = [note for note in notes([row]) if "finite" in note]
     assert said == "reward: 1 of 8 images have no finite score, and are left out."
     nothing = summarise(scores([bad] * 8))[0]
-    assert (nothing.count, nothing.missing) == (0, 8) and number(nothing.mean) == "–"
+    assert (nothing["count"], nothing["missing"]) == (0, 8) and number(nothing["mean"]) == "–"
 
 
 def test_the_category_mean_takes_each_category_alike():
     (_, _, _, row) = summarise(
         scores([1, 0, 1, 0, 1, 0], PROMPTS[:5:2] + PROMPTS[1:2] + [Prompt("x", "odd"), Prompt("y", "third")])
     )[1:]
-    assert row.category == BALANCED and row.mean == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    assert row["category"] == BALANCED and row["mean"] == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
 
 
 def test_prompts_without_a_category_count_among_all_images_alone():
     rows = summarise(scores([1, 0, 1], [Prompt("a", "even"), Prompt("b", "odd"), Prompt("c")]))
-    assert [(row.category, row.count) for row in rows] == [("all", 3), ("even", 1), ("odd", 1)]
+    assert [(row["category"], row["count"]) for row in rows] == [("all", 3), ("even", 1), ("odd", 1)]
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])

@@ -19,7 +19,7 @@ from flowbp.cli import app
 from flowbp.config import load
 from flowbp.evaluation import models as evaluation_run
 from flowbp.evaluation import scores as evaluation
-from flowbp.evaluation.models import BASE, Model, name_models, run_evaluation
+from flowbp.evaluation.models import name_models, run_evaluation
 from flowbp.runtime import tuned_model
 from flowbp.runtime.checkpoint import latest_checkpoint
 from flowbp.runtime.run_folder import locked
@@ -35,12 +35,12 @@ def contents(folder):
 def whole(run, tmp_path_factory):
     """The folder of an evaluation in one go."""
     folder = tmp_path_factory.mktemp("whole") / "eval"
-    run_evaluation(load(run / "config.yaml"), [BASE, Model("tuned", run)], folder)
+    run_evaluation(load(run / "config.yaml"), {"base": None, "tuned": run}, folder)
     return folder
 
 
 def test_a_killed_evaluation_resumes_to_the_same_bytes_wherever_tensors_lie(run, whole, tmp_path, monkeypatch):
-    config, models, folder = load(run / "config.yaml"), [BASE, Model("tuned", run)], tmp_path / "eval"
+    config, models, folder = load(run / "config.yaml"), {"base": None, "tuned": run}, tmp_path / "eval"
     written, write = [], evaluation_run.write_tensors
 
     def write_until_killed(path, part, about):
@@ -72,7 +72,7 @@ def test_a_damaged_chunk_is_made_again(run, whole, tmp_path, caplog):
     one, two, cut = (tmp_path / "eval" / "tuned" / f"0000{i}.safetensors" for i in range(3))
     one.write_bytes(two.read_bytes())  # whole, and of other samples
     cut.write_bytes(cut.read_bytes()[:-1])
-    run_evaluation(load(run / "config.yaml"), [BASE, Model("tuned", run)], tmp_path / "eval")
+    run_evaluation(load(run / "config.yaml"), {"base": None, "tuned": run}, tmp_path / "eval")
     assert contents(tmp_path / "eval") == contents(whole)
     told = [line for line in caplog.messages if line.endswith("It is made again")]
     assert str(one) in told[0] and str(cut) in told[1] and len(told) == 2
@@ -91,14 +91,14 @@ def test_weights_that_are_replaced_while_they_are_read_are_not_scored_as_others(
     monkeypatch.setattr(tuned_model, "frozen_backbone", replaced_meanwhile)
     config = load(run / "config.yaml", ["evaluation.samples=4"])
     with pytest.raises(OSError, match="best was replaced while it was read"):
-        run_evaluation(config, [Model("tuned", weights)], tmp_path / "eval")
+        run_evaluation(config, {"tuned": weights}, tmp_path / "eval")
     assert not list((tmp_path / "eval" / "tuned").glob("*.safetensors"))
 
 
 def test_two_evaluations_do_not_write_into_one_folder(run, tmp_path):
     with locked(tmp_path / "eval", "evaluates", "--out"):
         with pytest.raises(FileExistsError, match="another process evaluates in .*eval right now: .* another --out"):
-            run_evaluation(load(run / "config.yaml"), [BASE], tmp_path / "eval")
+            run_evaluation(load(run / "config.yaml"), {"base": None}, tmp_path / "eval")
 
 
 def test_two_processes_write_the_same_bytes_as_one(run, whole, tmp_path):
@@ -156,21 +156,26 @@ def test_results_repeat_the_scores_of_the_samples(run, whole):
 
 def test_scores_of_other_settings_or_weights_are_never_mixed(run, tmp_path):
     config, folder = load(run / "config.yaml", ["evaluation.samples=4"]), tmp_path / "eval"
-    run_evaluation(config, [BASE], folder)
+    run_evaluation(config, {"base": None}, folder)
     before = contents(folder / "base")
-    run_evaluation(config, [BASE, Model("tuned", run)], folder)
+    run_evaluation(config, {"base": None, "tuned": run}, folder)
     assert contents(folder / "base") == before
     with pytest.raises(
         ValueError, match=r"evaluation: settings.rollout.num_steps was 4 and is 5. Choose another --out, or"
     ):
-        run_evaluation(load(run / "config.yaml", ["evaluation.samples=4", "rollout.num_steps=5"]), [BASE], folder)
+        run_evaluation(
+            load(run / "config.yaml", ["evaluation.samples=4", "rollout.num_steps=5"]), {"base": None}, folder
+        )
     with pytest.raises(ValueError, match="another evaluation: sha256 was None and is [0-9a-f]{64}"):
-        run_evaluation(config, [Model("base", run)], folder)
+        run_evaluation(config, {"base": run}, folder)
     for override in ("guidance.scale=2", "backbone.dtype=bfloat16", "reward.model=shapes-monitor", "evaluation.seed=1"):
         with pytest.raises(ValueError, match=f"another evaluation: .*settings.{override.partition('=')[0]} was"):
-            run_evaluation(load(run / "config.yaml", ["evaluation.samples=4", override]), [BASE], folder)
+            run_evaluation(load(run / "config.yaml", ["evaluation.samples=4", override]), {"base": None}, folder)
     run_evaluation(
-        load(run / "config.yaml", ["evaluation.samples=4", "rollout.num_steps=5"]), [BASE], folder, overwrite=True
+        load(run / "config.yaml", ["evaluation.samples=4", "rollout.num_steps=5"]),
+        {"base": None},
+        folder,
+        overwrite=True,
     )
     assert contents(folder / "base") != before
 
@@ -183,16 +188,18 @@ def test_a_folder_that_another_program_wrote_is_not_touched(run, name, overwrite
     (out / name).parent.mkdir(parents=True)
     (out / name).write_text("{}")
     with pytest.raises(FileExistsError, match="out holds what flowbp eval did not write there: choose another --out"):
-        run_evaluation(load(run / "config.yaml", ["evaluation.samples=4"]), [BASE], out, overwrite)
+        run_evaluation(load(run / "config.yaml", ["evaluation.samples=4"]), {"base": None}, out, overwrite)
     assert [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()] == [name]
     assert (out / name).read_text() == "{}"
 
 
 def test_scores_that_are_overwritten_take_no_other_file_with_them(run, tmp_path):
-    run_evaluation(load(run / "config.yaml", ["evaluation.samples=4"]), [BASE], tmp_path / "eval")
+    run_evaluation(load(run / "config.yaml", ["evaluation.samples=4"]), {"base": None}, tmp_path / "eval")
     (tmp_path / "eval/base/notes.txt").write_text("what I saw")
     (tmp_path / "eval/base/notes.safetensors").write_text("my own")
-    run_evaluation(load(run / "config.yaml", ["evaluation.samples=6"]), [BASE], tmp_path / "eval", overwrite=True)
+    run_evaluation(
+        load(run / "config.yaml", ["evaluation.samples=6"]), {"base": None}, tmp_path / "eval", overwrite=True
+    )
     assert {"notes.txt", "notes.safetensors"} < {path.name for path in (tmp_path / "eval/base").iterdir()}
 
 
@@ -215,19 +222,21 @@ def test_a_run_of_0_1_is_evaluated_and_not_resumed(run, tmp_path):
         train(load(old, ["steps=9", f"output={old}"]), resume=True)
     for name, source in {"new": run, "of 0.1": old}.items():
         run_evaluation(
-            load(source / "config.yaml", ["evaluation.samples=4"]), [BASE, Model("tuned", source)], tmp_path / name
+            load(source / "config.yaml", ["evaluation.samples=4"]), {"base": None, "tuned": source}, tmp_path / name
         )
     new, of_0_1 = (json.loads((tmp_path / name / "samples.json").read_text()) for name in ("new", "of 0.1"))
     assert new == of_0_1 and new[0]["scores"]["tuned"] != new[0]["scores"]["base"]
 
 
 def test_models_are_named_after_their_folders_or_as_told(tmp_path):
-    assert name_models(["runs/a", "b=runs/x"]) == [BASE, Model("a", Path("runs/a")), Model("b", Path("runs/x"))]
+    assert name_models(["runs/a", "b=runs/x"]) == {"base": None, "a": Path("runs/a"), "b": Path("runs/x")}
     (tmp_path / "lr=1e-4").mkdir()  # as flowbp sweep names the folders of settings
     folder = str(tmp_path / "lr=1e-4")
-    assert name_models([folder, f"b={folder}"])[1:] == [Model("lr=1e-4", Path(folder)), Model("b", Path(folder))]
+    assert name_models([folder, f"b={folder}"]) == {"base": None, "lr=1e-4": Path(folder), "b": Path(folder)}
     with pytest.raises(ValueError, match="two models are called 'a'"):
         name_models(["runs/a", "other/a"])
+    with pytest.raises(ValueError, match="two models are called 'base'"):
+        name_models(["runs/base"])
     with pytest.raises(ValueError, match="cannot be a folder's name"):
         name_models(["a/b=runs/x"])
 
@@ -257,6 +266,6 @@ def test_the_page_of_several_rewards_names_each(tmp_path):
         "rollout.num_steps=3",
     ]
     rewards = "reward={one: {name: clip, model: shapes}, two: {name: clip, model: shapes-monitor, weight: 0.5}}"
-    results = run_evaluation(load("demo", [*overrides, rewards]), [BASE], tmp_path / "eval")
+    results = run_evaluation(load("demo", [*overrides, rewards]), {"base": None}, tmp_path / "eval")
     assert {"one", "two"} < {row["metric"] for row in results["means"]}
     assert "one and two" in (tmp_path / "eval" / "report.html").read_text()

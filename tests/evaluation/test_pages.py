@@ -13,7 +13,7 @@ from matplotlib.text import Text
 import flowbp
 from flowbp.config import load
 from flowbp.evaluation import figures
-from flowbp.evaluation.models import Model, run_evaluation
+from flowbp.evaluation.models import run_evaluation
 from flowbp.evaluation.numbers import between, direction, duration, number, scale_of, scale_of_change, signed
 from flowbp.evaluation.pages import as_png, images_a_step, render
 from flowbp.evaluation.runs import compare_runs
@@ -51,7 +51,7 @@ class Outline(HTMLParser):
 def pages(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     config = load(run / "config.yaml")
-    run_evaluation(config, [Model("base"), Model("tuned", run)], folder / "eval")
+    run_evaluation(config, {"base": None, "tuned": run}, folder / "eval")
     shutil.copytree(run, folder / "again")
     compare_runs([run, folder / "again"], folder / "comparison")
     files = {
