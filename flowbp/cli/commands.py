@@ -27,7 +27,7 @@ from flowbp.rewards.registry import EMBEDDED, REWARDS, find_source, how_to_fetch
 from flowbp.runtime import run_folder
 from flowbp.runtime.checkpoint import weight_files
 from flowbp.runtime.console import TextConsole, tame_libraries
-from flowbp.runtime.inputs import check_inputs, check_target, named_path, parse_size, try_rewards
+from flowbp.runtime.inputs import check_inputs, check_target, named_path, parse_size, parse_strengths, try_rewards
 from flowbp.runtime.interrupts import heard_by, interrupt
 
 # What is imported above needs no torch, whose import takes longer than all checks together: commands import that last.
@@ -227,6 +227,7 @@ def evaluate(
     weights: Annotated[list[str] | None, Option(help="PATH or NAME=PATH of a run or LoRA; may repeat")] = None,
     out: Annotated[Path | None, Option(help="folder of the results; default: <run>-eval")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="delete the folder's scores of other settings")] = False,
+    strength: Annotated[str, Option(help="of the tuned weights, one or several: 0.25,0.5,1")] = "1",
     processes: Processes = 1,
 ) -> None:
     """Score the base and tuned models on the same prompts and seeds: means, intervals, paired tests, and a page. A
@@ -240,6 +241,7 @@ def evaluate(
         weight_files(source)
     folder = out or Path(f"{config.rstrip('/') if of_a_run else run.output}-eval")
     run_folder.check_mark(folder, "flowbp eval")
+    strengths = parse_strengths(strength)
     check_inputs(run)
     from flowbp.evaluation.models import name_models, run_evaluation
     from flowbp.runtime.processes import launched
@@ -247,7 +249,7 @@ def evaluate(
     models = name_models(weights or ([config] if of_a_run else []))
     with launched(processes):
         try_rewards(run)
-        results = run_evaluation(run, models, folder, overwrite)
+        results = run_evaluation(run, models, folder, overwrite, strengths)
     if not console.quiet:
         title = f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"
         console.print(*tables.evaluation_tables(results, title))

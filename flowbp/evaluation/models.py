@@ -64,8 +64,12 @@ def name_models(specs: Iterable[str]) -> Models:
 
 
 @naming_the_dead()
-def run_evaluation(config: RunConfig, models: Models, folder: Path, overwrite: bool = False) -> dict[str, Any]:
+def run_evaluation(
+    config: RunConfig, models: Models, folder: Path, overwrite: bool = False, strengths: Sequence[float] = (1.0,)
+) -> dict[str, Any]:
     """Score every model that is not scored yet and write the results into `folder`; returns what results.json holds.
+
+    strengths: of the tuned weights. At strength s the model NAME is called "NAME s", and NAME at 1.
 
     Raises ValueError where `folder` holds scores of other settings or weights, unless `overwrite` says to throw those
     away, and ConnectionError where another process has ended.
@@ -74,7 +78,11 @@ def run_evaluation(config: RunConfig, models: Models, folder: Path, overwrite: b
     if options is None:
         raise ConfigError("this config has no evaluation: add evaluation.prompts=... to say what to score")
     samples = scoring.draw_samples(load_prompts(options.prompts), options)
-    manifests = [manifest(config, samples, name, weights) for name, weights in models.items()]
+    manifests = [
+        manifest(config, samples, name, weights, strength)
+        for name, weights in models.items()
+        for strength in (strengths if weights is not None else (1.0,))
+    ]
     state = process_state()
 
     def open_all() -> None:
@@ -102,21 +110,24 @@ def run_evaluation(config: RunConfig, models: Models, folder: Path, overwrite: b
     return results
 
 
-def manifest(config: RunConfig, samples: Samples, name: str, weights: Path | None) -> dict[str, Any]:
+def manifest(
+    config: RunConfig, samples: Samples, name: str, weights: Path | None, strength: float = 1.0
+) -> dict[str, Any]:
     """All that the scores of a model depend on."""
     if weights is not None and not weights.exists():
         raise FileNotFoundError(f"the weights of {name}, {weights}, do not exist")
     settings = config.model_dump(mode="json", include={"backbone", "guidance", "reward", "evaluation"})
     settings["rollout"] = config.evaluation_rollout.model_dump(mode="json")
+    at = {} if strength == 1 else {"strength": strength}
     return {
-        "name": name,
+        "name": f"{name} {strength:g}" if at else name,
         "weights": None if weights is None else str(weights),
         "sha256": None if weights is None else digest_files(weight_files(weights)),
         "prompts_sha256": hashlib.sha256(json.dumps(samples.prompts).encode()).hexdigest(),
         "settings": settings,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": versions("flowbp", "torch", "diffusers", "transformers", "numpy"),
-    }
+    } | at
 
 
 def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> None:
@@ -163,7 +174,8 @@ def score_model(
     from flowbp.runtime.tuned_model import frozen_backbone
 
     weights = None if about["weights"] is None else Path(about["weights"])
-    backbone = frozen_backbone(config, weights, str(state.device), [prompt.text for prompt in samples.prompts])
+    texts, strength = [prompt.text for prompt in samples.prompts], about.get("strength", 1.0)
+    backbone = frozen_backbone(config, weights, str(state.device), texts, strength)
     if weights is not None and digest_files(weight_files(weights)) != about["sha256"]:
         raise OSError(f"{weights} was replaced while it was read: evaluate it once its training is over")
     settings = config.evaluation_rollout, config.evaluation_guidance, load()

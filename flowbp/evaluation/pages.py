@@ -156,7 +156,26 @@ def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], s
         results=results,
         facts_of_evaluation=facts(config, models=list(scores), made_with=describe_environment(made_with)).of_evaluation,
         overall=by_metric(results["means"], "model"),
+        strengths=strength_curves(results),
         pairs=paired_samples(scores),
         settings=yaml.safe_dump(about["settings"], sort_keys=False),
     )
     write_file(folder / "report.html", page)
+
+
+def strength_curves(results: Mapping[str, Any]) -> dict[str, str]:
+    """{weights: picture of every metric against their strength}, of those that were scored at several strengths."""
+    base, *tuned = results["models"]
+    curves: dict[str, dict[str, float]] = {}  # weights -> model -> strength
+    for about in tuned:
+        curves.setdefault(about["weights"], {base["name"]: 0.0})[about["name"]] = about.get("strength", 1.0)
+    overall, pictures = by_metric(results["means"], "model"), {}
+    for weights, strength in curves.items():
+        drawn = {
+            metric: [(at, *(rows[name][key] for key in ("mean", "low", "high"))) for name, at in strength.items()]
+            for metric, rows in overall.items()
+            if metric not in IMAGE_STATISTICS or metric == "diversity"
+        }
+        if len(strength) > 2:
+            pictures[weights] = as_data_uri(as_png(figures.strengths(drawn)))
+    return pictures

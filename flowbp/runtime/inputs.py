@@ -87,6 +87,18 @@ def named_path(spec: str) -> tuple[str, Path]:
     return ("", Path(spec)) if not equals or Path(spec).exists() else (name, Path(path))
 
 
+def parse_strengths(text: str) -> list[float]:
+    """The different numbers of "0.25,0.5,1". Raises ValueError for another text."""
+    try:
+        strengths = list(dict.fromkeys(map(float, text.split(","))))
+        if not all(0 < strength < math.inf for strength in strengths):
+            raise ValueError
+    except ValueError:
+        rule = "name finite numbers above 0, such as 0.25,0.5,1 (0 is the base model, which is scored anyway)"
+        raise ValueError(f"--strength {short(text)}: {rule}") from None
+    return strengths
+
+
 def parse_size(text: str) -> float:
     """Bytes of "24GB" (1e9), "24GiB" (2^30) or "80e9"."""
     number, unit = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?", "(?:[KMGT]I?)?"

@@ -126,16 +126,17 @@ class TunedModel:
 
 
 def frozen_backbone(
-    config: RunConfig, weights: Path | None, device: str, texts: Iterable[str] | None = None
+    config: RunConfig, weights: Path | None, device: str, texts: Iterable[str] | None = None, strength: float = 1.0
 ) -> Backbone:
-    """The backbone of a config with the tuned `weights`, or without, on `device`: to draw with, not to train.
+    """The backbone of a config with the tuned `weights` at `strength`, or without, on `device`: to draw with, not to
+    train.
 
     texts: all prompts that will be drawn, to embed as `config.data.embeddings` says. None leaves the text encoders in
     place.
     """
     backbone = load_backbone(**config.backbone.model_dump())
     if weights is not None:
-        load_weights(backbone, weights)
+        load_weights(backbone, weights, strength=strength)
     if texts is not None and config.data.embeddings == "cached":
         embed_once(backbone, texts, config.data.cache, device)
     backbone.pipe.to(device)

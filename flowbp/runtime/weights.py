@@ -143,23 +143,33 @@ def pinned(tuning: TuningConfig) -> TuningConfig:
     return tuning.model_copy(update={"init_sha256": found})
 
 
-def load_weights(backbone: "Backbone", source: Path, lora_dtype: torch.dtype | None = None) -> None:
+def load_weights(
+    backbone: "Backbone", source: Path, lora_dtype: torch.dtype | None = None, strength: float = 1.0
+) -> None:
     """Load the tuned weights of `source` into the backbone.
 
     source: a LoRA file or its folder, a run, the folder of a transformer, or a checkpoint of a run.
     lora_dtype: of a LoRA; None means the network's.
+    strength: what is added to the backbone's own weights is multiplied by it: a LoRA, or the difference of all weights.
 
     Raises FileNotFoundError if there are no weights, ValueError if they do not fit the backbone, are damaged, or hold
     NaN or inf.
     """
-    file = weight_files(source)[0]
+    file, denoiser = weight_files(source)[0], backbone.denoiser
+    own = {} if strength == 1 else {name: p.detach().clone() for name, p in denoiser.named_parameters()}
     if file.name == CHECKPOINT:
         load_training_checkpoint(backbone, file.parent)
     elif (file.parent / "config.json").is_file():
         backbone.denoiser.load_state_dict(read_transformer(backbone, file.parent))
     else:
         load_lora(backbone, file, lora_dtype or backbone.denoiser.dtype)
-    backbone.denoiser.eval()  # the layers of a new adapter drop out
+    if strength != 1 and getattr(denoiser, "peft_config", None):
+        denoiser.set_adapters(list(denoiser.peft_config), strength)
+    elif strength != 1:
+        with torch.no_grad():
+            for name, p in denoiser.named_parameters():
+                p.copy_(own[name].float().lerp(p.float(), strength))
+    denoiser.eval()  # the layers of a new adapter drop out
 
 
 def read_transformer(backbone: "Backbone", folder: Path) -> dict[str, Tensor]:

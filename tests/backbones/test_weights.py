@@ -151,6 +151,35 @@ def test_full_weights_are_a_transformer_folder_that_from_pretrained_reads(name, 
         assert torch.equal(read.state_dict()[key], value) and torch.equal(fresh.denoiser.state_dict()[key], value)
 
 
+@pytest.mark.parametrize("strength", [0.25, 1.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_strength_of_full_weights_is_a_way_between_the_base_and_them(strength, dtype, tmp_path):
+    name = "StableDiffusion3Pipeline"
+    base, tuned = (BACKBONES[name](tiny_pipeline(name, seed=seed).to(dtype)) for seed in (0, 1))
+    save_weights(tuned, tmp_path)
+    fresh = BACKBONES[name](tiny_pipeline(name).to(dtype))
+    load_weights(fresh, tmp_path, strength=strength)
+    for key, p in fresh.denoiser.named_parameters():
+        start, end = (side.denoiser.get_parameter(key).double() for side in (base, tuned))
+        between = start + strength * (end - start)
+        assert (p.double() - between).abs().max() <= torch.finfo(dtype).eps * between.abs().max()
+
+
+def test_the_strength_of_a_lora_multiplies_what_it_adds(trained, tmp_path):
+    name, _, train = trained
+    save_weights(train("flowbp-sparse").model.backbone, tmp_path)
+
+    def deltas(strength):
+        backbone = BACKBONES[name](tiny_pipeline(name))
+        load_weights(backbone, tmp_path, strength=strength)
+        layers = [module for module in backbone.denoiser.modules() if hasattr(module, "get_delta_weight")]
+        return [layer.get_delta_weight(*layer.active_adapters) for layer in layers]
+
+    whole, half = deltas(1.0), deltas(0.5)
+    assert any(delta.any() for delta in whole)
+    torch.testing.assert_close(half, [delta / 2 for delta in whole])
+
+
 def test_a_run_of_full_weights_has_no_lora_to_export(tmp_path):
     with pytest.raises(FileNotFoundError, match="pass the folder of a finished run with tuning.mode=lora"):
         export_comfyui(tmp_path, tmp_path / "lora.safetensors")

@@ -228,6 +228,32 @@ def test_a_run_of_0_1_is_evaluated_and_not_resumed(run, tmp_path):
     assert new == of_0_1 and new[0]["scores"]["tuned"] != new[0]["scores"]["base"]
 
 
+def test_tuned_weights_are_scored_at_every_strength_that_is_named(run, whole, tmp_path):
+    options = ["eval", str(run), "--out", str(tmp_path / "eval"), "--strength"]
+    result = CliRunner().invoke(app, [*options, "0.5,1"])
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert [(about["name"], about.get("strength")) for about in results["models"]] == [
+        ("base", None),
+        ("small 0.5", 0.5),
+        ("small", None),
+    ]
+    rewards = [row["mean"] for row in results["means"] if (row["metric"], row["category"]) == ("reward", "all")]
+    assert len(set(rewards)) == 3
+    at_one = [row for row in results["means"] if row["model"] == "small"]
+    before = json.loads((whole / "results.json").read_text())["means"]
+    assert at_one == [row | {"model": "small"} for row in before if row["model"] == "tuned"]
+    assert "Strength of" in (tmp_path / "eval" / "report.html").read_text()
+    assert CliRunner().invoke(app, [*options, "0.25"]).exit_code == 0  # beside those that are there
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "half", "nan", "0.5,", "inf", ""])
+def test_a_strength_that_is_none_is_refused(text, run, tmp_path):
+    result = CliRunner().invoke(app, ["eval", str(run), "--out", str(tmp_path / "eval"), "--strength", text])
+    assert isinstance(result.exception, ValueError) and "finite numbers above 0" in str(result.exception)
+    assert not (tmp_path / "eval").exists()
+
+
 def test_models_are_named_after_their_folders_or_as_told(tmp_path):
     assert name_models(["runs/a", "b=runs/x"]) == {"base": None, "a": Path("runs/a"), "b": Path("runs/x")}
     (tmp_path / "lr=1e-4").mkdir()  # as flowbp sweep names the folders of settings
