@@ -131,16 +131,17 @@ def changes_of_runs(metric: str, changes: Mapping[str, Sequence[float]]) -> "Fig
 
 
 def strengths(curves: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> "Figure":
-    """Each metric's mean and 95 % interval against the strength of the tuned weights, one panel a metric. A curve has
-    (strength, mean, low, high); strength 0 is the base model.
+    """Each metric's paired change from the base model, with its 95 % interval, against the strength of the tuned
+    weights: one panel a metric. A curve has (strength, change, low, high); at strength 0 nothing changes.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.8 * len(curves), 2.8), layout="constrained")
     for axis, (metric, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
-        strength, mean, low, high = np.array(sorted(points)).T
-        axis.errorbar(strength, mean, yerr=[mean - low, high - mean], fmt="s-", ms=5, color=ACTIVE, capsize=3)
-        axis.set_title(metric, loc="left", color=INK)
+        strength, change, low, high = np.array([(0.0, 0.0, 0.0, 0.0), *sorted(points)]).T
+        axis.errorbar(strength, change, yerr=[change - low, high - change], fmt="s-", ms=5, color=ACTIVE, capsize=3)
+        axis.axhline(0, color=QUIET, lw=1)
+        axis.set_title(f"change of {metric}", loc="left", color=INK)
         axis.set_xlabel("strength")
         axis.spines[["top", "right"]].set_visible(False)
     return as_text(figure)

@@ -164,18 +164,17 @@ def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], s
 
 
 def strength_curves(results: Mapping[str, Any]) -> dict[str, str]:
-    """{weights: picture of every metric against their strength}, of those that were scored at several strengths."""
-    base, *tuned = results["models"]
-    curves: dict[str, dict[str, float]] = {}  # weights -> model -> strength
-    for about in tuned:
-        curves.setdefault(about["weights"], {base["name"]: 0.0})[about["name"]] = about.get("strength", 1.0)
-    overall, pictures = by_metric(results["means"], "model"), {}
-    for weights, strength in curves.items():
-        drawn = {
-            metric: [(at, *(rows[name][key] for key in ("mean", "low", "high"))) for name, at in strength.items()]
-            for metric, rows in overall.items()
+    """{weights: picture of every metric's change against their strength}, of those that were scored at several."""
+    strengths: dict[str, dict[str, float]] = {}  # weights -> model -> strength
+    for about in results["models"][1:]:
+        strengths.setdefault(about["weights"], {})[about["name"]] = about.get("strength", 1.0)
+    changes, pictures = by_metric(results["changes"], "model"), {}
+    for weights, at in strengths.items():
+        curves = {
+            metric: [(at[name], *(rows[name][key] for key in ("change", "low", "high"))) for name in at]
+            for metric, rows in changes.items()
             if metric not in IMAGE_STATISTICS or metric == "diversity"
         }
-        if len(strength) > 2:
-            pictures[weights] = as_data_uri(as_png(figures.strengths(drawn)))
+        if len(at) > 1:
+            pictures[weights] = as_data_uri(as_png(figures.strengths(curves)))
     return pictures
