@@ -76,12 +76,16 @@ def same_base(one: str, other: str) -> bool:
 
 
 def train(name: str, seed: int, base: dict | None) -> dict:
-    """A whole run: mean scores before (`base`, where they are known) and after, calls and CPU seconds a step."""
     scale, solver, steps, others = SETTINGS[name]
     sampler = [f"guidance.scale={scale}", f"rollout.solver={solver}", f"rollout.num_steps={steps}"]
+    return {"setting": name, "seed": seed} | trained([*sampler, *others], seed, base)
+
+
+def trained(settings: list[str], seed: int, base: dict | None, kind: type[Trainer] = Trainer) -> dict:
+    """A whole run: mean scores before (`base`, where they are known) and after, calls and CPU seconds a step."""
     with tempfile.TemporaryDirectory() as folder:
-        config = load("demo", [f"output={folder}", f"seed={seed}", *COMMON, *sampler, *others])
-        trainer = Trainer(config)
+        config = load("demo", [f"output={folder}", f"seed={seed}", *COMMON, *settings])
+        trainer = kind(config)
     model, calls = trainer.model, []
     handle = model.backbone.denoiser.register_forward_hook(lambda module, given, output: calls.append(len(output[0])))
     began = time.process_time()
@@ -96,7 +100,7 @@ def train(name: str, seed: int, base: dict | None) -> dict:
 
     scores = {"before": base or mean_scores(model.base), "after": mean_scores(model.tuned)}
     calls_of_an_image = sum(calls) / config.steps / config.data.batch_size
-    return {"setting": name, "seed": seed, "calls": calls_of_an_image, "seconds": round(seconds, 4)} | scores
+    return {"calls": calls_of_an_image, "seconds": round(seconds, 4)} | scores
 
 
 def summary(name: str, runs: list[dict]) -> dict:
