@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from autograd_graph import as_graph
 from typer.testing import CliRunner
 
@@ -191,6 +192,14 @@ def test_a_resume_that_finds_nothing_says_so(killed, tmp_path, caplog):
         RunFolder(config.output).open(config)
     train(config, resume=True)
     assert f"--resume: {config.output} holds no checkpoint, so training begins with step 1" in caplog.messages
+
+
+def test_a_mixed_precision_of_accelerate_is_told_to_play_no_part(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(tiny(tmp_path, "steps=1"))
+    assert any("backbone.dtype says in what the network computes" in message for message in caplog.messages)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_checkpoint_of_a_device_that_is_gone_still_loads(tmp_path, monkeypatch):

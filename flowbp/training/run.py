@@ -55,6 +55,8 @@ def run(trainer: Trainer, folder: RunFolder) -> None:
     done = restore(trainer, folder)
     folder.forget_after(done)
     announce(trainer, folder.path, done)
+    if accelerator.mixed_precision != "no":
+        log.warning("accelerate's mixed precision plays no part here: backbone.dtype says in what the network computes")
     watched = config.evaluation is not None and config.evaluation.every is not None
     sentinel = Sentinel(config.evaluation, config.reward, folder.validations()) if watched else None
     # TensorBoard hides what a run logged after the checkpoint from which it goes on.
