@@ -144,7 +144,8 @@ def check_script(path: Path, arguments: list[str]) -> None:
         if arguments:
             raise ValueError(f"{path.name} takes no arguments")
         return
-    with stopped_after_parsing(str(path), arguments):
+    # as Python does, so that a script may import another beside it
+    with stopped_after_parsing(str(path), arguments), patch.object(sys, "path", [str(path.parent), *sys.path]):
         runpy.run_path(str(path), run_name="__main__")
 
 
