@@ -10,8 +10,9 @@ from torch._subclasses import FakeTensorMode
 
 from flowbp.backbones import load_backbone
 from flowbp.backbones.sd3 import SD3Backbone
-from flowbp.config import ConfigError, OptimizerConfig, TuningConfig, dump, load
+from flowbp.config import ConfigError, dump, load
 from flowbp.config.loading import CONFIG
+from flowbp.config.schema import OptimizerConfig, TuningConfig
 from flowbp.evaluation.pages import training_facts
 from flowbp.runtime import tuned_model
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint

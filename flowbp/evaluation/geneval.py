@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, StringConstr
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowbp.config import GenEvalConfig
+from flowbp.config.schema import GenEvalConfig
 from flowbp.foreign import cut, once, short
 from flowbp.rewards import load_reward
 from flowbp.rewards.clip import CLIPReward, image_features

@@ -11,7 +11,8 @@ import jinja2
 import yaml
 from PIL import Image
 
-from flowbp.config import RewardConfig, RunConfig, flatten
+from flowbp.config import RunConfig, flatten
+from flowbp.config.schema import RewardConfig
 from flowbp.evaluation import figures
 from flowbp.evaluation.numbers import FILTERS, NOT_BETTER, by_metric, duration
 from flowbp.evaluation.scores import Scores

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from flowbp.config import ConfigError, RewardConfig, RunConfig, by_name, dump, flatten, load
+from flowbp.config import ConfigError, RunConfig, dump, flatten, load
+from flowbp.config.schema import RewardConfig, by_name
 from flowbp.evaluation import figures, pages
 from flowbp.evaluation.numbers import by_metric, grouped
 from flowbp.evaluation.scores import Scores, compare, summarise

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from flowbp.config import EvaluationConfig, RolloutConfig
+from flowbp.config.schema import EvaluationConfig, RolloutConfig
 from flowbp.evaluation.statistics import interval, paired_p_value, weighted_mean
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import OF_ONE_IMAGE, diversity, thumbnails

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from flowbp.backbones import read_index
-from flowbp.config import ConfigError, EvaluationConfig, GenEvalConfig, RunConfig, ScorerConfig
+from flowbp.config import ConfigError, RunConfig
+from flowbp.config.schema import EvaluationConfig, GenEvalConfig, ScorerConfig
 from flowbp.foreign import short
 from flowbp.names import find
 from flowbp.rewards.callable import CallableReward

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flowbp.config import ConfigError, TuningConfig, load
+from flowbp.config import ConfigError, load
 from flowbp.config.loading import CONFIG
+from flowbp.config.schema import TuningConfig
 from flowbp.foreign import cut
 from flowbp.runtime.checkpoint import CHECKPOINT, LORA, TRANSFORMER, load_parameters, load_state, weight_files
 from flowbp.runtime.distributed import gathered, process_state

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flowbp.config import EvaluationConfig
+from flowbp.config.schema import EvaluationConfig
 from flowbp.evaluation.numbers import between, scale_of_change, signed
 from flowbp.evaluation.scores import Row, Samples, Scores, compare, draw_samples
 from flowbp.runtime.data import load_prompts
