@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from flowbp.runtime.files import digest_files, remove, remove_left, replacing, write_file, write_json
+from flowbp.foreign import digest_files
+from flowbp.runtime.files import remove, remove_left, replacing, write_file, write_json
 from flowbp.runtime.tensors import read_tensors, write_tensors
 
 

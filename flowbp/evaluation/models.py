@@ -25,13 +25,13 @@ import torch
 from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.evaluation import scores as scoring
 from flowbp.evaluation.scores import Part, Samples, Scorers, Scores, compare, summarise
-from flowbp.foreign import cut
+from flowbp.foreign import cut, digest_files
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.data import load_prompts
 from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import versions
-from flowbp.runtime.files import digest_files, read_json, write_file, write_json
+from flowbp.runtime.files import read_json, write_file, write_json
 from flowbp.runtime.inputs import named_path
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread

@@ -47,7 +47,9 @@ def render(template: str, **values: Any) -> str:
 
 
 def facts(config: RunConfig, **values: Any) -> Any:
-    """What templates/facts.jinja says of a run or an evaluation."""
+    """What templates/facts.jinja says: `of_run`, `of_training` given the rows of metrics.jsonl, and `of_evaluation`
+    given its models and what it was made with; {label: text} each.
+    """
     return templates().get_template("facts.jinja").make_module(values | {"config": config})
 
 
@@ -109,16 +111,6 @@ def as_data_uri(png: bytes) -> str:
 
 
 # -- what a page says on top -------------------------------------------------------------------------------------------
-
-
-def run_facts(config: RunConfig) -> dict[str, str]:
-    """What is trained, and how: {label: text}."""
-    return facts(config).of_run
-
-
-def training_facts(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The same, and what it took. rows: of metrics.jsonl."""
-    return facts(config, rows=rows).of_training
 
 
 def images_a_step(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> int:

@@ -29,7 +29,7 @@ import yaml
 
 from flowbp.config import RunConfig, changed, dump
 from flowbp.config.loading import CONFIG, SEAL, read, sealed
-from flowbp.foreign import cut, inside
+from flowbp.foreign import cut, digest_files, inside
 from flowbp.runtime import files
 from flowbp.runtime.checkpoint import CHECKPOINTS, LORA, TRANSFORMER, latest_checkpoint, progress, prune
 from flowbp.runtime.console import is_main
@@ -183,7 +183,7 @@ class RunFolder:
         held = (self.path / METRICS).stat().st_size  # a cut file may hold no whole row, and is not empty
         digests = {METRICS: hashlib.sha256(logged.encode()).hexdigest()} if held else {}
         kept = [file for step, file in self._validations().items() if step <= done]
-        return digests | {f"{VALIDATION}/{file.name}": files.digest_files([file]) for file in kept}
+        return digests | {f"{VALIDATION}/{file.name}": digest_files([file]) for file in kept}
 
     # -- while training ----------------------------------------------------------------------------------------------
 
@@ -247,7 +247,7 @@ class RunFolder:
     def _digest_of_best(self) -> str:
         folder = self.path / BEST
         kept = [*folder.glob(LORA), *folder.glob("step.json"), *sorted(folder.glob(f"{TRANSFORMER}/*"))]
-        return files.digest_files(kept)
+        return digest_files(kept)
 
     def _validations(self) -> dict[int, Path]:
         return files.by_step(self.path / VALIDATION, ".safetensors")

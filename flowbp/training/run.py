@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from flowbp.config import RunConfig
-from flowbp.evaluation.pages import run_facts
+from flowbp.evaluation.pages import facts
 from flowbp.runtime.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from flowbp.runtime.console import TextConsole, progress_bar
 from flowbp.runtime.distributed import process_state
@@ -110,13 +110,13 @@ def announce(trainer: Trainer, output: Path, done: int) -> None:
     images = ranks.size * config.data.batch_size * config.data.accumulate
     begins = f"goes on after step {done}" if done else "begins with step 1"
     processes = f"{ranks.size} process{'es' if ranks.size > 1 else ''}"
-    facts = run_facts(config) | {
+    told = facts(config).of_run | {
         "step": f"{images} images on {device} by {processes}, plans {config.plans}",
         "trained": f"{sum(p.numel() for p in model.parameters.values()):,} parameters",
         "output": f"{output}, {begins} of {config.steps}",
     }
     console = TextConsole(stderr=True)
-    for label, text in facts.items():
+    for label, text in told.items():
         console.print(f"{label:8} {text}", highlight=False, soft_wrap=True)
 
 

@@ -233,7 +233,7 @@ def summary(runs: Sequence[SweptRun], first: str) -> list[dict[str, Any]]:
 def page(name: str, runs: Sequence[SweptRun], results: dict[str, Any]) -> str:
     """sweep.html: a table and a picture for each metric, and the settings of the first run."""
     from flowbp.evaluation import figures
-    from flowbp.evaluation.pages import as_data_uri, as_png, render, run_facts
+    from flowbp.evaluation.pages import as_data_uri, as_png, facts, render
     from flowbp.runtime.environment import describe_environment
 
     first, metrics = results["runs"][0], list(dict.fromkeys(row["metric"] for row in results["rows"]))
@@ -248,5 +248,5 @@ def page(name: str, runs: Sequence[SweptRun], results: dict[str, Any]) -> str:
         metrics=metrics,
         pictures={m: as_data_uri(as_png(figures.changes_of_runs(m, own))) for m, own in changes.items()},
         trained={" and ".join(run.config.reward) for run in runs},
-        facts_of_first=run_facts(runs[0].config) | {"made with": describe_environment(first["environment"])},
+        facts_of_first=facts(runs[0].config).of_run | {"made with": describe_environment(first["environment"])},
     )
