@@ -24,6 +24,7 @@ import torch
 
 from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.evaluation import scores as scoring
+from flowbp.evaluation.pages import write_evaluation
 from flowbp.evaluation.scores import Part, Samples, Scorers, Scores, compare, summarise
 from flowbp.foreign import cut, digest_files
 from flowbp.image_statistics import IMAGE_STATISTICS
@@ -228,6 +229,4 @@ def write_results(config: RunConfig, folder: Path, results: dict[str, Any], scor
         rows.append({"prompt": prompt.text, "category": prompt.category, "seed": seed, "scores": found})
     write_json(folder / "samples.json", rows)
     write_json(folder / "results.json", results)
-    from flowbp.evaluation.pages import write_evaluation
-
     write_evaluation(config, folder, results, scores)

@@ -14,20 +14,12 @@ from PIL import Image
 from flowbp.config import RunConfig, flatten
 from flowbp.config.schema import RewardConfig
 from flowbp.evaluation import figures
-from flowbp.evaluation.numbers import FILTERS, NOT_BETTER, by_metric, duration
+from flowbp.evaluation.numbers import FILTERS, METRICS, NOT_BETTER, by_metric, duration
 from flowbp.evaluation.scores import Scores
 from flowbp.foreign import LARGEST, cut
-from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import plain
 from flowbp.runtime.environment import describe_environment, environment
 from flowbp.runtime.files import write_file
-
-AXES = {  # metric -> title of its panel, and what its vertical axis counts; any other metric is a score
-    "grad_norm": ("gradient norm", "L2 norm before clipping"),
-    "d_j": ("residual d_j", "mean gap, latent units"),
-    "d_0": ("residual d_0", "mean gap, latent units"),
-    "checker": ("checker", "share of images"),
-} | {name: (name, "mean over images") for name in IMAGE_STATISTICS}
 
 
 @cache
@@ -57,12 +49,13 @@ def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[st
     """{title: picture} of each of `metrics` that the rows of any run hold."""
     pictures, logged = {}, {metric for rows in runs.values() for row in rows for metric in row}
     for metric in (metric for metric in metrics if metric in logged):
-        title, unit = AXES.get(metric, (metric, "mean score"))
+        about = METRICS.get(metric, {})
+        title, unit = about.get("title", metric), about.get("unit", "mean score")
         pictures[title] = as_data_uri(as_png(figures.curves(runs, metric, title, unit, smooth)))
     return pictures
 
 
-def draw_samples(scores: Scores) -> "figures.Figure":
+def draw_samples(scores: Scores) -> figures.Figure:
     """The images that `scores` kept, with their prompts, framed by the checker's verdict if there is one."""
     checker = scores.values.get("checker")
     passed = [None if checker is None else bool(checker[i]) for i in range(len(scores.images))]
@@ -87,7 +80,7 @@ def paired_samples(scores: Mapping[str, Scores], side: int = 256) -> list[dict[s
     return pairs
 
 
-def as_png(figure: "figures.Figure") -> bytes:
+def as_png(figure: figures.Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

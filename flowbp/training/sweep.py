@@ -10,7 +10,6 @@ command: what is finished is kept.
 import itertools
 import json
 import os
-import queue
 import re
 import subprocess
 import sys
@@ -145,26 +144,19 @@ def sweep(runs: Sequence[SweptRun], folder: Path, processes: int) -> dict[str, A
 def make(runs: Sequence[SweptRun], processes: int, total: int) -> dict[str, str]:
     """Train `runs`, each in a process of its own. Returns {folder: why} of those that failed."""
     failed, under_way, stopping = {}, set(), threading.Event()
-    places = queue.SimpleQueue()
-    for place in range(processes):
-        places.put(place)
+    here, places = threading.local(), itertools.count()
 
-    def train(run: SweptRun) -> None:
-        place = places.get()
-        try:
-            if why := start(run, surroundings(place)):
-                failed[str(run.folder)] = why
-        finally:
-            places.put(place)
+    def take_place() -> None:
+        here.place = next(places)
 
-    def start(run: SweptRun, given: dict[str, str]) -> str | None:
+    def train(run: SweptRun) -> str | None:
         """Train one run to its end. Returns why it failed, or None."""
         log, resume = run.folder.with_suffix(".log"), ["--resume"] if run.folder.exists() else []
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("w") as file:
                 command = [sys.executable, "-m", "flowbp", "train", *run.arguments, *resume]
-                process = subprocess.Popen(command, stdout=file, stderr=file, env=given)
+                process = subprocess.Popen(command, stdout=file, stderr=file, env=surroundings(here.place))
                 under_way.add(process)
                 if stopping.is_set():  # since before it stood among those that are ended
                     process.terminate()
@@ -178,9 +170,12 @@ def make(runs: Sequence[SweptRun], processes: int, total: int) -> dict[str, str]
         ended = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
         return f"{ended}: {cut(said[-1], 200) if said else 'it said nothing'} ({log})"
 
-    with progress_bar("sweep", "run", total, total - len(runs)) as bar, ThreadPoolExecutor(processes) as pool:
+    bar = progress_bar("sweep", "run", total, total - len(runs))
+    with bar, ThreadPoolExecutor(processes, initializer=take_place) as pool:
         try:
-            for _ in pool.map(train, runs):
+            for run, why in zip(runs, pool.map(train, runs), strict=True):
+                if why is not None:
+                    failed[str(run.folder)] = why
                 bar.update()
         except KeyboardInterrupt:
             stopping.set()
