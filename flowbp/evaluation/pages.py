@@ -39,8 +39,8 @@ def render(template: str, **values: Any) -> str:
 
 
 def facts(config: RunConfig, **values: Any) -> Any:
-    """What templates/facts.jinja says: `of_run`, `of_training` given the rows of metrics.jsonl, and `of_evaluation`
-    given its models and what it was made with; {label: text} each.
+    """What templates/facts.jinja says: `of_run`; `of_start` given where and on what it runs; `of_training` given the
+    rows of metrics.jsonl; `of_evaluation` given its models and what it was made with. {label: text} each.
     """
     return templates().get_template("facts.jinja").make_module(values | {"config": config})
 

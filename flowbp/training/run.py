@@ -107,16 +107,10 @@ def announce(trainer: Trainer, output: Path, done: int) -> None:
     """Say on the main process's stderr what will be trained, on what and from where, before the first step."""
     config, model, ranks = trainer.config, trainer.model, trainer.model.ranks
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else str(ranks.accelerator.device)
-    images = ranks.size * config.data.batch_size * config.data.accumulate
-    begins = f"goes on after step {done}" if done else "begins with step 1"
-    processes = f"{ranks.size} process{'es' if ranks.size > 1 else ''}"
-    told = facts(config).of_run | {
-        "step": f"{images} images on {device} by {processes}, plans {config.plans}",
-        "trained": f"{sum(p.numel() for p in model.parameters.values()):,} parameters",
-        "output": f"{output}, {begins} of {config.steps}",
-    }
+    parameters = sum(p.numel() for p in model.parameters.values())
+    about = {"device": device, "processes": ranks.size, "parameters": parameters, "output": output, "done": done}
     console = TextConsole(stderr=True)
-    for label, text in told.items():
+    for label, text in facts(config, **about).of_start.items():
         console.print(f"{label:8} {text}", highlight=False, soft_wrap=True)
 
 

@@ -24,7 +24,6 @@ import numpy as np
 
 from flowbp.config import ConfigError, RunConfig, load, parse_overrides
 from flowbp.config.loading import CONFIG, read
-from flowbp.evaluation.statistics import mean_of_runs
 from flowbp.foreign import cut
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.files import read_json, write_file, write_json
@@ -209,6 +208,8 @@ def summary(runs: Sequence[SweptRun], first: str) -> list[dict[str, Any]]:
     share a seed with the setting `first` the difference from it, and the mean ends of a single run's interval over its
     images, which is narrower than that over runs. Intervals are nan for fewer than two runs.
     """
+    from flowbp.evaluation.statistics import mean_of_runs  # imports scipy
+
     scores = {(run.setting, run.seed): overall(run) for run in runs}
     rows = []
     for setting in dict.fromkeys(run.setting for run in runs):
