@@ -23,7 +23,7 @@ from flowbp.foreign import inside
 from flowbp.names import IMAGE_STATISTICS
 from flowbp.runtime.checkpoint import latest_checkpoint
 from flowbp.runtime.environment import ENVIRONMENT, describe_environment
-from flowbp.runtime.files import read_json, write_file, write_json
+from flowbp.runtime.files import as_json, read_json, write_file
 from flowbp.runtime.run_folder import CONFIG, METRICS, RunFolder, check_run, mark_folder, short_names
 
 POINT, UNFAIR, BOOKKEEPING = "point", "unfair", "bookkeeping"  # verdicts on a difference
@@ -160,7 +160,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         "means": [{"run": name} | row for name, rows in means.items() for row in rows],
         "changes": [{"run": name} | against | row for name, rows in changes.items() for row in rows],
     }
-    write_json(out / "comparison.json", results)
+    write_file(out / "comparison.json", as_json(results))
     write_file(out / "comparison.html", page(runs, results))
     return results
 

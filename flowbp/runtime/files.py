@@ -106,9 +106,9 @@ def write_file(path: Path, content: str | bytes) -> None:
         scratch.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all; a number that is not finite becomes null."""
-    write_file(path, json.dumps(without_nan(value), indent=1) + "\n")
+def as_json(value: Any) -> str:
+    """The text of a JSON file; a number that is not finite becomes null."""
+    return json.dumps(without_nan(value), indent=1) + "\n"
 
 
 def read_json(path: Path) -> Any:

@@ -118,7 +118,7 @@ class RunFolder:
             self.write(CONFIG, sealed(dump(config)))
             if overwrite or not (self.path / METRICS).is_file():
                 self.write(METRICS, "")
-            self.write_json(ENVIRONMENT, environment())
+            self.write(ENVIRONMENT, files.as_json(environment()))
 
         on_main(prepare)
 
@@ -206,11 +206,6 @@ class RunFolder:
         """Write a file of the run, whole or not at all."""
         if self.writes:
             files.write_file(self.path / name, content)
-
-    def write_json(self, name: str, value: Any) -> None:
-        """The same for a value as JSON."""
-        if self.writes:
-            files.write_json(self.path / name, value)
 
     def keep_validation(self, step: int, values: Values, best: bool = False) -> None:
         """Keep the scores of the weights after `step` steps. best: they are those that were just saved as `BEST`."""

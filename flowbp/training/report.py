@@ -12,6 +12,7 @@ from flowbp.evaluation.scores import Scores, compare
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.methods import draw_plan
 from flowbp.runtime.environment import describe_environment, environment
+from flowbp.runtime.files import as_json
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.training.trainer import Trainer
 
@@ -39,9 +40,9 @@ def write_report(trainer: Trainer, folder: RunFolder, scores: Mapping[str, Score
         folder.write(f"scores_{name}.csv", each.as_csv())
     differences = compare(*scores.values()) if scores else []
     if scores:
-        folder.write_json("evaluation.json", differences)
+        folder.write("evaluation.json", as_json(differences))
     if validation is not None:
-        folder.write_json("validation.json", validation)
+        folder.write("validation.json", as_json(validation))
     rows, name, monitors = folder.metrics(), folder.path.name, config.evaluation.monitors if config.evaluation else ()
     held_out = [*config.reward, *monitors, "checker", *IMAGE_STATISTICS]  # in the order of the tables
     page = render(

@@ -13,7 +13,7 @@ from flowbp.evaluation.pages import facts
 from flowbp.runtime.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from flowbp.runtime.console import TextConsole, progress_bar
 from flowbp.runtime.distributed import process_state
-from flowbp.runtime.files import writing
+from flowbp.runtime.files import as_json, writing
 from flowbp.runtime.interrupts import Stop, heard_by, interrupt
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
@@ -146,7 +146,7 @@ def validate(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder, ste
         if is_best := sentinel.record(step, scores):
             with model.using(model.tuned) as backbone:
                 save_weights(backbone, folder.path / BEST)
-            folder.write_json(f"{BEST}/step.json", {"step": step})
+            folder.write(f"{BEST}/step.json", as_json({"step": step}))
         folder.keep_validation(step, scores.values, is_best)
         means = {f"validation/{name}": float(values.mean()) for name, values in scores.values.items()}
         folder.track(model.ranks.accelerator, means, step)

@@ -26,7 +26,7 @@ from flowbp.config import ConfigError, RunConfig, load, parse_overrides
 from flowbp.config.loading import CONFIG, read
 from flowbp.foreign import cut
 from flowbp.runtime.console import progress_bar
-from flowbp.runtime.files import read_json, write_file, write_json
+from flowbp.runtime.files import as_json, read_json, write_file
 from flowbp.runtime.run_folder import RunFolder, locked, mark_folder
 
 SEEDS = re.compile(r"(\d+)\.\.(\d+)")  # 0..7: both ends belong to it
@@ -134,7 +134,7 @@ def sweep(runs: Sequence[SweptRun], folder: Path, processes: int) -> dict[str, A
             about = read_json(run.folder / "environment.json")
             told = {"setting": run.setting, "seed": run.seed, "scores": overall(run), "environment": about}
             results["runs"].append(told)
-        write_json(folder / "sweep.json", results)
+        write_file(folder / "sweep.json", as_json(results))
         if finished:
             write_file(folder / "sweep.html", page(folder.name, finished, results))
     return results
