@@ -102,9 +102,8 @@ def bridge_allocation(num_active: int, pre_length: int, post_length: int) -> tup
     length = pre_length + post_length
     if not 2 <= num_active <= length:
         raise ValueError(f"a bridge needs num_active in [2, {length}] (one node on each side), got {num_active}")
-    pre = min(max(round(num_active * pre_length / length), 1), pre_length)
-    post = min(max(num_active - pre, 1), post_length)
-    pre = min(num_active - post, pre_length)
+    fewest, most = max(1, num_active - post_length), min(pre_length, num_active - 1)
+    pre = min(max(round(num_active * pre_length / length), fewest), most)
     return pre, num_active - pre
 
 

@@ -1,6 +1,8 @@
 """Files that anybody may have written: how much of them is read, and how much of what they hold a message shows."""
 
+import hashlib
 import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +57,12 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError(f"a key stands there twice: {short([key for key, _ in pairs])}")
     return found
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """SHA-256 of the contents of `paths`, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()

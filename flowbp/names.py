@@ -12,18 +12,13 @@ from typing import Any
 from flowbp.foreign import cut, short
 
 IMAGE_STATISTICS = ("saturation", "high_frequency", "diversity")  # a config knows them without torch
-FOLDERS: list[Path] = []  # beside the working folder, where `find` looks
+FOLDERS: list[Path] = []  # where `find` looks after the working folder
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """'did you mean ...? ', or nothing where no name is near."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}? " if near else ""
-
-
-def search_in(folder: Path) -> None:
-    """Let `find` import modules of `folder`, after those of the working folder."""
-    FOLDERS.append(folder)
 
 
 def find(kind: str, name: str) -> Any:

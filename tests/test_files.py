@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from flowbp.runtime.files import digest_files, remove, remove_left, replacing, write_file, write_json
+from flowbp.foreign import digest_files
+from flowbp.runtime.files import as_json, remove, remove_left, replacing, write_file
 from flowbp.runtime.tensors import read_tensors, write_tensors
 
 
@@ -108,7 +109,7 @@ def test_bytes_reach_the_disk_before_their_name_does(tmp_path, monkeypatch):
 
 
 def test_json_has_null_for_what_is_not_a_number(tmp_path):
-    write_json(tmp_path / "a.json", {"a": float("nan"), "b": [1.5, float("inf")]})
+    write_file(tmp_path / "a.json", as_json({"a": float("nan"), "b": [1.5, float("inf")]}))
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": None, "b": [1.5, None]}
 
 

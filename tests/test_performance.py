@@ -12,7 +12,8 @@ from diffusers.utils import logging
 from tiny_pipelines import tiny_pipeline
 
 from flowbp.backbones import BACKBONES, bind_velocity
-from flowbp.config import ConfigError, MemoryConfig, OptimizerConfig, TuningConfig
+from flowbp.config import ConfigError
+from flowbp.config.schema import MemoryConfig, OptimizerConfig, TuningConfig
 from flowbp.guidance import Guidance
 from flowbp.methods import FlowBPBridge
 from flowbp.replay import Recompute

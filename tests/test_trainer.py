@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 from flowbp.backbones import bind_velocity, load_backbone
 from flowbp.cli import app
-from flowbp.config import MemoryConfig, dump, load
-from flowbp.config.schema import LOGGED
+from flowbp.config import dump, load
+from flowbp.config.schema import LOGGED, MemoryConfig
 from flowbp.evaluation import scores as evaluation
 from flowbp.evaluation.scores import Scores, compare
 from flowbp.guidance import Guidance

@@ -10,9 +10,10 @@ from torch._subclasses import FakeTensorMode
 
 from flowbp.backbones import load_backbone
 from flowbp.backbones.sd3 import SD3Backbone
-from flowbp.config import ConfigError, OptimizerConfig, TuningConfig, dump, load
+from flowbp.config import ConfigError, dump, load
 from flowbp.config.loading import CONFIG
-from flowbp.evaluation.pages import training_facts
+from flowbp.config.schema import OptimizerConfig, TuningConfig
+from flowbp.evaluation.pages import facts
 from flowbp.runtime import tuned_model
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowbp.runtime.run_folder import RunFolder
@@ -233,8 +234,8 @@ def test_a_run_records_the_digest_of_its_start_and_resumes_from_no_other(first, 
     recorded = load(tmp_path / "whole" / CONFIG)
     assert recorded.tuning.init_sha256 == sha256((first / LORA).read_bytes()).hexdigest()
     assert pinned(recorded.tuning) == recorded.tuning
-    facts = training_facts(recorded, RunFolder(tmp_path / "whole").metrics())
-    assert f"LoRA of rank 4, started from {tmp_path / LORA}, learning rate" in facts["model"]
+    told = facts(recorded, rows=RunFolder(tmp_path / "whole").metrics()).of_training
+    assert f"LoRA of rank 4, started from {tmp_path / LORA}, learning rate" in told["model"]
 
     (tmp_path / LORA).write_bytes((tmp_path / "whole" / LORA).read_bytes())
     with pytest.raises(ValueError, match="a resumed run keeps its config .* changes tuning.init_sha256 from"):

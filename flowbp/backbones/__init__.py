@@ -1,4 +1,4 @@
-"""Backbones: diffusers pipelines behind one protocol. They know diffusers and no method.
+"""Backbones: diffusers pipelines behind one class. They know diffusers and no method.
 
 The pipeline class that a checkpoint names in its model_index.json chooses the backbone (`classes`). diffusers takes
 seconds to import, so what needs it is loaded when it is first used.
@@ -18,11 +18,11 @@ from flowbp.foreign import cut, read_text, short
 from flowbp.names import nearest
 
 if TYPE_CHECKING:
-    from flowbp.backbones.base import Backbone, DiffusersBackbone, Precision, bind_velocity, check_guidance  # noqa: F401
+    from flowbp.backbones.base import Backbone, Precision, bind_velocity, check_guidance  # noqa: F401
     from flowbp.backbones.classes import BACKBONES  # noqa: F401
 
 __all__ = ["BACKBONES", "KNOWN_MODELS", "load_backbone", "locate"]
-__all__ += ["Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "check_guidance"]
+__all__ += ["Backbone", "Precision", "bind_velocity", "check_guidance"]
 
 # diffusers imports transformers' image processors, which say that they lack torchvision; nothing here calls them.
 logging.getLogger("transformers.utils.import_utils").addFilter(lambda said: "torchvision" not in said.getMessage())
@@ -41,7 +41,7 @@ def load_backbone(
 ) -> "Backbone":
     """The backbone of `name`: "shapes" (the embedded model), a known model, a local pipeline folder, or a Hub id.
 
-    dtype: of the weights, "float32", "bfloat16" or "float16".  precision, max_sequence_length: see `DiffusersBackbone`.
+    dtype: of the weights, "float32", "bfloat16" or "float16".  precision, max_sequence_length: see `Backbone`.
     variant: of the files, "fp16" for model.fp16.safetensors.
     Raises ValueError for an unknown name, a folder that is no pipeline, or a class without a backbone; OSError for a
     model that can be neither read nor downloaded, and for a folder without a part that its model_index.json names.

@@ -7,8 +7,8 @@ Euler step acts on each entry by itself.
 
 import functools
 import logging
-from abc import abstractmethod
-from typing import Any, Literal, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,8 +29,9 @@ JOINT_LAYERS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_
 JOINT_ATTENTION = [f"attn.{layer}" for layer in JOINT_LAYERS.split()]
 
 
-class Backbone(Protocol):
-    """A text-to-image flow model in five verbs, and what the trainer must know of its network.
+class Backbone(ABC):
+    """A text-to-image flow model in five verbs, and what the trainer must know of its network: a pipeline of diffusers
+    whose scheduler takes plain Euler steps of flow matching.
 
     pipe               the pipeline, for saving and loading weights in its own format
     denoiser           the network that gives the velocity: the trainable part
@@ -38,48 +39,13 @@ class Backbone(Protocol):
     text_options       what prompt embeddings depend on besides the text encoders
     guidance_branches  how classifier-free guidance calls the network; "none": the guidance was distilled away
     embeds_guidance    whether the network reads conditioning["guidance"] [B] float32, a guidance scale
-    """
-
-    pipe: DiffusionPipeline
-    denoiser: ModelMixin
-    lora_targets: list[str]
-    text_options: dict[str, Any]
-    guidance_branches: GuidanceBranches
-    embeds_guidance: bool
-
-    @abstractmethod
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """Text conditioning of `prompts`, without gradient."""
-
-    def sigmas(self, num_steps: int, height: int, width: int, levels: NoiseLevels = "published") -> Tensor:
-        """[num_steps + 1] float32 noise levels on the CPU, decreasing to 0, for images of height x width pixels.
-
-        levels: "published" is linspace(1, 1 / N, N) under the pipeline's shift, on which the paper's released trainers
-            roll out. "pipeline" is the sampler's own, on which a user of the model draws. They differ for SD3 alone,
-            whose sampler ends next to 0.
-        """
-
-    def noise(self, height: int, width: int, generators: list[torch.Generator]) -> Tensor:
-        """Standard normal latents [B, C, h, w] at the first noise level, one generator a sample."""
-
-    @abstractmethod
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """dx/dsigma at latents x [B, C, h, w] and noise level sigma, [] or one a sample [B]. It is in the
-        network's dtype; the step converts it.
-        """
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], float32 (or wider), differentiable in the clean latents x."""
-
-
-class DiffusersBackbone(Backbone):
-    """A text-to-image pipeline of diffusers whose scheduler takes plain Euler steps of flow matching.
 
     precision            of the latents between network calls. "pipeline": the network's dtype, so that they are rounded
                          after every step, as the pipeline does. "float32": only the network's input is rounded
     max_sequence_length  tokens of the prompt embedding; None means the pipeline's default
     """
 
+    lora_targets: list[str]
     guidance_branches: GuidanceBranches = "separate"
     embeds_guidance = False
     patch = 2  # latents that one image token spans, along each side
@@ -127,9 +93,9 @@ class DiffusersBackbone(Backbone):
         """The dtype in which the pipeline keeps its latents."""
         return self.denoiser.dtype
 
-    @property
     @abstractmethod
-    def lora_targets(self) -> list[str]: ...
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Text conditioning of `prompts`, without gradient."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -172,6 +138,12 @@ class DiffusersBackbone(Backbone):
         return calculate_shift(num_tokens, of.base_image_seq_len, of.max_image_seq_len, of.base_shift, of.max_shift)
 
     def sigmas(self, num_steps: int, height: int, width: int, levels: NoiseLevels = "published") -> Tensor:
+        """[num_steps + 1] float32 noise levels on the CPU, decreasing to 0, for images of height x width pixels.
+
+        levels: "published" is linspace(1, 1 / N, N) under the pipeline's shift, on which the paper's released trainers
+            roll out. "pipeline" is the sampler's own, on which a user of the model draws. They differ for SD3 alone,
+            whose sampler ends next to 0.
+        """
         rows, columns = self.token_grid(height, width)
         scheduler = self.pipe.scheduler
         published = {"sigmas": published_levels(num_steps)}
@@ -182,6 +154,7 @@ class DiffusersBackbone(Backbone):
         return scheduler.sigmas.cpu().clone()
 
     def noise(self, height: int, width: int, generators: list[torch.Generator]) -> Tensor:
+        """Standard normal latents [B, C, h, w] at the first noise level, one generator a sample."""
         rows, columns = self.token_grid(height, width)
         shape = (len(generators), *self.latent_shape(rows, columns))
         return randn_tensor(shape, generator=generators, device=self.denoiser.device, dtype=self.latents_dtype)
@@ -190,7 +163,14 @@ class DiffusersBackbone(Backbone):
         """(C, h, w) of the latents of rows x columns image tokens."""
         return self.pipe.vae.config.latent_channels, rows * self.patch, columns * self.patch
 
+    @abstractmethod
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """dx/dsigma at latents x [B, C, h, w] and noise level sigma, [] or one a sample [B]. It is in the
+        network's dtype; the step converts it.
+        """
+
     def decode(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1], float32 (or wider), differentiable in the clean latents x."""
         vae = self.pipe.vae
         images = vae.decode(self.vae_latents(x).to(vae.dtype), return_dict=False)[0]
         images = self.pipe.image_processor.postprocess(images, output_type="pt")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowbp.backbones.base import JOINT_ATTENTION, DiffusersBackbone, grid_ids
+from flowbp.backbones.base import JOINT_ATTENTION, Backbone, grid_ids
 from flowbp.guidance import Conditioning
 
 
-class FluxBackbone(DiffusersBackbone):
+class FluxBackbone(Backbone):
     """`FluxPipeline`: `FluxTransformer2DModel`, `AutoencoderKL`, a CLIP encoder (pooled) and T5."""
 
     lora_targets = [*JOINT_ATTENTION, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]

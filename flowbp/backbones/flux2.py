@@ -9,11 +9,11 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowbp.backbones.base import JOINT_ATTENTION, DiffusersBackbone, grid_ids
+from flowbp.backbones.base import JOINT_ATTENTION, Backbone, grid_ids
 from flowbp.guidance import Conditioning
 
 
-class Flux2Backbone(DiffusersBackbone):
+class Flux2Backbone(Backbone):
     """`Flux2KleinPipeline`: `Flux2Transformer2DModel`, `AutoencoderKLFlux2` and Qwen3, hidden states 9, 18 and 27."""
 
     @property

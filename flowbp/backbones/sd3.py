@@ -5,11 +5,11 @@ batched call.
 import torch
 from torch import Tensor
 
-from flowbp.backbones.base import JOINT_ATTENTION, DiffusersBackbone
+from flowbp.backbones.base import JOINT_ATTENTION, Backbone
 from flowbp.guidance import Conditioning
 
 
-class SD3Backbone(DiffusersBackbone):
+class SD3Backbone(Backbone):
     """`StableDiffusion3Pipeline`: `SD3Transformer2DModel`, `AutoencoderKL`, two CLIP encoders and optionally T5."""
 
     guidance_branches = "batched"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowbp.backbones.base import DiffusersBackbone
+from flowbp.backbones.base import Backbone
 from flowbp.guidance import Conditioning
 
 
-class ZImageBackbone(DiffusersBackbone):
+class ZImageBackbone(Backbone):
     """`ZImagePipeline`: `ZImageTransformer2DModel`, `AutoencoderKL` and Qwen3, of which it reads the last hidden state
     but one.
     """

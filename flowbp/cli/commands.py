@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from flowbp.runtime import run_folder
 from flowbp.runtime.checkpoint import weight_files
 from flowbp.runtime.console import TextConsole, tame_libraries
 from flowbp.runtime.inputs import check_inputs, check_target, named_path, parse_size, parse_strengths, try_rewards
-from flowbp.runtime.interrupts import heard_by, interrupt
+from flowbp.runtime.interrupts import exit_code, heard_by, interrupt
 
 # What is imported above needs no torch, whose import takes longer than all checks together: commands import that last.
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -105,7 +104,7 @@ def train(
             output = run(settings, resume, overwrite)
     except KeyboardInterrupt as stop:
         say_unwrapped(f"\nstopped. {run_folder.how_to_go_on(settings.output)}")
-        raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
+        raise typer.Exit(exit_code(stop)) from None
     except ConnectionError as error:
         raise ConnectionError(f"{error}. {run_folder.how_to_go_on(settings.output)}") from error
     if console.quiet:

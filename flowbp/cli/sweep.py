@@ -1,6 +1,5 @@
 """`flowbp sweep`."""
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ from typer import Option
 from flowbp.cli import tables
 from flowbp.cli.commands import Config, Overrides, app, console, say, say_unwrapped
 from flowbp.runtime.inputs import check_inputs
-from flowbp.runtime.interrupts import heard_by, interrupt
+from flowbp.runtime.interrupts import exit_code, heard_by, interrupt
 from flowbp.training import sweep as sweeps
 
 
@@ -33,7 +32,7 @@ def sweep(
     except KeyboardInterrupt as stop:
         done = sum(run.finished for run in runs)
         say(f"\nstopped. {done} of {len(runs)} runs are finished; the same command goes on")
-        raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
+        raise typer.Exit(exit_code(stop)) from None
     console.print(tables.sweep_table(results["rows"], f"{out}: 95 % intervals over training runs"))
     for folder, said in results["failed"].items():
         say_unwrapped(f"failed: {folder}: {said}")

@@ -1,6 +1,5 @@
 """What the command line prints, as tables of 80 columns."""
 
-import dataclasses
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -10,8 +9,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from flowbp import __version__
+from flowbp.config import describe, flatten
 from flowbp.evaluation import numbers
 from flowbp.evaluation.numbers import between, grouped, number, scale_of, scale_of_change
+from flowbp.methods import METHODS
 from flowbp.runtime.reproducible import math_library
 
 
@@ -187,11 +188,6 @@ def doctor_table() -> Table:
 
 
 def non_defaults(built) -> str:
-    """The fields of a dataclass that differ from its defaults, on one line; a nested one as Class(its own fields)."""
-    given = []
-    for field in dataclasses.fields(built):
-        value = getattr(built, field.name)
-        if value != field.default:
-            nested = f"{type(value).__name__}({non_defaults(value)})" if dataclasses.is_dataclass(value) else value
-            given.append(f"{field.name} {nested}")
-    return ", ".join(given)
+    """The fields of a dataclass that differ from its defaults, on one line; those of a nested one as field.field."""
+    given, usual = (flatten(describe(each, METHODS)) for each in (built, type(built)()))
+    return ", ".join(f"{key} {value}" for key, value in given.items() if usual.get(key) != value)

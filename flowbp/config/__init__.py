@@ -7,22 +7,7 @@ their configuration. What can be known without loading a model is checked here.
 
 from flowbp.config.loading import changed, commented, dump, flatten, load, parse_overrides
 from flowbp.config.registry import ConfigError, build_method, describe
-from flowbp.config.schema import (
-    AnchorConfig,
-    BackboneConfig,
-    EvaluationConfig,
-    GenEvalConfig,
-    MemoryConfig,
-    OptimizerConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-    ScorerConfig,
-    TuningConfig,
-    by_name,
-)
+from flowbp.config.schema import RunConfig
 
-__all__ = ["ConfigError", "build_method", "changed", "commented", "describe", "dump"]
+__all__ = ["ConfigError", "RunConfig", "build_method", "changed", "commented", "describe", "dump"]
 __all__ += ["flatten", "load", "parse_overrides"]
-__all__ += ["AnchorConfig", "BackboneConfig", "EvaluationConfig", "GenEvalConfig", "MemoryConfig", "OptimizerConfig"]
-__all__ += ["RewardConfig", "RolloutConfig", "RunConfig", "ScorerConfig", "TuningConfig", "by_name"]

@@ -13,7 +13,7 @@ from flowbp import presets
 from flowbp.config.registry import ConfigError, own_code
 from flowbp.config.schema import RunConfig, is_one_reward
 from flowbp.foreign import cut, read_text, short
-from flowbp.names import nearest, search_in
+from flowbp.names import FOLDERS, nearest
 
 CONFIG = "config.yaml"  # in the folder of a run
 LONGEST = 2**16  # characters of a config
@@ -59,7 +59,7 @@ def read(name: str | Path) -> list[dict[str, Any]]:
         raise ConfigError(f"{path} has changed since its run wrote it: {way_out}")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys, got {type(values).__name__}")
-    search_in(path.parent)
+    FOLDERS.append(path.parent)
     return [values]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
+import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag
 from pydantic import model_validator as validator
 
@@ -27,11 +28,8 @@ from flowbp.rewards import Reward, Smoothing, check_options, load_reward
 LOGGED = "step nodes images loss grad_norm sample_grad_norm d_j d_0 kept drift skipped lr seconds peak_mb".split()
 SCORED = ["prompt", "category", "seed", "checker", "embedding", *IMAGE_STATISTICS]  # columns of an evaluation
 
-# The backends that torch registers itself (a test keeps the names equal), which it tells only after seconds of imports.
-BACKENDS = "inductor cudagraphs openxla openxla_eval tvm ts aot_ts invoke_subgraph eager eager_debug".split()
-BACKENDS += "eager_noexcept pre_dispatch_eager aot_eager aot_eager_default_partitioner".split()
-BACKENDS += [f"aot_eager_decomp_partition{kind}" for kind in ("", "_crossref", "_with_mode")]
-BACKENDS += ["dynamo_minifier_backend", "dynamo_accuracy_minifier_backend"]
+# The backends that torch registers itself, which it tells only after seconds of imports.
+BACKENDS: list[str] = yaml.safe_load(Path(__file__).with_name("backends.yaml").read_text())
 
 # -- kinds of values; numbers are finite wherever they stand -----------------------------------------------------------
 

@@ -23,7 +23,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTra
 from transformers.modeling_utils import local_torch_dtype
 
 from flowbp.backbones import BACKBONES, Backbone, Precision, locate
-from flowbp.config import BackboneConfig
+from flowbp.config.schema import BackboneConfig
 from flowbp.guidance import Conditioning
 from flowbp.rewards.preprocessing import fit_short_side, normalise
 

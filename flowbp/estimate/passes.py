@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedModel, Qwen3Config
 
 from flowbp.backbones import Backbone, bind_velocity
-from flowbp.config import BackboneConfig, RunConfig, ScorerConfig
+from flowbp.config.schema import BackboneConfig, RunConfig, ScorerConfig
 from flowbp.estimate.architectures import IMAGE_TOWERS, SIZES, ImageTower, read_backbone
 from flowbp.guidance import GuidedVelocity
 from flowbp.methods import draw_plans

@@ -7,35 +7,30 @@ alone: shapes, dashes or marks repeat it.
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
+from matplotlib.text import Text
 
+from flowbp.evaluation.statistics import mean_of_runs
 from flowbp.plan import SurrogatePlan
 from flowbp.runtime.console import plain
-
-if TYPE_CHECKING:  # importing it takes long, and whoever checks a command's input does without
-    from matplotlib.figure import Figure
 
 INK, QUIET, ACTIVE, BRIDGE, REWARD, EXTRA = "#1f2933", "#b8c1cc", "#2563eb", "#d97706", "#059669", "#86198f"
 
 
-def as_text(figure: "Figure") -> "Figure":
+def as_text(figure: Figure) -> Figure:
     """`figure`, in which every string is shown as it was typed: a $ of a prompt or a name begins no mathematics."""
-    from matplotlib.text import Text
-
     for text in figure.findobj(Text):
         text.set(text=plain(text.get_text()), parse_math=False, usetex=False)
     return figure
 
 
-def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> "Figure":
+def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> Figure:
     """Above: the rollout from noise to sample, with the nodes that are replayed. Below: the weights of the quadrature
     in the surrogate's value and in its gradient.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import FancyArrowPatch
-
     sigmas, total, active = np.asarray(sigmas), len(sigmas) - 1, dict(plan.active)
     figure = Figure(figsize=(8.0, 4.6), layout="constrained")
     path, bars = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
@@ -80,14 +75,12 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
     return {name: {"color": colours[i % 5], "linestyle": dashes[i // 5 % 3]} for i, name in enumerate(names)}
 
 
-def curves(runs: Mapping[str, Sequence[Mapping]], metric: str, title: str, unit: str, smooth: bool = True) -> "Figure":
+def curves(runs: Mapping[str, Sequence[Mapping]], metric: str, title: str, unit: str, smooth: bool = True) -> Figure:
     """A metric of the rows of metrics.jsonl over steps, one line a run: its running mean over a tenth of the run, with
     each step faint behind.
 
     smooth = False marks every value instead, for metrics that few steps have.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(3.6, 2.6), layout="constrained")
     axes, marks = figure.subplots(), {"marker": "" if smooth else "o", "ms": 4}
     for name, style in styles(list(runs)).items():
@@ -108,14 +101,10 @@ def curves(runs: Mapping[str, Sequence[Mapping]], metric: str, title: str, unit:
     return as_text(figure)
 
 
-def changes_of_runs(metric: str, changes: Mapping[str, Sequence[float]]) -> "Figure":
+def changes_of_runs(metric: str, changes: Mapping[str, Sequence[float]]) -> Figure:
     """The change of a metric in each training run, a row for each setting: a dot a run, and the mean with its 95 %
     interval over runs.
     """
-    from matplotlib.figure import Figure
-
-    from flowbp.evaluation.statistics import mean_of_runs
-
     figure = Figure(figsize=(7.0, 1.0 + 0.5 * len(changes)), layout="constrained")
     axis = figure.subplots()
     for row, values in enumerate(changes.values()):
@@ -155,13 +144,11 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def sample_grid(images: np.ndarray, captions: list[str], passed: Sequence[bool | None], columns: int = 4) -> "Figure":
+def sample_grid(images: np.ndarray, captions: list[str], passed: Sequence[bool | None], columns: int = 4) -> Figure:
     """images [n, H, W, 3] in [0, 1] with their captions.
 
     passed: the checker's verdicts, shown as a tick and a solid frame, or a cross and a dashed one; None: not judged.
     """
-    from matplotlib.figure import Figure
-
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.75 * columns, 2.1 * rows), layout="constrained")
     figure.subplots(rows, columns, subplot_kw={"xticks": [], "yticks": [], "frame_on": False})

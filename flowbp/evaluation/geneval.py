@@ -21,21 +21,21 @@ from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, StringConstraints, ValidationError, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowbp.config import GenEvalConfig
+from flowbp.config.schema import GenEvalConfig
 from flowbp.foreign import cut, once, short
 from flowbp.rewards import load_reward
 from flowbp.rewards.clip import CLIPReward, image_features
 from flowbp.rewards.preprocessing import fit_short_side, normalise
 from flowbp.runtime.data import read_lines
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-RELATIONS = ("left of", "right of", "above", "below")
-TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
+GENEVAL = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+COLOURS, RELATIONS, TEMPLATES, COCO_NAMES = (GENEVAL[key] for key in ("colours", "relations", "templates", "names"))
 BACKGROUND = 0.6  # grey #999 around a masked object
 MOST_OBJECTS = 16  # of a class
 SLACK = 0.1  # share of the two objects' sizes; a smaller offset is no relation
@@ -250,12 +250,6 @@ class TransformersDetector:
             if box := Image.fromarray(mask).getbbox():
                 score = chance * logits[logits > 0].sigmoid().mean().item()
                 found[self.labels[label]].append(Detection(box, score, mask))
-
-
-# Names of COCO's classes elsewhere: in GenEval's prompts, and in detectors whose labels are older.
-COCO_NAMES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
-COCO_NAMES |= {"motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant"}
-COCO_NAMES |= {"diningtable": "dining table", "tvmonitor": "tv"}
 
 
 def coco_name(name: str) -> str:

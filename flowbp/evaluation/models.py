@@ -24,14 +24,15 @@ import torch
 
 from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.evaluation import scores as scoring
+from flowbp.evaluation.pages import write_evaluation
 from flowbp.evaluation.scores import Part, Samples, Scorers, Scores, compare, summarise
-from flowbp.foreign import cut
+from flowbp.foreign import cut, digest_files
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.data import load_prompts
 from flowbp.runtime.distributed import on_main, process_state
 from flowbp.runtime.environment import versions
-from flowbp.runtime.files import digest_files, read_json, write_file, write_json
+from flowbp.runtime.files import as_json, read_json, write_file
 from flowbp.runtime.inputs import named_path
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
@@ -238,8 +239,6 @@ def write_results(config: RunConfig, folder: Path, results: dict[str, Any], scor
     for i, (prompt, seed) in enumerate(zip(first.prompts, first.seeds, strict=True)):
         found = {name: {metric: float(x[i]) for metric, x in own.values.items()} for name, own in scores.items()}
         rows.append({"prompt": prompt.text, "category": prompt.category, "seed": seed, "scores": found})
-    write_json(folder / "samples.json", rows)
-    write_json(folder / "results.json", results)
-    from flowbp.evaluation.pages import write_evaluation
-
+    write_file(folder / "samples.json", as_json(rows))
+    write_file(folder / "results.json", as_json(results))
     write_evaluation(config, folder, results, scores)

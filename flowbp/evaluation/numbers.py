@@ -4,10 +4,14 @@ missing scores.
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from flowbp.names import IMAGE_STATISTICS
 
+METRICS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("metrics.yaml").read_text())
 NOT_BETTER = [name for name in IMAGE_STATISTICS if name != "diversity"]  # a higher one is neither better nor worse
 
 

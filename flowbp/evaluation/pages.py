@@ -11,23 +11,15 @@ import jinja2
 import yaml
 from PIL import Image
 
-from flowbp.config import RewardConfig, RunConfig, flatten
+from flowbp.config import RunConfig, flatten
+from flowbp.config.schema import RewardConfig
 from flowbp.evaluation import figures
-from flowbp.evaluation.numbers import FILTERS, NOT_BETTER, by_metric, duration
+from flowbp.evaluation.numbers import FILTERS, METRICS, NOT_BETTER, by_metric, duration
 from flowbp.evaluation.scores import Scores
 from flowbp.foreign import LARGEST, cut
-from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import plain
 from flowbp.runtime.environment import describe_environment, environment
 from flowbp.runtime.files import write_file
-
-AXES = {  # metric -> title of its panel, and what its vertical axis counts; any other metric is a score
-    "grad_norm": ("gradient norm", "L2 norm before clipping"),
-    "drift": ("drift", "|v - v_base| / |v_base|"),
-    "d_j": ("residual d_j", "mean gap, latent units"),
-    "d_0": ("residual d_0", "mean gap, latent units"),
-    "checker": ("checker", "share of images"),
-} | {name: (name, "mean over images") for name in IMAGE_STATISTICS}
 
 
 @cache
@@ -47,7 +39,9 @@ def render(template: str, **values: Any) -> str:
 
 
 def facts(config: RunConfig, **values: Any) -> Any:
-    """What templates/facts.jinja says of a run or an evaluation."""
+    """What templates/facts.jinja says: `of_run`; `of_start` given where and on what it runs; `of_training` given the
+    rows of metrics.jsonl; `of_evaluation` given its models and what it was made with. {label: text} each.
+    """
     return templates().get_template("facts.jinja").make_module(values | {"config": config})
 
 
@@ -55,12 +49,13 @@ def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[st
     """{title: picture} of each of `metrics` that the rows of any run hold."""
     pictures, logged = {}, {metric for rows in runs.values() for row in rows for metric in row}
     for metric in (metric for metric in metrics if metric in logged):
-        title, unit = AXES.get(metric, (metric, "mean score"))
+        about = METRICS.get(metric, {})
+        title, unit = about.get("title", metric), about.get("unit", "mean score")
         pictures[title] = as_data_uri(as_png(figures.curves(runs, metric, title, unit, smooth)))
     return pictures
 
 
-def draw_samples(scores: Scores) -> "figures.Figure":
+def draw_samples(scores: Scores) -> figures.Figure:
     """The images that `scores` kept, with their prompts, framed by the checker's verdict if there is one."""
     checker = scores.values.get("checker")
     passed = [None if checker is None else bool(checker[i]) for i in range(len(scores.images))]
@@ -85,7 +80,7 @@ def paired_samples(scores: Mapping[str, Scores], side: int = 256) -> list[dict[s
     return pairs
 
 
-def as_png(figure: "figures.Figure") -> bytes:
+def as_png(figure: figures.Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -109,16 +104,6 @@ def as_data_uri(png: bytes) -> str:
 
 
 # -- what a page says on top -------------------------------------------------------------------------------------------
-
-
-def run_facts(config: RunConfig) -> dict[str, str]:
-    """What is trained, and how: {label: text}."""
-    return facts(config).of_run
-
-
-def training_facts(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The same, and what it took. rows: of metrics.jsonl."""
-    return facts(config, rows=rows).of_training
 
 
 def images_a_step(config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> int:
@@ -173,7 +158,7 @@ def strength_curves(results: Mapping[str, Any]) -> dict[str, str]:
         curves = {
             metric: [(at[name], *(rows[name][key] for key in ("change", "low", "high"))) for name in at]
             for metric, rows in changes.items()
-            if metric not in IMAGE_STATISTICS or metric == "diversity"
+            if metric not in NOT_BETTER
         }
         if len(at) > 1:
             pictures[weights] = as_data_uri(as_png(figures.strengths(curves)))

@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import yaml
 
-from flowbp.config import ConfigError, RewardConfig, RunConfig, by_name, dump, flatten, load
+from flowbp.config import ConfigError, RunConfig, dump, flatten, load
+from flowbp.config.schema import RewardConfig, by_name
 from flowbp.evaluation import figures, pages
 from flowbp.evaluation.numbers import by_metric, grouped
 from flowbp.evaluation.scores import Scores, compare, summarise
-from flowbp.foreign import cut, inside
+from flowbp.foreign import inside
 from flowbp.names import IMAGE_STATISTICS
 from flowbp.runtime.checkpoint import latest_checkpoint
 from flowbp.runtime.environment import ENVIRONMENT, describe_environment
-from flowbp.runtime.files import read_json, write_file, write_json
+from flowbp.runtime.files import as_json, read_json, write_file
 from flowbp.runtime.run_folder import CONFIG, METRICS, RunFolder, check_run, mark_folder, short_names
 
 POINT, UNFAIR, BOOKKEEPING = "point", "unfair", "bookkeeping"  # verdicts on a difference
@@ -50,10 +51,6 @@ class Run:
         """Images of an optimizer step."""
         return pages.images_a_step(self.config, self.rows)
 
-    def pairs_with(self, other: "Run") -> bool:
-        """Whether both were scored, on the same samples."""
-        return self.after is not None and other.after is not None and self.after.same_samples(other.after)
-
     @property
     def made_with(self) -> str:
         return describe_environment(self.environment) or "not recorded"
@@ -77,17 +74,9 @@ def read_run(folder: Path, name: str) -> Run:
     if not all(isinstance(row.get(key), int | float) for row in rows for key in ("seconds", "peak_mb")):
         raise OSError(f"{folder / METRICS} is damaged: a row's seconds or peak_mb is no number")
     tables = (inside(folder, f"scores_{side}.csv") for side in ("before", "after"))
-    scores = (read_scores(table) if table.is_file() else None for table in tables)
+    scores = (Scores.read_csv(table) if table.is_file() else None for table in tables)
     recorded = inside(folder, ENVIRONMENT)
     return Run(name, folder, config, rows, *scores, read_json(recorded) if recorded.is_file() else {})
-
-
-def read_scores(path: Path) -> Scores:
-    """Raises ValueError for a table that is cut off or has other columns."""
-    try:
-        return Scores.read_csv(path)
-    except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no whole table of scores ({cut(error)}): move it away, then compare") from None
 
 
 # -- configs -----------------------------------------------------------------------------------------------------------
@@ -161,7 +150,8 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     first, *others = runs
     scores = {f"{first.name} before training": first.before} | {run.name: run.after for run in runs}
     means = {name: summarise(own) for name, own in scores.items() if own is not None}
-    changes = {run.name: compare(first.after, run.after) for run in others if first.pairs_with(run)}
+    scored = [run for run in others if run.after is not None and first.after is not None]
+    changes = {run.name: compare(first.after, run.after) for run in scored if first.after.same_samples(run.after)}
     against = {"against": first.name}
     results = {
         "runs": [about(run) for run in runs],
@@ -170,7 +160,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         "means": [{"run": name} | row for name, rows in means.items() for row in rows],
         "changes": [{"run": name} | against | row for name, rows in changes.items() for row in rows],
     }
-    write_json(out / "comparison.json", results)
+    write_file(out / "comparison.json", as_json(results))
     write_file(out / "comparison.html", page(runs, results))
     return results
 
@@ -221,7 +211,7 @@ def page(runs: Sequence[Run], results: Mapping[str, Any]) -> str:
         "comparison.html",
         name=f"{first} against {' and '.join(others) if len(others) < 3 else f'{len(others)} runs'}",
         results=results,
-        facts_of_first=pages.training_facts(runs[0].config, runs[0].rows),
+        facts_of_first=pages.facts(runs[0].config, rows=runs[0].rows).of_training,
         styles=figures.styles(names),
         made_with={run.name: run.made_with for run in runs},
         overall=overall,

@@ -17,8 +17,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from flowbp.config import EvaluationConfig, RolloutConfig
+from flowbp.config.schema import EvaluationConfig, RolloutConfig
 from flowbp.evaluation.statistics import interval, paired_p_value, weighted_mean
+from flowbp.foreign import cut
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import OF_ONE_IMAGE, diversity, thumbnails
 from flowbp.names import find
@@ -151,12 +152,17 @@ class Scores:
 
     @classmethod
     def read_csv(cls, path: Path) -> "Scores":
-        """What `as_csv` wrote: the scores, to its digits, without the images."""
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        metrics = [name for name in rows[0] if name not in COLUMNS]
-        prompts, seeds = [Prompt(row["prompt"], row["category"]) for row in rows], [int(row["seed"]) for row in rows]
-        return cls(prompts, seeds, {name: np.array([float(row[name]) for row in rows]) for name in metrics})
+        """What `as_csv` wrote: the scores, to its digits, without the images. Raises ValueError for a table that is cut
+        off or has other columns.
+        """
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            values = {name: np.array([float(row[name]) for row in rows]) for name in rows[0] if name not in COLUMNS}
+            prompts = [Prompt(row["prompt"], row["category"]) for row in rows]
+            return cls(prompts, [int(row["seed"]) for row in rows], values)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no whole table of scores ({cut(error)}): move it away, then compare") from None
 
 
 @torch.no_grad()

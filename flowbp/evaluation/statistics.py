@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 RESAMPLES = 9999
 BATCH = 1000  # resamples held in memory at once
@@ -38,8 +39,6 @@ def interval(values: np.ndarray, weights: np.ndarray, prompts: list[str], level:
     probability 2^(1 - n), so 95 % takes six. Prompts that all have the same mean give that mean twice: no variation was
     seen, which does not prove that there is none.
     """
-    from scipy import stats
-
     sums, totals = by_prompt(values, weights, prompts)
     if 2.0 ** (1 - len(sums)) > 1 - level:
         return float("nan"), float("nan")
@@ -60,8 +59,6 @@ def interval(values: np.ndarray, weights: np.ndarray, prompts: list[str], level:
 
 def mean_of_runs(values: Sequence[float]) -> tuple[float, float, float]:
     """(mean, low, high) of one number of each training run, with a 95 % t interval; nan for a single run's interval."""
-    from scipy import stats
-
     count, mean = len(values), float(np.mean(values))
     if count < 2:
         return mean, float("nan"), float("nan")
@@ -75,8 +72,6 @@ def paired_p_value(before: np.ndarray, after: np.ndarray, weights: np.ndarray, p
     nan for a single prompt, which cannot be tested. No p is below 2^(1 - prompts), so five prompts or fewer cannot show
     a change at the level of 5 %.
     """
-    from scipy import stats
-
     old, new = (by_prompt(values, weights, prompts)[0] for values in (before, after))
     if len(old) < 2:
         return float("nan")
@@ -90,8 +85,6 @@ def expanded(level: float, prompts: int) -> float:
 
     1 - 2 Phi(-sqrt(n / (n - 1)) t_{n - 1})
     """
-    from scipy import stats
-
     t = stats.t.ppf((1 + level) / 2, prompts - 1)
     return float(1 - 2 * stats.norm.cdf(-t * np.sqrt(prompts / (prompts - 1))))
 

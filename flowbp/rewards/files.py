@@ -2,9 +2,10 @@
 code that is in them.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+
+from flowbp.foreign import digest_files
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -61,17 +62,12 @@ def pin(folder: Path, name: str) -> str:
         return f"revision: {folder.name}"
     if "*" in name:
         return f"a revision of the Hub, in place of {folder}"
-    return f"sha256: {sha256_of(find_file(folder, Path(name).stem))}"
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return f"sha256: {digest_files([find_file(folder, Path(name).stem)])}"
 
 
 def check_sha256(path: Path, expected: str) -> None:
     """Raise ValueError unless the file has this digest."""
-    if (found := sha256_of(path)) != expected.lower():
+    if (found := digest_files([path])) != expected.lower():
         raise ValueError(f"{path} has the sha256 {found}, not {expected}: fetch it again, or pass the digest you trust")
 
 

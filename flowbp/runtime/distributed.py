@@ -26,7 +26,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from flowbp.config import MemoryConfig
+from flowbp.config.schema import MemoryConfig
 
 if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
     from diffusers import ModelMixin

@@ -6,18 +6,19 @@ its name does, so that a kill, a full disk or a power cut leaves either the old 
 
 import fcntl
 import glob
-import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+from flowbp.foreign import digest_files
 
 SCRATCH = ".partial"
 LEFT = f".*.{'[a-z0-9_]' * 8}{SCRATCH}"  # what a kill leaves
@@ -105,9 +106,9 @@ def write_file(path: Path, content: str | bytes) -> None:
         scratch.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all; a number that is not finite becomes null."""
-    write_file(path, json.dumps(without_nan(value), indent=1) + "\n")
+def as_json(value: Any) -> str:
+    """The text of a JSON file; a number that is not finite becomes null."""
+    return json.dumps(without_nan(value), indent=1) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -124,15 +125,6 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def digest_files(paths: Iterable[Path]) -> str:
-    """SHA-256 of the contents of `paths`, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()
 
 
 def digest_line(file: Path) -> str:

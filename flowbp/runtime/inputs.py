@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from flowbp.backbones import read_index
-from flowbp.config import ConfigError, EvaluationConfig, GenEvalConfig, RunConfig, ScorerConfig
+from flowbp.config import ConfigError, RunConfig
+from flowbp.config.schema import EvaluationConfig, GenEvalConfig, ScorerConfig
 from flowbp.foreign import short
 from flowbp.names import find
 from flowbp.rewards.callable import CallableReward
@@ -33,7 +34,7 @@ def check_inputs(config: RunConfig, train: bool = False) -> None:
         check_checker(evaluation)
     for source in prompts:
         load_prompts(source)
-    for spec in scorers(config):
+    for spec in reward_specs(config):
         if ":" in spec.name:
             CallableReward.find(spec.name)
         else:
@@ -43,7 +44,7 @@ def check_inputs(config: RunConfig, train: bool = False) -> None:
     read_index(config.backbone.name)
 
 
-def scorers(config: RunConfig) -> list[ScorerConfig]:
+def reward_specs(config: RunConfig) -> list[ScorerConfig]:
     """The rewards of a run, then the monitors of its evaluation."""
     return [*config.reward.values(), *(config.evaluation.monitors.values() if config.evaluation is not None else ())]
 
@@ -55,7 +56,7 @@ def try_rewards(config: RunConfig, train: bool = False) -> None:
     from flowbp.runtime.distributed import process_state
 
     device, size = str(process_state().device), (config.rollout.height, config.rollout.width)
-    for number, spec in enumerate(scorers(config)):
+    for number, spec in enumerate(reward_specs(config)):
         if ":" in spec.name:
             CallableReward.try_out(spec.name, device, *size, gradient=train and number < len(config.reward))
 

@@ -18,6 +18,11 @@ def interrupt(number: int, frame: FrameType | None = None) -> None:
     raise KeyboardInterrupt(number)
 
 
+def exit_code(stop: KeyboardInterrupt) -> int:
+    """What a shell expects of a program that `interrupt`, or Python's own handler of Ctrl-C, ended."""
+    return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+
+
 @contextmanager
 def heard_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Let `handler` hear Ctrl-C and SIGTERM during the block, in the main thread; one that is ignored stays so."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowbp.backbones import Backbone
-from flowbp.config import MemoryConfig
+from flowbp.config.schema import MemoryConfig
 
 
 def save_memory(backbone: Backbone, config: MemoryConfig) -> None:

@@ -29,7 +29,7 @@ import yaml
 
 from flowbp.config import RunConfig, changed, dump
 from flowbp.config.loading import CONFIG, SEAL, read, sealed
-from flowbp.foreign import cut, inside
+from flowbp.foreign import cut, digest_files, inside
 from flowbp.runtime import files
 from flowbp.runtime.checkpoint import CHECKPOINTS, LORA, TRANSFORMER, latest_checkpoint, progress, prune
 from flowbp.runtime.console import is_main
@@ -118,7 +118,7 @@ class RunFolder:
             self.write(CONFIG, sealed(dump(config)))
             if overwrite or not (self.path / METRICS).is_file():
                 self.write(METRICS, "")
-            self.write_json(ENVIRONMENT, environment())
+            self.write(ENVIRONMENT, files.as_json(environment()))
 
         on_main(prepare)
 
@@ -183,7 +183,7 @@ class RunFolder:
         held = (self.path / METRICS).stat().st_size  # a cut file may hold no whole row, and is not empty
         digests = {METRICS: hashlib.sha256(logged.encode()).hexdigest()} if held else {}
         kept = [file for step, file in self._validations().items() if step <= done]
-        return digests | {f"{VALIDATION}/{file.name}": files.digest_files([file]) for file in kept}
+        return digests | {f"{VALIDATION}/{file.name}": digest_files([file]) for file in kept}
 
     # -- while training ----------------------------------------------------------------------------------------------
 
@@ -206,11 +206,6 @@ class RunFolder:
         """Write a file of the run, whole or not at all."""
         if self.writes:
             files.write_file(self.path / name, content)
-
-    def write_json(self, name: str, value: Any) -> None:
-        """The same for a value as JSON."""
-        if self.writes:
-            files.write_json(self.path / name, value)
 
     def keep_validation(self, step: int, values: Values, best: bool = False) -> None:
         """Keep the scores of the weights after `step` steps. best: they are those that were just saved as `BEST`."""
@@ -247,7 +242,7 @@ class RunFolder:
     def _digest_of_best(self) -> str:
         folder = self.path / BEST
         kept = [*folder.glob(LORA), *folder.glob("step.json"), *sorted(folder.glob(f"{TRANSFORMER}/*"))]
-        return files.digest_files(kept)
+        return digest_files(kept)
 
     def _validations(self) -> dict[int, Path]:
         return files.by_step(self.path / VALIDATION, ".safetensors")

@@ -28,7 +28,7 @@ class TunedModel:
         load on the CPU -> add LoRA, or start from `tuning.init` -> embed the prompts -> drop the text encoders
         -> memory switches -> compile -> copy or shard over the processes -> master weights -> average
 
-    backbone    the pipeline behind its protocol, on the device
+    backbone    the pipeline behind its five verbs, on the device
     sigmas      [N + 1] noise levels of the training rollout
     ranks       the processes that share the network
     parameters  what is trained, by name, as the network computes with it; shards, if the weights are sharded

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flowbp.config import ConfigError, OptimizerConfig, TuningConfig
+from flowbp.config import ConfigError
+from flowbp.config.schema import OptimizerConfig, TuningConfig
 from flowbp.foreign import short
 from flowbp.names import nearest
 from flowbp.runtime.distributed import shard_like

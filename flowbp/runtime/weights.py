@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flowbp.config import ConfigError, TuningConfig, load
+from flowbp.config import ConfigError, load
 from flowbp.config.loading import CONFIG
-from flowbp.foreign import cut
+from flowbp.config.schema import TuningConfig
+from flowbp.foreign import cut, digest_files
 from flowbp.runtime.checkpoint import CHECKPOINT, LORA, TRANSFORMER, load_parameters, load_state, weight_files
 from flowbp.runtime.distributed import gathered, process_state
-from flowbp.runtime.files import check_seal, digest_files, replacing, seal
+from flowbp.runtime.files import check_seal, replacing, seal
 from flowbp.runtime.tensors import read_tensors, seal_tensors
 from flowbp.runtime.tuning import assign, trainable_parameters, trained
 

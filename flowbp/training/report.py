@@ -7,11 +7,12 @@ import numpy as np
 from flowbp.config import dump
 from flowbp.evaluation import figures
 from flowbp.evaluation.numbers import NOT_BETTER
-from flowbp.evaluation.pages import as_data_uri, as_png, draw_samples, paired_samples, panels, render, training_facts
+from flowbp.evaluation.pages import as_data_uri, as_png, draw_samples, facts, paired_samples, panels, render
 from flowbp.evaluation.scores import Scores, compare
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.methods import draw_plan
 from flowbp.runtime.environment import describe_environment, environment
+from flowbp.runtime.files import as_json
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.training.trainer import Trainer
 
@@ -39,20 +40,15 @@ def write_report(trainer: Trainer, folder: RunFolder, scores: Mapping[str, Score
         folder.write(f"scores_{name}.csv", each.as_csv())
     differences = compare(*scores.values()) if scores else []
     if scores:
-        folder.write_json("evaluation.json", differences)
+        folder.write("evaluation.json", as_json(differences))
     if validation is not None:
-        folder.write_json("validation.json", validation)
+        folder.write("validation.json", as_json(validation))
     rows, name, monitors = folder.metrics(), folder.path.name, config.evaluation.monitors if config.evaluation else ()
     held_out = [*config.reward, *monitors, "checker", *IMAGE_STATISTICS]  # in the order of the tables
-    facts = training_facts(config, rows)
-    if skipped := sum(row["skipped"] for row in rows):
-        facts["skipped"] = f"{skipped} of {len(rows)} steps, which had no finite reward or gradient"
-    if idle := sum(row["grad_norm"] == 0 for row in rows):
-        facts["no gradient"] = f"{idle} of {len(rows)} steps, every sample of which was dropped or beyond its hinge"
     page = render(
         "report.html",
         name=name,
-        facts_of_run=facts | {"made with": describe_environment(environment())},
+        facts_of_run=facts(config, rows=rows).of_training | {"made with": describe_environment(environment())},
         headline=[row for row in differences if row["category"] == "all" and row["metric"] not in NOT_BETTER],
         differences=differences,
         validation=validation,

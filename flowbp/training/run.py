@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from flowbp.config import RunConfig
-from flowbp.evaluation.pages import run_facts
+from flowbp.evaluation.pages import facts
 from flowbp.runtime.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from flowbp.runtime.console import TextConsole, progress_bar
 from flowbp.runtime.distributed import process_state
-from flowbp.runtime.files import writing
+from flowbp.runtime.files import as_json, writing
 from flowbp.runtime.interrupts import Stop, heard_by, interrupt
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
@@ -109,16 +109,10 @@ def announce(trainer: Trainer, output: Path, done: int) -> None:
     """Say on the main process's stderr what will be trained, on what and from where, before the first step."""
     config, model, ranks = trainer.config, trainer.model, trainer.model.ranks
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else str(ranks.accelerator.device)
-    images = ranks.size * config.data.batch_size * config.data.accumulate
-    begins = f"goes on after step {done}" if done else "begins with step 1"
-    processes = f"{ranks.size} process{'es' if ranks.size > 1 else ''}"
-    facts = run_facts(config) | {
-        "step": f"{images} images on {device} by {processes}, plans {config.plans}",
-        "trained": f"{sum(p.numel() for p in model.parameters.values()):,} parameters",
-        "output": f"{output}, {begins} of {config.steps}",
-    }
+    parameters = sum(p.numel() for p in model.parameters.values())
+    about = {"device": device, "processes": ranks.size, "parameters": parameters, "output": output, "done": done}
     console = TextConsole(stderr=True)
-    for label, text in facts.items():
+    for label, text in facts(config, **about).of_start.items():
         console.print(f"{label:8} {text}", highlight=False, soft_wrap=True)
 
 
@@ -154,7 +148,7 @@ def validate(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder, ste
         if is_best := sentinel.record(step, scores):
             with model.using(model.tuned) as backbone:
                 save_weights(backbone, folder.path / BEST)
-            folder.write_json(f"{BEST}/step.json", {"step": step})
+            folder.write(f"{BEST}/step.json", as_json({"step": step}))
         folder.keep_validation(step, scores.values, is_best)
         means = {f"validation/{name}": float(values.mean()) for name, values in scores.values.items()}
         folder.track(model.ranks.accelerator, means, step)

@@ -11,20 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from flowbp.config import EvaluationConfig
-from flowbp.evaluation.numbers import between, scale_of_change, signed
+from flowbp.config.schema import EvaluationConfig
+from flowbp.evaluation.numbers import METRICS, between, scale_of_change, signed
 from flowbp.evaluation.scores import Row, Samples, Scores, compare, draw_samples
 from flowbp.runtime.data import load_prompts
 
 History = Mapping[int, Scores]  # by optimizer steps taken, increasing; all of the same samples
 Past = Mapping[int, Mapping[str, np.ndarray]]  # the same as plain columns by metric, as a run's folder keeps them
-
-# Relative changes of image statistics since the first evaluation that are worth a warning: a judgement, not a law.
-LIMITS = {
-    "diversity": (-0.5, "images of a prompt grow alike: the model may be collapsing"),
-    "saturation": (0.5, "colours grow stronger than the base model's"),
-    "high_frequency": (0.5, "fine patterns grow: look for grids and fringes"),
-}
 
 
 class Sentinel:
@@ -106,8 +99,8 @@ def warnings(history: History, trained: Sequence[str], held_out: Sequence[str]) 
     """What the last evaluation says against the run, each in one line; and images that had no finite score.
 
     A held-out metric fell from its best step on while a trained reward rose: both paired 95 % intervals exclude zero.
-    An image statistic changed by more than `LIMITS` since the first evaluation, and its interval excludes zero. If
-    there are too few prompts for an interval, the line says so instead of judging the metric.
+    An image statistic changed by more than its limit (metrics.yaml) since the first evaluation, and its interval
+    excludes zero. If there are too few prompts for an interval, the line says so instead of judging the metric.
     """
     steps = list(history)
     if len(steps) < 2:
@@ -132,12 +125,13 @@ def warnings(history: History, trained: Sequence[str], held_out: Sequence[str]) 
                 rise = f"the trained {reward} rose by {change(changes[reward])}"
                 fall = f"the held-out {metric} fell by {change(changes[metric])}; step {peak} may be the better model"
                 found.append(f"over-optimised: from step {peak} to {last} {rise} while {fall}")
-    for metric, (limit, meaning) in LIMITS.items():
-        row = since_first.get(metric)
-        if row is not None and row["before"] > 0:
-            relative = row["change"] / row["before"]
+    for metric, row in since_first.items():
+        known = METRICS.get(metric, {})
+        if "limit" in known and row["before"] > 0:
+            limit, relative = known["limit"], row["change"] / row["before"]
             if relative * np.sign(limit) > abs(limit) and (row["low"] > 0 or row["high"] < 0):
-                found.append(f"{metric} changed by {relative:+.0%} since step {first}, {change(row)}: {meaning}")
+                said = f"changed by {relative:+.0%} since step {first}, {change(row)}: {known['meaning']}"
+                found.append(f"{metric} {said}")
     return found
 
 

@@ -10,7 +10,6 @@ command: what is finished is kept.
 import itertools
 import json
 import os
-import queue
 import re
 import subprocess
 import sys
@@ -25,10 +24,9 @@ import numpy as np
 
 from flowbp.config import ConfigError, RunConfig, load, parse_overrides
 from flowbp.config.loading import CONFIG, read
-from flowbp.evaluation.statistics import mean_of_runs
 from flowbp.foreign import cut
 from flowbp.runtime.console import progress_bar
-from flowbp.runtime.files import read_json, write_file, write_json
+from flowbp.runtime.files import as_json, read_json, write_file
 from flowbp.runtime.run_folder import RunFolder, locked, mark_folder
 
 SEEDS = re.compile(r"(\d+)\.\.(\d+)")  # 0..7: both ends belong to it
@@ -136,7 +134,7 @@ def sweep(runs: Sequence[SweptRun], folder: Path, processes: int) -> dict[str, A
             about = read_json(run.folder / "environment.json")
             told = {"setting": run.setting, "seed": run.seed, "scores": overall(run), "environment": about}
             results["runs"].append(told)
-        write_json(folder / "sweep.json", results)
+        write_file(folder / "sweep.json", as_json(results))
         if finished:
             write_file(folder / "sweep.html", page(folder.name, finished, results))
     return results
@@ -145,26 +143,19 @@ def sweep(runs: Sequence[SweptRun], folder: Path, processes: int) -> dict[str, A
 def make(runs: Sequence[SweptRun], processes: int, total: int) -> dict[str, str]:
     """Train `runs`, each in a process of its own. Returns {folder: why} of those that failed."""
     failed, under_way, stopping = {}, set(), threading.Event()
-    places = queue.SimpleQueue()
-    for place in range(processes):
-        places.put(place)
+    here, places = threading.local(), itertools.count()
 
-    def train(run: SweptRun) -> None:
-        place = places.get()
-        try:
-            if why := start(run, surroundings(place)):
-                failed[str(run.folder)] = why
-        finally:
-            places.put(place)
+    def take_place() -> None:
+        here.place = next(places)
 
-    def start(run: SweptRun, given: dict[str, str]) -> str | None:
+    def train(run: SweptRun) -> str | None:
         """Train one run to its end. Returns why it failed, or None."""
         log, resume = run.folder.with_suffix(".log"), ["--resume"] if run.folder.exists() else []
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("w") as file:
                 command = [sys.executable, "-m", "flowbp", "train", *run.arguments, *resume]
-                process = subprocess.Popen(command, stdout=file, stderr=file, env=given)
+                process = subprocess.Popen(command, stdout=file, stderr=file, env=surroundings(here.place))
                 under_way.add(process)
                 if stopping.is_set():  # since before it stood among those that are ended
                     process.terminate()
@@ -178,9 +169,12 @@ def make(runs: Sequence[SweptRun], processes: int, total: int) -> dict[str, str]
         ended = f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
         return f"{ended}: {cut(said[-1], 200) if said else 'it said nothing'} ({log})"
 
-    with progress_bar("sweep", "run", total, total - len(runs)) as bar, ThreadPoolExecutor(processes) as pool:
+    bar = progress_bar("sweep", "run", total, total - len(runs))
+    with bar, ThreadPoolExecutor(processes, initializer=take_place) as pool:
         try:
-            for _ in pool.map(train, runs):
+            for run, why in zip(runs, pool.map(train, runs), strict=True):
+                if why is not None:
+                    failed[str(run.folder)] = why
                 bar.update()
         except KeyboardInterrupt:
             stopping.set()
@@ -214,6 +208,8 @@ def summary(runs: Sequence[SweptRun], first: str) -> list[dict[str, Any]]:
     share a seed with the setting `first` the difference from it, and the mean ends of a single run's interval over its
     images, which is narrower than that over runs. Intervals are nan for fewer than two runs.
     """
+    from flowbp.evaluation.statistics import mean_of_runs  # imports scipy
+
     scores = {(run.setting, run.seed): overall(run) for run in runs}
     rows = []
     for setting in dict.fromkeys(run.setting for run in runs):
@@ -233,7 +229,7 @@ def summary(runs: Sequence[SweptRun], first: str) -> list[dict[str, Any]]:
 def page(name: str, runs: Sequence[SweptRun], results: dict[str, Any]) -> str:
     """sweep.html: a table and a picture for each metric, and the settings of the first run."""
     from flowbp.evaluation import figures
-    from flowbp.evaluation.pages import as_data_uri, as_png, render, run_facts
+    from flowbp.evaluation.pages import as_data_uri, as_png, facts, render
     from flowbp.runtime.environment import describe_environment
 
     first, metrics = results["runs"][0], list(dict.fromkeys(row["metric"] for row in results["rows"]))
@@ -248,5 +244,5 @@ def page(name: str, runs: Sequence[SweptRun], results: dict[str, Any]) -> str:
         metrics=metrics,
         pictures={m: as_data_uri(as_png(figures.changes_of_runs(m, own))) for m, own in changes.items()},
         trained={" and ".join(run.config.reward) for run in runs},
-        facts_of_first=run_facts(runs[0].config) | {"made with": describe_environment(first["environment"])},
+        facts_of_first=facts(runs[0].config).of_run | {"made with": describe_environment(first["environment"])},
     )

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 
 from flowbp.backbones import BACKBONES
-from flowbp.config import TuningConfig
+from flowbp.config.schema import TuningConfig
 from flowbp.runtime.files import seal
 from flowbp.runtime.tuning import trainable_parameters
 from flowbp.runtime.weights import LORA, export_comfyui, load_weights, save_weights, start_from

@@ -15,7 +15,8 @@ from diffusers.utils import logging
 from tiny_pipelines import tiny_pipeline
 
 from flowbp.backbones import BACKBONES
-from flowbp.config import MemoryConfig, load
+from flowbp.config import load
+from flowbp.config.schema import MemoryConfig
 from flowbp.evaluation import pages
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import FlowBPBridge

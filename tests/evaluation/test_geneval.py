@@ -16,7 +16,7 @@ from tiny_rewards import clip_folder
 from tokenizers.processors import TemplateProcessing
 from transformers import BatchFeature
 
-from flowbp.config import GenEvalConfig
+from flowbp.config.schema import GenEvalConfig
 from flowbp.evaluation.geneval import (
     COLOURS,
     RELATIONS,

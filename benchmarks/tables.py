@@ -1,0 +1,88 @@
+"""The tables of README and docs that come from committed figures:  python benchmarks/tables.py [--check]
+
+A table stands between <!-- table NAME --> and <!-- end of table --> and is written from the JSON file that its line in
+TABLES names. --check changes nothing, and fails where a page has another table than its file gives. The table of the
+kernels has a script of its own, table.py.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import controls
+import few_steps
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(\n<!-- end of table -->)", re.DOTALL)
+METRICS = {
+    "reward": "reward (trained on)",
+    "monitor": "monitor (a reward never trained on)",
+    "checker": "checker (share of images that show their caption)",
+    "diversity": "diversity among images of a prompt",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
+    check = parser.parse_args().check
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        old = page.read_text(encoding="utf-8")
+        new = BLOCK.sub(lambda block: block[1] + table(block[2]) + block[3], old)
+        if new != old and check:
+            sys.exit(f"a table of {page.relative_to(ROOT)} is not that of its file: run python benchmarks/tables.py")
+        if new != old:
+            page.write_text(new, encoding="utf-8")
+
+
+def table(name: str) -> str:
+    file, written = TABLES[name]
+    return written(json.loads((ROOT / "docs" / file).read_text(encoding="utf-8")))
+
+
+def one_setting(sweep: dict) -> str:
+    """Of a sweep with one setting: a row a metric, means before and after, and the change with its standard deviation
+    between training runs.
+    """
+    lines = ["| | before | after | change |", "|---|---|---|---|"]
+    for metric, said in METRICS.items():
+        scores = [run["scores"][metric] for run in sweep["runs"]]
+        before, after = (short(sum(score[key] for score in scores) / len(scores)) for key in ("before", "after"))
+        lines.append(f"| {said} | {before} | {after} | {with_deviation([score['change'] for score in scores])} |")
+    return "\n".join(lines)
+
+
+def settings(sweep: dict) -> str:
+    """A row a setting: its runs, and each metric's mean change with its 95 % interval over training runs."""
+    lines = [f"| setting | runs | {' | '.join(METRICS)} |", f"|{'---|' * (2 + len(METRICS))}"]
+    for setting in dict.fromkeys(row["setting"] for row in sweep["rows"]):
+        rows = {row["metric"]: row for row in sweep["rows"] if row["setting"] == setting}
+        cells = [few_steps.told(rows[metric]["change"]) for metric in METRICS]
+        lines.append(f"| `{setting}` | {len(rows['checker']['seeds'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def short(number: float) -> str:
+    return f"{number:.3f}".replace("0.", ".", 1)
+
+
+def with_deviation(values: list[float]) -> str:
+    """Mean and standard deviation (n - 1)."""
+    mean = sum(values) / len(values)
+    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+    return f"{mean:+.3f} ± {deviation:.3f}".replace("0.", ".")
+
+
+# name -> (file in docs/, what makes the table of it)
+TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
+    "demo": ("demo/seeds.json", one_setting),
+    "few-steps": ("few_steps.json", lambda found: few_steps.table(found["rows"])),
+    "controls": ("controls.json", lambda found: controls.table(found["rows"])),
+    "anchor": ("anchor.json", settings),
+}
+
+if __name__ == "__main__":
+    main()
