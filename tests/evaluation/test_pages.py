@@ -169,6 +169,6 @@ def test_prompts_and_names_are_text_in_every_picture(draw):
 def test_a_page_shows_names_as_they_were_typed_and_can_be_written():
     facts = {"prompts": "<b>$$</b> \x1b[2J \udc80"}
     results = {"models": [], "changes": []}
-    parts = {"results": results, "overall": {}, "pairs": [], "config": load("demo"), "settings": ""}
+    parts = {"results": results, "overall": {}, "strengths": {}, "pairs": [], "config": load("demo"), "settings": ""}
     page = render("evaluation.html", name="[/b]", facts_of_evaluation=facts, **parts)
     assert "[/b]" in page and r"&lt;b&gt;$$&lt;/b&gt; \x1b[2J \udc80" in page and page.encode()
