@@ -17,10 +17,8 @@ from flowbp_kernels.blocks.fingerprints import restates
 from flowbp_kernels.blocks.fused import bare
 
 
-@restates((FluxTransformerBlock.forward, "?"))
-def double_block(
-    self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
-):
+@restates((FluxTransformerBlock.forward, "810f94d690f6"))
+def double_block(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
     fused, options = self.flowbp_fused, joint_attention_kwargs or {}
     x, context = hidden_states, encoder_hidden_states
     x_normed, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(x, emb=temb)
@@ -36,10 +34,8 @@ def double_block(
     return finite(fused.gated(context, c_gate_mlp, self.ff_context(normed))), x
 
 
-@restates((FluxSingleTransformerBlock.forward, "?"))
-def single_block(
-    self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
-):
+@restates((FluxSingleTransformerBlock.forward, "f4bfea834af2"))
+def single_block(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
     fused, length = self.flowbp_fused, encoder_hidden_states.shape[1]
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     normed, gate = self.norm(x, emb=temb)
@@ -55,16 +51,14 @@ def finite(x):
 
 
 @restates(
-    (FluxAttention.forward, "?"),
-    (FluxAttnProcessor.__call__, "?"),
-    (_get_qkv_projections, "?"),
-    (_get_projections, "?"),
-    (_get_fused_projections, "?"),
-    (apply_rotary_emb, "?"),
+    (FluxAttention.forward, "88d38617a78c"),
+    (FluxAttnProcessor.__call__, "4190a6a5f24d"),
+    (_get_qkv_projections, "449b759b8d98"),
+    (_get_projections, "fd3c9c36bbb8"),
+    (_get_fused_projections, "d0c4b4e7c4ed"),
+    (apply_rotary_emb, "db7e06a94114"),
 )
-def attention(
-    self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **options
-):
+def attention(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **options):
     if type(self.processor) is not FluxAttnProcessor or options:
         return type(self).forward(
             self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **options

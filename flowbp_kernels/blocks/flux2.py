@@ -22,7 +22,7 @@ from flowbp_kernels.blocks.flux import attended, dispatched, finite
 from flowbp_kernels.blocks.fused import bare
 
 
-@restates((Flux2TransformerBlock.forward, "?"))
+@restates((Flux2TransformerBlock.forward, "b5faadf6e2d9"))
 def double_block(
     self,
     hidden_states,
@@ -48,7 +48,7 @@ def double_block(
     return finite(fused.gated(context, c_gate_mlp, self.ff_context(normed))), x
 
 
-@restates((Flux2SingleTransformerBlock.forward, "?"))
+@restates((Flux2SingleTransformerBlock.forward, "91246a63d442"))
 def single_block(
     self,
     hidden_states,
@@ -71,16 +71,14 @@ def single_block(
 
 
 @restates(
-    (Flux2Attention.forward, "?"),
-    (Flux2AttnProcessor.__call__, "?"),
-    (_get_qkv_projections, "?"),
-    (_get_projections, "?"),
-    (_get_fused_projections, "?"),
-    (apply_rotary_emb, "?"),
+    (Flux2Attention.forward, "8d28bea02251"),
+    (Flux2AttnProcessor.__call__, "afc43043a30d"),
+    (_get_qkv_projections, "ac200a74a1d5"),
+    (_get_projections, "31a79e05803f"),
+    (_get_fused_projections, "2cc0720de47e"),
+    (apply_rotary_emb, "db7e06a94114"),
 )
-def attention(
-    self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **options
-):
+def attention(self, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **options):
     if type(self.processor) is not Flux2AttnProcessor or options:
         return type(self).forward(
             self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **options
@@ -94,8 +92,8 @@ def attention(
 
 
 @restates(
-    (Flux2ParallelSelfAttention.forward, "?"),
-    (Flux2ParallelSelfAttnProcessor.__call__, "?"),
+    (Flux2ParallelSelfAttention.forward, "7e99c2faa2b0"),
+    (Flux2ParallelSelfAttnProcessor.__call__, "4c2023f59ce2"),
 )
 def parallel_attention(self, hidden_states, attention_mask=None, image_rotary_emb=None, **options):
     if type(self.processor) is not Flux2ParallelSelfAttnProcessor or options:
@@ -113,7 +111,7 @@ def parallel_attention(self, hidden_states, attention_mask=None, image_rotary_em
     return fused.project(self.to_out, joined)
 
 
-@restates((Flux2FeedForward.forward, "?"), (Flux2SwiGLU.forward, "?"))
+@restates((Flux2FeedForward.forward, "b49b4a93ec1f"), (Flux2SwiGLU.forward, "9e314498fdea"))
 def feed_forward(self, x):
     fused = self.flowbp_fused
     x = fused.project(self.linear_in, x)

@@ -15,7 +15,7 @@ from diffusers.models.normalization import (
 from flowbp_kernels.blocks.fingerprints import restates
 
 
-@restates((AdaLayerNormZero.forward, "?"))
+@restates((AdaLayerNormZero.forward, "a60f5bfb23bb"))
 def ada_layer_norm_zero(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
     if self.emb is not None:
         emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
@@ -24,14 +24,14 @@ def ada_layer_norm_zero(self, x, timestep=None, class_labels=None, hidden_dtype=
     return fused.layer_norm(self.norm, x, shift, scale), *rest
 
 
-@restates((AdaLayerNormZeroSingle.forward, "?"))
+@restates((AdaLayerNormZeroSingle.forward, "8cd213fab66b"))
 def ada_layer_norm_zero_single(self, x, emb=None):
     fused = self.flowbp_fused
     shift, scale, gate = fused.project(self.linear, self.silu(emb)).chunk(3, dim=1)
     return fused.layer_norm(self.norm, x, shift, scale), gate
 
 
-@restates((SD35AdaLayerNormZeroX.forward, "?"))
+@restates((SD35AdaLayerNormZeroX.forward, "21af2397e181"))
 def ada_layer_norm_zero_x(self, hidden_states, emb=None):
     fused = self.flowbp_fused
     modulation = fused.project(self.linear, self.silu(emb)).chunk(9, dim=1)
@@ -40,20 +40,20 @@ def ada_layer_norm_zero_x(self, hidden_states, emb=None):
     return x, gate, shift_mlp, scale_mlp, gate_mlp, x_2, gate_2
 
 
-@restates((AdaLayerNormContinuous.forward, "?"))
+@restates((AdaLayerNormContinuous.forward, "e0a05ec5346a"))
 def ada_layer_norm_continuous(self, x, conditioning_embedding):
     fused = self.flowbp_fused
     scale, shift = fused.project(self.linear, self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
     return fused.layer_norm(self.norm, x, shift, scale)
 
 
-@restates((GELU.forward, "?"), (GELU.gelu, "?"))
+@restates((GELU.forward, "b19a404e9b86"), (GELU.gelu, "2c07338b994d"))
 def projected_gelu(self, hidden_states):
     fused = self.flowbp_fused
     return fused.gelu(self, fused.project(self.proj, hidden_states))
 
 
-@restates((FeedForward.forward, "?"))
+@restates((FeedForward.forward, "d6a8ac3357c7"))
 def feed_forward(self, hidden_states, *args, **kwargs):
     if args or kwargs:
         return type(self).forward(self, hidden_states, *args, **kwargs)  # where diffusers says that they are deprecated

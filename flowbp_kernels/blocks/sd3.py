@@ -9,7 +9,7 @@ from diffusers.models.normalization import RMSNorm
 from flowbp_kernels.blocks.fingerprints import restates
 
 
-@restates((JointTransformerBlock.forward, "?"))
+@restates((JointTransformerBlock.forward, "25097c42ae6c"))
 def joint_block(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None):
     fused, options = self.flowbp_fused, joint_attention_kwargs or {}
     x, context = hidden_states, encoder_hidden_states
@@ -38,7 +38,11 @@ def _fed_forward(block, layer, x):
     return _chunked_feed_forward(layer, x, block._chunk_dim, block._chunk_size)
 
 
-@restates((Attention.forward, "?"), (JointAttnProcessor2_0.__call__, "?"), (RMSNorm.forward, "?"))
+@restates(
+    (Attention.forward, "ae5d10616712"),
+    (JointAttnProcessor2_0.__call__, "9f0739d4e990"),
+    (RMSNorm.forward, "d4b19ee941ec"),
+)
 def joint_attention(self, hidden_states, encoder_hidden_states=None, attention_mask=None, **options):
     if type(self.processor) is not JointAttnProcessor2_0 or options:
         return type(self).forward(self, hidden_states, encoder_hidden_states, attention_mask, **options)

@@ -13,7 +13,7 @@ from flowbp_kernels.blocks.fingerprints import restates
 from flowbp_kernels.blocks.flux import dispatched
 
 
-@restates((ZImageTransformerBlock.forward, "?"), (RMSNorm.forward, "?"))
+@restates((ZImageTransformerBlock.forward, "c962ce9c5e9d"), (RMSNorm.forward, "d4b19ee941ec"))
 def block(
     self,
     x,
@@ -43,10 +43,12 @@ def _attended(self, x, scale, attn_mask, freqs_cis):
     return self.attention(x, attention_mask=attn_mask, freqs_cis=freqs_cis)
 
 
-@restates((Attention.forward, "?"), (ZSingleStreamAttnProcessor.__call__, "?"), (apply_rotary_emb, "?"))
-def attention(
-    self, hidden_states, encoder_hidden_states=None, attention_mask=None, freqs_cis=None, **options
-):
+@restates(
+    (Attention.forward, "ae5d10616712"),
+    (ZSingleStreamAttnProcessor.__call__, "4024556f43e2"),
+    (apply_rotary_emb, "db7e06a94114"),
+)
+def attention(self, hidden_states, encoder_hidden_states=None, attention_mask=None, freqs_cis=None, **options):
     if type(self.processor) is not ZSingleStreamAttnProcessor or options:
         options["freqs_cis"] = freqs_cis
         return type(self).forward(self, hidden_states, encoder_hidden_states, attention_mask, **options)
@@ -62,7 +64,7 @@ def attention(
     return self.to_out[1](y) if len(self.to_out) > 1 else y
 
 
-@restates((FeedForward.forward, "?"), (FeedForward._forward_silu_gating, "?"))
+@restates((FeedForward.forward, "569d2d7af97b"), (FeedForward._forward_silu_gating, "940eb62ad4fc"))
 def feed_forward(self, x):
     fused = self.flowbp_fused
     return fused.project(self.w2, fused.swiglu(fused.project(self.w1, x), fused.project(self.w3, x)))
