@@ -2,7 +2,7 @@
 
 The branch that peft builds beside a bfloat16 layer copies the input to float32, keeps the copy for backward, and adds
 two tensors of the output's size. Here the branch is two thin GEMMs, of which the second accumulates into the output of
-the layer, and backward keeps the input that autograd keeps anyway. The GEMMs are PyTorch's own on every device.
+the layer, and backward keeps the input that autograd keeps anyway.
 """
 
 import math
@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowbp_kernels.arguments import accumulation_dtype, check_float, is_traced
+from flowbp_kernels import backend
+from flowbp_kernels.arguments import accumulation_dtype, check_float
+from flowbp_kernels.operators import Recorded
 
 
 def lora_linear(
@@ -28,18 +30,19 @@ def lora_linear(
     x: [*, in].  weight: [out, in] of x's dtype; or the layer itself, a callable of x (a quantised layer), whose output
     [*, out] then gives the dtype of the branch, and bias is None.  bias: [out] of x's dtype, or None.
     a: [r, in], b: [out, r], float parameters of any dtype (float32 beside a bfloat16 network).  scale: a number.
-    Returns [*, out]. The branch multiplies a, scale b and x a^T as rounded to the layer's dtype, accumulates in float32
-    and is rounded once with the sum, as peft does under autocast.
-    Gradient: to x, weight, bias, a and b, where they ask for one; those of a and b accumulate in float32 and are rounded
-    once, to the parameter's dtype. Backward keeps x and the parameters, and computes x a^T again. No second derivative.
+    Returns [*, out]. a, scale b and x a^T are rounded to the layer's dtype, as peft has them under autocast; the
+    branch accumulates in float32 onto the output of the layer.
+    Gradient: to x, weight, bias, a and b, where they ask for one. Those of a and b accumulate in float32 (float64 for a
+    float64 layer) and are rounded once, to the parameter's dtype. Backward keeps x and the parameters, and computes
+    x a^T again. It has no gradient of its own.
     Under autocast x, weight and bias are cast as torch.nn.functional.linear casts them.
+    The GEMMs are PyTorch's own on every device, whatever FLOWBP_KERNELS says.
     Raises ValueError for shapes, dtypes and devices outside this contract.
     Equivalent to  F.linear(x, weight, bias) + scale * (x @ a.to(x.dtype).T) @ b.to(x.dtype).T
     """
     check_float("x", x)
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         if isinstance(weight, Tensor):
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -47,7 +50,7 @@ def lora_linear(
     if base is not None:
         x, weight = x.to(base.dtype), None
     _check(x, weight, bias, base, a, b)
-    return (_op if is_traced() else _LoraLinear.apply)(x, weight, bias, base, a, b, float(scale))
+    return _op(x, weight, bias, base, a, b, float(scale))
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, a: Tensor, b: Tensor) -> None:
@@ -128,44 +131,28 @@ def _accumulated(left: Tensor, right: Tensor) -> Tensor:
     return left.t().to(dtype) @ right.to(dtype)  # PyTorch's CPU has no such GEMM
 
 
-def _setup_context(ctx, inputs, output):
+def _keep(ctx, inputs, output):
     x, weight, bias, base, a, b, ctx.scale = inputs
     ctx.needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 5)]
     ctx.save_for_backward(x, weight, a, b)
 
 
 def _backward(ctx, g):
-    run = _op_backward if is_traced() else _run_backward
+    run = _backward_op if backend.needs_operator(g, *ctx.saved_tensors) else _run_backward
     gradients = iter(run(g, *ctx.saved_tensors, ctx.scale, ctx.needs))
     x, weight, bias, a, b = (next(gradients) if needed else None for needed in ctx.needs)
     return x, weight, bias, g if ctx.needs_input_grad[3] else None, a, b, None
 
 
-class _LoraLinear(torch.autograd.Function):
-    """Where nothing traces: a third of the overhead of the registered operator."""
-
-    forward = staticmethod(_run)
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(torch.autograd.function.once_differentiable(_backward))
-
-
-_op = torch.library.custom_op("flowbp_kernels::lora_linear", _run, mutates_args=())
-_op_backward = torch.library.custom_op("flowbp_kernels::lora_linear_backward", _run_backward, mutates_args=())
-
-
-@_op.register_fake
-def _(x, weight, bias, base, a, b, scale):
+def _fake(x, weight, bias, base, a, b, scale):
     return x.new_empty(*x.shape[:-1], b.shape[0])
 
 
-@_op_backward.register_fake
-def _(g, x, weight, a, b, scale, needs):
-    of = [x.new_empty(x.shape), weight, x.new_empty(b.shape[0]), a, b]
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t, needed in zip(of, needs, strict=True)
-        if needed
-    ]
+def _backward_fake(g, x, weight, a, b, scale, needs):
+    wanted = zip((x, weight, g.new_empty(b.shape[0]), a, b), needs, strict=True)
+    return [tensor.new_empty(tensor.shape) for tensor, needed in wanted if needed]
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = Recorded("lora_linear", _run, _run, _fake, _keep, _backward)
+_backward_op = torch.library.custom_op("flowbp_kernels::lora_linear_backward", _run_backward, mutates_args=())
+_backward_op.register_fake(_backward_fake)

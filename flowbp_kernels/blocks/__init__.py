@@ -27,9 +27,9 @@ def apply(transformer: nn.Module, ops: str | Iterable[str] = "all") -> "Handle":
     does, unless FLOWBP_KERNELS names a backend.
 
     No class is changed: each block, attention, feed-forward layer and adaptive norm gets an instance attribute
-    `forward`. Values and gradients are those of diffusers to rounding. Names of parameters, state dicts, hooks, gradient
-    checkpointing, FSDP2, autocast and selective_recompute stay as they are. Hooks on a norm or an activation within a
-    block are called, without its op.
+    `forward`. Values and gradients are those of diffusers to rounding. Names of parameters, state dicts, gradient
+    checkpointing, FSDP2, autocast and selective_recompute work as before. So do hooks: a norm or an activation within a
+    block that has some is called, without its op.
     Blocks that are compiled in place (block.compile(), compile_repeated_blocks), before or after, keep both: the graph
     of a block calls the kernels as operators, and the compiler fuses what lies between them.
     Another attention processor that is set later runs as diffusers runs it.
@@ -47,8 +47,8 @@ def apply(transformer: nn.Module, ops: str | Iterable[str] = "all") -> "Handle":
     found = table.replacements(transformer)
     if stale := sorted({text for function in found.values() for text in fingerprints.changed(function)}):
         raise ValueError(
-            f"{', '.join(stale)}: its source is not the one that flowbp_kernels re-states, so the results could differ. "
-            "Install the version of diffusers and peft that flowbp names, or leave the ops out"
+            f"{', '.join(stale)}: its source is not the one that flowbp_kernels re-states, so that results could "
+            "differ. Install the version for which this flowbp was written, or do without flowbp_kernels.apply"
         )
     steps = fused.Fused(frozenset(names))
     for module, function in found.items():

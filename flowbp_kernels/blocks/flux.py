@@ -39,8 +39,8 @@ def single_block(self, hidden_states, encoder_hidden_states, temb, image_rotary_
     fused, length = self.flowbp_fused, encoder_hidden_states.shape[1]
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     normed, gate = self.norm(x, emb=temb)
-    y = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
     mlp = fused.project(self.proj_mlp, normed)
+    y = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
     joined = fused.gelu(self.act_mlp, mlp, y) if bare(self.act_mlp) else torch.cat([y, self.act_mlp(mlp)], dim=2)
     x = finite(fused.gated(x, gate, fused.project(self.proj_out, joined)))
     return x[:, :length], x[:, length:]

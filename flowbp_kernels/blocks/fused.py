@@ -1,10 +1,12 @@
 """What the blocks of a transformer are made of: each step by its fused op, or as diffusers and peft compute it.
 
-One `Fused` object serves all blocks of a transformer. Which of the two a step takes is decided when it is called, by the
-family of the op, the device of the tensors, and the modules at hand: a module with hooks is called, so that they run.
+One `Fused` object serves all blocks of a transformer. Which of the two a step takes is decided when it is called: by
+the family of the op, the device of the tensors, and the modules at hand. A module with hooks is called, so that they
+run.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -39,14 +41,17 @@ if find_spec("peft"):
 
 @torch.compiler.assume_constant_result
 def pays(family: str, device_type: str) -> bool:
-    """Whether an op of `family` runs fused on a device. Elsewhere its reference would run, which is slower than the
-    same formula in PyTorch's own ops. A backend that FLOWBP_KERNELS names runs wherever it can.
+    """Whether the ops of `family` run fused on a device: a kernel of each does, or FLOWBP_KERNELS names what does.
+    Elsewhere the references would run, which are slower than PyTorch's own ops in the forward of diffusers.
     """
-    if not FAMILIES[family] or device_type == "meta" or backend.requested() != "auto":
+    if device_type == "meta" or backend.requested() != "auto":
         return True
-    if device_type == "cuda":
-        return not backend.unavailable("triton")
-    return device_type == "cpu" and all(backend.compiled_for_cpu(op) for op in FAMILIES[family])
+    return all(_has_kernel(op, device_type) for op in FAMILIES[family])
+
+
+@functools.cache
+def _has_kernel(op: str, device_type: str) -> bool:
+    return backend.select(op, x=torch.empty(0, device=device_type)) != "reference"
 
 
 def bare(module: nn.Module) -> bool:
