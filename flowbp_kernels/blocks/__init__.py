@@ -53,7 +53,7 @@ def apply(transformer: nn.Module, ops: str | Iterable[str] = "all") -> "Handle":
         )
     steps = fused.Fused(frozenset(names))
     for module, function in found.items():
-        module.flowbp_fused = steps
+        setattr(module, "flowbp_fused", steps)  # noqa: B010 (torch types attributes of a module as tensors)
         module.forward = MethodType(function, module)
     return Handle(transformer, list(found), names)
 
@@ -83,7 +83,7 @@ class Handle:
         """How many modules of each class run functions of this package."""
         from flowbp_kernels.blocks.table import known_class
 
-        return dict(Counter(known_class(module).__name__ for module in self._modules))
+        return dict(Counter(kind.__name__ for kind in map(known_class, self._modules) if kind))
 
     @property
     def left(self) -> list[str]:
