@@ -146,8 +146,8 @@ def _backward(ctx, g):
     x, weight, a, b = ctx.saved_tensors  # once: checkpointing gives them once
     run = _backward_op if backend.needs_operator(g, x, weight, a, b) else _run_backward
     gradients = iter(run(g, x, weight, a, b, ctx.scale, ctx.needs))
-    x, weight, bias, a, b = (next(gradients) if needed else None for needed in ctx.needs)
-    return x, weight, bias, g if ctx.needs_input_grad[3] else None, a, b, None
+    of_x, of_weight, of_bias, of_a, of_b = (next(gradients) if needed else None for needed in ctx.needs)
+    return of_x, of_weight, of_bias, g if ctx.needs_input_grad[3] else None, of_a, of_b, None
 
 
 def _fake(x, weight, bias, base, a, b, scale):
