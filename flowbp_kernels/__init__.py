@@ -12,10 +12,10 @@ selective_recompute   cached value; backward replays the active nodes    paramet
 Between the matrix products of a network, where a pass moves most of its bytes:
 
 op                         formula                                       gradient to      kernels
-modulated_layer_norm       LN(x) (1 + scale) + shift, once or twice      all tensors      none yet
-modulated_rms_norm         weight x / rms(x) (1 + scale)                 all tensors      none yet
-gated_residual             residual + gate y                             all tensors      none yet
-gated_residual_layer_norm  s = residual + gate y;  s, modulated LN(s)    all tensors      none yet
+modulated_layer_norm       LN(x) (1 + scale) + shift, once or twice      all tensors      triton, cpu
+modulated_rms_norm         weight x / rms(x) (1 + scale)                 all tensors      triton, cpu
+gated_residual             residual + gate y                             all tensors      triton, cpu
+gated_residual_layer_norm  s = residual + gate y;  s, modulated LN(s)    all tensors      triton, cpu
 
 Every op has a reference in plain PyTorch, which runs on any device and in any dtype; the kernels take float32, bfloat16
 and float16, and a float8_e4m3fn cache. Sums accumulate in float32 (float64 where a tensor is float64) and are rounded
@@ -29,9 +29,9 @@ plan. Both give the same bits.
 FLOWBP_KERNELS=auto | cuda | triton | cpu | reference chooses the backend; `python -m flowbp_kernels` prints what runs
 here, and why. Without the compiled extension (FLOWBP_BUILD=0 at installation) and Triton, the reference runs.
 
-Reading order: reference.py and network_reference.py (every formula on two pages), quadrature_update.py (an op), operators.py (how it is
-registered), csrc/ops.h and csrc/cpu/ (its kernel), backend.py (which one runs), sweep.py, recompute.py (its autograd
-function).
+Reading order: reference.py and network_reference.py (every formula on two pages), quadrature_update.py (an op),
+operators.py (how it is registered), csrc/ops.h and csrc/cpu/ (its kernel), backend.py (which one runs), sweep.py,
+recompute.py (its autograd function).
 """
 
 from flowbp_kernels import adjoints  # noqa: F401  (registers gradients)
