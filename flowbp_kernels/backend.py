@@ -29,17 +29,18 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")  # in the order in which `auto
 MAX_NODES = 256  # rows of a rule that a compiled kernel takes: kMaxTerms in csrc/ops.h
 
 
-def needs_operator(*tensors: Tensor | None) -> bool:
+def needs_operator(*tensors: Tensor | None, records: bool = True) -> bool:
     """Whether a call must go through its registered operator: it records a gradient, or it is traced, compiled or
     faked.
 
     Any other call runs its kernel at once, because on a small latent the operator (20 us) would cost more than all the
     rest. Raises NotImplementedError within forward-mode differentiation and within the transforms of torch.func, of
     which the kernels know nothing: they would return tangents of zero.
+    records: whether a gradient alone calls for the operator. Not where a torch.autograd.Function records it.
     """
     if is_traced():
         return True
-    recording, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
+    recording, forward = records and torch.is_grad_enabled(), forward_ad._current_level >= 0
     for tensor in tensors:
         if tensor is None:
             continue
@@ -76,8 +77,12 @@ def written(name: str, out: Tensor, others: dict[str, Tensor | None], in_place_o
     torch.autograd.graph.increment_version(out)
 
 
-def select(op: str, num_nodes: int = 0, **tensors: Tensor | None) -> str:
-    """The backend that runs `op` on these tensors, named as in its contract, with a rule of num_nodes rows."""
+def select(op: str, num_nodes: int = 0, *, in_rows: bool = False, **tensors: Tensor | None) -> str:
+    """The backend that runs `op` on these tensors, named as in its contract, with a rule of num_nodes rows.
+
+    in_rows: its kernels go through rows, whose strides are free: one for GPUs in Triton, and a compiled one for the CPU
+    that takes tensors of one dtype.
+    """
     wanted = requested()
     label, first = next(iter(tensors.items()))
     assert first is not None
@@ -85,7 +90,7 @@ def select(op: str, num_nodes: int = 0, **tensors: Tensor | None) -> str:
         if not _reaches(name, first):
             cause = f"{label} is on {first.device}" if name == wanted else "elsewhere"
         else:
-            cause = _unsuited(name, op, num_nodes, tensors)
+            cause = _unsuited(name, op, num_nodes, in_rows, tensors)
         if not cause:
             return name
         if wanted == name:
@@ -114,9 +119,9 @@ def unavailable(name: str, device: int | None = None) -> str:
     return ""
 
 
-def triton_op(op: str) -> Callable:
-    """The Triton launcher of an op."""
-    return getattr(importlib.import_module(f"flowbp_kernels._triton.{op}"), op)
+def triton_op(op: str, launcher: str = "") -> Callable:
+    """The Triton launcher of an op, or another one of its file, such as that of its backward."""
+    return getattr(importlib.import_module(f"flowbp_kernels._triton.{op}"), launcher or op)
 
 
 def triton_tables(x: Tensor, nodes: Tensor | None, *weights: Tensor) -> Sequence[Tensor | None]:
@@ -179,15 +184,21 @@ def _reaches(name: str, tensor: Tensor) -> bool:
     return name == "reference" or tensor.is_cuda or (name == "triton" and _interprets_triton())
 
 
-def _unsuited(name: str, op: str, num_nodes: int, tensors: dict[str, Tensor | None]) -> str:
+def _unsuited(name: str, op: str, num_nodes: int, in_rows: bool, tensors: dict[str, Tensor | None]) -> str:
     """What keeps a backend that reaches these tensors from running `op` on them; "" if nothing does."""
     if name == "reference":
         return ""
-    cause = unavailable(name, next(iter(tensors.values())).device.index)  # pyright: ignore[reportOptionalMemberAccess]
+    first_label, first = next(iter(tensors.items()))
+    assert first is not None
+    cause = unavailable(name, first.device.index)
     if cause:
         return cause
     if name == "triton" and importlib.util.find_spec(f"flowbp_kernels._triton.{op}") is None:
         return f"flowbp_kernels/_triton/{op}.py does not exist"
+    if in_rows and name == "cuda":
+        return "its kernel for a GPU is the one in Triton"
+    if in_rows and name == "cpu" and not _is_compiled(op):
+        return f"{extension_path()} has no kernel of it: build it anew, if csrc/ has one by now"
     if num_nodes > MAX_NODES and name != "triton":
         return f"its {num_nodes} nodes exceed the {MAX_NODES} that a compiled kernel takes"
     for label, tensor in tensors.items():
@@ -195,8 +206,10 @@ def _unsuited(name: str, op: str, num_nodes: int, tensors: dict[str, Tensor | No
             continue
         if tensor.dtype not in COMPILED_DTYPES and not (label == "velocities" and tensor.dtype == torch.float8_e4m3fn):
             return f"{label} is {tensor.dtype}; it takes float32, bfloat16 and float16, and float8_e4m3fn for a cache"
-        if not tensor.is_contiguous():
+        if not in_rows and not tensor.is_contiguous():
             return f"{label} is not contiguous"
+        if in_rows and name == "cpu" and tensor.dtype != first.dtype:
+            return f"{label} is {tensor.dtype} and {first_label} {first.dtype}; its compiled kernel takes one dtype"
     return ""
 
 
@@ -212,6 +225,12 @@ def _load_extension() -> str:
         warnings.warn(f"flowbp_kernels runs without its compiled ops: {cause}", RuntimeWarning, stacklevel=2)
         return cause
     return ""
+
+
+@functools.cache
+def _is_compiled(op: str) -> bool:
+    """Whether the extension, which is loaded, has an op."""
+    return hasattr(torch.ops.flowbp_compiled, op)
 
 
 @functools.cache
