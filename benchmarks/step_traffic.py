@@ -59,7 +59,6 @@ from flowbp import surrogate, trajectory  # noqa: E402
 from flowbp.backbones import Backbone, bind_velocity  # noqa: E402
 from flowbp.config import TuningConfig  # noqa: E402
 from flowbp.estimate.architectures import ARCHITECTURES, IMAGE_TOWERS, ImageTower, build_backbone  # noqa: E402
-from flowbp.estimate.passes import FUSED, fused_attention  # noqa: E402
 from flowbp.guidance import Guidance, GuidedVelocity, NetworkVelocity  # noqa: E402
 from flowbp.methods import FlowBPLagrange  # noqa: E402
 from flowbp.objective import Objective, reward_gradient  # noqa: E402
@@ -67,14 +66,13 @@ from flowbp.runtime.environment import environment  # noqa: E402
 from flowbp.runtime.tuning import master_weights, trainable_parameters  # noqa: E402
 from flowbp_kernels import sweep  # noqa: E402
 
-aten = torch.ops.aten
 BATCH, STEPS, RANK, SIDE = 8, 25, 32, 512
 NETWORKS = {"plain": ("full", False), "lora": ("lora", False), "fused": ("full", True), "fused lora": ("lora", True)}
-ATTENTION = {str(FUSED)[5:]: sdpa_flop_count, f"{str(FUSED)[5:]}_backward": sdpa_backward_flop_count}
+ATTENTION = {"attention": sdpa_flop_count, "attention_backward": sdpa_backward_flop_count}
 GEMM = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "lora_linear", "lora_linear_backward"}
 OVERWRITE = {"copy_", "fill_", "zero_"}
 LAUNCHES = {
-    f"{str(FUSED)[5:]}_backward": 3,  # row sums of out * grad, the gradients, and the conversion of that of the queries
+    "attention_backward": 3,  # row sums of out * grad, the gradients, and the conversion of that of the queries
     "native_group_norm": 3,  # moments, their products with weight and bias, and the pass over the input
     "native_group_norm_backward": 3,  # the same of the gradient, with a frozen weight and bias
     "rms_norm_backward": 3,  # of the input; of the weight by parts, and their sum
@@ -284,8 +282,8 @@ def launches(name: str, arguments: dict[str, Any], out: Any) -> int:
 
 def flops(func, args: tuple, kwargs: dict, out: Any) -> int:
     if func._opname in ATTENTION:
-        shapes = [t.shape for t in args[: 3 if func._opname.endswith("cpu") else 4]]
-        return ATTENTION[func._opname](*shapes)
+        count = ATTENTION[func._opname]
+        return count(*(t.shape for t in args[: 4 if count is sdpa_backward_flop_count else 3]))
     formula = flop_registry.get(func._overloadpacket)
     return formula(*args, **kwargs, out_val=out) if formula is not None else 0
 
@@ -315,37 +313,53 @@ def sizes(group: Iterable[Tensor]) -> int:
 # -- what runs on a GPU as one kernel ----------------------------------------------------------------------------------
 
 
+@torch.library.custom_op("step_traffic::attention", mutates_args=())
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError("only counted")
+
+
+@torch.library.custom_op("step_traffic::attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, out: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    raise NotImplementedError("only counted")
+
+
 @torch.library.custom_op("step_traffic::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     raise NotImplementedError("only counted")
 
 
 @torch.library.custom_op("step_traffic::rms_norm_backward", mutates_args=())
-def rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, out: Tensor, rstd: Tensor) -> list[Tensor]:
     raise NotImplementedError("only counted")
 
 
-@rms_norm.register_fake
-def _(x, weight):
-    return torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+# As fused attention does, an output lies in memory as its input does.
+attention.register_fake(lambda q, k, v, mask: (torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)))
+attention_backward.register_fake(lambda grad, *qkv: tuple(map(torch.empty_like, qkv[:3])))
+rms_norm.register_fake(lambda x, w: (torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)))
+rms_norm_backward.register_fake(lambda grad, x, w, *_: [torch.empty_like(t) for t in (x, w) if t is not None])
 
 
-@rms_norm_backward.register_fake
-def _(grad, x, rstd, weight):
-    return torch.empty_like(x), x.new_empty(0) if weight is None else torch.empty_like(weight)
+def save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, *output)
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
+attention.register_autograd(
+    lambda ctx, grad, _: (*torch.ops.step_traffic.attention_backward(grad, *ctx.saved_tensors), None),
+    setup_context=save,
+)
+rms_norm.register_autograd(
+    lambda ctx, grad, _: (*torch.ops.step_traffic.rms_norm_backward(grad, *ctx.saved_tensors), None)[:2],
+    setup_context=save,
+)
 
 
-def _backward(ctx, grad, _):
-    x, weight, rstd = ctx.saved_tensors
-    of_x, of_weight = torch.ops.step_traffic.rms_norm_backward(grad, x, rstd, weight)
-    return of_x, None if weight is None else of_weight
-
-
-rms_norm.register_autograd(_backward, setup_context=_save)
+def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Takes the place of F.scaled_dot_product_attention."""
+    assert not enable_gqa and not is_causal and not dropout_p
+    return torch.ops.step_traffic.attention(query, key, value, attn_mask)[0]
 
 
 @contextmanager
@@ -357,7 +371,7 @@ def as_on_a_gpu() -> Iterator[None]:
 
     of_cpu = sweep.RngState.capture
     with ExitStack() as stack:
-        stack.enter_context(fused_attention())
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", fused_attention))
         stack.enter_context(patch.object(F, "rms_norm", norm))
         stack.enter_context(patch.object(sweep.RngState, "capture", lambda device: of_cpu("cpu")))
         stack.enter_context(patch.object(trajectory, "autocast_state", lambda kind: ()))
