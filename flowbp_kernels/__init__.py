@@ -9,6 +9,19 @@ bridge_cotangents     c_k = w_k (g + a_k g_x)                            g, g_x 
 straight_through      value of one tensor, scaled gradient of another    surrogate        PyTorch's copy
 selective_recompute   cached value; backward replays the active nodes    parameters       bridge_cotangents
 
+Between the matrix products of a network, where a pass moves most of its bytes:
+
+op                         formula                                       gradient to      kernels
+modulated_layer_norm       LN(x) (1 + scale) + shift, once or twice      all tensors      none yet
+modulated_rms_norm         weight x / rms(x) (1 + scale)                 all tensors      none yet
+gated_residual             residual + gate y                             all tensors      none yet
+gated_residual_layer_norm  s = residual + gate y;  s, modulated LN(s)    all tensors      none yet
+qk_norm                    R (w x / rms(x)) of all streams, joined       queries, keys, w none yet
+swiglu                     silu(gate) value, behind a prefix             gate, value      none yet
+gelu                       tanh-approximate GELU, behind a prefix        x                none yet
+lora_linear                x W^T + bias + scale (x a^T) b^T              all tensors      PyTorch's GEMMs
+apply                      all of these in the blocks of diffusers' SD3, FLUX.1, FLUX.2 and Z-Image
+
 Every op has a reference in plain PyTorch, which runs on any device and in any dtype; the kernels take float32, bfloat16
 and float16, and a float8_e4m3fn cache. Sums accumulate in float32 (float64 where a tensor is float64) and are rounded
 once. A zero weight skips its term, so that 0 * NaN does not poison a sum. Each function's docstring is its contract,
@@ -21,16 +34,26 @@ plan. Both give the same bits.
 FLOWBP_KERNELS=auto | cuda | triton | cpu | reference chooses the backend; `python -m flowbp_kernels` prints what runs
 here, and why. Without the compiled extension (FLOWBP_BUILD=0 at installation) and Triton, the reference runs.
 
-Reading order: reference.py (every formula on one page), quadrature_update.py (an op), operators.py (how it is
-registered), csrc/ops.h and csrc/cpu/ (its kernel), backend.py (which one runs), sweep.py, recompute.py (its autograd
-function).
+Reading order: reference.py and network_reference.py (every formula on two pages), quadrature_update.py (an op),
+operators.py (how it is registered), csrc/ops.h and csrc/cpu/ (its kernel), backend.py (which one runs), sweep.py,
+recompute.py (its autograd function), blocks/ (the ops in a transformer).
 """
 
 from flowbp_kernels import adjoints  # noqa: F401  (registers gradients)
+from flowbp_kernels.activations import gelu, swiglu
+from flowbp_kernels.blocks import apply
 from flowbp_kernels.bridge_cotangents import bridge_cotangents
 from flowbp_kernels.cfg_euler_step import cfg_euler_step
 from flowbp_kernels.cfg_multistep_step import cfg_multistep_step
 from flowbp_kernels.leap_residuals import leap_residuals
+from flowbp_kernels.lora_linear import lora_linear
+from flowbp_kernels.modulation import (
+    gated_residual,
+    gated_residual_layer_norm,
+    modulated_layer_norm,
+    modulated_rms_norm,
+)
+from flowbp_kernels.qk_norm import qk_norm
 from flowbp_kernels.quadrature_update import quadrature_update
 from flowbp_kernels.recompute import selective_recompute
 from flowbp_kernels.straight_through import straight_through
@@ -38,11 +61,20 @@ from flowbp_kernels.sweep import RngState
 
 __all__ = [
     "RngState",
+    "apply",
     "bridge_cotangents",
     "cfg_euler_step",
     "cfg_multistep_step",
+    "gated_residual",
+    "gated_residual_layer_norm",
+    "gelu",
     "leap_residuals",
+    "lora_linear",
+    "modulated_layer_norm",
+    "modulated_rms_norm",
+    "qk_norm",
     "quadrature_update",
     "selective_recompute",
     "straight_through",
+    "swiglu",
 ]

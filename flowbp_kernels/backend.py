@@ -27,19 +27,23 @@ from flowbp_kernels.arguments import COMPILED_DTYPES, is_traced
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in the order in which `auto` tries them
 MAX_NODES = 256  # rows of a rule that a compiled kernel takes: kMaxTerms in csrc/ops.h
+# The ops of a network, which take strided tensors, and the module of their Triton kernels. No CUDA kernel is compiled
+# for them: FLOWBP_KERNELS=cuda means Triton's there, and FLOWBP_KERNELS=cpu the reference.
+NETWORK_OPS = {"qk_norm": "qk_norm", "swiglu": "activations", "gelu": "activations"}
 
 
-def needs_operator(*tensors: Tensor | None) -> bool:
+def needs_operator(*tensors: Tensor | None, records: bool = True) -> bool:
     """Whether a call must go through its registered operator: it records a gradient, or it is traced, compiled or
     faked.
 
     Any other call runs its kernel at once, because on a small latent the operator (20 us) would cost more than all the
     rest. Raises NotImplementedError within forward-mode differentiation and within the transforms of torch.func, of
     which the kernels know nothing: they would return tangents of zero.
+    records: whether a gradient alone calls for the operator. Not where a torch.autograd.Function records it.
     """
     if is_traced():
         return True
-    recording, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
+    recording, forward = records and torch.is_grad_enabled(), forward_ad._current_level >= 0
     for tensor in tensors:
         if tensor is None:
             continue
@@ -76,16 +80,21 @@ def written(name: str, out: Tensor, others: dict[str, Tensor | None], in_place_o
     torch.autograd.graph.increment_version(out)
 
 
-def select(op: str, num_nodes: int = 0, **tensors: Tensor | None) -> str:
-    """The backend that runs `op` on these tensors, named as in its contract, with a rule of num_nodes rows."""
+def select(op: str, num_nodes: int = 0, *, strided: bool = False, **tensors: Tensor | None) -> str:
+    """The backend that runs `op` on these tensors, named as in its contract, with a rule of num_nodes rows.
+
+    strided: its kernels take tensors that are not contiguous.
+    """
     wanted = requested()
+    if op in NETWORK_OPS:
+        wanted = {"cuda": "triton", "cpu": "reference"}.get(wanted, wanted)
     label, first = next(iter(tensors.items()))
     assert first is not None
     for name in BACKENDS if wanted == "auto" else (wanted,):
         if not _reaches(name, first):
             cause = f"{label} is on {first.device}" if name == wanted else "elsewhere"
         else:
-            cause = _unsuited(name, op, num_nodes, tensors)
+            cause = _unsuited(name, op, num_nodes, strided, tensors)
         if not cause:
             return name
         if wanted == name:
@@ -114,9 +123,9 @@ def unavailable(name: str, device: int | None = None) -> str:
     return ""
 
 
-def triton_op(op: str) -> Callable:
-    """The Triton launcher of an op."""
-    return getattr(importlib.import_module(f"flowbp_kernels._triton.{op}"), op)
+def triton_op(module: str, launcher: str = "") -> Callable:
+    """A Triton launcher of a module; the one of the module's name by default."""
+    return getattr(importlib.import_module(f"flowbp_kernels._triton.{module}"), launcher or module)
 
 
 def triton_tables(x: Tensor, nodes: Tensor | None, *weights: Tensor) -> Sequence[Tensor | None]:
@@ -179,15 +188,21 @@ def _reaches(name: str, tensor: Tensor) -> bool:
     return name == "reference" or tensor.is_cuda or (name == "triton" and _interprets_triton())
 
 
-def _unsuited(name: str, op: str, num_nodes: int, tensors: dict[str, Tensor | None]) -> str:
+def _unsuited(name: str, op: str, num_nodes: int, strided: bool, tensors: dict[str, Tensor | None]) -> str:
     """What keeps a backend that reaches these tensors from running `op` on them; "" if nothing does."""
     if name == "reference":
         return ""
+    in_network = op in NETWORK_OPS
+    if in_network and name != "triton":
+        return f"no kernel of {op} is compiled"
     cause = unavailable(name, next(iter(tensors.values())).device.index)  # pyright: ignore[reportOptionalMemberAccess]
     if cause:
         return cause
-    if name == "triton" and importlib.util.find_spec(f"flowbp_kernels._triton.{op}") is None:
-        return f"flowbp_kernels/_triton/{op}.py does not exist"
+    module = NETWORK_OPS.get(op, op)
+    if name == "triton" and importlib.util.find_spec(f"flowbp_kernels._triton.{module}") is None:
+        return f"flowbp_kernels/_triton/{module}.py does not exist"
+    if name in ("cuda", "cpu") and not _is_compiled(op, name.upper()):
+        return f"csrc/ has no kernel of it for {name}"
     if num_nodes > MAX_NODES and name != "triton":
         return f"its {num_nodes} nodes exceed the {MAX_NODES} that a compiled kernel takes"
     for label, tensor in tensors.items():
@@ -195,7 +210,7 @@ def _unsuited(name: str, op: str, num_nodes: int, tensors: dict[str, Tensor | No
             continue
         if tensor.dtype not in COMPILED_DTYPES and not (label == "velocities" and tensor.dtype == torch.float8_e4m3fn):
             return f"{label} is {tensor.dtype}; it takes float32, bfloat16 and float16, and float8_e4m3fn for a cache"
-        if not tensor.is_contiguous():
+        if not (strided or op in NETWORK_OPS) and not tensor.is_contiguous():
             return f"{label} is not contiguous"
     return ""
 
@@ -212,6 +227,13 @@ def _load_extension() -> str:
         warnings.warn(f"flowbp_kernels runs without its compiled ops: {cause}", RuntimeWarning, stacklevel=2)
         return cause
     return ""
+
+
+@functools.cache
+def _is_compiled(op: str, key: str) -> bool:
+    """Whether the extension, which is loaded, has a kernel of `op` for a dispatch key."""
+    known = hasattr(torch.ops.flowbp_compiled, op)
+    return known and torch._C._dispatch_has_kernel_for_dispatch_key(f"flowbp_compiled::{op}", key)
 
 
 @functools.cache

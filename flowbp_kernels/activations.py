@@ -1,0 +1,131 @@
+"""The activations of a transformer's feed-forward layers. A single-stream block joins its attention's output and its
+activation for one output projection: `prefix` writes both into one tensor, in the same pass.
+"""
+
+from torch import Tensor, library
+
+from flowbp_kernels import backend
+from flowbp_kernels import network_reference as reference
+from flowbp_kernels.arguments import check_float, check_like
+
+
+def swiglu(gate: Tensor, value: Tensor, *, prefix: Tensor | None = None) -> Tensor:
+    """silu(gate) * value with silu(x) = x sigmoid(x), in float32 (float64 if gate is float64), rounded once.
+
+    gate, value: [..., M], one float dtype. Halves of one projection are read where they lie; take them with
+    `projection.chunk(2, -1)`, whose gradient is one pass, and not as two slices.
+    prefix: [..., P] of gate's dtype: what the result stands behind; None for nothing.
+    Returns [..., M], or [prefix, silu(gate) * value] of [..., P + M], contiguous, in gate's dtype.
+    Gradient, with s = sigmoid(gate): g value s (1 + gate (1 - s)) to gate, g gate s to value; that of prefix is a view
+    of its part of g. The backward keeps gate and value.
+    Raises ValueError for shapes, dtypes or devices outside this contract.
+    Equivalent to  torch.cat([prefix, (F.silu(gate.float()) * value.float()).to(gate.dtype)], -1)
+    """
+    check_float("gate", gate)
+    check_like("value", value, gate, "gate")
+    if value.dtype != gate.dtype:
+        raise ValueError(f"gate is {gate.dtype} and value {value.dtype}; they must share one dtype: cast one")
+    _check_prefix(prefix, gate, "gate")
+    if not backend.needs_operator(gate, value, prefix):
+        return _swiglu(gate, value, prefix)
+    return _swiglu_op(gate, value, prefix)
+
+
+def gelu(x: Tensor, *, prefix: Tensor | None = None) -> Tensor:
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, the tanh approximation of GELU, in float32 (float64 if x is
+    float64), rounded once.
+
+    x: [..., M], any float dtype.
+    prefix: [..., P] of x's dtype: what the result stands behind; None for nothing.
+    Returns [..., M], or [prefix, gelu(x)] of [..., P + M], contiguous, in x's dtype.
+    Gradient: to x, which the backward keeps; that of prefix is a view of its part of g.
+    Raises ValueError for shapes, dtypes or devices outside this contract.
+    Equivalent to  torch.cat([prefix, F.gelu(x, approximate="tanh")], -1)
+    """
+    check_float("x", x)
+    _check_prefix(prefix, x, "x")
+    if not backend.needs_operator(x, prefix):
+        return _gelu(x, prefix)
+    return _gelu_op(x, prefix)
+
+
+def _check_prefix(prefix: Tensor | None, x: Tensor, name: str) -> None:
+    if x.dim() < 1:
+        raise ValueError(f"{name} must be [..., M]; it has no dimension")
+    if prefix is None:
+        return
+    check_float("prefix", prefix)
+    if prefix.dim() != x.dim() or prefix.shape[:-1] != x.shape[:-1] or prefix.dtype != x.dtype:
+        raise ValueError(
+            f"prefix must be [..., P] like {name} but for the last dimension, {tuple(x.shape)} {x.dtype}; got "
+            f"{tuple(prefix.shape)} {prefix.dtype}"
+        )
+    if prefix.device != x.device:
+        raise ValueError(f"prefix is on {prefix.device} and {name} on {x.device}; move them together")
+
+
+def _swiglu(gate: Tensor, value: Tensor, prefix: Tensor | None) -> Tensor:
+    if backend.select("swiglu", gate=gate) == "triton":
+        return backend.triton_op("activations", "swiglu")(gate, value, prefix)
+    return reference.swiglu(gate, value, prefix)
+
+
+def _swiglu_backward(g: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    if backend.select("swiglu", gate=gate) == "triton":
+        return backend.triton_op("activations", "swiglu_backward")(g, gate, value)
+    return reference.swiglu_backward(g, gate, value)
+
+
+def _gelu(x: Tensor, prefix: Tensor | None) -> Tensor:
+    if backend.select("gelu", x=x) == "triton":
+        return backend.triton_op("activations", "gelu")(x, prefix)
+    return reference.gelu(x, prefix)
+
+
+def _gelu_backward(g: Tensor, x: Tensor) -> Tensor:
+    if backend.select("gelu", x=x) == "triton":
+        return backend.triton_op("activations", "gelu_backward")(g, x)
+    return reference.gelu_backward(g, x)
+
+
+def _like_joint(x, *others):
+    prefix = others[-1]
+    return x.new_empty(*x.shape[:-1], x.shape[-1] + (0 if prefix is None else prefix.shape[-1]))
+
+
+def _keep(ctx, inputs, output):
+    *activated, prefix = inputs
+    ctx.save_for_backward(*activated)
+    ctx.before = 0 if prefix is None else prefix.shape[-1]
+
+
+def _swiglu_gradients(ctx, g):
+    before, after = _parts(ctx, g)
+    return *_swiglu_backward_op(after, *ctx.saved_tensors), before
+
+
+def _gelu_gradients(ctx, g):
+    before, after = _parts(ctx, g)
+    return _gelu_backward_op(after, *ctx.saved_tensors), before
+
+
+def _parts(ctx, g: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The gradients of the prefix, if there is one, and of the activation: views of g."""
+    return (g[..., : ctx.before] if ctx.needs_input_grad[-1] else None), g[..., ctx.before :]
+
+
+def _new_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in tensors)
+
+
+_swiglu_op = library.custom_op("flowbp_kernels::swiglu", _swiglu, mutates_args=())
+_swiglu_op.register_fake(_like_joint)
+_swiglu_backward_op = library.custom_op("flowbp_kernels::swiglu_backward", _swiglu_backward, mutates_args=())
+_swiglu_backward_op.register_fake(lambda g, gate, value: _new_like(gate, value))
+_swiglu_op.register_autograd(_swiglu_gradients, setup_context=_keep)
+
+_gelu_op = library.custom_op("flowbp_kernels::gelu", _gelu, mutates_args=())
+_gelu_op.register_fake(_like_joint)
+_gelu_backward_op = library.custom_op("flowbp_kernels::gelu_backward", _gelu_backward, mutates_args=())
+_gelu_backward_op.register_fake(lambda g, x: _new_like(x)[0])
+_gelu_op.register_autograd(_gelu_gradients, setup_context=_keep)
