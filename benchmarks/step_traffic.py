@@ -31,13 +31,14 @@ the rows of a cache that it names.
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +67,10 @@ from flowbp.runtime.environment import environment  # noqa: E402
 from flowbp.runtime.tuning import master_weights, trainable_parameters  # noqa: E402
 from flowbp_kernels import sweep  # noqa: E402
 
+lora_linear: Any = importlib.import_module("flowbp_kernels.lora_linear")
+
 BATCH, STEPS, RANK, SIDE = 8, 25, 32, 512
+CASE = {"batch": BATCH, "steps": STEPS, "rank": RANK, "side": SIDE, "dtype": "bfloat16"}
 NETWORKS = {"plain": ("full", False), "lora": ("lora", False), "fused": ("full", True), "fused lora": ("lora", True)}
 ATTENTION = {"attention": sdpa_flop_count, "attention_backward": sdpa_backward_flop_count}
 GEMM = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "lora_linear", "lora_linear_backward"}
@@ -79,6 +83,8 @@ LAUNCHES = {
     "slice_backward": 2,  # zeros, and a copy
     "select_backward": 2,
 }
+# Ops that are PyTorch's own GEMMs, with the functions that run them.
+COMPOSED = {"lora_linear": lora_linear._run, "lora_linear_backward": lora_linear._run_backward}
 CHUNK, CHUNKS, TENSORS = 65536, 320, 30  # elements, chunks and (about) tensors of one multi-tensor kernel
 
 
@@ -92,8 +98,7 @@ def main() -> None:
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--json", type=Path, help="file for the rows, written after each")
     options = parser.parse_args()
-    case = {"batch": BATCH, "steps": STEPS, "rank": RANK, "side": SIDE, "dtype": "bfloat16"}
-    report = {"environment": environment(), "case": case, "rows": []}
+    report = {"environment": environment(), "case": CASE, "rows": []}
     for backbone in options.backbone:
         for network in options.network:
             row = {"backbone": backbone, "network": network} | count(backbone, network)
@@ -106,15 +111,12 @@ def main() -> None:
 def count(name: str, network: str) -> dict[str, Any]:
     """The tallies of a pass, of a replay, of the parts of a step and of the whole step; and the step's by op."""
     backbone, parameters = build(name, network)
-    velocity = bind_velocity(backbone, [""] * BATCH, Guidance(**ARCHITECTURES[name].guidance))
-    latents = torch.empty(BATCH, *backbone.latent_shape(*backbone.token_grid(SIDE, SIDE)), device="meta")
-    sigma = torch.empty((), device="meta")
+    velocity, latents = inputs(backbone, name)
     with as_on_a_gpu():
         with Traffic() as one_pass, torch.no_grad():
-            velocity.branches(latents, sigma)
-        with Traffic() as replay:
-            v = velocity.replay(latents, sigma)
-            v.backward(torch.empty_like(v))
+            velocity.branches(latents, torch.empty((), device="meta"))
+        with Traffic() as one_replay:
+            replay(velocity, latents)
         for p in parameters.values():
             p.grad = None
         backbone.denoiser.enable_gradient_checkpointing()
@@ -122,7 +124,7 @@ def count(name: str, network: str) -> dict[str, Any]:
     whole = Traffic()
     for part in parts.values():
         whole.add(part)
-    counted = {"pass": one_pass, "replay": replay, **parts, "step": whole}
+    counted = {"pass": one_pass, "replay": one_replay, **parts, "step": whole}
     by_op = sorted(whole.ops.items(), key=lambda each: -each[1].bytes)
     return {key: traffic.summary() for key, traffic in counted.items()} | {
         "ops": {op: {"launches": tally.launches, "gb": tally.bytes / 1e9} for op, tally in by_op}
@@ -138,6 +140,17 @@ def build(name: str, network: str) -> tuple[Backbone, dict[str, Tensor]]:
     if fused:
         flowbp_kernels.apply(backbone.denoiser)
     return backbone, parameters
+
+
+def inputs(backbone: Backbone, name: str) -> tuple[GuidedVelocity, Tensor]:
+    """(the velocity of a batch under its usual guidance, latents)."""
+    velocity = bind_velocity(backbone, [""] * BATCH, Guidance(**ARCHITECTURES[name].guidance))
+    return velocity, torch.empty(BATCH, *backbone.latent_shape(*backbone.token_grid(SIDE, SIDE)), device="meta")
+
+
+def replay(velocity: GuidedVelocity, latents: Tensor) -> None:
+    v = velocity.replay(latents, torch.empty((), device="meta"))
+    v.backward(torch.empty_like(v))
 
 
 def step(
@@ -218,6 +231,12 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func._opname in COMPOSED and func.namespace == "flowbp_kernels":
+            with Traffic() as inside:
+                out = COMPOSED[func._opname](*args, **kwargs)
+            for op, tally in inside.ops.items():
+                self.ops[func._opname if op in GEMM else f"{func._opname}: casts and sums"] += tally
+            return out
         out = func(*args, **kwargs)
         name = func._opname.removesuffix("_on_device")
         if func._opname.startswith(("empty", "new_empty")) or is_view(func, args, out):
@@ -369,10 +388,16 @@ def as_on_a_gpu() -> Iterator[None]:
     def norm(x, shape, weight=None, eps=None):
         return torch.ops.step_traffic.rms_norm(x, weight)[0]
 
+    def gemm_into_float32(left, right):
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+
     of_cpu = sweep.RngState.capture
     with ExitStack() as stack:
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", fused_attention))
         stack.enter_context(patch.object(F, "rms_norm", norm))
+        stack.enter_context(patch.object(lora_linear, "_accumulated", gemm_into_float32))
+        stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda *kind: False))
+        stack.enter_context(patch.object(torch, "autocast", lambda *_, **__: nullcontext()))
         stack.enter_context(patch.object(sweep.RngState, "capture", lambda device: of_cpu("cpu")))
         stack.enter_context(patch.object(trajectory, "autocast_state", lambda kind: ()))
         yield
