@@ -33,8 +33,8 @@ def lora_linear(
     Returns [*, out]. a, scale b and x a^T are rounded to the layer's dtype, as peft has them under autocast; the
     branch accumulates in float32 onto the output of the layer.
     Gradient: to x, weight, bias, a and b, where they ask for one. Those of a and b accumulate in float32 (float64 for a
-    float64 layer) and are rounded once, to the parameter's dtype. Backward keeps x and the parameters, and computes
-    x a^T again. It has no gradient of its own.
+    float64 layer) and are rounded once, to the parameter's dtype. Backward keeps the parameters, x where the
+    gradient of a matrix needs it, and computes x a^T again. It has no gradient of its own.
     Under autocast x, weight and bias are cast as torch.nn.functional.linear casts them.
     The GEMMs are PyTorch's own on every device, whatever FLOWBP_KERNELS says.
     Raises ValueError for shapes, dtypes and devices outside this contract.
@@ -79,7 +79,8 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor |
         raise ValueError("bias must be None where weight is a callable: the layer adds its own")
 
 
-def _rows(x: Tensor) -> Tensor:
+def _rows(x: Tensor | None) -> Tensor:
+    assert x is not None
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
@@ -100,26 +101,28 @@ def _run(
 
 
 def _run_backward(
-    g: Tensor, x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, scale: float, needs: Sequence[bool]
+    g: Tensor, x: Tensor | None, weight: Tensor | None, a: Tensor, b: Tensor, scale: float, needs: Sequence[bool]
 ) -> list[Tensor]:
-    """The gradients of those of x, weight, bias, a and b that `needs` names, in this order."""
+    """The gradients of those of x, weight, bias, a and b that `needs` names, in this order. x is None where only x and
+    bias are among them.
+    """
     needs_x, needs_weight, needs_bias, needs_a, needs_b = needs
-    rows, g, (thin_a, thin_b) = _rows(x), _rows(g), _thin(a, b, scale, x.dtype)
+    shape, g, (thin_a, thin_b) = g.shape[:-1], _rows(g), _thin(a, b, scale, g.dtype)
+    gradients = []
     # Autograd may call this within an autocast region, where a GEMM of float32 would be cast.
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(g.device.type, enabled=False):
         g_h = g @ thin_b if needs_x or needs_a else g
-        gradients = []
         if needs_x:
             g_x = g_h @ thin_a if weight is None else (g @ weight).addmm_(g_h, thin_a)
-            gradients.append(g_x.view(x.shape))
+            gradients.append(g_x.view(*shape, a.shape[1]))
         if needs_weight:
-            gradients.append(g.t() @ rows)
+            gradients.append(g.t() @ _rows(x))
         if needs_bias:
             gradients.append(g.sum(0))
         if needs_a:
-            gradients.append(_accumulated(g_h, rows).to(a.dtype))
+            gradients.append(_accumulated(g_h, _rows(x)).to(a.dtype))
         if needs_b:
-            gradients.append((_accumulated(g, rows @ thin_a.t()) * scale).to(b.dtype))
+            gradients.append((_accumulated(g, _rows(x) @ thin_a.t()) * scale).to(b.dtype))
     return gradients
 
 
@@ -134,12 +137,14 @@ def _accumulated(left: Tensor, right: Tensor) -> Tensor:
 def _keep(ctx, inputs, output):
     x, weight, bias, base, a, b, ctx.scale = inputs
     ctx.needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 5)]
-    ctx.save_for_backward(x, weight, a, b)
+    _, needs_weight, _, needs_a, needs_b = ctx.needs
+    ctx.save_for_backward(x if needs_weight or needs_a or needs_b else None, weight, a, b)
 
 
 def _backward(ctx, g):
-    run = _backward_op if backend.needs_operator(g, *ctx.saved_tensors) else _run_backward
-    gradients = iter(run(g, *ctx.saved_tensors, ctx.scale, ctx.needs))
+    saved = ctx.saved_tensors  # once: checkpointing gives them once
+    run = _backward_op if backend.needs_operator(g, *saved) else _run_backward
+    gradients = iter(run(g, *saved, ctx.scale, ctx.needs))
     x, weight, bias, a, b = (next(gradients) if needed else None for needed in ctx.needs)
     return x, weight, bias, g if ctx.needs_input_grad[3] else None, a, b, None
 
@@ -149,7 +154,8 @@ def _fake(x, weight, bias, base, a, b, scale):
 
 
 def _backward_fake(g, x, weight, a, b, scale, needs):
-    wanted = zip((x, weight, g.new_empty(b.shape[0]), a, b), needs, strict=True)
+    of_x, of_bias = g.new_empty(*g.shape[:-1], a.shape[1]), g.new_empty(b.shape[0])
+    wanted = zip((of_x, weight, of_bias, a, b), needs, strict=True)
     return [tensor.new_empty(tensor.shape) for tensor, needed in wanted if needed]
 
 

@@ -45,7 +45,8 @@ def apply(transformer: nn.Module, ops: str | Iterable[str] = "all") -> "Handle":
     if unknown := names - set(fused.FAMILIES):
         raise ValueError(f"unknown ops {sorted(unknown)}; there are {', '.join(fused.FAMILIES)}, or 'all'")
     found = table.replacements(transformer)
-    if stale := sorted({text for function in found.values() for text in fingerprints.changed(function)}):
+    functions = {*found.values(), fused.Fused.project} if "lora" in names else set(found.values())
+    if stale := sorted({text for function in functions for text in fingerprints.changed(function)}):
         raise ValueError(
             f"{', '.join(stale)}: its source is not the one that flowbp_kernels re-states, so that results could "
             "differ. Install the version for which this flowbp was written, or do without flowbp_kernels.apply"
@@ -61,7 +62,7 @@ class Handle:
     """What `apply` replaced in a transformer. Its repr says what runs fused, and what does not and why, as of now."""
 
     def __init__(self, transformer: nn.Module, modules: list[nn.Module], ops: set[str]):
-        self.transformer, self.ops, self._modules = transformer, frozenset(ops), modules
+        self.transformer, self.ops, self._modules = transformer, sorted(ops), modules
         self._forwards = [module.forward for module in modules]
 
     def undo(self) -> None:
@@ -80,23 +81,24 @@ class Handle:
     @property
     def replaced(self) -> dict[str, int]:
         """How many modules of each class run functions of this package."""
-        return dict(Counter(type(module).__name__ for module in self._modules))
+        from flowbp_kernels.blocks.table import known_class
+
+        return dict(Counter(known_class(module).__name__ for module in self._modules))
 
     @property
-    def left(self) -> dict[str, str]:
+    def left(self) -> list[str]:
         """What runs as diffusers and peft run it, and why."""
         from flowbp_kernels.blocks import fused, table
 
         device = next((p.device.type for p in self.transformer.parameters()), "cpu")
-        left = {name: "not named in ops" for name in fused.FAMILIES if name not in self.ops}
-        left |= {name: f"no kernel for {device}" for name in self.ops if not fused.pays(name, device)}
+        left = [f"{name}: not named in ops" for name in fused.FAMILIES if name not in self.ops]
+        left += [f"{name}: no kernel for {device}" for name in self.ops if not fused.pays(name, device)]
         if without := sum(getattr(module, "norm_q", module) is None for module in self._modules):
-            left["qk_norm of some"] = f"{without} attentions do not normalise queries and keys"
+            left.append(f"qk_norm: {without} attentions do not normalise queries and keys")
         obstacles = Counter(map(fused.lora_obstacle, table.lora_layers(self._modules)))
-        left |= {f"{count} LoRA layers": why for why, count in obstacles.items() if why}
-        return left
+        return left + [f"{count} LoRA layers: {why}" for why, count in obstacles.items() if why]
 
     def __repr__(self) -> str:
         replaced = ", ".join(f"{count} {name}" for name, count in self.replaced.items())
-        left = "; ".join(f"{name}: {why}" for name, why in self.left.items())
+        left = "; ".join(self.left)
         return f"<{type(self.transformer).__name__} runs fused: {replaced or 'nothing'}; left: {left or 'nothing'}>"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flowbp_kernels import backend
 from flowbp_kernels.activations import gelu, swiglu
+from flowbp_kernels.blocks.fingerprints import restates
 from flowbp_kernels.lora_linear import lora_linear
 from flowbp_kernels.modulation import (
     gated_residual,
@@ -61,7 +62,7 @@ def bare(module: nn.Module) -> bool:
 
 
 def lora_obstacle(layer: nn.Module) -> str:
-    """Why a LoRA layer of peft runs as peft runs it; "" for one that lora_linear takes."""
+    """Why peft runs a LoRA layer; "" for one that lora_linear takes, if its matrices are ordinary tensors."""
     if LoraLinear is None or type(layer).forward is not LoraLinear.forward:
         return f"{type(layer).__name__} has a forward of its own"
     assert isinstance(layer, LoraLinear)
@@ -78,11 +79,16 @@ def lora_obstacle(layer: nn.Module) -> str:
     if type(layer.lora_dropout[name]) is not nn.Identity:
         return "dropout"
     for thin in (layer.lora_A[name], layer.lora_B[name]):
-        if type(thin) is not nn.Linear or not bare(thin) or type(thin.weight) is not nn.Parameter:
-            return f"{type(thin).__name__} with hooks, or sharded, as lora_A or lora_B"
+        if type(thin) is not nn.Linear or not bare(thin):
+            return f"lora_A or lora_B is a {type(thin).__name__}, or has hooks"
         if thin.bias is not None:
             return "lora_bias"
     return ""
+
+
+def _ordinary(*parameters: Tensor) -> bool:
+    """Neither sharded nor quantised. FSDP2 gives a block ordinary parameters while it runs."""
+    return all(type(parameter) is nn.Parameter for parameter in parameters)
 
 
 def _plain_layer_norm(norm: nn.Module) -> bool:
@@ -113,18 +119,18 @@ class Fused:
     def runs(self, family: str, x: Tensor) -> bool:
         return family in self.families and pays(family, x.device.type)
 
+    @restates(*([(LoraLinear.forward, "47b3154518f5")] if LoraLinear else []))
     def project(self, layer: nn.Module, x: Tensor) -> Tensor:
         """layer(x), a LoRA layer of peft by lora_linear where it can be."""
-        if type(layer) is nn.Linear or not hasattr(layer, "lora_A") or not self.runs("lora", x):
-            return layer(x)
-        if lora_obstacle(layer):
+        if type(layer) is nn.Linear or not hasattr(layer, "lora_A") or not self.runs("lora", x) or lora_obstacle(layer):
             return layer(x)
         (name,) = (name for name in layer.active_adapters if name in layer.lora_A)
-        a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-        base = layer.base_layer
-        if type(base) is nn.Linear and bare(base) and type(base.weight) is nn.Parameter:
-            return lora_linear(x, base.weight, base.bias, a, b, scale)
-        return lora_linear(x, base, None, a, b, scale)
+        a, b, base = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.base_layer
+        if not _ordinary(a, b):
+            return layer(x)
+        if type(base) is nn.Linear and bare(base) and _ordinary(base.weight):
+            return lora_linear(x, base.weight, base.bias, a, b, layer.scaling[name])
+        return lora_linear(x, base, None, a, b, layer.scaling[name])
 
     def layer_norm(self, norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """norm(x) * (1 + scale) + shift"""
