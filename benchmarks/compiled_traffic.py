@@ -100,6 +100,7 @@ def inputs_of(blocks: dict[str, nn.Module], run: Callable[[], object]) -> dict[s
                 seen[label] = args, kwargs
 
             stack.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
+        stack.enter_context(step_traffic.as_on_a_gpu())
         run()
     return seen
 

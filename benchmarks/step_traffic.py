@@ -72,19 +72,22 @@ lora_linear: Any = importlib.import_module("flowbp_kernels.lora_linear")
 BATCH, STEPS, RANK, SIDE = 8, 25, 32, 512
 CASE = {"batch": BATCH, "steps": STEPS, "rank": RANK, "side": SIDE, "dtype": "bfloat16"}
 NETWORKS = {"plain": ("full", False), "lora": ("lora", False), "fused": ("full", True), "fused lora": ("lora", True)}
-ATTENTION = {"attention": sdpa_flop_count, "attention_backward": sdpa_backward_flop_count}
-GEMM = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "lora_linear", "lora_linear_backward"}
+ATTENTION = {"step_traffic::attention": sdpa_flop_count, "step_traffic::attention_backward": sdpa_backward_flop_count}
+GEMM = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", "convolution_backward"}
+GEMM |= {"flowbp_kernels::lora_linear", "flowbp_kernels::lora_linear_backward"}
 OVERWRITE = {"copy_", "fill_", "zero_"}
 LAUNCHES = {
-    "attention_backward": 3,  # row sums of out * grad, the gradients, and the conversion of that of the queries
+    "step_traffic::attention_backward": 3,  # row sums of out * grad; the gradients; a conversion of that of the queries
     "native_group_norm": 3,  # moments, their products with weight and bias, and the pass over the input
     "native_group_norm_backward": 3,  # the same of the gradient, with a frozen weight and bias
-    "rms_norm_backward": 3,  # of the input; of the weight by parts, and their sum
     "slice_backward": 2,  # zeros, and a copy
     "select_backward": 2,
 }
 # Ops that are PyTorch's own GEMMs, with the functions that run them.
-COMPOSED = {"lora_linear": lora_linear._run, "lora_linear_backward": lora_linear._run_backward}
+COMPOSED = {
+    "flowbp_kernels::lora_linear": lora_linear._run,
+    "flowbp_kernels::lora_linear_backward": lora_linear._run_backward,
+}
 CHUNK, CHUNKS, TENSORS = 65536, 320, 30  # elements, chunks and (about) tensors of one multi-tensor kernel
 
 
@@ -231,14 +234,18 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func._opname in COMPOSED and func.namespace == "flowbp_kernels":
+        name = func._opname if func.namespace == "aten" else f"{func.namespace}::{func._opname}"
+        if name in COMPOSED:
             with Traffic() as inside:
-                out = COMPOSED[func._opname](*args, **kwargs)
+                out = COMPOSED[name](*args, **kwargs)
             for op, tally in inside.ops.items():
-                self.ops[func._opname if op in GEMM else f"{func._opname}: casts and sums"] += tally
+                self.ops[name if op in GEMM else f"{name}, casts and sums"] += tally
+            return out
+        with self:  # where autograd has not taken a composite op apart
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
             return out
         out = func(*args, **kwargs)
-        name = func._opname.removesuffix("_on_device")
         if func._opname.startswith(("empty", "new_empty")) or is_view(func, args, out):
             return out
         arguments = {
@@ -247,7 +254,7 @@ class Traffic(TorchDispatchMode):
         read, written = traffic(func, arguments, out)
         if on_gpu(read) or on_gpu(written):
             count = launches(name, arguments, out)
-            self.ops[name] += Tally(count, flops(func, args, kwargs, out), sizes(read) + sizes(written))
+            self.ops[name] += Tally(count, flops(name, func, args, kwargs, out), sizes(read) + sizes(written))
         return out
 
     def add(self, other: "Traffic") -> None:
@@ -296,14 +303,19 @@ def launches(name: str, arguments: dict[str, Any], out: Any) -> int:
     if name.startswith(("_foreach", "_fused_adamw")):
         given = tensors(arguments["self"])
         return max(-(-sum(-(-t.numel() // CHUNK) for t in given) // CHUNKS), -(-len(given) // TENSORS))
-    return len(tensors(out)) if name == "convolution_backward" else LAUNCHES.get(name, 1)
+    if name == "convolution_backward":
+        return len(tensors(out))
+    if name.endswith(("qk_norm_backward", "rms_norm_backward")):  # that of a weight is summed by parts, then over them
+        streams = ("x", "queries", "keys", "queries_2", "keys_2")
+        return 1 + 2 * (len(out) - sum(arguments.get(stream) is not None for stream in streams))
+    return LAUNCHES.get(name, 1)
 
 
-def flops(func, args: tuple, kwargs: dict, out: Any) -> int:
-    if func._opname in ATTENTION:
-        count = ATTENTION[func._opname]
+def flops(name: str, func, args: tuple, kwargs: dict, out: Any) -> int:
+    if name in ATTENTION:
+        count = ATTENTION[name]
         return count(*(t.shape for t in args[: 4 if count is sdpa_backward_flop_count else 3]))
-    formula = flop_registry.get(func._overloadpacket)
+    formula = flop_registry.get(getattr(torch.ops.aten, name.removesuffix("_"), None))
     return formula(*args, **kwargs, out_val=out) if formula is not None else 0
 
 
@@ -350,7 +362,7 @@ def rms_norm(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("step_traffic::rms_norm_backward", mutates_args=())
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, out: Tensor, rstd: Tensor) -> list[Tensor]:
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, of_weight: bool) -> list[Tensor]:
     raise NotImplementedError("only counted")
 
 
@@ -358,21 +370,26 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, out: Tenso
 attention.register_fake(lambda q, k, v, mask: (torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)))
 attention_backward.register_fake(lambda grad, *qkv: tuple(map(torch.empty_like, qkv[:3])))
 rms_norm.register_fake(lambda x, w: (torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)))
-rms_norm_backward.register_fake(lambda grad, x, w, *_: [torch.empty_like(t) for t in (x, w) if t is not None])
+rms_norm_backward.register_fake(
+    lambda grad, x, w, rstd, of_w: [torch.empty_like(t) for t in ((x, w) if of_w else (x,))]
+)
 
 
 def save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs, *output)
 
 
+def norm_gradients(ctx, grad, _):
+    x, weight, _, rstd = ctx.saved_tensors
+    found = torch.ops.step_traffic.rms_norm_backward(grad, x, weight, rstd, ctx.needs_input_grad[1])
+    return found[0], found[1] if ctx.needs_input_grad[1] else None
+
+
 attention.register_autograd(
     lambda ctx, grad, _: (*torch.ops.step_traffic.attention_backward(grad, *ctx.saved_tensors), None),
     setup_context=save,
 )
-rms_norm.register_autograd(
-    lambda ctx, grad, _: (*torch.ops.step_traffic.rms_norm_backward(grad, *ctx.saved_tensors), None)[:2],
-    setup_context=save,
-)
+rms_norm.register_autograd(norm_gradients, setup_context=save)
 
 
 def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):

@@ -1,9 +1,9 @@
-"""The benchmark table of docs/kernels.md, from the committed results:  python benchmarks/table.py [--check]
+"""The tables of docs/kernels.md, from the committed results:  python benchmarks/table.py [--check]
 
-One line for each op, latent, dtype and kernel backend, at the largest batch and the fewest steps of its file. It shows
-the forward pass, or forward and backward together where a file has no forward pass alone. Files of step_share.py and
-train_step.py give one sentence a row. --check changes nothing, and fails if the page's table is not the one that the
-results give.
+Times: one line for each op, latent, dtype and kernel backend, at the largest batch and the fewest steps of its file. It
+shows the forward pass, or forward and backward together where a file has no forward pass alone. A file of train_step.py
+gives one sentence a row. Counts: what step_traffic.py and compiled_traffic.py have left in docs/. --check changes
+nothing, and fails if the page's tables are not those that the results give.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/kernels.md"
-BEGIN, END = "<!-- benchmarks: begin, written by benchmarks/table.py -->", "<!-- benchmarks: end -->"
+BEGIN, END = "<!-- {}: begin, written by benchmarks/table.py -->", "<!-- {}: end -->"
 KERNELS = ("cuda", "triton", "cpu")
 EMPTY = (
     "No results are committed yet: `flowbp bench --json benchmarks/results/NAME.json` makes them, "
@@ -35,17 +35,76 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     check = parser.parse_args().check
     old = PAGE.read_text(encoding="utf-8")
-    new = insert(old, table(sorted((ROOT / "benchmarks/results").glob("*.json"))))
+    new = written(old)
     if check and new != old:
-        sys.exit("the table of docs/kernels.md is not that of benchmarks/results: run python benchmarks/table.py")
+        sys.exit("the tables of docs/kernels.md are not those of the results: run python benchmarks/table.py")
     if not check:
         PAGE.write_text(new, encoding="utf-8")
 
 
-def insert(page: str, text: str) -> str:
-    """The page with `text` between the markers."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+def written(page: str) -> str:
+    """The page with the tables of the committed results."""
+    step, blocks = (json.loads((ROOT / f"docs/{name}.json").read_text()) for name in ("step_traffic", "compiled_traffic"))
+    page = insert(page, "traffic", traffic(step))
+    page = insert(page, "shares", shares(step))
+    page = insert(page, "compiled", compiled(blocks))
+    return insert(page, "benchmarks", table(sorted((ROOT / "benchmarks/results").glob("*.json"))))
+
+
+def insert(page: str, name: str, text: str) -> str:
+    """The page with `text` between the markers of this name."""
+    begin, end = BEGIN.format(name), END.format(name)
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+
+
+# -- counts ------------------------------------------------------------------------------------------------------------
+
+NETWORKS = {"plain": "diffusers", "lora": "diffusers, peft's LoRA", "fused": "`apply`", "fused lora": "`apply`, LoRA"}
+# Which ops of a count belong to which line of the shares; the rest is PyTorch's own.
+LINES = {
+    "norms, modulation and gates: `modulated_*`, `gated_*`": ("modulation",),
+    "`qk_norm`": ("qk_norm",),
+    "`swiglu`, `gelu`": ("flowbp::swiglu", "flowbp::gelu"),
+    "`lora_linear` (GEMMs apart)": ("lora_linear: casts and sums",),
+    "steps, cotangents and residuals: `cfg_multistep_step`, `bridge_cotangents`, `leap_residuals`, `quadrature_update`": (
+        "cfg_", "bridge_", "leap_", "quadrature_"
+    ),
+}
+
+
+def traffic(report: dict) -> str:
+    """Launches and gigabytes by network and pass."""
+    lines = [
+        f"| network, part | TFLOP (attention) | {' | '.join(NETWORKS.values())} |",
+        f"|{'---|' * (len(NETWORKS) + 2)}",
+    ]
+    for backbone in dict.fromkeys(row["backbone"] for row in report["rows"]):
+        rows = {row["network"]: row for row in report["rows"] if row["backbone"] == backbone}
+        for part in ("pass", "replay", "step"):
+            of_all = rows["plain"][part]
+            flops = f"{of_all['gemm_tflop'] + of_all['attention_tflop']:,.4g} ({of_all['attention_tflop']:.3g})"
+            cells = (f"{row[part]['launches']:,}; {row[part]['gb_outside']:,.4g} GB" for row in map(rows.get, NETWORKS))
+            lines.append(f"| `{backbone}`, {part} | {flops} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def shares(report: dict) -> str: ...
+
+
+def compiled(report: dict) -> str:
+    """Launches and gigabytes of a block by what runs it."""
+    kinds = ("eager", "compile", "fused")
+    lines = ["| block, weights, part | diffusers | torch.compile | `apply` |", "|---|---|---|---|"]
+    for key in dict.fromkeys((row["backbone"], row["block"], row["weights"]) for row in report["rows"]):
+        rows = {row["runs"]: row for row in report["rows"] if (row["backbone"], row["block"], row["weights"]) == key}
+        for part in ("pass", "replay"):
+            cells = (f"{rows[kind][part]['launches']}; {rows[kind][part]['gb_outside']:.3g} GB" for kind in kinds)
+            lines.append(f"| `{key[0]}`, `{key[1]}`, {key[2]}, {part} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# -- times -------------------------------------------------------------------------------------------------------------
 
 
 def table(files: list[Path]) -> str:
@@ -53,9 +112,7 @@ def table(files: list[Path]) -> str:
     parts = []
     for file in files:
         report = json.loads(file.read_text(encoding="utf-8"))
-        if "shares" in report:  # of step_share.py
-            lines = [_share(report["case"], row) for row in report["shares"]]
-        elif "options" in report:  # of train_step.py
+        if "options" in report:  # of train_step.py
             lines = [_train_step(report["options"], row) for row in report["rows"]]
         else:
             lines = [HEADER, *_lines(report["rows"])]
@@ -67,16 +124,6 @@ def _machine(machine: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     where = f"{machine['device']}, {machine['threads']} thread(s)" if machine["threads"] else machine["device"]
     return f"{where}; {versions}; commit {machine['commit']}, {machine['date']}."
-
-
-def _share(case: dict, row: dict) -> str:
-    network = (
-        f"a transformer of width {case['width']}, depth {case['depth']}, on {case['batch']} x {case['tokens']} tokens"
-    )
-    return (
-        f"- `{row['kernels']}`: of a training step of {row['step_ms']:.3g} ms ({network}; {case['steps']} steps of "
-        f"rollout) the ops take {row['ops_ms']:.3g} ms, {row['percent']:.2g} %."
-    )
 
 
 def _train_step(options: dict, row: dict) -> str:
