@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).with_name("triton_cases.py")
+CASES = ("triton_cases.py", "triton_qk_norm_cases.py")
 
 
-@pytest.fixture
-def process():
-    """Runs triton_cases.py in a process of its own: whether Triton interprets is settled when it is imported."""
+@pytest.fixture(params=CASES)
+def process(request):
+    """Runs a file of cases in a process of its own: whether Triton interprets is settled when it is imported."""
     pytest.importorskip("triton", reason="Triton is not installed (pip install flowbp[triton])", exc_type=ImportError)
+    cases = Path(__file__).with_name(request.param)
 
     def run_cases(interpreted):
         environment = {**os.environ, "TRITON_INTERPRET": str(int(interpreted))}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
-        run = subprocess.run([*command, CASES], env=environment, cwd=CASES.parents[2], capture_output=True, text=True)
+        run = subprocess.run([*command, cases], env=environment, cwd=cases.parents[2], capture_output=True, text=True)
         assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
     return run_cases

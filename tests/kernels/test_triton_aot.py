@@ -20,9 +20,11 @@ from triton.compiler import ASTSource  # noqa: E402
 from flowbp_kernels._triton import (  # noqa: E402
     CARRIED,
     OPTIONS,
+    activations,
     bridge_cotangents,
     cfg_multistep_step,
     leap_residuals,
+    qk_norm,
     quadrature_update,
     write,
 )
@@ -106,13 +108,18 @@ CASES = {
 }
 
 
-def compile_for(arch, kernel, arguments, block):
-    """(PTX, machine code) of a kernel, as a launch compiles it."""
+ALIGNED = {"size", "width", "before", "g_row", "gate_row", "value_row", "prefix_row", "x_row"}
+STRIDES = "i32", "i32", "i32"
+
+
+def compile_for(arch, kernel, arguments, constants):
+    """(PTX, machine code) of a kernel, as a launch compiles it. Pointers and strides are multiples of 16."""
     index = {name: (position,) for position, name in enumerate(kernel.arg_names)}
-    constants = {index[name]: block if name == "BLOCK" else None for name in index if name not in arguments}
     signature = {name: arguments.get(name, "constexpr") for name in index}
-    aligned = [name for name, kind in arguments.items() if name == "size" or kind[0] == "*"]
-    attributes = {index[name]: [["tt.divisibility", 16]] for name in aligned}
+    aligned = [index[name] for name, kind in arguments.items() if name in ALIGNED or kind[0] == "*"]
+    aligned += [(*index[name], i) for name, kind in arguments.items() if kind == STRIDES for i in range(len(STRIDES))]
+    attributes = {place: [["tt.divisibility", 16]] for place in aligned}
+    constants = {index[name]: constants.get(name) for name in index if name not in arguments}
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=OPTIONS)
     return compiled.asm["ptx"], compiled.asm["cubin"]
@@ -129,20 +136,26 @@ def triton_cache(tmp_path, monkeypatch):
     return tmp_path
 
 
+def check(arch, kernel, arguments, constants, ceiling, loads, stores, folder):
+    """Registers, spills, and 16-byte loads and stores of a kernel. Returns its PTX."""
+    ptx, cubin = compile_for(arch, kernel, arguments, constants)
+    (folder / "kernel.cubin").write_bytes(cubin)
+    usage, sass = dump("-res-usage", folder / "kernel.cubin"), dump("-sass", folder / "kernel.cubin")
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    assert registers <= ceiling
+    assert stack == 0 and not re.search(r"\b(LDL|STL)\b", sass), "registers spill"
+    assert len(re.findall(r"LDG\.\S*128", sass)) >= loads
+    assert len(re.findall(r"STG\.\S*128", sass)) >= stores
+    return ptx
+
+
 # Sizes of 64 bits for one GPU: they change the addresses, and those are computed alike on all.
 @pytest.mark.parametrize(
     "case, arch", [(case, arch) for case in CASES for arch in (80, 90, 100) if arch == 90 or "64-bit" not in case]
 )
 def test_kernels_keep_to_their_registers_and_move_16_bytes_at_a_time(case, arch, triton_cache):
     kernel, arguments, block, ceiling, (loads, stores) = CASES[case]
-    ptx, cubin = compile_for(arch, kernel, arguments, block)
-    (triton_cache / "kernel.cubin").write_bytes(cubin)
-    usage, sass = dump("-res-usage", triton_cache / "kernel.cubin"), dump("-sass", triton_cache / "kernel.cubin")
-    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
-    assert registers <= ceiling
-    assert stack == 0 and not re.search(r"\b(LDL|STL)\b", sass), "registers spill"
-    assert len(re.findall(r"LDG\.\S*128", sass)) >= loads
-    assert len(re.findall(r"STG\.\S*128", sass)) >= stores
+    ptx = check(arch, kernel, arguments, {"BLOCK": block}, ceiling, loads, stores, triton_cache)
     if case != "write":
         assert "cvt.rn.bf16" in ptx, (
             "results are rounded to nearest (the interpreter cuts them, so only this test sees it)"
@@ -150,3 +163,70 @@ def test_kernels_keep_to_their_registers_and_move_16_bytes_at_a_time(case, arch,
         assert "fma.rn.f32" in ptx and not re.search(r"\b(mul|add|sub)\.f32", ptx), (
             "what the source does not fuse is not fused"
         )
+
+
+def heads(kind, streams=2, rope="real", backward=False, of_weights=False):
+    """The arguments of a kernel of qk_norm, in tensors of one kind."""
+    names = ["queries", "keys", "queries_2", "keys_2"][: 2 * streams]
+    tensors = names + ["weight_q", "weight_k", "weight_q_2", "weight_k_2"][: 2 * streams]
+    tensors += ["g_q", "g_k", *(f"of_{name}" for name in names)] if backward else ["q", "k"]
+    tables = ["cos", "sin"] if rope == "real" else ["cos"] if rope else []
+    strides = dict.fromkeys(["strides", "strides_2", *(["strides_g"] if backward else [])], STRIDES)
+    sizes = dict.fromkeys(["rope_stride", "tokens", "heads", "width", *(["tokens_2"] if backward else [])], "i32")
+    parts = {"parts": "*fp32"} if of_weights else {}
+    return dict.fromkeys(tensors, kind) | dict.fromkeys(tables, "*fp32") | strides | sizes | {"eps": "fp32"} | parts
+
+
+def rows_of(kernel, kind):
+    """The arguments of a kernel of activations: tensors, and sizes in 32 bits."""
+    return {name: "i32" if name in ALIGNED else kind for name in kernel.arg_names if name != "BLOCK"}
+
+
+# kernel, its arguments, width of a head or of a block, registers a thread at most, 16-byte loads and stores
+NETWORK = {
+    "qk_norm, SD3.5": (qk_norm.kernel, heads("*bf16", rope=None), 64, 48, (1, 1)),
+    "qk_norm, FLUX": (qk_norm.kernel, heads("*bf16"), 128, 64, (1, 1)),
+    "qk_norm, Z-Image": (qk_norm.kernel, heads("*bf16", 1, "pairs"), 128, 64, (1, 1)),
+    "qk_norm, fp32": (qk_norm.kernel, heads("*fp32"), 128, 64, (2, 2)),
+    "its gradient, SD3.5": (qk_norm.backward_kernel, heads("*bf16", 2, None, True), 64, 80, (2, 1)),
+    "its gradient, FLUX": (qk_norm.backward_kernel, heads("*bf16", 2, "real", True), 128, 96, (2, 1)),
+    "its gradient, Z-Image": (qk_norm.backward_kernel, heads("*bf16", 1, "pairs", True), 128, 80, (2, 1)),
+    "its gradient, and the weights'": (
+        qk_norm.backward_kernel,
+        heads("*bf16", 2, "real", True, True),
+        128,
+        128,
+        (2, 1),
+    ),
+    "its gradient, fp32": (qk_norm.backward_kernel, heads("*fp32", 2, "real", True, True), 128, 128, (4, 2)),
+    "swiglu": (activations.swiglu_kernel, rows_of(activations.swiglu_kernel, "*bf16"), None, 40, (3, 2)),
+    "swiglu's gradient": (
+        activations.swiglu_backward_kernel,
+        rows_of(activations.swiglu_backward_kernel, "*bf16"),
+        None,
+        40,
+        (3, 2),
+    ),
+    "gelu": (activations.gelu_kernel, rows_of(activations.gelu_kernel, "*bf16"), None, 40, (2, 2)),
+    "gelu's gradient": (
+        activations.gelu_backward_kernel,
+        rows_of(activations.gelu_backward_kernel, "*bf16"),
+        None,
+        40,
+        (2, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("case", NETWORK)
+def test_kernels_of_a_network_keep_to_their_registers_and_move_16_bytes_at_a_time(case, arch, triton_cache):
+    kernel, arguments, width, ceiling, (loads, stores) = NETWORK[case]
+    if width is None:
+        constants = {"BLOCK": activations.BLOCK}
+    else:
+        constants = {"HEADS": qk_norm.BLOCK // width, "DIM": width, "TOKENS": qk_norm.TOKENS}
+    ptx = check(arch, kernel, arguments, constants, ceiling, loads, stores, triton_cache)
+    if "fp32" not in case:
+        assert "cvt.rn.bf16" in ptx, "results are rounded to nearest"
+    assert not re.search(r"\b(mul|add|sub)\.f32", ptx), "what the source does not fuse is not fused"
