@@ -252,7 +252,7 @@ class Traffic(TorchDispatchMode):
             argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)
         } | kwargs
         read, written = traffic(func, arguments, out)
-        if on_gpu(read) or on_gpu(written):
+        if (on_gpu(read) or on_gpu(written)) and any(t.numel() for t in written):
             count = launches(name, arguments, out)
             self.ops[name] += Tally(count, flops(name, func, args, kwargs, out), sizes(read) + sizes(written))
         return out

@@ -44,7 +44,9 @@ def main() -> None:
 
 def written(page: str) -> str:
     """The page with the tables of the committed results."""
-    step, blocks = (json.loads((ROOT / f"docs/{name}.json").read_text()) for name in ("step_traffic", "compiled_traffic"))
+    step, blocks = (
+        json.loads((ROOT / f"docs/{name}.json").read_text()) for name in ("step_traffic", "compiled_traffic")
+    )
     page = insert(page, "traffic", traffic(step))
     page = insert(page, "shares", shares(step))
     page = insert(page, "compiled", compiled(blocks))
@@ -60,16 +62,23 @@ def insert(page: str, name: str, text: str) -> str:
 
 # -- counts ------------------------------------------------------------------------------------------------------------
 
+SHARES = ("sd3.5-medium", "flux.1-dev")  # of which the shares are shown
 NETWORKS = {"plain": "diffusers", "lora": "diffusers, peft's LoRA", "fused": "`apply`", "fused lora": "`apply`, LoRA"}
-# Which ops of a count belong to which line of the shares; the rest is PyTorch's own.
-LINES = {
-    "norms, modulation and gates: `modulated_*`, `gated_*`": ("modulation",),
-    "`qk_norm`": ("qk_norm",),
-    "`swiglu`, `gelu`": ("flowbp::swiglu", "flowbp::gelu"),
-    "`lora_linear` (GEMMs apart)": ("lora_linear: casts and sums",),
-    "steps, cotangents and residuals: `cfg_multistep_step`, `bridge_cotangents`, `leap_residuals`, `quadrature_update`": (
-        "cfg_", "bridge_", "leap_", "quadrature_"
+LINES = {  # of the shares, with the beginnings of the names that ops have in a count
+    "GEMMs, convolutions": ("mm", "addmm", "bmm", "baddbmm", "convolution"),
+    "attention": ("step_traffic::attention",),
+    "`modulated_layer_norm`, `modulated_rms_norm`, `gated_residual`, `gated_residual_layer_norm`": (
+        "flowbp_kernels::modulation",
     ),
+    "`qk_norm`": ("flowbp_kernels::qk_norm",),
+    "`swiglu`, `gelu`": ("flowbp_kernels::swiglu", "flowbp_kernels::gelu"),
+    "`lora_linear`: its GEMMs, casts and sums": ("flowbp_kernels::lora_linear",),
+    "`cfg_multistep_step`, `bridge_cotangents`, `leap_residuals`": (
+        "flowbp_kernels::cfg_multistep_step",
+        "flowbp_kernels::bridge_cotangents",
+        "flowbp_kernels::leap_residuals",
+    ),
+    "PyTorch's other ops": ("",),
 }
 
 
@@ -89,7 +98,27 @@ def traffic(report: dict) -> str:
     return "\n".join(lines)
 
 
-def shares(report: dict) -> str: ...
+def shares(report: dict) -> str:
+    """The share of each op in the launches and in all bytes of a step with LoRA."""
+    rows = [row for row in report["rows"] if row["network"] in ("lora", "fused lora") and row["backbone"] in SHARES]
+    heads = (f"`{row['backbone']}`, {NETWORKS[row['network']]}" for row in rows)
+    lines = [f"| op, forward and backward | {' | '.join(heads)} |", f"|{'---|' * (len(rows) + 1)}"]
+    found = [_by_line(row["ops"]) for row in rows]
+    for line in LINES:
+        cells = (f"{100 * of[line][0]:.2g} % of launches, {100 * of[line][1]:.2g} % of bytes" for of in found)
+        lines.append(f"| {line} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _by_line(ops: dict[str, dict]) -> dict[str, tuple[float, float]]:
+    """(share of the launches, share of the bytes) of each line."""
+    sums = {line: [0.0, 0.0] for line in LINES}
+    for op, tally in ops.items():
+        line = next(line for line, names in LINES.items() if op.startswith(tuple(names)))
+        sums[line][0] += tally["launches"]
+        sums[line][1] += tally["gb"]
+    launches, gb = map(sum, zip(*sums.values(), strict=True))
+    return {line: (part[0] / launches, part[1] / gb) for line, part in sums.items()}
 
 
 def compiled(report: dict) -> str:
