@@ -7,6 +7,7 @@ from torch import Tensor, library
 from flowbp_kernels import backend
 from flowbp_kernels import network_reference as reference
 from flowbp_kernels.arguments import check_float, check_like
+from flowbp_kernels.operators import Recorded
 
 
 def swiglu(gate: Tensor, value: Tensor, *, prefix: Tensor | None = None) -> Tensor:
@@ -26,8 +27,6 @@ def swiglu(gate: Tensor, value: Tensor, *, prefix: Tensor | None = None) -> Tens
     if value.dtype != gate.dtype:
         raise ValueError(f"gate is {gate.dtype} and value {value.dtype}; they must share one dtype: cast one")
     _check_prefix(prefix, gate, "gate")
-    if not backend.needs_operator(gate, value, prefix):
-        return _swiglu(gate, value, prefix)
     return _swiglu_op(gate, value, prefix)
 
 
@@ -44,8 +43,6 @@ def gelu(x: Tensor, *, prefix: Tensor | None = None) -> Tensor:
     """
     check_float("x", x)
     _check_prefix(prefix, x, "x")
-    if not backend.needs_operator(x, prefix):
-        return _gelu(x, prefix)
     return _gelu_op(x, prefix)
 
 
@@ -65,25 +62,25 @@ def _check_prefix(prefix: Tensor | None, x: Tensor, name: str) -> None:
 
 
 def _swiglu(gate: Tensor, value: Tensor, prefix: Tensor | None) -> Tensor:
-    if backend.select("swiglu", gate=gate) == "triton":
+    if backend.select("activations", strided=True, gate=gate) == "triton":
         return backend.triton_op("activations", "swiglu")(gate, value, prefix)
     return reference.swiglu(gate, value, prefix)
 
 
 def _swiglu_backward(g: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    if backend.select("swiglu", gate=gate) == "triton":
+    if backend.select("activations", strided=True, gate=gate) == "triton":
         return backend.triton_op("activations", "swiglu_backward")(g, gate, value)
     return reference.swiglu_backward(g, gate, value)
 
 
 def _gelu(x: Tensor, prefix: Tensor | None) -> Tensor:
-    if backend.select("gelu", x=x) == "triton":
+    if backend.select("activations", strided=True, x=x) == "triton":
         return backend.triton_op("activations", "gelu")(x, prefix)
     return reference.gelu(x, prefix)
 
 
 def _gelu_backward(g: Tensor, x: Tensor) -> Tensor:
-    if backend.select("gelu", x=x) == "triton":
+    if backend.select("activations", strided=True, x=x) == "triton":
         return backend.triton_op("activations", "gelu_backward")(g, x)
     return reference.gelu_backward(g, x)
 
@@ -100,13 +97,15 @@ def _keep(ctx, inputs, output):
 
 
 def _swiglu_gradients(ctx, g):
-    before, after = _parts(ctx, g)
-    return *_swiglu_backward_op(after, *ctx.saved_tensors), before
+    (before, after), saved = _parts(ctx, g), ctx.saved_tensors
+    run = _swiglu_backward_op if backend.needs_operator(g, *saved) else _swiglu_backward
+    return *run(after, *saved), before
 
 
 def _gelu_gradients(ctx, g):
-    before, after = _parts(ctx, g)
-    return _gelu_backward_op(after, *ctx.saved_tensors), before
+    (before, after), saved = _parts(ctx, g), ctx.saved_tensors
+    run = _gelu_backward_op if backend.needs_operator(g, *saved) else _gelu_backward
+    return run(after, *saved), before
 
 
 def _parts(ctx, g: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -118,14 +117,10 @@ def _new_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in tensors)
 
 
-_swiglu_op = library.custom_op("flowbp_kernels::swiglu", _swiglu, mutates_args=())
-_swiglu_op.register_fake(_like_joint)
+_swiglu_op = Recorded("swiglu", _swiglu, _swiglu, _like_joint, _keep, _swiglu_gradients)
 _swiglu_backward_op = library.custom_op("flowbp_kernels::swiglu_backward", _swiglu_backward, mutates_args=())
 _swiglu_backward_op.register_fake(lambda g, gate, value: _new_like(gate, value))
-_swiglu_op.register_autograd(_swiglu_gradients, setup_context=_keep)
 
-_gelu_op = library.custom_op("flowbp_kernels::gelu", _gelu, mutates_args=())
-_gelu_op.register_fake(_like_joint)
+_gelu_op = Recorded("gelu", _gelu, _gelu, _like_joint, _keep, _gelu_gradients)
 _gelu_backward_op = library.custom_op("flowbp_kernels::gelu_backward", _gelu_backward, mutates_args=())
 _gelu_backward_op.register_fake(lambda g, x: _new_like(x)[0])
-_gelu_op.register_autograd(_gelu_gradients, setup_context=_keep)

@@ -27,9 +27,6 @@ from flowbp_kernels.arguments import COMPILED_DTYPES, is_traced
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in the order in which `auto` tries them
 MAX_NODES = 256  # rows of a rule that a compiled kernel takes: kMaxTerms in csrc/ops.h
-# The ops of a network, which take strided tensors, and the module of their Triton kernels. No CUDA kernel is compiled
-# for them: FLOWBP_KERNELS=cuda means Triton's there, and FLOWBP_KERNELS=cpu the reference.
-NETWORK_OPS = {"qk_norm": "qk_norm", "swiglu": "activations", "gelu": "activations"}
 
 
 def needs_operator(*tensors: Tensor | None, records: bool = True) -> bool:
@@ -86,8 +83,6 @@ def select(op: str, num_nodes: int = 0, *, strided: bool = False, **tensors: Ten
     strided: its kernels take tensors that are not contiguous.
     """
     wanted = requested()
-    if op in NETWORK_OPS:
-        wanted = {"cuda": "triton", "cpu": "reference"}.get(wanted, wanted)
     label, first = next(iter(tensors.items()))
     assert first is not None
     for name in BACKENDS if wanted == "auto" else (wanted,):
@@ -123,9 +118,9 @@ def unavailable(name: str, device: int | None = None) -> str:
     return ""
 
 
-def triton_op(module: str, launcher: str = "") -> Callable:
-    """A Triton launcher of a module; the one of the module's name by default."""
-    return getattr(importlib.import_module(f"flowbp_kernels._triton.{module}"), launcher or module)
+def triton_op(op: str, launcher: str = "") -> Callable:
+    """The Triton launcher of an op, or another one of its file, such as that of its backward."""
+    return getattr(importlib.import_module(f"flowbp_kernels._triton.{op}"), launcher or op)
 
 
 def triton_tables(x: Tensor, nodes: Tensor | None, *weights: Tensor) -> Sequence[Tensor | None]:
@@ -192,15 +187,11 @@ def _unsuited(name: str, op: str, num_nodes: int, strided: bool, tensors: dict[s
     """What keeps a backend that reaches these tensors from running `op` on them; "" if nothing does."""
     if name == "reference":
         return ""
-    in_network = op in NETWORK_OPS
-    if in_network and name != "triton":
-        return f"no kernel of {op} is compiled"
     cause = unavailable(name, next(iter(tensors.values())).device.index)  # pyright: ignore[reportOptionalMemberAccess]
     if cause:
         return cause
-    module = NETWORK_OPS.get(op, op)
-    if name == "triton" and importlib.util.find_spec(f"flowbp_kernels._triton.{module}") is None:
-        return f"flowbp_kernels/_triton/{module}.py does not exist"
+    if name == "triton" and importlib.util.find_spec(f"flowbp_kernels._triton.{op}") is None:
+        return f"flowbp_kernels/_triton/{op}.py does not exist"
     if name in ("cuda", "cpu") and not _is_compiled(op, name.upper()):
         return f"csrc/ has no kernel of it for {name}"
     if num_nodes > MAX_NODES and name != "triton":
@@ -210,7 +201,7 @@ def _unsuited(name: str, op: str, num_nodes: int, strided: bool, tensors: dict[s
             continue
         if tensor.dtype not in COMPILED_DTYPES and not (label == "velocities" and tensor.dtype == torch.float8_e4m3fn):
             return f"{label} is {tensor.dtype}; it takes float32, bfloat16 and float16, and float8_e4m3fn for a cache"
-        if not (strided or op in NETWORK_OPS) and not tensor.is_contiguous():
+        if not strided and not tensor.is_contiguous():
             return f"{label} is not contiguous"
     return ""
 

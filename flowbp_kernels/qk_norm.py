@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from flowbp_kernels import backend
 from flowbp_kernels import network_reference as reference
 from flowbp_kernels.arguments import check_float
+from flowbp_kernels.operators import Recorded
 
 Rope = Tensor | tuple[Tensor, Tensor]
 
@@ -50,10 +51,7 @@ def qk_norm(
         for name, weights in (("weights_q", weights_q), ("weights_k", weights_k))
     )
     weights = of_q[0], of_k[0], of_q[1], of_k[1]
-    arguments: Any = *streams, *weights, *_tables(rope, first, total), eps
-    if not backend.needs_operator(*streams, *weights):
-        return _forward(*arguments)
-    return _op(*arguments)
+    return _op(*streams, *weights, *_tables(rope, first, total), eps)
 
 
 def _streams(name: str, streams: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
@@ -182,7 +180,7 @@ def _backward(
 
 def _runs(queries, keys, queries_2, keys_2, weight_q, weight_k, weight_q_2, weight_k_2) -> str:
     weights = {"weights_q": weight_q, "weights_k": weight_k, "weights_q[1]": weight_q_2, "weights_k[1]": weight_k_2}
-    return backend.select("qk_norm", queries=queries, keys=keys, **weights)
+    return backend.select("qk_norm", strided=True, queries=queries, keys=keys, **weights)
 
 
 def _pairs(q, k, q_2, k_2, weight_q, weight_k, weight_q_2, weight_k_2) -> tuple[Any, Any]:
@@ -212,14 +210,13 @@ def _keep(ctx, inputs, output):
 
 def _gradients(ctx, g_q, g_k):
     tensors, of_weights = ctx.saved_tensors, any(ctx.needs_input_grad[4:8])
-    found = iter(_backward_op(g_q, g_k, *tensors, ctx.eps, of_weights))
+    run = _backward_op if backend.needs_operator(g_q, g_k, *tensors) else _backward
+    found = iter(run(g_q, g_k, *tensors, ctx.eps, of_weights))
     wanted = tensors[:8] if of_weights else tensors[:4]
     gradients = [None if tensor is None else next(found) for tensor in wanted]
     return *gradients, *[None] * (11 - len(gradients))
 
 
-_op = library.custom_op("flowbp_kernels::qk_norm", _forward, mutates_args=())
-_op.register_fake(_like_joint)
-_backward_op = library.custom_op("flowbp_kernels::qk_norm_backward", _backward, mutates_args=())
+_op = Recorded("qk_norm", _forward, _forward, _like_joint, _keep, _gradients)
+_backward_op = torch.library.custom_op("flowbp_kernels::qk_norm_backward", _backward, mutates_args=())
 _backward_op.register_fake(_like_inputs)
-_op.register_autograd(_gradients, setup_context=_keep)

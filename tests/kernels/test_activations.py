@@ -22,7 +22,7 @@ def eager_gelu(x, *, prefix=None):
 
 
 OPS = {"swiglu": (2, swiglu, eager_swiglu), "gelu": (1, gelu, eager_gelu)}
-OPERATORS = {"swiglu": (_swiglu_op, _swiglu_backward_op), "gelu": (_gelu_op, _gelu_backward_op)}
+OPERATORS = {"swiglu": (_swiglu_op.operator, _swiglu_backward_op), "gelu": (_gelu_op.operator, _gelu_backward_op)}
 
 
 def problem(op, shape, prefixed, dtype=torch.float64):

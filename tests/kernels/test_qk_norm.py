@@ -180,7 +180,7 @@ def test_the_operator_keeps_the_rules_of_torch(kind):
     streams = [t.requires_grad_() for t in (queries[0], keys[0], queries[1], keys[1])]
     weights = [t.requires_grad_() for t in (weights_q[0], weights_k[0], weights_q[1])]
     cos, sin = _tables(rope_of(kind, 2, 7, 8), queries[0], 7)
-    library.opcheck(_op, (*streams, *weights, None, cos, sin, EPS))
+    library.opcheck(_op.operator, (*streams, *weights, None, cos, sin, EPS))
     detached = [t.detach() for t in (*streams, *weights)]
     for of_weights in (True, False):
         g = draw(2, 7, 3, 8), draw(2, 7, 3, 8, seed=1)
