@@ -154,7 +154,7 @@ def compiled(block: nn.Module, args: tuple, kwargs: dict) -> dict[str, dict]:
 
 
 def scheduled(graph, inputs: list, is_inference: bool, is_backward: bool) -> dict[str, float]:
-    """Launches and gigabytes outside of GEMMs and attention of a graph that AOTAutograd has made."""
+    """What `tally` says of a graph that AOTAutograd has made."""
     mode = detect_fake_mode(inputs)
     with mode:
         on_gpu = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") for t in inputs]
@@ -176,15 +176,20 @@ def scheduled(graph, inputs: list, is_inference: bool, is_backward: bool) -> dic
 
 
 def tally(nodes: list) -> dict[str, float]:
-    launches = moved = 0
+    """Launches, gigabytes outside of GEMMs and attention, and gigabytes of GEMMs."""
+    launches = moved = of_gemms = 0
     for node in nodes:
         if isinstance(node, scheduler.ExternKernelSchedulerNode):
-            name = getattr(getattr(node.node, "op_overload", None), "_opname", "")
-            launches += 0 if isinstance(node.node, ir.MultiOutput) else step_traffic.LAUNCHES.get(name, 1)
+            if isinstance(node.node, ir.MultiOutput):  # one of the results of the call before
+                continue
+            op = getattr(node.node, "op_overload", None)
+            name = f"{op.namespace}::{op._opname}" if op is not None else ""
+            launches += step_traffic.LAUNCHES.get(name, 1)
+            of_gemms += 0 if name in step_traffic.ATTENTION else node.get_read_write_buffers_sizes()
         elif not isinstance(node, scheduler.NopKernelSchedulerNode):
             launches += 1
             moved += node.get_read_write_buffers_sizes()
-    return {"launches": launches, "gb_outside": moved / 1e9}
+    return {"launches": launches, "gb_outside": moved / 1e9, "gb_gemm": of_gemms / 1e9}
 
 
 @contextmanager
@@ -220,7 +225,7 @@ def outputs(result: Any) -> list[Tensor]:
 
 
 def brief(summary: dict[str, float]) -> dict[str, float]:
-    return {key: summary[key] for key in ("launches", "gb_outside")}
+    return {key: summary[key] for key in ("launches", "gb_outside", "gb_gemm")}
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ def compiled(report: dict) -> str:
     for key in dict.fromkeys((row["backbone"], row["block"], row["weights"]) for row in report["rows"]):
         rows = {row["runs"]: row for row in report["rows"] if (row["backbone"], row["block"], row["weights"]) == key}
         for part in ("pass", "replay"):
-            cells = (f"{rows[kind][part]['launches']}; {rows[kind][part]['gb_outside']:.3g} GB" for kind in kinds)
+            found = (rows[kind][part] for kind in kinds)
+            cells = (f"{of['launches']}; {of['gb_outside']:.3g} + {of['gb_gemm']:.3g} GB" for of in found)
             lines.append(f"| `{key[0]}`, `{key[1]}`, {key[2]}, {part} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
