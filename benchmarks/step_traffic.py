@@ -241,10 +241,11 @@ class Traffic(TorchDispatchMode):
             for op, tally in inside.ops.items():
                 self.ops[name if op in GEMM else f"{name}, casts and sums"] += tally
             return out
-        with self:  # where autograd has not taken a composite op apart
-            out = func.decompose(*args, **kwargs)
-        if out is not NotImplemented:
-            return out
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):
+            with self:  # a composite op without a kernel, which autograd would have taken apart
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         out = func(*args, **kwargs)
         if func._opname.startswith(("empty", "new_empty")) or is_view(func, args, out):
             return out

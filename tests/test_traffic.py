@@ -43,6 +43,7 @@ def counted(call, *shapes, **options):
         (lambda x: torch.ones(3) + 1, 0, 0),  # on the host
         (lambda x: F.layer_norm(x, (6,)), 1, 24 + 24 + 8),  # and mean and 1 / sigma of each row
         (lambda x: F.rms_norm(x, (6,)), 1, 24 + 24 + 4),
+        (lambda x: torch.ops.aten.silu_backward(x, x), 1, 2 * 24),
     ],
 )
 def test_a_launch_reads_its_inputs_once_and_writes_its_outputs_once(call, launches, elements):
