@@ -26,8 +26,9 @@ Bytes of GEMMs (convolutions among them) and of attention are counted apart, and
 torch.utils.flop_counter. All other FLOPs are left out. Attention is one fused kernel, and one RMSNorm of PyTorch's own
 too, as on a GPU; the meta device would take both apart.
 
-An op of flowbp_kernels has the bytes of its inputs and outputs, and the launches of its Triton kernels. A rule reads
-the rows of a cache that it names.
+An op of flowbp_kernels has the launches of its Triton kernels, and the bytes of its inputs and outputs; modulation also
+those of the partial sums that one kernel of its backward pass leaves to the next. A rule reads the rows of a cache that
+it names. lora_linear is PyTorch's own GEMMs, casts and sums, and is counted as these.
 """
 
 import argparse
@@ -75,6 +76,7 @@ NETWORKS = {"plain": ("full", False), "lora": ("lora", False), "fused": ("full",
 ATTENTION = {"step_traffic::attention": sdpa_flop_count, "step_traffic::attention_backward": sdpa_backward_flop_count}
 GEMM = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", "convolution_backward"}
 GEMM |= {"flowbp_kernels::lora_linear", "flowbp_kernels::lora_linear_backward"}
+MODULATION, SUMMED = "flowbp_kernels::modulation_backward", 16  # and the tokens of one partial sum
 OVERWRITE = {"copy_", "fill_", "zero_"}
 LAUNCHES = {
     "step_traffic::attention_backward": 3,  # row sums of out * grad; the gradients; a conversion of that of the queries
@@ -255,7 +257,8 @@ class Traffic(TorchDispatchMode):
         read, written = traffic(func, arguments, out)
         if (on_gpu(read) or on_gpu(written)) and any(t.numel() for t in written):
             count = launches(name, arguments, out)
-            self.ops[name] += Tally(count, flops(name, func, args, kwargs, out), sizes(read) + sizes(written))
+            moved = sizes(read) + sizes(written) + partial_sums(name, arguments, out)
+            self.ops[name] += Tally(count, flops(name, func, args, kwargs, out), moved)
         return out
 
     def add(self, other: "Traffic") -> None:
@@ -306,10 +309,20 @@ def launches(name: str, arguments: dict[str, Any], out: Any) -> int:
         return max(-(-sum(-(-t.numel() // CHUNK) for t in given) // CHUNKS), -(-len(given) // TENSORS))
     if name == "convolution_backward":
         return len(tensors(out))
+    if name == MODULATION:
+        return 2 if out[2].numel() else 1
     if name.endswith(("qk_norm_backward", "rms_norm_backward")):  # that of a weight is summed by parts, then over them
         streams = ("x", "queries", "keys", "queries_2", "keys_2")
         return 1 + 2 * (len(out) - sum(arguments.get(stream) is not None for stream in streams))
     return LAUNCHES.get(name, 1)
+
+
+def partial_sums(name: str, arguments: dict[str, Any], out: Any) -> int:
+    """Bytes that the first kernel of a backward pass of modulation writes and the second reads: sums over few tokens."""
+    if name != MODULATION or not out[2].numel():
+        return 0
+    tokens = next(arguments[g] for g in ("g_s", "g") if arguments[g] is not None).shape[1]
+    return 2 * -(-tokens // SUMMED) * out[2].nbytes
 
 
 def flops(name: str, func, args: tuple, kwargs: dict, out: Any) -> int:
