@@ -318,7 +318,7 @@ def launches(name: str, arguments: dict[str, Any], out: Any) -> int:
 
 
 def partial_sums(name: str, arguments: dict[str, Any], out: Any) -> int:
-    """Bytes that the first kernel of a backward pass of modulation writes and the second reads: sums over few tokens."""
+    """Bytes that the first kernel of a modulation's backward pass writes and the second reads: sums of few tokens."""
     if name != MODULATION or not out[2].numel():
         return 0
     tokens = next(arguments[g] for g in ("g_s", "g") if arguments[g] is not None).shape[1]
