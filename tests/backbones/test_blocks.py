@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormContinuous
@@ -16,7 +17,8 @@ from tiny_pipelines import tiny_pipeline
 from torch import nn
 
 import flowbp_kernels
-from flowbp.backbones import BACKBONES, bind_velocity
+from flowbp.backbones import BACKBONES, bind_velocity, load_backbone
+from flowbp.config import BackboneConfig
 from flowbp.guidance import Guidance
 from flowbp_kernels import selective_recompute
 from flowbp_kernels.blocks import fingerprints, fused, table
@@ -569,3 +571,26 @@ def test_the_handle_says_what_runs_fused_and_what_does_not():
     )
     handle.undo()
     assert repr(handle).startswith("<Flux2Transformer2DModel runs fused: nothing; left: ")
+
+
+# -- the switch of a run -----------------------------------------------------------------------------------------------
+
+
+def runs_ops(backbone):
+    return any("flowbp_fused" in vars(module) for module in backbone.denoiser.modules())
+
+
+def test_a_backbone_takes_the_ops_if_it_is_told_to(monkeypatch, caplog):
+    assert not runs_ops(load_backbone("shapes"))
+    assert runs_ops(load_backbone("shapes", kernels="auto"))
+    monkeypatch.setattr(fingerprints, "fingerprint", lambda source: "0")
+    assert not runs_ops(load_backbone("shapes", kernels="auto"))
+    assert "the transformer stays as it is: " in caplog.text
+
+
+def test_off_is_the_word_and_what_yaml_makes_of_it():
+    assert BackboneConfig(name="shapes").kernels == "off"
+    assert BackboneConfig(**yaml.safe_load("{name: shapes, kernels: off}")).kernels == "off"
+    assert BackboneConfig(name="shapes", kernels="auto").kernels == "auto"
+    with pytest.raises(ValueError, match="kernels"):
+        BackboneConfig(name="shapes", kernels=True)
