@@ -102,10 +102,10 @@ def shares(report: dict) -> str:
     """The share of each op in the launches and in all bytes of a step with LoRA."""
     rows = [row for row in report["rows"] if row["network"] in ("lora", "fused lora") and row["backbone"] in SHARES]
     heads = (f"`{row['backbone']}`, {NETWORKS[row['network']]}" for row in rows)
-    lines = [f"| op, forward and backward | {' | '.join(heads)} |", f"|{'---|' * (len(rows) + 1)}"]
+    lines = [f"| of the launches; of the bytes | {' | '.join(heads)} |", f"|{'---|' * (len(rows) + 1)}"]
     found = [_by_line(row["ops"]) for row in rows]
     for line in LINES:
-        cells = (f"{100 * of[line][0]:.2g} % of launches, {100 * of[line][1]:.2g} % of bytes" for of in found)
+        cells = ("; ".join(f"{100 * share:.2g} %" for share in of[line] if share) for of in found)
         lines.append(f"| {line} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -130,7 +130,8 @@ def compiled(report: dict) -> str:
         for part in ("pass", "replay"):
             found = (rows[kind][part] for kind in kinds)
             cells = (f"{of['launches']}; {of['gb_outside']:.3g} + {of['gb_gemm']:.3g} GB" for of in found)
-            lines.append(f"| `{key[0]}`, `{key[1]}`, {key[2]}, {part} | {' | '.join(cells)} |")
+            weights = "LoRA" if key[2] == "lora" else "all weights"
+            lines.append(f"| `{key[0]}`, `{key[1]}`, {weights}, {part} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
