@@ -92,8 +92,9 @@ def traffic(report: dict) -> str:
         rows = {row["network"]: row for row in report["rows"] if row["backbone"] == backbone}
         for part in ("pass", "replay", "step"):
             of_all = rows["plain"][part]
-            flops = f"{of_all['gemm_tflop'] + of_all['attention_tflop']:,.4g} ({of_all['attention_tflop']:.3g})"
-            cells = (f"{row[part]['launches']:,}; {row[part]['gb_outside']:,.4g} GB" for row in map(rows.get, NETWORKS))
+            flops = f"{of_all['gemm_tflop'] + of_all['attention_tflop']:,.0f} ({of_all['attention_tflop']:,.0f})"
+            found = (rows[network][part] for network in NETWORKS)
+            cells = (f"{of['launches']:,}; {of['gb_outside']:,.0f} GB" for of in found)
             lines.append(f"| `{backbone}`, {part} | {flops} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
