@@ -363,6 +363,119 @@ void bridge_cotangents(const Tensor& g, const Tensor& g_x, const Tensor& weights
   });
 }
 
+// [B, T, H, d] with d contiguous, of like's B, H and d.
+Heads heads_of(const Tensor& t, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 4 && like.dim() == 4, name, " must be [B, T, H, d] on the CPU");
+  for (int d : {0, 2, 3}) STD_TORCH_CHECK(t.size(d) == like.size(d), name, " has another size in dimension ", d);
+  STD_TORCH_CHECK(t.stride(3) == 1 || t.size(3) <= 1, name, " must have contiguous heads");
+  check_same(dtype_of(t, name), dtype_of(like, "queries"), name, "the queries");
+  return {t.const_data_ptr(), {t.stride(0), t.stride(1), t.stride(2)}, dtype_of(t, name) == Dtype::kFloat32 ? 4 : 2};
+}
+
+// What forward and backward take alike: queries, keys, then those of a second stream, or null; their weights, of which
+// `floats` holds the numbers, ones where a weight is null.
+QkNorm qk_norm_of(const Tensor* const (&x)[4], const Tensor* const (&weights)[4], const Tensor* cos, const Tensor* sin,
+                  double eps, std::vector<float>& floats) {
+  const Tensor& like = *x[0];
+  QkNorm op{};
+  op.dtype = dtype_of(like, "queries");
+  STD_TORCH_CHECK(like.dim() == 4 && op.dtype != Dtype::kFloat8, "queries must be [B, T, H, d], and not float8");
+  op.batch = like.size(0), op.heads = like.size(2), op.width = like.size(3), op.eps = static_cast<float>(eps);
+  op.num_streams = x[2] ? 4 : 2;
+  floats.assign(4 * op.width, 1.0f);
+  for (int i = 0; i < op.num_streams; ++i) {
+    STD_TORCH_CHECK(x[i] && (x[i]->size(1) == x[i & ~1]->size(1)), "a stream has as many keys as queries");
+    HeadStream& stream = op.streams[i];
+    stream.x = heads_of(*x[i], "a stream", like);
+    stream.tokens = x[i]->size(1), stream.first = i < 2 ? 0 : op.streams[0].tokens;
+    float* const numbers = floats.data() + i * op.width;
+    stream.weight = numbers;
+    if (weights[i]) {
+      const Input weight = input(*weights[i], "a weight", like, op.width);
+      with_type(weight.dtype, [&](auto type) {
+        for (int64_t e = 0; e < op.width; ++e) numbers[e] = to_float(static_cast<const decltype(type)*>(weight.data)[e]);
+      });
+    }
+  }
+  op.total = op.streams[op.num_streams - 1].first + op.streams[op.num_streams - 1].tokens;
+  if (cos) {
+    const int64_t angles = op.total * op.width;
+    STD_TORCH_CHECK(op.width % 2 == 0 && (cos->numel() == angles || (!sin && cos->numel() == op.batch * angles)),
+                    "cos must hold one number an element of a token, and so d must be even");
+    op.cos = float32<const float>(*cos, "cos", like, cos->numel());
+    if (sin) op.sin = float32<const float>(*sin, "sin", like, angles);
+    op.rope_stride = cos->numel() == angles ? 0 : angles;
+  }
+  return op;
+}
+
+const Tensor* pointer(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
+
+int64_t tasks_of(const QkNorm& op) {
+  int64_t tasks = 0;
+  for (int i = 0; i < op.num_streams; ++i) tasks += op.batch * head_chunks(op.streams[i].tokens);
+  return op.heads * op.width > 0 ? tasks : 0;
+}
+
+void qk_norm(const Tensor& queries, const Tensor& keys, const std::optional<Tensor>& queries_2,
+             const std::optional<Tensor>& keys_2, const std::optional<Tensor>& weight_q,
+             const std::optional<Tensor>& weight_k, const std::optional<Tensor>& weight_q_2,
+             const std::optional<Tensor>& weight_k_2, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+             double eps, const Tensor& q, const Tensor& k) {
+  std::vector<float> floats;
+  QkNorm op = qk_norm_of({&queries, &keys, pointer(queries_2), pointer(keys_2)},
+                         {pointer(weight_q), pointer(weight_k), pointer(weight_q_2), pointer(weight_k_2)}, pointer(cos),
+                         pointer(sin), eps, floats);
+  const int64_t elements = op.batch * op.total * op.heads * op.width;
+  for (int i = 0; i < op.num_streams; ++i) {
+    const Output joint = output(i % 2 ? k : q, i % 2 ? "k" : "q", queries, elements);
+    check_same(joint.dtype, op.dtype, "q and k", "the queries");
+    op.streams[i].joint = joint.data;
+  }
+  on_cpu(op, instruction_set().kernels->qk_norm, tasks_of(op), kHeadTokens * op.heads * op.width);
+}
+
+// sums [4, d]: the weights' gradients, of a scratch of one row a task; both null where they are not wanted.
+void qk_norm_backward(const Tensor& g_q, const Tensor& g_k, const Tensor& queries, const Tensor& keys,
+                      const std::optional<Tensor>& queries_2, const std::optional<Tensor>& keys_2,
+                      const std::optional<Tensor>& weight_q, const std::optional<Tensor>& weight_k,
+                      const std::optional<Tensor>& weight_q_2, const std::optional<Tensor>& weight_k_2,
+                      const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, double eps,
+                      const Tensor& of_queries, const Tensor& of_keys, const std::optional<Tensor>& of_queries_2,
+                      const std::optional<Tensor>& of_keys_2, const std::optional<Tensor>& parts,
+                      const std::optional<Tensor>& sums) {
+  std::vector<float> floats;
+  QkNorm op = qk_norm_of({&queries, &keys, pointer(queries_2), pointer(keys_2)},
+                         {pointer(weight_q), pointer(weight_k), pointer(weight_q_2), pointer(weight_k_2)}, pointer(cos),
+                         pointer(sin), eps, floats);
+  const Tensor* const gradients[4] = {&of_queries, &of_keys, pointer(of_queries_2), pointer(of_keys_2)};
+  for (int i = 0; i < op.num_streams; ++i) {
+    HeadStream& stream = op.streams[i];
+    stream.g = heads_of(i % 2 ? g_k : g_q, i % 2 ? "g_k" : "g_q", queries);
+    STD_TORCH_CHECK((i % 2 ? g_k : g_q).size(1) == op.total, "g_q and g_k must have the tokens of all streams");
+    STD_TORCH_CHECK(gradients[i], "each stream needs room for its gradient");
+    const Output of_x = output(*gradients[i], "a gradient", queries, op.batch * stream.tokens * op.heads * op.width);
+    check_same(of_x.dtype, op.dtype, "a gradient", "the queries");
+    stream.of_x = of_x.data;
+  }
+  const int64_t tasks = tasks_of(op);
+  STD_TORCH_CHECK(!!parts == !!sums, "parts and sums belong together");
+  if (parts) op.parts = float32<float>(*parts, "parts", queries, tasks * op.width);
+  on_cpu(op, instruction_set().kernels->qk_norm_backward, tasks, 2 * kHeadTokens * op.heads * op.width);
+  if (!sums) return;
+  float* const totals = float32<float>(*sums, "sums", queries, 4 * op.width);
+  std::vector<double> total(op.width);
+  const float* part = op.parts;
+  for (int i = 0; i < 4; ++i) {
+    std::fill(total.begin(), total.end(), 0.0);
+    const int64_t rows = tasks && i < op.num_streams ? op.batch * head_chunks(op.streams[i].tokens) : 0;
+    for (int64_t row = 0; row < rows; ++row, part += op.width) {
+      for (int64_t e = 0; e < op.width; ++e) total[e] += part[e];
+    }
+    for (int64_t e = 0; e < op.width; ++e) totals[i * op.width + e] = static_cast<float>(total[e]);
+  }
+}
+
 std::string isa() { return instruction_set().name; }
 std::string isas() {  // those that run here, best first
   std::string names;
@@ -397,6 +510,12 @@ STABLE_TORCH_LIBRARY(flowbp_compiled, m) {
   m.def("cfg_multistep_step(Tensor x, Tensor v_cond, Tensor? v_uncond, float guidance, float h, Tensor? on_device,"
         " Tensor? velocities, Tensor? nodes, Tensor? weights, Tensor(a!)? velocity, Tensor(b!) out) -> ()");
   m.def("bridge_cotangents(Tensor g, Tensor g_x, Tensor weights, Tensor alphas, Tensor(a!) out) -> ()");
+  m.def("qk_norm(Tensor queries, Tensor keys, Tensor? queries_2, Tensor? keys_2, Tensor? weight_q, Tensor? weight_k,"
+        " Tensor? weight_q_2, Tensor? weight_k_2, Tensor? cos, Tensor? sin, float eps, Tensor(a!) q, Tensor(b!) k) -> ()");
+  m.def("qk_norm_backward(Tensor g_q, Tensor g_k, Tensor queries, Tensor keys, Tensor? queries_2, Tensor? keys_2,"
+        " Tensor? weight_q, Tensor? weight_k, Tensor? weight_q_2, Tensor? weight_k_2, Tensor? cos, Tensor? sin, float eps,"
+        " Tensor(a!) of_queries, Tensor(b!) of_keys, Tensor(c!)? of_queries_2, Tensor(d!)? of_keys_2, Tensor(e!)? parts,"
+        " Tensor(f!)? sums) -> ()");
   m.def("isa() -> str");
   m.def("isas() -> str");
   m.def("rows() -> str");
@@ -409,6 +528,8 @@ STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CPU, m) {
   m.impl("leap_residuals", TORCH_BOX(&leap_residuals<false>));
   m.impl("cfg_multistep_step", TORCH_BOX(&cfg_multistep_step<false>));
   m.impl("bridge_cotangents", TORCH_BOX(&bridge_cotangents<false>));
+  m.impl("qk_norm", TORCH_BOX(&qk_norm));
+  m.impl("qk_norm_backward", TORCH_BOX(&qk_norm_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CompositeExplicitAutograd, m) {

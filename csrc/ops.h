@@ -135,6 +135,41 @@ constexpr int kThreads = 256, kWidth = 8;
 constexpr int64_t kChunk = kThreads * kWidth;
 FLOWBP_HD int64_t chunks(int64_t size) { return (size + kChunk - 1) / kChunk; }
 
+// [B, T, H, d] with d contiguous.
+struct Heads {
+  const void* data;
+  int64_t stride[3], element_size;
+
+  const void* at(int64_t b, int64_t t) const {
+    return static_cast<const char*>(data) + (b * stride[0] + t * stride[1]) * element_size;
+  }
+};
+
+// One stream of queries or of keys, and where its token 0 lies in the joint sequence.
+struct HeadStream {
+  int64_t tokens, first;
+  Heads x;
+  const float* weight;  // [d]
+  void* joint;          // [B, total, H, d]; of the forward
+  Heads g;              // of joint; of the backward, as is
+  void* of_x;           // [B, tokens, H, d]
+};
+
+// joint[b, first + t, h] = R[b, first + t] (weight x / rms) with x = x[b, t, h], rms = sqrt(mean x^2 + eps)
+// With v = R^T g and n = x / rms: of_x = (v weight - n mean(v weight n)) / rms,  parts[chunk] = sum over t, h of v n
+struct QkNorm {
+  int64_t batch, total, heads, width, rope_stride;  // rope_stride: between samples, 0 where they share their angles
+  Dtype dtype;
+  float eps;
+  const float *cos, *sin;  // [1 or B, total, d]; sin null: cos holds pairs (cosine, sine); both null: no rotation
+  int num_streams;
+  HeadStream streams[4];
+  float* parts;  // [chunks of all streams, d], or null
+};
+
+constexpr int64_t kHeadTokens = 16;  // of one task, and of one partial sum; Python's qk_norm.CHUNK
+FLOWBP_HD int64_t head_chunks(int64_t tokens) { return (tokens + kHeadTokens - 1) / kHeadTokens; }
+
 template <class F>
 void with_type(Dtype dtype, F f) {
   switch (dtype) {
@@ -158,6 +193,9 @@ struct CpuKernels {
   void (*leap_residuals)(const LeapResiduals&, int64_t first_task, int64_t last_task);
   void (*cfg_multistep_step)(const CfgMultistepStep&, int64_t first_task, int64_t last_task);
   void (*bridge_cotangents)(const BridgeCotangents&, int64_t first_task, int64_t last_task);
+  // A task is a chunk of one sample's tokens of one stream.
+  void (*qk_norm)(const QkNorm&, int64_t first_task, int64_t last_task);
+  void (*qk_norm_backward)(const QkNorm&, int64_t first_task, int64_t last_task);
 };
 extern const CpuKernels kAvx512, kAvx2, kBaseline;
 

@@ -196,10 +196,9 @@ def swiglu(gate: Tensor, value: Tensor, prefix: Tensor | None) -> Tensor:
 def swiglu_backward(g: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """With s = sigmoid(gate): of gate  g value s (1 + gate (1 - s)), of value  g gate s."""
     dtype = accumulation_dtype(gate)
-    g, gate, value, narrow = g.to(dtype), gate.to(dtype), value.to(dtype), gate.dtype
-    s = torch.sigmoid(gate)
-    of_gate, of_value = g * value * s * (1 + gate * (1 - s)), g * gate * s
-    return of_gate.to(narrow).contiguous(), of_value.to(narrow).contiguous()
+    g, x = g.to(dtype), gate.to(dtype)
+    of_gate, of_value = torch.ops.aten.silu_backward(g * value.to(dtype), x), g * functional.silu(x)
+    return of_gate.to(gate.dtype).contiguous(), of_value.to(value.dtype).contiguous()
 
 
 def gelu(x: Tensor, prefix: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from flowbp_kernels import network_reference as reference
 from flowbp_kernels.arguments import check_float
 from flowbp_kernels.operators import Recorded
 
+CHUNK = 16  # tokens of one partial sum of the compiled backward: kHeadTokens in csrc/ops.h
 Rope = Tensor | tuple[Tensor, Tensor]
 
 
@@ -42,42 +43,44 @@ def qk_norm(
     rotated = torch.stack([-q[..., 1::2], q[..., ::2]], -1).flatten(-2)
     q = (q * cos[:, None] + rotated * sin[:, None]).to(queries[0].dtype)   and k alike
     """
-    first, *more = _streams("queries", queries, keys)
-    (first_key, *more_keys) = _streams("keys", keys, queries)
-    streams = first, first_key, *(more or [None]), *(more_keys or [None])
-    total = sum(x.shape[1] for x in (first, *more))
-    of_q, of_k = (
-        _weights(name, weights, 1 + len(more), first)
-        for name, weights in (("weights_q", weights_q), ("weights_k", weights_k))
-    )
-    weights = of_q[0], of_k[0], of_q[1], of_k[1]
+    streams = _streams(queries, keys)
+    first, _, second, _ = streams
+    num_streams, total = (1, first.shape[1]) if second is None else (2, first.shape[1] + second.shape[1])
+    weight_q, weight_q_2 = _weights("weights_q", weights_q, num_streams, first)
+    weight_k, weight_k_2 = _weights("weights_k", weights_k, num_streams, first)
+    weights = weight_q, weight_k, weight_q_2, weight_k_2
     return _op(*streams, *weights, *_tables(rope, first, total), eps)
 
 
-def _streams(name: str, streams: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
-    """One or two tensors [B, T, H, d], alike but for T, and each of the shape of its partner in `others`."""
-    streams = (streams,) if isinstance(streams, Tensor) else tuple(streams)
-    others = (others,) if isinstance(others, Tensor) else tuple(others)
-    if len(streams) not in (1, 2) or len(streams) != len(others):
+def _streams(
+    queries: Tensor | Sequence[Tensor], keys: Tensor | Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Queries, keys, and those of a second stream or None: [B, T, H, d], alike in a stream, and but for T in both."""
+    each_q = (queries,) if isinstance(queries, Tensor) else tuple(queries)
+    each_k = (keys,) if isinstance(keys, Tensor) else tuple(keys)
+    if len(each_q) not in (1, 2) or len(each_q) != len(each_k):
         raise ValueError(
-            f"queries and keys must both be one tensor or two, a stream each; {name} has {len(streams)} and its "
-            f"partner {len(others)}: join further streams with torch.cat"
+            f"queries and keys must both be one tensor or two, a stream each: got {len(each_q)} and {len(each_k)}; "
+            "join further streams with torch.cat"
         )
-    first = streams[0]
-    for x, other in zip(streams, others, strict=True):
-        check_float(name, x)
-        if x.dim() != 4 or (x.shape[0], *x.shape[2:]) != (first.shape[0], *first.shape[2:]):
+    first = each_q[0]
+    for name, each in (("queries", each_q), ("keys", each_k)):
+        for x in each:
+            check_float(name, x)
+            _check_place(name, x, first)
+    for query, key in zip(each_q, each_k, strict=True):
+        shape = query.shape
+        if len(shape) != 4 or shape[0] != first.shape[0] or shape[2:] != first.shape[2:]:
             raise ValueError(
-                f"{name} must be [B, T, H, d], with the same B, H and d in each stream; got {tuple(x.shape)} beside "
+                f"queries must be [B, T, H, d], with the same B, H and d in each stream: got {tuple(shape)} beside "
                 f"{tuple(first.shape)}"
             )
-        if x.shape != other.shape or x.dtype != other.dtype or x.dtype != first.dtype:
+        if key.shape != shape or not query.dtype == key.dtype == first.dtype:
             raise ValueError(
-                f"queries and keys must share shape and dtype, and all streams one dtype: {name} has "
-                f"{tuple(x.shape)} {x.dtype} beside {tuple(other.shape)} {other.dtype} and {first.dtype}"
+                f"queries and keys must share their shape in each stream, and all their dtype: got {tuple(shape)} "
+                f"{query.dtype} and {tuple(key.shape)} {key.dtype} beside {first.dtype}"
             )
-        _check_place(name, x, first)
-    return streams
+    return (*each_q, *each_k, None, None) if len(each_q) == 1 else (each_q[0], each_k[0], each_q[1], each_k[1])
 
 
 def _weights(
@@ -141,8 +144,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     arguments = queries, keys, queries_2, keys_2, weight_q, weight_k, weight_q_2, weight_k_2, cos, sin, eps
     tensors: Any = arguments[:8]
-    if _runs(*tensors) == "triton":
+    runs = _runs(*tensors)
+    if runs == "triton":
         return backend.triton_op("qk_norm")(*arguments)
+    if runs == "cpu":
+        q, k = _like_joint(queries, keys, queries_2)
+        torch.ops.flowbp_compiled.qk_norm.default(*_with_whole_rows(*tensors), cos, sin, eps, q, k)
+        return q, k
     rope = None if cos is None else reference.rotation(cos, sin)
     of_q, of_k = _pairs(*tensors)
     return reference.qk_norm(*of_q, rope, eps), reference.qk_norm(*of_k, rope, eps)
@@ -166,8 +174,11 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of the streams that there are, and of the weights that there are if they are wanted; in this order."""
     tensors = queries, keys, queries_2, keys_2, weight_q, weight_k, weight_q_2, weight_k_2
-    if _runs(*tensors) == "triton":
+    runs = _runs(*tensors)
+    if runs == "triton":
         return backend.triton_op("qk_norm", "qk_norm_backward")(g_q, g_k, *tensors, cos, sin, eps, of_weights)
+    if runs == "cpu":
+        return _compiled_backward(g_q, g_k, *tensors, cos, sin, eps, of_weights)
     rope = None if cos is None else reference.rotation(cos, sin)
     of_q, of_k = _pairs(*tensors)
     streams_q, weights_q = reference.qk_norm_backward(g_q, *of_q, rope, eps)
@@ -176,6 +187,28 @@ def _backward(
     if of_weights:
         gradients += [part for pair in zip(weights_q, weights_k, strict=True) for part in pair if part is not None]
     return gradients
+
+
+def _compiled_backward(g_q, g_k, *arguments) -> list[Tensor]:
+    *tensors, cos, sin, eps, of_weights = arguments
+    gradients = [None if x is None else x.new_empty(x.shape) for x in tensors[:4]]
+    parts = sums = None
+    if of_weights:
+        batch, _, heads, width = g_q.shape
+        tasks = sum(batch * -(-x.shape[1] // CHUNK) for x in tensors[:4] if x is not None) if heads * width else 0
+        parts, sums = (g_q.new_empty(rows, width, dtype=torch.float32) for rows in (tasks, 4))
+    inputs = _with_whole_rows(g_q, g_k, *tensors)
+    torch.ops.flowbp_compiled.qk_norm_backward.default(*inputs, cos, sin, eps, *gradients, parts, sums)
+    found = [gradient for gradient in gradients if gradient is not None]
+    if sums is not None:  # copies: an operator's results share no memory
+        pairs = zip(tensors[4:], sums, strict=True)
+        found += [row.to(weight.dtype, copy=True) for weight, row in pairs if weight is not None]
+    return found
+
+
+def _with_whole_rows(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Copies of those whose last dimension is strided: a kernel takes all other strides."""
+    return [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
 def _runs(queries, keys, queries_2, keys_2, weight_q, weight_k, weight_q_2, weight_k_2) -> str:

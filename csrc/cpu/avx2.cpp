@@ -41,10 +41,12 @@ inline void stream(void* to, const void* from, int64_t bytes) {
 inline void finish_stream() { _mm_sfence(); }
 
 #include "kernels.inc"
+#include "qk_norm.inc"
 
 }  // namespace
 
-const CpuKernels kAvx2 = {quadrature_update, leap_residuals, cfg_multistep_step, bridge_cotangents};
+const CpuKernels kAvx2 = {quadrature_update, leap_residuals, cfg_multistep_step,
+                               bridge_cotangents, qk_norm, qk_norm_backward};
 
 }  // namespace flowbp
 #ifdef __clang__

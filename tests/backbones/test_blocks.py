@@ -571,6 +571,8 @@ def test_the_handle_says_what_runs_fused_and_what_does_not():
     )
     handle.undo()
     assert repr(handle).startswith("<Flux2Transformer2DModel runs fused: nothing; left: ")
+    handle = flowbp_kernels.apply(network(SD3, target_modules=["to_q", "context_embedder"]))
+    assert handle.left == ["1 LoRA layers: outside the blocks"]
 
 
 # -- the switch of a run -----------------------------------------------------------------------------------------------

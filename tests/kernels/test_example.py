@@ -57,9 +57,7 @@ def test_both_give_the_same_gradient():
 
 
 def test_both_give_the_same_losses(monkeypatch):
-    """20 steps, in which the loss falls. AdamW divides gradients by their own size, and carries roundings of 1e-7 on;
-    the bound is 1e-3 of a loss.
-    """
+    """20 steps. The bound is 1e-5 of a loss: a hundred roundings of float32."""
     pytest.importorskip("peft")
     monkeypatch.setenv("FLOWBP_KERNELS", "reference")
     losses = []
@@ -69,5 +67,5 @@ def test_both_give_the_same_losses(monkeypatch):
         train = runpy.run_path(str(EXAMPLES / name))["train"]
         losses.append(train(transformer, [batch] * 20, learning_rate=0.03))
     before, after = losses
-    assert before[-5:].mean() < 0.9 * before[:5].mean() and not torch.equal(before, after)
-    torch.testing.assert_close(after, before, rtol=1e-3, atol=0)
+    assert before[-5:].mean() < before[:5].mean() and not torch.equal(before, after)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=0)
