@@ -67,6 +67,7 @@ from flowbp.objective import Objective, reward_gradient  # noqa: E402
 from flowbp.runtime.environment import environment  # noqa: E402
 from flowbp.runtime.tuning import master_weights, trainable_parameters  # noqa: E402
 from flowbp_kernels import sweep  # noqa: E402
+from flowbp_kernels.modulation import CHUNK as CHUNK_OF_TOKENS  # noqa: E402
 
 lora_linear: Any = importlib.import_module("flowbp_kernels.lora_linear")
 
@@ -76,7 +77,7 @@ NETWORKS = {"plain": ("full", False), "lora": ("lora", False), "fused": ("full",
 ATTENTION = {"step_traffic::attention": sdpa_flop_count, "step_traffic::attention_backward": sdpa_backward_flop_count}
 GEMM = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution", "convolution_backward"}
 GEMM |= {"flowbp_kernels::lora_linear", "flowbp_kernels::lora_linear_backward"}
-MODULATION, SUMMED = "flowbp_kernels::modulation_backward", 16  # and the tokens of one partial sum
+MODULATION = "flowbp_kernels::modulation_backward"
 OVERWRITE = {"copy_", "fill_", "zero_"}
 LAUNCHES = {
     "step_traffic::attention_backward": 3,  # row sums of out * grad; the gradients; a conversion of that of the queries
@@ -322,7 +323,7 @@ def partial_sums(name: str, arguments: dict[str, Any], out: Any) -> int:
     if name != MODULATION or not out[2].numel():
         return 0
     tokens = next(arguments[g] for g in ("g_s", "g") if arguments[g] is not None).shape[1]
-    return 2 * -(-tokens // SUMMED) * out[2].nbytes
+    return 2 * -(-tokens // CHUNK_OF_TOKENS) * out[2].nbytes
 
 
 def flops(name: str, func, args: tuple, kwargs: dict, out: Any) -> int:

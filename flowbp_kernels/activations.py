@@ -62,25 +62,25 @@ def _check_prefix(prefix: Tensor | None, x: Tensor, name: str) -> None:
 
 
 def _swiglu(gate: Tensor, value: Tensor, prefix: Tensor | None) -> Tensor:
-    if backend.select("activations", strided=True, gate=gate) == "triton":
+    if backend.select("activations", in_rows=True, gate=gate) == "triton":
         return backend.triton_op("activations", "swiglu")(gate, value, prefix)
     return reference.swiglu(gate, value, prefix)
 
 
 def _swiglu_backward(g: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    if backend.select("activations", strided=True, gate=gate) == "triton":
+    if backend.select("activations", in_rows=True, gate=gate) == "triton":
         return backend.triton_op("activations", "swiglu_backward")(g, gate, value)
     return reference.swiglu_backward(g, gate, value)
 
 
 def _gelu(x: Tensor, prefix: Tensor | None) -> Tensor:
-    if backend.select("activations", strided=True, x=x) == "triton":
+    if backend.select("activations", in_rows=True, x=x) == "triton":
         return backend.triton_op("activations", "gelu")(x, prefix)
     return reference.gelu(x, prefix)
 
 
 def _gelu_backward(g: Tensor, x: Tensor) -> Tensor:
-    if backend.select("activations", strided=True, x=x) == "triton":
+    if backend.select("activations", in_rows=True, x=x) == "triton":
         return backend.triton_op("activations", "gelu_backward")(g, x)
     return reference.gelu_backward(g, x)
 

@@ -213,7 +213,7 @@ def _with_whole_rows(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def _runs(queries, keys, queries_2, keys_2, weight_q, weight_k, weight_q_2, weight_k_2) -> str:
     weights = {"weights_q": weight_q, "weights_k": weight_k, "weights_q[1]": weight_q_2, "weights_k[1]": weight_k_2}
-    return backend.select("qk_norm", strided=True, queries=queries, keys=keys, **weights)
+    return backend.select("qk_norm", in_rows=True, queries=queries, keys=keys, **weights)
 
 
 def _pairs(q, k, q_2, k_2, weight_q, weight_k, weight_q_2, weight_k_2) -> tuple[Any, Any]:

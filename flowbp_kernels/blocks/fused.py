@@ -29,7 +29,7 @@ from flowbp_kernels.modulation import (
 )
 from flowbp_kernels.qk_norm import Rope, qk_norm
 
-FAMILIES = {  # and the kernels of each, as flowbp_kernels.backend names them; lora_linear is PyTorch's own GEMMs
+FAMILIES = {  # and the kernels of each, by their names in csrc/; lora_linear is PyTorch's own GEMMs
     "lora": (),
     "modulation": ("modulation",),
     "qk_norm": ("qk_norm",),
@@ -53,7 +53,9 @@ def pays(family: str, device_type: str) -> bool:
 
 @functools.cache
 def _has_kernel(op: str, device_type: str) -> bool:
-    return backend.select(op, x=torch.empty(0, device=device_type)) != "reference"
+    if device_type == "cuda":
+        return not backend.unavailable("triton")
+    return device_type == "cpu" and not backend.unavailable("cpu") and hasattr(torch.ops.flowbp_compiled, op)
 
 
 def bare(module: nn.Module) -> bool:
