@@ -5,13 +5,14 @@
 #   test       CUDA == CPU bit for bit, Triton against the reference, graph capture, the golden cases; no backend may be missing
 #   forward    every op beside eager PyTorch and torch.compile                          -> NAME.json
 #   backward   the same for backward and both together                                  -> NAME-backward.json
-#   share      the share of a training step that the ops take                           -> NAME-step-share.json
+#   network    the ops between a transformer's GEMMs beside eager and torch.compile     -> NAME-network.json
 #   train      seconds and memory of whole training steps on full-size backbones        -> NAME-train-step.json
+#   apply      the same with LoRA, without and with flowbp_kernels.apply                -> NAME-apply.json
 #   sanitize   compute-sanitizer, memcheck and racecheck, over the tests
 #
 # Without arguments all of them, in this order. A stage that fails or runs out of time is named at the end, and the others still run; the
-# benchmarks write their file after every case. `train` needs the [train] extra, the others torch, NumPy, pytest and Triton alone. Results
-# go to $OUT, else to benchmarks/results. FLOWBP_COMMIT names the commit where a copy of the checkout has left .git behind.
+# benchmarks write their file after every case. `train` and `apply` need the [train] extra, the others torch, NumPy, pytest and Triton
+# alone. Results go to $OUT, else to benchmarks/results. FLOWBP_COMMIT names the commit where a copy of the checkout has left .git behind.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
@@ -51,10 +52,14 @@ stage() {
     test) tests tests/kernels/test_gpu.py tests/test_golden.py tests/kernels/test_triton.py ;;
     forward) bench "" --mode forward --latent sd3.5-1024 flux-1024 video-720p ;;
     backward) bench -backward --mode backward full --latent sd3.5-1024 ;;
-    share) run "$PYTHON" benchmarks/step_share.py --device cuda --json "$RESULTS/$NAME-step-share.json" ;;
+    network) bench -network --mode forward full --dtype bfloat16 --latent sd3.5-block flux-block ;;
     train)
       run "$PYTHON" benchmarks/train_step.py --backbone sd3.5-medium flux.1-dev --active 1 4 --repeats 2 \
         --json "$RESULTS/$NAME-train-step.json"
+      ;;
+    apply)
+      run "$PYTHON" benchmarks/train_step.py --backbone sd3.5-medium --batch 8 --active 4 --mode sweep --checkpointing on \
+        --rank 32 --repeats 2 --apply off on --json "$RESULTS/$NAME-apply.json"
       ;;
     sanitize)
       local good=0
@@ -62,7 +67,7 @@ stage() {
       sanitize racecheck || good=1
       return $good
       ;;
-    *) echo "no stage $1; there are build, test, forward, backward, share, train, sanitize"; return 1 ;;
+    *) echo "no stage $1; there are build, test, forward, backward, network, train, apply, sanitize"; return 1 ;;
   esac
 }
 
@@ -71,7 +76,7 @@ NAME=$("$PYTHON" -c 'import torch; print("".join(c if c.isalnum() else "-" for c
 mkdir -p "$RESULTS"
 
 failed=()
-(($#)) || set -- build test forward backward share train sanitize
+(($#)) || set -- build test forward backward network train apply sanitize
 for name in "$@"; do
   echo "== $name ($(date +%T))"
   stage "$name" || failed+=("$name")

@@ -1,9 +1,9 @@
-"""The benchmark table of docs/kernels.md, from the committed results:  python benchmarks/table.py [--check]
+"""The tables of docs/kernels.md, from the committed results:  python benchmarks/table.py [--check]
 
-One line for each op, latent, dtype and kernel backend, at the largest batch and the fewest steps of its file. It shows
-the forward pass, or forward and backward together where a file has no forward pass alone. Files of step_share.py and
-train_step.py give one sentence a row. --check changes nothing, and fails if the page's table is not the one that the
-results give.
+Times: one line for each op, latent, dtype and kernel backend, at the largest batch and the fewest steps of its file. It
+shows the forward pass, or forward and backward together where a file has no forward pass alone. A file of train_step.py
+gives one sentence a row. Counts: what step_traffic.py and compiled_traffic.py have left in docs/. --check changes
+nothing, and fails if the page's tables are not those that the results give.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/kernels.md"
-BEGIN, END = "<!-- benchmarks: begin, written by benchmarks/table.py -->", "<!-- benchmarks: end -->"
+BEGIN, END = "<!-- {}: begin, written by benchmarks/table.py -->", "<!-- {}: end -->"
 KERNELS = ("cuda", "triton", "cpu")
 EMPTY = (
     "No results are committed yet: `flowbp bench --json benchmarks/results/NAME.json` makes them, "
@@ -35,17 +35,108 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     check = parser.parse_args().check
     old = PAGE.read_text(encoding="utf-8")
-    new = insert(old, table(sorted((ROOT / "benchmarks/results").glob("*.json"))))
+    new = written(old)
     if check and new != old:
-        sys.exit("the table of docs/kernels.md is not that of benchmarks/results: run python benchmarks/table.py")
+        sys.exit("the tables of docs/kernels.md are not those of the results: run python benchmarks/table.py")
     if not check:
         PAGE.write_text(new, encoding="utf-8")
 
 
-def insert(page: str, text: str) -> str:
-    """The page with `text` between the markers."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+def written(page: str) -> str:
+    """The page with the tables of the committed results."""
+    step, blocks = (
+        json.loads((ROOT / f"docs/{name}.json").read_text()) for name in ("step_traffic", "compiled_traffic")
+    )
+    page = insert(page, "traffic", traffic(step))
+    page = insert(page, "shares", shares(step))
+    page = insert(page, "compiled", compiled(blocks))
+    return insert(page, "benchmarks", table(sorted((ROOT / "benchmarks/results").glob("*.json"))))
+
+
+def insert(page: str, name: str, text: str) -> str:
+    """The page with `text` between the markers of this name."""
+    begin, end = BEGIN.format(name), END.format(name)
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+
+
+# -- counts ------------------------------------------------------------------------------------------------------------
+
+SHARES = ("sd3.5-medium", "flux.1-dev")  # of which the shares are shown
+NETWORKS = {"plain": "diffusers", "lora": "diffusers, peft's LoRA", "fused": "`apply`", "fused lora": "`apply`, LoRA"}
+LINES = {  # of the shares, with the beginnings of the names that ops have in a count
+    "GEMMs, convolutions": ("mm", "addmm", "bmm", "baddbmm", "convolution"),
+    "attention": ("step_traffic::attention",),
+    "`modulated_layer_norm`, `modulated_rms_norm`, `gated_residual`, `gated_residual_layer_norm`": (
+        "flowbp_kernels::modulation",
+    ),
+    "`qk_norm`": ("flowbp_kernels::qk_norm",),
+    "`swiglu`, `gelu`": ("flowbp_kernels::swiglu", "flowbp_kernels::gelu"),
+    "`lora_linear`: its GEMMs, casts and sums": ("flowbp_kernels::lora_linear",),
+    "`cfg_multistep_step`, `bridge_cotangents`, `leap_residuals`": (
+        "flowbp_kernels::cfg_multistep_step",
+        "flowbp_kernels::bridge_cotangents",
+        "flowbp_kernels::leap_residuals",
+    ),
+    "PyTorch's other ops": ("",),
+}
+
+
+def traffic(report: dict) -> str:
+    """Launches and gigabytes by network and pass."""
+    lines = [
+        f"| network, part | TFLOP (attention) | {' | '.join(NETWORKS.values())} |",
+        f"|{'---|' * (len(NETWORKS) + 2)}",
+    ]
+    for backbone in dict.fromkeys(row["backbone"] for row in report["rows"]):
+        rows = {row["network"]: row for row in report["rows"] if row["backbone"] == backbone}
+        for part in ("pass", "replay", "step"):
+            of_all = rows["plain"][part]
+            flops = f"{of_all['gemm_tflop'] + of_all['attention_tflop']:,.0f} ({of_all['attention_tflop']:,.0f})"
+            found = (rows[network][part] for network in NETWORKS)
+            cells = (f"{of['launches']:,}; {of['gb_outside']:,.0f} GB" for of in found)
+            lines.append(f"| `{backbone}`, {part} | {flops} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def shares(report: dict) -> str:
+    """The share of each op in the launches and in all bytes of a step with LoRA."""
+    rows = [row for row in report["rows"] if row["network"] in ("lora", "fused lora") and row["backbone"] in SHARES]
+    heads = (f"`{row['backbone']}`, {NETWORKS[row['network']]}" for row in rows)
+    lines = [f"| of the launches; of the bytes | {' | '.join(heads)} |", f"|{'---|' * (len(rows) + 1)}"]
+    found = [_by_line(row["ops"]) for row in rows]
+    for line in LINES:
+        cells = ("; ".join(f"{100 * share:.2g} %" for share in of[line] if share) for of in found)
+        lines.append(f"| {line} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _by_line(ops: dict[str, dict]) -> dict[str, tuple[float, float]]:
+    """(share of the launches, share of the bytes) of each line."""
+    sums = {line: [0.0, 0.0] for line in LINES}
+    for op, tally in ops.items():
+        line = next(line for line, names in LINES.items() if op.startswith(tuple(names)))
+        sums[line][0] += tally["launches"]
+        sums[line][1] += tally["gb"]
+    launches, gb = map(sum, zip(*sums.values(), strict=True))
+    return {line: (part[0] / launches, part[1] / gb) for line, part in sums.items()}
+
+
+def compiled(report: dict) -> str:
+    """Launches and gigabytes of a block by what runs it."""
+    kinds = ("eager", "compile", "fused")
+    lines = ["| block, weights, part | diffusers | torch.compile | `apply` |", "|---|---|---|---|"]
+    for key in dict.fromkeys((row["backbone"], row["block"], row["weights"]) for row in report["rows"]):
+        rows = {row["runs"]: row for row in report["rows"] if (row["backbone"], row["block"], row["weights"]) == key}
+        for part in ("pass", "replay"):
+            found = (rows[kind][part] for kind in kinds)
+            cells = (f"{of['launches']}; {of['gb_outside']:.3g} + {of['gb_gemm']:.3g} GB" for of in found)
+            weights = "LoRA" if key[2] == "lora" else "all weights"
+            lines.append(f"| `{key[0]}`, `{key[1]}`, {weights}, {part} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# -- times -------------------------------------------------------------------------------------------------------------
 
 
 def table(files: list[Path]) -> str:
@@ -53,9 +144,7 @@ def table(files: list[Path]) -> str:
     parts = []
     for file in files:
         report = json.loads(file.read_text(encoding="utf-8"))
-        if "shares" in report:  # of step_share.py
-            lines = [_share(report["case"], row) for row in report["shares"]]
-        elif "options" in report:  # of train_step.py
+        if "options" in report:  # of train_step.py
             lines = [_train_step(report["options"], row) for row in report["rows"]]
         else:
             lines = [HEADER, *_lines(report["rows"])]
@@ -69,19 +158,9 @@ def _machine(machine: dict) -> str:
     return f"{where}; {versions}; commit {machine['commit']}, {machine['date']}."
 
 
-def _share(case: dict, row: dict) -> str:
-    network = (
-        f"a transformer of width {case['width']}, depth {case['depth']}, on {case['batch']} x {case['tokens']} tokens"
-    )
-    return (
-        f"- `{row['kernels']}`: of a training step of {row['step_ms']:.3g} ms ({network}; {case['steps']} steps of "
-        f"rollout) the ops take {row['ops_ms']:.3g} ms, {row['percent']:.2g} %."
-    )
-
-
 def _train_step(options: dict, row: dict) -> str:
     nodes = f" (K = {row['active']})" if row["active"] else ""
-    checkpointed = ", checkpointed" if row["checkpointing"] else ""
+    checkpointed = (", checkpointed" if row["checkpointing"] else "") + (", `apply`" if row.get("apply") else "")
     if "out_of_memory" in row:
         result = f"out of memory in {row['out_of_memory']}"
     else:

@@ -7,7 +7,7 @@ weights, optimizer). On a GPU, memory is what the allocator handed out. On a CPU
 and sizes are tiny unless --size full is given.
 
 Mode sweep replays each active node (memory.recompute=always), mode graph keeps every node's graph (never). --active
-sets num_active of the methods that have it.
+sets num_active of the methods that have it. --apply off on takes every case without and with `flowbp_kernels.apply`.
 """
 
 import argparse
@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_pipelines import tiny_pipeline  # noqa: E402
 
+import flowbp_kernels  # noqa: E402
 from flowbp.backbones import BACKBONES  # noqa: E402
 from flowbp.config import RunConfig, build_method  # noqa: E402
 from flowbp.estimate.architectures import ARCHITECTURES, IMAGE_TOWERS, ImageTower, build_backbone  # noqa: E402
@@ -56,9 +57,15 @@ def main(arguments: list[str] | None = None) -> None:
         "rows": [],
     }
     cases = itertools.product(
-        options.backbone, options.tuning, options.checkpointing, options.method, options.active, options.mode
+        options.backbone,
+        options.tuning,
+        options.checkpointing,
+        options.method,
+        options.active,
+        options.mode,
+        options.apply,
     )
-    for backbone, tuning, checkpointing, method, active, mode in cases:
+    for backbone, tuning, checkpointing, method, active, mode, apply in cases:
         takes_active = "num_active" in {field.name for field in fields(METHODS[method])}
         if not takes_active and active != options.active[0]:
             continue
@@ -70,15 +77,23 @@ def main(arguments: list[str] | None = None) -> None:
             "method": method,
             "mode": mode,
         }
-        case |= {"active": active if takes_active else None}
-        report["rows"].append(case | measure(backbone, spec, tuning, checkpointing == "on", MODES[mode], tiny, options))
+        case |= {"active": active if takes_active else None, "apply": apply == "on"}
+        memory = checkpointing == "on", MODES[mode]
+        report["rows"].append(case | measure(backbone, spec, tuning, *memory, apply == "on", tiny, options))
         if options.json:
             Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     Console(width=None if sys.stdout.isatty() else 180).print(table(report))
 
 
 def measure(
-    name: str, method: dict, tuning: str, checkpointing: bool, recompute: str, tiny: bool, options: argparse.Namespace
+    name: str,
+    method: dict,
+    tuning: str,
+    checkpointing: bool,
+    recompute: str,
+    apply: bool,
+    tiny: bool,
+    options: argparse.Namespace,
 ) -> dict:
     """One row: seconds and peak megabytes of every phase, or where memory ran out."""
     config = run_config(name, method, tuning, checkpointing, recompute, options)
@@ -91,6 +106,8 @@ def measure(
             random_backbone(name, options.device, dtype, tiny),
             random_reward(options.device, dtype, tiny),
         )
+        if apply:
+            flowbp_kernels.apply(backbone.denoiser)
         trainer = Trainer(config, backbone, reward)
         trainer.phases = phases
         trainer.step(0)
@@ -192,6 +209,7 @@ def table(report: dict) -> Table:
         shown.add_column(f"{part} GB", justify="right")
     for row in report["rows"]:
         weights = row["tuning"] + (", checkpointed" if row["checkpointing"] else "")
+        weights += ", apply" if row["apply"] else ""
         cells = [row["backbone"], weights, row["method"], str(row["active"] or ""), row["mode"]]
         if "out_of_memory" in row:
             cells.append(f"out of memory in {row['out_of_memory']}")
@@ -213,6 +231,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--active", nargs="+", type=int, default=[1, 2, 4, 8], metavar="K", help="active nodes (1 2 4 8)"
     )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="sweep graph (both)")
+    parser.add_argument("--apply", nargs="+", choices=("off", "on"), default=["off"], help="the fused blocks (off)")
     parser.add_argument("--tuning", nargs="+", choices=("lora", "full"), default=["lora"])
     parser.add_argument(
         "--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"], help="of transformer and VAE (both)"

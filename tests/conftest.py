@@ -36,6 +36,7 @@ SLOW_PLACES = (
     "test_reproducible.py",
     "test_security.py",
     "test_sweep.py",
+    "test_traffic.py",
     "test_train_step.py",
     "test_trainer.py",
     "test_tuning.py",

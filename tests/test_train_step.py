@@ -24,12 +24,16 @@ def test_every_phase_of_every_case_is_measured(tmp_path, capsys):
         "--active",
         "1",
         "2",
+        "--apply",
+        "off",
+        "on",
     ]
     sizes = ["--size", "tiny", "--tuning", "full", "--checkpointing", "on", "--steps", "4", "--repeats", "1"]
     train_step.main([*cases, *sizes, "--json", str(tmp_path / "steps.json")])
     report = json.loads((tmp_path / "steps.json").read_text())
     assert report["machine"]["versions"]["torch"] == torch.__version__ and "commit" in report["machine"]
-    assert len(report["rows"]) == 2 * (2 + 1)  # LeapAlign has no num_active: one row a mode
+    assert len(report["rows"]) == 2 * 2 * (2 + 1)  # LeapAlign has no num_active: one row a mode, on or off
+    assert [row["apply"] for row in report["rows"]] == [False, True] * 6
     for row in report["rows"]:
         assert min(row["seconds"].values()) > 0 and sum(row["seconds"].values()) <= 1.001 * row["step_seconds"]
         assert row["seconds"].keys() == row["peak_mb"].keys() == set(train_step.PHASES)

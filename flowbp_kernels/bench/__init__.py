@@ -33,7 +33,8 @@ import torch
 
 from flowbp_kernels import backend
 from flowbp_kernels.bench import measure
-from flowbp_kernels.bench.registry import DTYPES, LATENTS, OPS, Case, Problem, cases, footprint, problem
+from flowbp_kernels.bench.case import DTYPES, LATENTS, Case, Problem
+from flowbp_kernels.bench.registry import OPS, cases, footprint, problem
 
 MODES = ("forward", "backward", "full")
 PROVIDERS = (*backend.BACKENDS, "eager", "einsum", "baddbmm", "compile", "copy", "launch")

@@ -1,73 +1,32 @@
 """What is measured: each op on the latents of real models, and the PyTorch that trainers write today instead of it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
 from torch import Tensor
 
 import flowbp_kernels
-
-# One sample's latent. The video is 21 latent frames of 720 x 1280 pixels.
-LATENTS = {
-    "tiny": (3, 7, 41),  # odd, for tests and sanitizers; only where asked for
-    "sd3.5-512": (16, 64, 64),
-    "sd3.5-1024": (16, 128, 128),
-    "flux-1024": (4096, 64),
-    "video-720p": (16, 21, 90, 160),
-}
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Case:
-    op: str
-    latent: str
-    batch: int
-    steps: int  # N: rows of the cache, all of which are read; 1 for an op of no cache or of few rows
-    dtype: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.batch, *LATENTS[self.latent])
-
-
-@dataclass(frozen=True)
-class Problem:
-    """An op's inputs at hand, and every way to compute it.
-
-    ours(*inputs): through flowbp_kernels, with gradient.
-    ours_into(*inputs): the same into tensors made before, as a trainer does.
-    baselines: other ways by name, of the same inputs.
-    to_compile: the formula written for torch.compile, with float32 sums and no more casts than needed.
-    leaves: positions of the inputs that backward differentiates; none for an op without gradient.
-    traffic: bytes that must be read and written at least, by mode.
-    """
-
-    inputs: tuple[Tensor, ...]
-    ours: Callable
-    ours_into: Callable
-    to_compile: Callable
-    baselines: dict[str, Callable]
-    leaves: tuple[int, ...]
-    traffic: dict[str, int] = field(default_factory=dict)
+from flowbp_kernels.bench import network
+from flowbp_kernels.bench.case import DTYPES, Case, Problem, draw, with_sum
 
 
 def cases(ops, latents, batches, steps, dtypes) -> Iterator[Case]:
+    """Every combination in which the op works on such a tensor, and the number of steps changes something."""
     for op, latent, batch, num_steps, dtype in product(ops, latents, batches, steps, dtypes):
-        if has_rows(op) or num_steps == steps[0]:
+        of_network = latent == "tiny" or (op in network.OPS) == latent.endswith("-block")
+        if of_network and (has_rows(op) or num_steps == steps[0]):
             yield Case(op, latent, batch, num_steps if has_rows(op) else 1, dtype)
 
 
 def has_rows(op: str) -> bool:
     """Whether the op's size depends on the number of steps."""
-    return op not in ("cfg_euler_step", "cfg_multistep_step", "straight_through")
+    return op not in ("cfg_euler_step", "cfg_multistep_step", "straight_through", *network.OPS)
 
 
 def footprint(case: Case, modes: Sequence[str]) -> int:
     """Bytes that measuring a case takes, about: its tensors, their gradients, and the copy that it is compared with."""
-    copies = 4
+    copies = 12 if case.op in network.OPS else 4  # the hidden layer of a block is four times as wide
     # The outputs of this op are as large as a cache, and for backward every provider keeps its own.
     if case.op == "bridge_cotangents":
         copies = 8 if list(modes) == ["forward"] else 12
@@ -79,7 +38,7 @@ def problem(case: Case, device: str) -> Problem:
 
 
 def quadrature_update(case: Case, device: str) -> Problem:
-    x, velocities = _draw(case, device), _draw(case, device, case.steps)
+    x, velocities = draw(case, device), draw(case, device, case.steps)
     nodes, weights = list(range(case.steps)), _weights(case)
     out = torch.empty_like(x)
 
@@ -114,7 +73,7 @@ def quadrature_update(case: Case, device: str) -> Problem:
 
 
 def leap_residuals(case: Case, device: str) -> Problem:
-    x_k, x_j, x_end, velocities = (*(_draw(case, device) for _ in range(3)), _draw(case, device, case.steps))
+    x_k, x_j, x_end, velocities = (*(draw(case, device) for _ in range(3)), draw(case, device, case.steps))
     nodes, weights, split = list(range(case.steps)), _weights(case), case.steps // 2
     leaps = weights[:split] + [0.0] * (case.steps - split), [0.0] * split + weights[split:]
 
@@ -158,7 +117,7 @@ def leap_residuals(case: Case, device: str) -> Problem:
 
 
 def cfg_euler_step(case: Case, device: str) -> Problem:
-    x, v_cond, v_uncond = (_draw(case, device) for _ in range(3))
+    x, v_cond, v_uncond = (draw(case, device) for _ in range(3))
     guidance, h = 4.5, -0.04
     latent_slot, velocity_slot = torch.empty_like(x), torch.empty_like(x)
 
@@ -189,7 +148,7 @@ def cfg_euler_step(case: Case, device: str) -> Problem:
 
 def cfg_multistep_step(case: Case, device: str) -> Problem:
     """Adams-Bashforth of order 3: two earlier velocities are read."""
-    x, v_cond, v_uncond, velocities = (*(_draw(case, device) for _ in range(3)), _draw(case, device, 3))
+    x, v_cond, v_uncond, velocities = (*(draw(case, device) for _ in range(3)), draw(case, device, 3))
     guidance, h, nodes, weights = 4.5, -0.077, [0, 1], [-0.017, 0.053]
     latent_slot, velocity_slot = torch.empty_like(x), torch.empty_like(x)
 
@@ -224,7 +183,7 @@ def cfg_multistep_step(case: Case, device: str) -> Problem:
 
 
 def bridge_cotangents(case: Case, device: str) -> Problem:
-    g, g_x = _draw(case, device), _draw(case, device)
+    g, g_x = draw(case, device), draw(case, device)
     weights, alphas = _weights(case), [0.3] * (case.steps // 2) + [0.0] * (case.steps - case.steps // 2)
     out = g.new_empty(case.steps, *g.shape)
 
@@ -249,7 +208,7 @@ def bridge_cotangents(case: Case, device: str) -> Problem:
 
 
 def straight_through(case: Case, device: str) -> Problem:
-    value, surrogate = _draw(case, device), _draw(case, device)
+    value, surrogate = draw(case, device), draw(case, device)
 
     def eager(value, surrogate):
         return value.detach() + 0.3 * (surrogate - surrogate.detach())
@@ -278,11 +237,7 @@ OPS = {
         bridge_cotangents,
         straight_through,
     )
-}
-
-
-def _draw(case: Case, device: str, *rows: int) -> Tensor:
-    return torch.randn(*rows, *case.shape, dtype=DTYPES[case.dtype], device=device)
+} | network.OPS
 
 
 def _weights(case: Case) -> list[float]:
@@ -292,4 +247,4 @@ def _weights(case: Case) -> list[float]:
 def _traffic(x: Tensor, **tensors_by_mode: int) -> dict[str, int]:
     """Bytes by mode, from the number of tensors like x that each mode reads and writes; "full" is the sum."""
     by_mode = {mode: count * x.nbytes for mode, count in tensors_by_mode.items()}
-    return by_mode | ({"full": sum(by_mode.values())} if "backward" in by_mode else {})
+    return with_sum(by_mode)

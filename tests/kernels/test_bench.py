@@ -2,7 +2,6 @@
 results.
 """
 
-import argparse
 import importlib.util
 import json
 import math
@@ -13,8 +12,9 @@ import pytest
 import torch
 
 from flowbp_kernels import bench
-from flowbp_kernels.bench import measure
-from flowbp_kernels.bench.registry import LATENTS, OPS, Case, cases, footprint, problem
+from flowbp_kernels.bench import measure, network
+from flowbp_kernels.bench.case import LATENTS, Case
+from flowbp_kernels.bench.registry import OPS, cases, footprint, problem
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("reference", "eager", "einsum", "baddbmm")
@@ -119,17 +119,27 @@ def test_a_backend_that_was_asked_for_and_cannot_run_raises():
         bench.run(tiny("quadrature_update"), "cpu", modes=("forward",), providers=("cuda",), seconds=0)
 
 
-def test_ops_without_a_cache_are_measured_at_one_number_of_steps():
-    chosen = list(cases(["cfg_euler_step", "quadrature_update"], ["tiny"], [1, 8], [25, 50], ["float32"]))
-    assert [(case.op, case.batch, case.steps) for case in chosen] == [
-        ("cfg_euler_step", 1, 1),
-        ("cfg_euler_step", 8, 1),
-        ("quadrature_update", 1, 25),
-        ("quadrature_update", 1, 50),
-        ("quadrature_update", 8, 25),
-        ("quadrature_update", 8, 50),
+def test_an_op_is_measured_where_it_works_and_without_a_cache_at_one_number_of_steps():
+    ops, latents = ["cfg_euler_step", "quadrature_update", "gelu"], ["sd3.5-512", "flux-block"]
+    chosen = list(cases(ops, latents, [1, 8], [25, 50], ["float32"]))
+    assert [(case.op, case.latent, case.batch, case.steps) for case in chosen] == [
+        ("cfg_euler_step", "sd3.5-512", 1, 1),
+        ("cfg_euler_step", "sd3.5-512", 8, 1),
+        ("quadrature_update", "sd3.5-512", 1, 25),
+        ("quadrature_update", "sd3.5-512", 1, 50),
+        ("quadrature_update", "sd3.5-512", 8, 25),
+        ("quadrature_update", "sd3.5-512", 8, 50),
+        ("gelu", "flux-block", 1, 1),
+        ("gelu", "flux-block", 8, 1),
     ]
-    assert footprint(chosen[5], ["forward"]) > 4 * 50 * 8 * 861 * 4
+    assert footprint(chosen[5], ["forward"]) > 4 * 50 * 8 * 65536 * 4
+
+
+@pytest.mark.parametrize("op", sorted(network.OPS))
+def test_a_case_of_a_network_fits_its_footprint(op):
+    case = Case(op, "flux-block", 8, 1, "bfloat16")
+    task = problem(case, "meta")
+    assert sum(t.nbytes for t in task.inputs) + max(task.traffic.values()) < footprint(case, ["full"])
 
 
 def test_the_command_writes_rows_and_says_what_it_left_out(tmp_path, capsys):
@@ -251,15 +261,4 @@ def test_a_file_without_forward_rows_shows_both_passes_and_one_of_whole_steps_it
 def test_the_docs_hold_the_table_of_the_committed_results():
     module = script("table")
     page = module.PAGE.read_text(encoding="utf-8")
-    assert module.insert(page, module.table(sorted((ROOT / "benchmarks/results").glob("*.json")))) == page
-
-
-def test_the_share_of_a_step_counts_the_ops_that_the_engine_calls():
-    options = {"device": "cpu", "tokens": 4, "width": 64, "depth": 1, "batch": 2, "steps": 12, "repeats": 1}
-    share = script("step_share").share("reference", argparse.Namespace(**options))
-    assert set(share["by_op_ms"]) >= {"cfg_multistep_step", "leap_residuals"}
-    assert 0 < share["percent"] < 100 and share["ops_ms"] == pytest.approx(sum(share["by_op_ms"].values()))
-    text = script("table")._share(options, share | {"step_ms": 200.0, "ops_ms": 1.5, "percent": 0.75})
-    assert text.startswith("- `reference`: of a training step of 200 ms") and text.endswith(
-        "the ops take 1.5 ms, 0.75 %."
-    )
+    assert module.written(page) == page
