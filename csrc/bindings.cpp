@@ -526,6 +526,89 @@ void activations_backward(const Tensor& g, const Tensor& x, const std::optional<
   }
 }
 
+// [B, T, D] of the shape of `like`, or absent.
+Tokens tokens_of(const std::optional<Tensor>& t, const char* name, const Tensor& like) {
+  if (!t) return {};
+  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 3 && like.dim() == 3, name, " must be [B, T, D] on the CPU");
+  for (int d = 0; d < 3; ++d) STD_TORCH_CHECK(t->size(d) == like.size(d), name, " has another shape in dimension ", d);
+  STD_TORCH_CHECK(t->stride(2) == 1 || t->size(2) <= 1, name, " must have contiguous rows");
+  const Dtype dtype = dtype_of(*t, name);
+  STD_TORCH_CHECK(dtype == dtype_of(like, name) && dtype != Dtype::kFloat8, name, " must have the dtype of the others");
+  return {{t->const_data_ptr(), dtype}, t->stride(0), t->stride(1)};
+}
+
+// [B, D], [1, D], [B, 1, D] or [1, 1, D] for `like` [B, T, D], or absent.
+BySample by_sample(const std::optional<Tensor>& t, const char* name, const Tensor& like) {
+  if (!t) return {};
+  const int64_t dims = t->dim(), batch = dims ? t->size(0) : 0;
+  STD_TORCH_CHECK(t->is_cpu() && (dims == 2 || (dims == 3 && t->size(1) == 1)) && (batch == 1 || batch == like.size(0)) &&
+                      t->size(dims - 1) == like.size(2),
+                  name, " must be [B or 1, D] or [B or 1, 1, D] on the CPU");
+  STD_TORCH_CHECK(t->stride(dims - 1) == 1 || like.size(2) <= 1, name, " must have contiguous rows");
+  const Dtype dtype = dtype_of(*t, name);
+  STD_TORCH_CHECK(dtype != Dtype::kFloat8, name, " must not be float8");
+  return {{t->const_data_ptr(), dtype}, batch == 1 ? 0 : t->stride(0)};
+}
+
+Output written(const std::optional<Tensor>& t, const char* name, const Tensor& like) {
+  if (!t) return {};
+  check_same(dtype_of(*t, name), dtype_of(like, "the input"), name, "the input");
+  return output(*t, name, like, like.numel());
+}
+
+template <class Op>
+void on_cpu_by_token(const Op& op, void (*kernel)(const Op&, int64_t, int64_t), int64_t rows) {
+  on_cpu(op, kernel, op.batch * token_chunks(op.tokens), kTokens * op.size * rows);
+}
+
+void modulation(const Tensor& x, const std::optional<Tensor>& gate, const std::optional<Tensor>& y,
+                const std::optional<Tensor>& weight, const std::optional<Tensor>& shift,
+                const std::optional<Tensor>& scale, const std::optional<Tensor>& shift_2,
+                const std::optional<Tensor>& scale_2, bool is_layer, double eps, const std::optional<Tensor>& total,
+                const std::optional<Tensor>& out, const std::optional<Tensor>& out_2) {
+  Modulation op{};
+  op.x = tokens_of(x, "x", x);
+  op.batch = x.size(0), op.tokens = x.size(1), op.size = x.size(2);
+  op.is_layer = is_layer, op.eps = eps;
+  op.y = tokens_of(y, "y", x);
+  op.gate = by_sample(gate, "gate", x);
+  op.shift = by_sample(shift, "shift", x), op.scale = by_sample(scale, "scale", x);
+  op.shift_2 = by_sample(shift_2, "shift_2", x), op.scale_2 = by_sample(scale_2, "scale_2", x);
+  if (weight) op.weight = input(*weight, "weight", x, op.size);
+  op.total = written(total, "total", x), op.out = written(out, "out", x), op.out_2 = written(out_2, "out_2", x);
+  STD_TORCH_CHECK(!!gate == !!y && !!gate == !!total, "gate, y and total belong together");
+  STD_TORCH_CHECK((!shift || scale) && !!shift_2 == !!scale_2 && !!scale_2 == !!out_2 && (!out_2 || out),
+                  "a shift needs a scale, and a second one needs both and an output");
+  if (x.numel() > 0) on_cpu_by_token(op, instruction_set().kernels->modulation, 2 + !!gate + !!out_2);
+}
+
+void modulation_backward(const std::optional<Tensor>& g_total, const std::optional<Tensor>& g,
+                         const std::optional<Tensor>& g_2, const std::optional<Tensor>& s,
+                         const std::optional<Tensor>& gate, const std::optional<Tensor>& y,
+                         const std::optional<Tensor>& weight, const std::optional<Tensor>& scale,
+                         const std::optional<Tensor>& scale_2, bool is_layer, double eps, bool of_modulation,
+                         const std::optional<Tensor>& of_x, const std::optional<Tensor>& of_y,
+                         const std::optional<Tensor>& parts) {
+  STD_TORCH_CHECK(g_total || g, "there is no gradient");
+  const Tensor& like = g_total ? *g_total : *g;
+  ModulationBackward op{};
+  op.g_total = tokens_of(g_total, "g_total", like), op.g = tokens_of(g, "g", like);
+  op.batch = like.size(0), op.tokens = like.size(1), op.size = like.size(2);
+  op.is_layer = is_layer, op.of_modulation = of_modulation, op.eps = eps;
+  op.g_2 = tokens_of(g_2, "g_2", like), op.s = tokens_of(s, "s", like), op.y = tokens_of(y, "y", like);
+  op.gate = by_sample(gate, "gate", like);
+  op.scale = by_sample(scale, "scale", like), op.scale_2 = by_sample(scale_2, "scale_2", like);
+  if (weight) op.weight = input(*weight, "weight", like, op.size);
+  op.of_x = written(of_x, "of_x", like), op.of_y = written(of_y, "of_y", like);
+  STD_TORCH_CHECK(!!s == !!g && !!s == !!of_x && !!g_2 == !!scale_2 && (!g_2 || s), "s, g and of_x belong together, and "
+                  "g_2 and scale_2");
+  STD_TORCH_CHECK(!!gate == !!of_y && (!of_modulation || s), "gate and of_y belong together; only a norm is modulated");
+  const int64_t sums = (of_modulation ? (1 + is_layer) * (1 + !!g_2) : 0) + !!y;
+  STD_TORCH_CHECK(!!parts == (sums > 0), "sums go into parts");
+  if (parts) op.parts = float32<float>(*parts, "parts", like, sums * op.batch * token_chunks(op.tokens) * op.size);
+  if (like.numel() > 0) on_cpu_by_token(op, instruction_set().kernels->modulation_backward, 3 + !!g_total + !!y + !!gate);
+}
+
 std::string isa() { return instruction_set().name; }
 std::string isas() {  // those that run here, best first
   std::string names;
@@ -568,6 +651,11 @@ STABLE_TORCH_LIBRARY(flowbp_compiled, m) {
         " Tensor(f!)? sums) -> ()");
   m.def("activations(Tensor x, Tensor? value, Tensor? prefix, Tensor(a!) out) -> ()");
   m.def("activations_backward(Tensor g, Tensor x, Tensor? value, Tensor(a!) of_x, Tensor(b!)? of_value) -> ()");
+  m.def("modulation(Tensor x, Tensor? gate, Tensor? y, Tensor? weight, Tensor? shift, Tensor? scale, Tensor? shift_2,"
+        " Tensor? scale_2, bool is_layer, float eps, Tensor(a!)? total, Tensor(b!)? out, Tensor(c!)? out_2) -> ()");
+  m.def("modulation_backward(Tensor? g_total, Tensor? g, Tensor? g_2, Tensor? s, Tensor? gate, Tensor? y, Tensor? weight,"
+        " Tensor? scale, Tensor? scale_2, bool is_layer, float eps, bool of_modulation, Tensor(a!)? of_x,"
+        " Tensor(b!)? of_y, Tensor(c!)? parts) -> ()");
   m.def("isa() -> str");
   m.def("isas() -> str");
   m.def("rows() -> str");
@@ -584,6 +672,8 @@ STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CPU, m) {
   m.impl("activations_backward", TORCH_BOX(&activations_backward));
   m.impl("qk_norm", TORCH_BOX(&qk_norm));
   m.impl("qk_norm_backward", TORCH_BOX(&qk_norm_backward));
+  m.impl("modulation", TORCH_BOX(&modulation));
+  m.impl("modulation_backward", TORCH_BOX(&modulation_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CompositeExplicitAutograd, m) {

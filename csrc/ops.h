@@ -129,6 +129,46 @@ struct BridgeCotangents {
   Rule<2> rule;
 };
 
+// A tensor [B, T, D]: `sample` and `token` are its strides, and a row is contiguous.
+struct Tokens {
+  Input rows;
+  int64_t sample, token;
+};
+// [B, D], or one row for all samples, whose stride is 0.
+struct BySample {
+  Input rows;
+  int64_t sample;
+};
+
+constexpr int64_t kTokens = 16;  // of one task, and of one partial sum; Python's modulation.CHUNK
+FLOWBP_HD int64_t token_chunks(int64_t tokens) { return (tokens + kTokens - 1) / kTokens; }
+
+// s = x + gate y;  n = norm(s) weight;  out = n (1 + scale) + shift, and the same with scale_2 and shift_2
+// What is null takes no part; out null: there is no norm.
+struct Modulation {
+  int64_t batch, tokens, size;
+  bool is_layer;  // LayerNorm, else RMS
+  double eps;
+  Tokens x, y;  // of one dtype, and the outputs of it too
+  BySample gate, shift, scale, shift_2, scale_2;
+  Input weight;
+  Output total, out, out_2;  // [B, T, D] contiguous; total holds s
+};
+
+// With u = weight (g (1 + scale) + g_2 (1 + scale_2)) and n = norm(s):
+// of_x = d = g_total + rstd (u - mean u - n mean(u n)), without mean u for RMS;  of_y = gate d;  without s, d = g_total
+// parts[:, b, chunk] = the chunk's sums of g n, g, g_2 n, g_2 (of_modulation; without g and g_2 for RMS), then d y
+struct ModulationBackward {
+  int64_t batch, tokens, size;
+  bool is_layer, of_modulation;
+  double eps;
+  Tokens g_total, g, g_2, s, y;  // of one dtype, and the outputs of it too
+  BySample gate, scale, scale_2;
+  Input weight;
+  Output of_x, of_y;  // [B, T, D] contiguous
+  float* parts;       // [R, B, chunks, D], or null
+};
+
 // The order in which a residual is summed, on every backend: the gaps of a chunk by kThreads threads, kWidth
 // neighbours each, then by halves across the threads; the chunks by kThreads threads in float64, then by halves.
 constexpr int kThreads = 256, kWidth = 8;
@@ -220,6 +260,9 @@ struct CpuKernels {
   // A task is a chunk of one sample's tokens of one stream.
   void (*qk_norm)(const QkNorm&, int64_t first_task, int64_t last_task);
   void (*qk_norm_backward)(const QkNorm&, int64_t first_task, int64_t last_task);
+  // A task is a chunk of one sample's tokens.
+  void (*modulation)(const Modulation&, int64_t first_task, int64_t last_task);
+  void (*modulation_backward)(const ModulationBackward&, int64_t first_task, int64_t last_task);
   // A task is a chunk of one row.
   void (*activation)(const Activation&, int64_t first_task, int64_t last_task);
   void (*activation_backward)(const Activation&, int64_t first_task, int64_t last_task);

@@ -12,13 +12,13 @@ selective_recompute   cached value; backward replays the active nodes    paramet
 Between the matrix products of a network, where a pass moves most of its bytes:
 
 op                         formula                                       gradient to      kernels
-modulated_layer_norm       LN(x) (1 + scale) + shift, once or twice      all tensors      none yet
-modulated_rms_norm         weight x / rms(x) (1 + scale)                 all tensors      none yet
-gated_residual             residual + gate y                             all tensors      none yet
-gated_residual_layer_norm  s = residual + gate y;  s, modulated LN(s)    all tensors      none yet
-qk_norm                    R (w x / rms(x)) of all streams, joined       queries, keys, w none yet
-swiglu                     silu(gate) value, behind a prefix             gate, value      none yet
-gelu                       tanh-approximate GELU, behind a prefix        x                none yet
+modulated_layer_norm       LN(x) (1 + scale) + shift, once or twice      all tensors      triton, cpu
+modulated_rms_norm         weight x / rms(x) (1 + scale)                 all tensors      triton, cpu
+gated_residual             residual + gate y                             all tensors      triton, cpu
+gated_residual_layer_norm  s = residual + gate y;  s, modulated LN(s)    all tensors      triton, cpu
+qk_norm                    R (w x / rms(x)) of all streams, joined       queries, keys, w triton, cpu
+swiglu                     silu(gate) value, behind a prefix             gate, value      triton
+gelu                       tanh-approximate GELU, behind a prefix        x                triton
 lora_linear                x W^T + bias + scale (x a^T) b^T              all tensors      PyTorch's GEMMs
 apply                      all of these in the blocks of diffusers' SD3, FLUX.1, FLUX.2 and Z-Image
 

@@ -67,7 +67,7 @@ def _check_prefix(prefix: Tensor | None, x: Tensor, name: str) -> None:
 
 
 def _swiglu(gate: Tensor, value: Tensor, prefix: Tensor | None) -> Tensor:
-    runs = backend.select("activations", strided=True, gate=gate)
+    runs = backend.select("activations", in_rows=True, gate=gate)
     if runs == "reference":
         return reference.swiglu(gate, value, prefix)
     out = _like_joint(gate, prefix)
@@ -77,7 +77,7 @@ def _swiglu(gate: Tensor, value: Tensor, prefix: Tensor | None) -> Tensor:
 
 
 def _swiglu_backward(g: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    runs = backend.select("activations", strided=True, gate=gate)
+    runs = backend.select("activations", in_rows=True, gate=gate)
     if runs == "reference":
         return reference.swiglu_backward(g, gate, value)
     of_gate, of_value = gate.new_empty(gate.shape), value.new_empty(value.shape)
@@ -91,7 +91,7 @@ def _swiglu_backward(g: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Te
 
 
 def _gelu(x: Tensor, prefix: Tensor | None) -> Tensor:
-    runs = backend.select("activations", strided=True, x=x)
+    runs = backend.select("activations", in_rows=True, x=x)
     if runs == "reference":
         return reference.gelu(x, prefix)
     out = _like_joint(x, prefix)
@@ -101,7 +101,7 @@ def _gelu(x: Tensor, prefix: Tensor | None) -> Tensor:
 
 
 def _gelu_backward(g: Tensor, x: Tensor) -> Tensor:
-    runs = backend.select("activations", strided=True, x=x)
+    runs = backend.select("activations", in_rows=True, x=x)
     if runs == "reference":
         return reference.gelu_backward(g, x)
     of_x = x.new_empty(x.shape)

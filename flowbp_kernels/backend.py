@@ -77,10 +77,11 @@ def written(name: str, out: Tensor, others: dict[str, Tensor | None], in_place_o
     torch.autograd.graph.increment_version(out)
 
 
-def select(op: str, num_nodes: int = 0, *, strided: bool = False, **tensors: Tensor | None) -> str:
+def select(op: str, num_nodes: int = 0, *, in_rows: bool = False, **tensors: Tensor | None) -> str:
     """The backend that runs `op` on these tensors, named as in its contract, with a rule of num_nodes rows.
 
-    strided: its kernels take tensors that are not contiguous.
+    in_rows: its kernels go through rows, whose strides are free: one for GPUs in Triton, and a compiled one for the CPU
+    that takes tensors of one dtype.
     """
     wanted = requested()
     label, first = next(iter(tensors.items()))
@@ -89,7 +90,7 @@ def select(op: str, num_nodes: int = 0, *, strided: bool = False, **tensors: Ten
         if not _reaches(name, first):
             cause = f"{label} is on {first.device}" if name == wanted else "elsewhere"
         else:
-            cause = _unsuited(name, op, num_nodes, strided, tensors)
+            cause = _unsuited(name, op, num_nodes, in_rows, tensors)
         if not cause:
             return name
         if wanted == name:
@@ -183,17 +184,21 @@ def _reaches(name: str, tensor: Tensor) -> bool:
     return name == "reference" or tensor.is_cuda or (name == "triton" and _interprets_triton())
 
 
-def _unsuited(name: str, op: str, num_nodes: int, strided: bool, tensors: dict[str, Tensor | None]) -> str:
+def _unsuited(name: str, op: str, num_nodes: int, in_rows: bool, tensors: dict[str, Tensor | None]) -> str:
     """What keeps a backend that reaches these tensors from running `op` on them; "" if nothing does."""
     if name == "reference":
         return ""
-    cause = unavailable(name, next(iter(tensors.values())).device.index)  # pyright: ignore[reportOptionalMemberAccess]
+    first_label, first = next(iter(tensors.items()))
+    assert first is not None
+    cause = unavailable(name, first.device.index)
     if cause:
         return cause
     if name == "triton" and importlib.util.find_spec(f"flowbp_kernels._triton.{op}") is None:
         return f"flowbp_kernels/_triton/{op}.py does not exist"
-    if name in ("cuda", "cpu") and not _is_compiled(op, name.upper()):
-        return f"csrc/ has no kernel of it for {name}"
+    if in_rows and name == "cuda":
+        return "its kernel for a GPU is the one in Triton"
+    if in_rows and name == "cpu" and not _is_compiled(op):
+        return f"{extension_path()} has no kernel of it: build it anew, if csrc/ has one by now"
     if num_nodes > MAX_NODES and name != "triton":
         return f"its {num_nodes} nodes exceed the {MAX_NODES} that a compiled kernel takes"
     for label, tensor in tensors.items():
@@ -201,8 +206,10 @@ def _unsuited(name: str, op: str, num_nodes: int, strided: bool, tensors: dict[s
             continue
         if tensor.dtype not in COMPILED_DTYPES and not (label == "velocities" and tensor.dtype == torch.float8_e4m3fn):
             return f"{label} is {tensor.dtype}; it takes float32, bfloat16 and float16, and float8_e4m3fn for a cache"
-        if not strided and not tensor.is_contiguous():
+        if not in_rows and not tensor.is_contiguous():
             return f"{label} is not contiguous"
+        if in_rows and name == "cpu" and tensor.dtype != first.dtype:
+            return f"{label} is {tensor.dtype} and {first_label} {first.dtype}; its compiled kernel takes one dtype"
     return ""
 
 
@@ -221,10 +228,9 @@ def _load_extension() -> str:
 
 
 @functools.cache
-def _is_compiled(op: str, key: str) -> bool:
-    """Whether the extension, which is loaded, has a kernel of `op` for a dispatch key."""
-    known = hasattr(torch.ops.flowbp_compiled, op)
-    return known and torch._C._dispatch_has_kernel_for_dispatch_key(f"flowbp_compiled::{op}", key)
+def _is_compiled(op: str) -> bool:
+    """Whether the extension, which is loaded, has an op."""
+    return hasattr(torch.ops.flowbp_compiled, op)
 
 
 @functools.cache

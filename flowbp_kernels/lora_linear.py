@@ -46,11 +46,12 @@ def lora_linear(
         x = x.to(dtype)
         if isinstance(weight, Tensor):
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    base = None if isinstance(weight, Tensor) else weight(x)
+    matrix, base = (weight, None) if isinstance(weight, Tensor) else (None, weight(x))
     if base is not None:
-        x, weight = x.to(base.dtype), None
-    _check(x, weight, bias, base, a, b)
-    return _op(x, weight, bias, base, a, b, float(scale))
+        check_float("weight(x)", base)
+        x = x.to(base.dtype)
+    _check(x, matrix, bias, base, a, b)
+    return _op(x, matrix, bias, base, a, b, float(scale))
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, a: Tensor, b: Tensor) -> None:
@@ -142,11 +143,11 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, g):
-    saved = ctx.saved_tensors  # once: checkpointing gives them once
-    run = _backward_op if backend.needs_operator(g, *saved) else _run_backward
-    gradients = iter(run(g, *saved, ctx.scale, ctx.needs))
-    x, weight, bias, a, b = (next(gradients) if needed else None for needed in ctx.needs)
-    return x, weight, bias, g if ctx.needs_input_grad[3] else None, a, b, None
+    x, weight, a, b = ctx.saved_tensors  # once: checkpointing gives them once
+    run = _backward_op if backend.needs_operator(g, x, weight, a, b) else _run_backward
+    gradients = iter(run(g, x, weight, a, b, ctx.scale, ctx.needs))
+    of_x, of_weight, of_bias, of_a, of_b = (next(gradients) if needed else None for needed in ctx.needs)
+    return of_x, of_weight, of_bias, g if ctx.needs_input_grad[3] else None, of_a, of_b, None
 
 
 def _fake(x, weight, bias, base, a, b, scale):

@@ -14,6 +14,8 @@ from flowbp_kernels.arguments import accumulation_dtype, check_float, check_like
 from flowbp_kernels.network_reference import promoted
 from flowbp_kernels.operators import Recorded
 
+CHUNK = 16  # tokens whose gradients make one partial sum: kTokens in csrc/ops.h
+
 
 def modulated_layer_norm(
     x: Tensor,
@@ -121,19 +123,52 @@ def _check(x: Tensor, x_name: str, **rows: Tensor | None) -> None:
 def _run(x, gate, y, weight, shift, scale, shift_2, scale_2, norm, eps):
     """(s, out, out_2), each None where it is not asked for."""
     tensors = {"x": x, "gate": gate, "y": y, "weight": weight, "shift": shift, "scale": scale}
-    arguments = x, gate, y, weight, shift, scale, shift_2, scale_2, norm, eps
-    runs = backend.select("modulation", strided=True, **tensors, shift_2=shift_2, scale_2=scale_2)
-    assert runs == "reference"
-    return network_reference.modulation(*arguments)
+    runs = backend.select("modulation", in_rows=True, **tensors, shift_2=shift_2, scale_2=scale_2)
+    if runs == "reference":
+        return network_reference.modulation(x, gate, y, weight, shift, scale, shift_2, scale_2, norm, eps)
+    outputs = _outputs(x, gate, y, weight, shift, scale, shift_2, scale_2, norm)
+    arguments = _with_whole_rows(x, gate, y, weight, shift, scale, shift_2, scale_2)
+    launch = backend.triton_op("modulation") if runs == "triton" else torch.ops.flowbp_compiled.modulation
+    launch(*arguments, norm == "layer", eps, *outputs)
+    return outputs
+
+
+def _outputs(x, gate, y, weight, shift, scale, shift_2, scale_2, norm):
+    s = None if gate is None else x.new_empty(x.shape, dtype=promoted(x, gate, y))
+    of_norm = x if s is None else s
+    out = None if norm is None else x.new_empty(x.shape, dtype=promoted(of_norm, weight, shift, scale))
+    out_2 = None if scale_2 is None else x.new_empty(x.shape, dtype=promoted(of_norm, weight, shift_2, scale_2))
+    return s, out, out_2
 
 
 def _run_backward(g_s, g, g_2, s, gate, y, weight, scale, scale_2, norm, eps, y_dtype, of_modulation):
-    """The gradients of x and y and the sums over T, the first two None where they are not asked for."""
-    tensors = {"g": g_s if g is None else g, "g_s": g_s, "g_2": g_2, "s": s, "gate": gate, "y": y, "weight": weight}
-    arguments = g_s, g, g_2, s, gate, y, weight, scale, scale_2, norm, eps, y_dtype, of_modulation
-    runs = backend.select("modulation", strided=True, **tensors, scale=scale, scale_2=scale_2)
-    assert runs == "reference"
-    return network_reference.modulation_backward(*arguments)
+    """The gradients of x and y and the sums over T, each None where it is not asked for."""
+    like = g_s if g is None else g
+    arguments = g_s, g, g_2, s, gate, y, weight, scale, scale_2
+    tensors = {"g": like, "g_s": g_s, "g_2": g_2, "s": s, "gate": gate, "y": y, "weight": weight, "scale": scale}
+    runs = backend.select("modulation", in_rows=True, **tensors, scale_2=scale_2)
+    if runs == "reference":
+        return network_reference.modulation_backward(*arguments, norm, eps, y_dtype, of_modulation)
+    batch, tokens, size = like.shape
+    chunks, rows = -(-tokens // CHUNK), _num_sums(norm, g_2, y, of_modulation)
+    of_x = None if s is None else s.new_empty(s.shape)
+    of_y = None if gate is None else like.new_empty(like.shape, dtype=y_dtype)
+    parts = like.new_empty((rows, batch, chunks, size), dtype=torch.float32) if rows else None
+    ops = torch.ops.flowbp_compiled
+    launch = backend.triton_op("modulation", "modulation_backward") if runs == "triton" else ops.modulation_backward
+    launch(*_with_whole_rows(*arguments), norm == "layer", eps, of_modulation, of_x, of_y, parts)
+    sums = None if parts is None else parts.squeeze(2) if chunks == 1 else parts.sum(2)
+    return of_x, of_y, sums
+
+
+def _num_sums(norm, g_2, y, of_modulation) -> int:
+    """Sums over T: of g n and g for a LayerNorm, of g n for RMS, the same of g_2, and of the gradient of s times y."""
+    return of_modulation * (1 + (norm == "layer")) * (1 + (g_2 is not None)) + (y is not None)
+
+
+def _with_whole_rows(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Copies of those whose last dimension is strided: a kernel takes all other strides."""
+    return [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
 def _forward(
@@ -153,10 +188,7 @@ def _forward(
 
 
 def _fake(x, gate, y, weight, shift, scale, shift_2, scale_2, norm, eps):
-    s = None if gate is None else x.new_empty(x.shape, dtype=promoted(x, gate, y))
-    of_norm = x if s is None else s
-    out = None if norm is None else x.new_empty(x.shape, dtype=promoted(of_norm, weight, shift, scale))
-    out_2 = None if scale_2 is None else x.new_empty(x.shape, dtype=promoted(of_norm, weight, shift_2, scale_2))
+    s, out, out_2 = _outputs(x, gate, y, weight, shift, scale, shift_2, scale_2, norm)
     return _or_empty(s, x), _or_empty(out, x), _or_empty(out_2, x)
 
 
@@ -177,17 +209,19 @@ def _backward_operator(
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments = g_s, g, g_2, s, gate, y, weight, scale, scale_2, norm, eps, y_dtype, of_modulation
     of_x, of_y, sums = _run_backward(*arguments)
-    return _or_empty(of_x, sums), _or_empty(of_y, sums), sums
+    like = g if g_s is None else g_s
+    assert like is not None
+    return _or_empty(of_x, like), _or_empty(of_y, like), _or_empty(sums, like)
 
 
 def _backward_fake(g_s, g, g_2, s, gate, y, weight, scale, scale_2, norm, eps, y_dtype, of_modulation):
     present = [t for t in (g_s, g, g_2, s, gate, y, weight, scale, scale_2) if t is not None]
     like, dtype = present[0], accumulation_dtype(*present)
-    rows = of_modulation * (1 + (norm == "layer")) * (1 + (g_2 is not None)) + (y is not None)
+    rows = _num_sums(norm, g_2, y, of_modulation)
     of_x = None if s is None else s.new_empty(s.shape)
     of_y = None if gate is None else like.new_empty(like.shape, dtype=y_dtype)
-    sums = like.new_empty((rows, like.shape[0], like.shape[2]), dtype=dtype)
-    return _or_empty(of_x, sums), _or_empty(of_y, sums), sums
+    sums = like.new_empty((rows, like.shape[0], like.shape[2]), dtype=dtype) if rows else None
+    return _or_empty(of_x, like), _or_empty(of_y, like), _or_empty(sums, like)
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -214,9 +248,9 @@ def _backward(ctx, g_s, g, g_2):
     run = _backward_op if backend.needs_operator(*tensors) else _run_backward
     of_x, of_y, sums = run(*arguments)
     of_gate = of_weight = of_shift = of_scale = of_shift_2 = of_scale_2 = None
-    rows = list(sums)
+    rows = [] if sums is None else list(sums.unbind())
     if y is not None:
-        of_gate = _as_row(rows.pop(), gate_like)
+        of_gate = _as_row(rows[-1], gate_like)
     if ctx.of_modulation:
         of_factor, of_term = rows[0], rows[1] if ctx.norm == "layer" else None  # sums of g n and of g
         of_shift, of_scale = _as_row(of_term, shift_like), _as_row(of_factor, scale_like)
@@ -240,7 +274,9 @@ def _as_row(sums: Tensor | None, like) -> Tensor | None:
     shape, dtype = like
     if shape[0] != sums.shape[0]:
         sums = sums.sum(0)
-    return sums.to(dtype).reshape(shape)
+    if sums.dtype != dtype:
+        sums = sums.to(dtype)
+    return sums if sums.shape == shape else sums.reshape(shape)
 
 
 _op = Recorded("modulation", _run, _forward, _fake, _keep, _backward)

@@ -64,7 +64,7 @@ def modulation_backward(
     eps: float,
     y_dtype: torch.dtype | None,
     of_modulation: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """From the gradients of s and of both outputs, with u = weight (g (1 + scale) + g_2 (1 + scale_2)):
 
     of x:                  d = g_total + rstd (u - mean u - n mean(u n)), without mean u for RMS; without a norm g_total
@@ -100,7 +100,7 @@ def modulation_backward(
         sums.append((of_s * y.to(wide)).sum(1))
     of_x = None if s is None else of_s.to(s.dtype)
     of_y = None if gate is None else (row(gate, wide) * of_s).to(y_dtype)
-    return of_x, of_y, torch.stack(sums) if sums else of_s.new_empty(0, of_s.shape[0], of_s.shape[2])
+    return of_x, of_y, torch.stack(sums) if sums else None
 
 
 def normalize(s: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowbp_kernels import backend
 from flowbp_kernels import network_reference as reference
-from flowbp_kernels.arguments import check_float
+from flowbp_kernels.arguments import COMPILED_DTYPES, check_float
 from flowbp_kernels.operators import Recorded
 
 CHUNK = 16  # tokens of one partial sum of the compiled backward: kHeadTokens in csrc/ops.h
@@ -215,7 +215,9 @@ def _with_whole_rows(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def _runs(queries, keys, queries_2, keys_2, weight_q, weight_k, weight_q_2, weight_k_2) -> str:
     weights = {"weights_q": weight_q, "weights_k": weight_k, "weights_q[1]": weight_q_2, "weights_k[1]": weight_k_2}
-    return backend.select("qk_norm", strided=True, queries=queries, keys=keys, **weights)
+    # A weight may have any dtype of the kernels beside the streams': only one of another dtype decides.
+    unread = {name: w for name, w in weights.items() if w is not None and w.dtype not in COMPILED_DTYPES}
+    return backend.select("qk_norm", in_rows=True, queries=queries, keys=keys, **unread)
 
 
 def _pairs(q, k, q_2, k_2, weight_q, weight_k, weight_q_2, weight_k_2) -> tuple[Any, Any]:

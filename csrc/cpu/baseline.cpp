@@ -38,11 +38,12 @@ inline void finish_stream() {}
 #include "kernels.inc"
 #include "activations.inc"
 #include "qk_norm.inc"
+#include "modulation.inc"
 
 }  // namespace
 
 const CpuKernels kBaseline = {quadrature_update, leap_residuals, cfg_multistep_step,
-                               bridge_cotangents, qk_norm, qk_norm_backward,
+                               bridge_cotangents, qk_norm, qk_norm_backward, modulation, modulation_backward,
                                activation, activation_backward};
 
 void sum_chunks(const LeapResiduals& op) {

@@ -27,6 +27,7 @@ __all__ += ["Backbone", "DiffusersBackbone", "Precision", "bind_velocity", "chec
 # diffusers imports transformers' image processors, which say that they lack torchvision; nothing here calls them.
 logging.getLogger("transformers.utils.import_utils").addFilter(lambda said: "torchvision" not in said.getMessage())
 
+log = logging.getLogger(__name__)
 ABSENT = [None, None]
 KNOWN_MODELS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
 
@@ -38,11 +39,13 @@ def load_backbone(
     precision: "Precision" = "float32",
     max_sequence_length: int | None = None,
     variant: str | None = None,
+    kernels: str = "off",
 ) -> "Backbone":
     """The backbone of `name`: "shapes" (the embedded model), a known model, a local pipeline folder, or a Hub id.
 
     dtype: of the weights, "float32", "bfloat16" or "float16".  precision, max_sequence_length: see `DiffusersBackbone`.
     variant: of the files, "fp16" for model.fp16.safetensors.
+    kernels: "auto" calls flowbp_kernels.apply on the transformer, or logs why it refuses; "off" leaves it to diffusers.
     Raises ValueError for an unknown name, a folder that is no pipeline, or a class without a backbone; OSError for a
     model that can be neither read nor downloaded, and for a folder without a part that its model_index.json names.
     """
@@ -63,7 +66,15 @@ def load_backbone(
     except (OSError, ValueError) as error:
         way_out = "names such as model.fp16.safetensors need backbone.variant=fp16, others null"
         raise OSError(f"{location} cannot be read with backbone.variant={variant}: {error}; {way_out}") from error
-    return BACKBONES[class_name](pipe.to(device), precision, max_sequence_length)
+    backbone = BACKBONES[class_name](pipe.to(device), precision, max_sequence_length)
+    if kernels == "auto":
+        from flowbp_kernels import apply
+
+        try:
+            log.info("backbone.kernels=auto: %r", apply(backbone.denoiser))
+        except ValueError as error:
+            log.warning("backbone.kernels=auto: the transformer stays as it is: %s", error)
+    return backbone
 
 
 @contextmanager

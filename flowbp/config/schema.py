@@ -102,6 +102,7 @@ MetricName = Annotated[str, Field(pattern=r"^\w[\w .-]*$", max_length=80)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
 Backend = Annotated[str, AfterValidator(known_backend)]
 Levels = Literal["published", "pipeline"]
+Kernels = Annotated[Literal["auto", "off"], BeforeValidator(lambda v: "off" if v is False else v)]  # as YAML reads off
 MethodField = Annotated[
     Any,
     BeforeValidator(lambda spec, info: build_method(spec, info.context)),  # `load` says what it may import
@@ -145,6 +146,7 @@ class BackboneConfig(Strict):
     precision: Literal["pipeline", "float32"] = key("float32", "of the latents between network calls")
     max_sequence_length: Size | None = key(None, "tokens of the prompt embedding; null means the pipeline's default")
     variant: Text | None = key(None, "of the weight files: fp16 for model.fp16.safetensors")
+    kernels: Kernels = key("off", "fused ops in the transformer's blocks: auto, where these are known, or off")
 
 
 class RolloutConfig(Strict):

@@ -32,7 +32,8 @@ def apply(transformer: nn.Module, ops: str | Iterable[str] = "all") -> "Handle":
     block that has some is called, without its op.
     Blocks that are compiled in place (block.compile(), compile_repeated_blocks), before or after, keep both: the graph
     of a block calls the kernels as operators, and the compiler fuses what lies between them.
-    Another attention processor that is set later runs as diffusers runs it.
+    Another attention processor that is set later runs as diffusers runs it. A deep copy of the transformer keeps the
+    ops, and has no handle.
     Raises ValueError for an unknown name in ops; for a block, layer or attention processor that is not known, that has
     a forward of its own, or whose source in the installed diffusers is not the one re-stated here; and for a
     transformer to which the ops have been applied already.
@@ -53,7 +54,7 @@ def apply(transformer: nn.Module, ops: str | Iterable[str] = "all") -> "Handle":
         )
     steps = fused.Fused(frozenset(names))
     for module, function in found.items():
-        module.flowbp_fused = steps
+        setattr(module, "flowbp_fused", steps)  # noqa: B010 (torch types attributes of a module as tensors)
         module.forward = MethodType(function, module)
     return Handle(transformer, list(found), names)
 
@@ -83,7 +84,7 @@ class Handle:
         """How many modules of each class run functions of this package."""
         from flowbp_kernels.blocks.table import known_class
 
-        return dict(Counter(known_class(module).__name__ for module in self._modules))
+        return dict(Counter(kind.__name__ for kind in map(known_class, self._modules) if kind))
 
     @property
     def left(self) -> list[str]:
@@ -95,8 +96,10 @@ class Handle:
         left += [f"{name}: no kernel for {device}" for name in self.ops if not fused.pays(name, device)]
         if without := sum(getattr(module, "norm_q", module) is None for module in self._modules):
             left.append(f"qk_norm: {without} attentions do not normalise queries and keys")
-        obstacles = Counter(map(fused.lora_obstacle, table.lora_layers(self._modules)))
-        return left + [f"{count} LoRA layers: {why}" for why, count in obstacles.items() if why]
+        within = [*table.lora_layers(self._modules)]
+        obstacles = Counter(map(fused.lora_obstacle, within))
+        obstacles["outside the blocks"] = sum(hasattr(m, "lora_A") for m in self.transformer.modules()) - len(within)
+        return left + [f"{count} LoRA layers: {why}" for why, count in obstacles.items() if why and count]
 
     def __repr__(self) -> str:
         replaced = ", ".join(f"{count} {name}" for name, count in self.replaced.items())

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from flowbp_kernels.modulation import (
 )
 from flowbp_kernels.qk_norm import Rope, qk_norm
 
-FAMILIES = {  # and the kernels of each, as flowbp_kernels.backend names them; lora_linear is PyTorch's own GEMMs
+FAMILIES = {  # and the kernels of each, by their names in csrc/; lora_linear is PyTorch's own GEMMs
     "lora": (),
     "modulation": ("modulation",),
     "qk_norm": ("qk_norm",),
@@ -52,7 +53,9 @@ def pays(family: str, device_type: str) -> bool:
 
 @functools.cache
 def _has_kernel(op: str, device_type: str) -> bool:
-    return backend.select(op, x=torch.empty(0, device=device_type)) != "reference"
+    if device_type == "cuda":
+        return not backend.unavailable("triton")
+    return device_type == "cpu" and not backend.unavailable("cpu") and hasattr(torch.ops.flowbp_compiled, op)
 
 
 def bare(module: nn.Module) -> bool:
@@ -91,11 +94,11 @@ def _ordinary(*parameters: Tensor) -> bool:
     return all(type(parameter) is nn.Parameter for parameter in parameters)
 
 
-def _plain_layer_norm(norm: nn.Module) -> bool:
+def _plain_layer_norm(norm: Any) -> bool:
     return type(norm) is nn.LayerNorm and norm.weight is None and len(norm.normalized_shape) == 1 and bare(norm)
 
 
-def _plain_rms_norm(norm: nn.Module | None) -> bool:
+def _plain_rms_norm(norm: Any) -> bool:
     known = type(norm) is RMSNorm and norm.bias is None or type(norm) is nn.RMSNorm and norm.eps is not None
     return known and bare(norm)
 
@@ -112,7 +115,10 @@ def _over_tokens(row: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Fused:
-    """The steps of a block. families: those of FAMILIES whose ops may run."""
+    """The steps of a block. families: those of FAMILIES whose ops may run.
+
+    Modules are Any here: what is read of them depends on their class.
+    """
 
     families: frozenset[str]
 
@@ -120,7 +126,7 @@ class Fused:
         return family in self.families and pays(family, x.device.type)
 
     @restates(*([(LoraLinear.forward, "47b3154518f5")] if LoraLinear else []))
-    def project(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def project(self, layer: Any, x: Tensor) -> Tensor:
         """layer(x), a LoRA layer of peft by lora_linear where it can be."""
         if type(layer) is nn.Linear or not hasattr(layer, "lora_A") or not self.runs("lora", x) or lora_obstacle(layer):
             return layer(x)
@@ -132,22 +138,22 @@ class Fused:
             return lora_linear(x, base.weight, base.bias, a, b, layer.scaling[name])
         return lora_linear(x, base, None, a, b, layer.scaling[name])
 
-    def layer_norm(self, norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    def layer_norm(self, norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """norm(x) * (1 + scale) + shift"""
         if self.runs("modulation", x) and _plain_layer_norm(norm) and _by_sample(shift, scale):
-            return modulated_layer_norm(x, shift, scale, eps=norm.eps)
+            return cast(Tensor, modulated_layer_norm(x, shift, scale, eps=norm.eps))
         return norm(x) * (1 + _over_tokens(scale)) + _over_tokens(shift)
 
     def two_layer_norms(
-        self, norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor, shift_2: Tensor, scale_2: Tensor
+        self, norm: Any, x: Tensor, shift: Tensor, scale: Tensor, shift_2: Tensor, scale_2: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Both modulations of norm(x)."""
         if self.runs("modulation", x) and _plain_layer_norm(norm):
-            return modulated_layer_norm(x, shift, scale, shift_2, scale_2, eps=norm.eps)
+            return cast(tuple, modulated_layer_norm(x, shift, scale, shift_2, scale_2, eps=norm.eps))
         x = norm(x)
         return x * (1 + scale[:, None]) + shift[:, None], x * (1 + scale_2[:, None]) + shift_2[:, None]
 
-    def rms_norm(self, norm: nn.Module, x: Tensor, scale: Tensor | None = None) -> Tensor:
+    def rms_norm(self, norm: Any, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """norm(x) * (1 + scale)"""
         if self.runs("modulation", x) and _plain_rms_norm(norm):
             return modulated_rms_norm(x, norm.weight, scale, eps=norm.eps)
@@ -161,7 +167,7 @@ class Fused:
         return residual + _over_tokens(gate) * y
 
     def gated_layer_norm(
-        self, residual: Tensor, gate: Tensor, y: Tensor, norm: nn.Module, shift: Tensor, scale: Tensor
+        self, residual: Tensor, gate: Tensor, y: Tensor, norm: Any, shift: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor]:
         """s = residual + gate * y and norm(s) * (1 + scale) + shift"""
         if self.runs("modulation", y) and _plain_layer_norm(norm) and _by_sample(gate, shift, scale):
@@ -173,8 +179,8 @@ class Fused:
         self,
         queries: Sequence[Tensor],
         keys: Sequence[Tensor],
-        norms_q: Sequence[nn.Module | None],
-        norms_k: Sequence[nn.Module | None],
+        norms_q: Sequence[Any],
+        norms_k: Sequence[Any],
         rope: Rope | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Each stream [B, T, H, d] normalised, all joined along T, and rotated."""
@@ -185,7 +191,7 @@ class Fused:
         q, k = _joined(queries, norms_q), _joined(keys, norms_k)
         return (q, k) if rope is None else (_rotated(q, rope), _rotated(k, rope))
 
-    def gelu(self, module: nn.Module, x: Tensor, prefix: Tensor | None = None) -> Tensor:
+    def gelu(self, module: Any, x: Tensor, prefix: Tensor | None = None) -> Tensor:
         """F.gelu(x), in the approximation that `module` names, behind the prefix."""
         if self.runs("activations", x) and module.approximate == "tanh":
             return gelu(x, prefix=prefix)
@@ -198,12 +204,12 @@ class Fused:
         return _behind(prefix, F.silu(gate) * value)
 
 
-def _joined(streams: Sequence[Tensor], norms: Sequence[nn.Module | None]) -> Tensor:
+def _joined(streams: Sequence[Tensor], norms: Sequence[Any]) -> Tensor:
     streams = [x if norm is None else norm(x) for x, norm in zip(streams, norms, strict=True)]
     return streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
 
 
-def _rotated(x: Tensor, rope: Rope) -> Tensor:
+def _rotated(x: Tensor, rope: Any) -> Any:
     of_pairs = isinstance(rope, Tensor)  # cos + i sin
     return apply_rotary_emb(x, rope, use_real=not of_pairs, sequence_dim=1)
 

@@ -15,7 +15,7 @@ def joint_block(self, hidden_states, encoder_hidden_states, temb, joint_attentio
     x, context = hidden_states, encoder_hidden_states
     x_normed, gate, shift_mlp, scale_mlp, gate_mlp, *second = self.norm1(x, emb=temb)
     if self.context_pre_only:
-        context_normed, of_context = self.norm1_context(context, temb), ()
+        context_normed, of_context = self.norm1_context(context, temb), []
     else:
         context_normed, *of_context = self.norm1_context(context, emb=temb)
     y, context_y = self.attn(hidden_states=x_normed, encoder_hidden_states=context_normed, **options)

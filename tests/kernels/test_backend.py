@@ -49,6 +49,23 @@ def test_the_reference_runs_where_it_is_asked_for(choose):
     assert (quadrature_update(*UPDATE) == 1.5).all()
 
 
+def test_kernels_in_rows_take_any_strides_and_the_compiled_one_a_single_dtype(choose):
+    x = torch.ones(2, 3, 8)
+    if backend.extension_path() is None:
+        pytest.skip(backend.unavailable("cpu"))
+    choose("auto")
+    assert backend.select("modulation", in_rows=True, x=x[:, :, ::2]) == "cpu"
+    assert backend.select("modulation", in_rows=True, x=x, scale=x.bfloat16()) == "reference"
+    assert backend.select("an_op_of_tomorrow", in_rows=True, x=x) == "reference"
+    choose("cpu")
+    with pytest.raises(
+        RuntimeError, match="scale is torch.bfloat16 and x torch.float32; its compiled kernel takes one"
+    ):
+        backend.select("modulation", in_rows=True, x=x, scale=x.bfloat16())
+    with pytest.raises(RuntimeError, match="has no kernel of it: build it anew"):
+        backend.select("an_op_of_tomorrow", in_rows=True, x=x)
+
+
 def test_an_explicit_choice_never_falls_back(choose, extension_at):
     choose("cpu")
     if backend.extension_path() is not None:
@@ -143,6 +160,15 @@ def test_auto_goes_on_where_the_driver_refuses_the_cuda_kernels(choose, gpus):
     choose("cuda")
     with pytest.raises(RuntimeError, match=f"{KNOWN}; update the driver"):
         backend.select("quadrature_update", x=here.tensor(0))
+
+
+def test_kernels_in_rows_have_none_in_cuda(choose, gpus):
+    here = gpus([""], [(9, 0)])
+    choose("auto")
+    assert backend.select("modulation", in_rows=True, x=here.tensor(0)) == "triton"
+    choose("cuda")
+    with pytest.raises(RuntimeError, match="its kernel for a GPU is the one in Triton"):
+        backend.select("modulation", in_rows=True, x=here.tensor(0))
 
 
 def test_the_report_names_what_the_driver_says(gpus):

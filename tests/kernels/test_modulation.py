@@ -4,64 +4,23 @@ import contextlib
 
 import pytest
 import torch
+from kernels.modulation_cases import CASES, DTYPES, EPS, arguments, values_and_gradients, wide
 from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from flowbp_kernels import backend
 from flowbp_kernels.modulation import (
+    CHUNK,
     gated_residual,
     gated_residual_layer_norm,
     modulated_layer_norm,
     modulated_rms_norm,
 )
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+COMPILED = backend.isas()  # the instruction sets of the compiled kernels; none without them
 SHAPES = [(1, 1, 1), (2, 3, 41), (3, 17, 64), (2, 5, 300), (0, 3, 8), (2, 0, 8)]
-EPS = 1e-6
-
-
-def rows(row):
-    """[B, D] or [B, 1, D] as [B, 1, D]."""
-    return row if row.dim() == 3 else row[:, None]
-
-
-def layer_norm(x, shift, scale):
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + rows(scale)) + rows(shift)
-
-
-def rms_norm(x, weight=None, scale=None):
-    """As diffusers writes it: the statistic in float32 at least, the product in the network's dtype."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    normalized = (x * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
-    normalized = normalized if weight is None else normalized * weight
-    return normalized if scale is None else normalized * (1 + rows(scale))
-
-
-def eager_residual_norm(residual, gate, y, shift, scale):
-    total = residual + rows(gate) * y
-    return total, layer_norm(total, shift, scale)
-
-
-# op, what diffusers' blocks do in its place, and its arguments: x [B, T, D], r a row by sample, w a weight [D].
-CASES = {
-    "layer norm": (modulated_layer_norm, layer_norm, "xrr"),
-    "layer norm, twice": (
-        modulated_layer_norm,
-        lambda x, a, b, c, d: (layer_norm(x, a, b), layer_norm(x, c, d)),
-        "xrrrr",
-    ),
-    "RMS norm": (lambda *a: modulated_rms_norm(*a, eps=EPS), rms_norm, "xwr"),
-    "RMS norm, no scale": (lambda *a: modulated_rms_norm(*a, eps=EPS), rms_norm, "xw"),
-    "RMS norm, no weight": (
-        lambda x, scale: modulated_rms_norm(x, None, scale, eps=EPS),
-        lambda x, scale: rms_norm(x, None, scale),
-        "xr",
-    ),
-    "gated residual": (gated_residual, lambda residual, gate, y: residual + rows(gate) * y, "xrx"),
-    "gated residual, layer norm": (gated_residual_layer_norm, eager_residual_norm, "xrxrr"),
-}
 
 
 @pytest.fixture(params=CASES)
@@ -69,31 +28,11 @@ def case(request):
     return CASES[request.param]
 
 
-def draw(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def arguments(kinds, shape, dtype=torch.float64, row="[B, D]"):
-    batch, _, size = shape
-    shapes = {"[B, D]": (batch, size), "[1, D]": (1, size), "[B, 1, D]": (batch, 1, size), "[1, 1, D]": (1, 1, size)}
-    shapes = {"x": shape, "r": shapes[row], "w": (size,)}
-    return [draw(*shapes[kind], dtype=dtype, seed=seed).requires_grad_() for seed, kind in enumerate(kinds)]
-
-
-def values_and_gradients(op, inputs, dtype=None):
-    """Every output, then the gradient of every input; cotangents are alike for all dtypes."""
-    outputs = op(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    cotangents = [draw(*out.shape, seed=90 + i).bfloat16().to(out.dtype) for i, out in enumerate(outputs)]
-    return *(out.detach() for out in outputs), *torch.autograd.grad(outputs, inputs, cotangents)
-
-
-def wide(inputs):
-    return [t.detach().double().requires_grad_() for t in inputs]
-
-
-@pytest.mark.parametrize("row", ["[B, D]", "[1, D]", "[B, 1, D]", "[1, 1, D]"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "shape, row",
+    [*((shape, "[B, D]") for shape in SHAPES), *(((2, 3, 41), row) for row in ("[1, D]", "[B, 1, D]", "[1, 1, D]"))],
+    ids=str,
+)
 def test_in_float64_it_is_the_formula(case, shape, row):
     op, eager, kinds = case
     inputs = arguments(kinds, shape, row=row)
@@ -102,23 +41,57 @@ def test_in_float64_it_is_the_formula(case, shape, row):
         torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-11 if shape != (1, 1, 1) else 1e-8)
 
 
+@pytest.fixture(params=["reference", *COMPILED])
+def runs_on(request, monkeypatch):
+    """Forces the reference, or the compiled kernels of an instruction set. Fresh tensors hold NaN, so that an element
+    left unwritten shows.
+    """
+    monkeypatch.setenv("FLOWBP_KERNELS", "reference" if request.param == "reference" else "cpu")
+    if request.param != "reference":
+        monkeypatch.setenv("FLOWBP_ISA", request.param)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def test_its_gradient_is_that_of_finite_differences(case):
     op, _, kinds = case
     assert torch.autograd.gradcheck(op, arguments(kinds, (2, 3, 5)))
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 41), (3, 17, 64), (2, 5, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 41), (3, 2 * CHUNK + 1, 64), (2, 5, 300)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_its_error_is_at_most_twice_eager(case, dtype, shape):
+def test_its_error_is_at_most_twice_eager(case, dtype, shape, runs_on):
     op, eager, kinds = case
     inputs = arguments(kinds, shape, dtype)
     results, eagers = values_and_gradients(op, inputs), values_and_gradients(eager, inputs)
     for result, other, exact in zip(results, eagers, values_and_gradients(eager, wide(inputs)), strict=True):
-        assert result.dtype == dtype
+        assert result.dtype == dtype and result.isfinite().all()
         error, allowed = (result.double() - exact).abs(), 2 * (other.double() - exact).abs()
         tiny = torch.finfo(dtype).eps * exact.abs().max() / 2  # eager may hit the truth by luck
         assert error.max() <= allowed.max() + tiny
         assert error.mean() <= allowed.mean() + tiny / 4
+
+
+@pytest.mark.parametrize(
+    "shape, row",
+    [
+        ((2, CHUNK + 1, 41), "[1, D]"),
+        ((2, 5, 300), "[B, 1, D]"),
+        ((3, 2, 16), "[1, 1, D]"),
+        ((1, 1, 1), "[B, D]"),
+        ((0, 3, 8), "[B, D]"),
+        ((2, 0, 8), "[1, D]"),
+    ],
+    ids=str,
+)
+def test_one_row_may_serve_all_samples(case, shape, row, runs_on):
+    op, eager, kinds = case
+    inputs = arguments(kinds, shape, torch.float32, row)
+    for result, exact in zip(values_and_gradients(op, inputs), values_and_gradients(eager, wide(inputs)), strict=True):
+        assert result.shape == exact.shape
+        torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -143,20 +116,20 @@ def test_dtypes_promote_and_gradients_keep_their_own(case, x_dtype, row_dtype, e
         torch.testing.assert_close(mine.double(), truth, rtol=2 * torch.finfo(mine.dtype).eps, atol=2e-5)
 
 
-def test_the_norm_is_of_the_sum_as_rounded():
+def test_the_norm_is_of_the_sum_as_rounded(runs_on):
     inputs = arguments("xrxrr", (2, 3, 64), torch.bfloat16)
     total, out = gated_residual_layer_norm(*inputs)
     assert torch.equal(total, gated_residual(*inputs[:3]))
     assert torch.equal(out, modulated_layer_norm(total, *inputs[3:]))
 
 
-def test_two_modulations_of_one_norm_are_each_of_them_alone():
+def test_two_modulations_of_one_norm_are_each_of_them_alone(runs_on):
     x, *modulations = arguments("xrrrr", (2, 3, 64), torch.bfloat16)
     for mine, alone in zip(modulated_layer_norm(x, *modulations), (modulations[:2], modulations[2:]), strict=True):
         assert torch.equal(mine, modulated_layer_norm(x, *alone))
 
 
-def test_views_of_one_projection_need_no_copy(case):
+def test_views_of_one_projection_are_read_where_they_lie(case, runs_on):
     """The rows of a block are chunks of one linear layer's output; tokens are a part of a joint sequence."""
     op, _, kinds = case
     plain = arguments(kinds, (2, 3, 41), torch.float32)
@@ -171,12 +144,62 @@ def test_views_of_one_projection_need_no_copy(case):
         assert torch.equal(mine, other)
 
 
-def test_a_transposed_tensor_is_read_right(case):
+def test_a_transposed_tensor_is_read_right(case, runs_on):
     op, _, kinds = case
     plain = arguments(kinds, (2, 3, 41), torch.float32)
     turned = [t.detach().mT.contiguous().mT.requires_grad_() if t.dim() > 1 else t for t in plain]
     for mine, other in zip(values_and_gradients(op, turned), values_and_gradients(op, plain), strict=True):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.skipif(not COMPILED, reason=backend.unavailable("cpu"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_number_of_threads_changes_no_bit(case, dtype, monkeypatch):
+    monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
+    op, _, kinds = case
+    inputs = arguments(kinds, (3, 5 * CHUNK + 1, 200), dtype)
+    torch.set_num_threads(1)
+    alone = values_and_gradients(op, inputs)
+    torch.set_num_threads(4)
+    try:
+        assert all(map(torch.equal, values_and_gradients(op, inputs), alone))
+    finally:
+        torch.set_num_threads(2)  # as conftest.py sets them for this folder
+
+
+@pytest.mark.skipif(not COMPILED, reason=backend.unavailable("cpu"))
+def test_the_compiled_op_refuses_what_would_lead_out_of_bounds(monkeypatch):
+    monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
+    x, row = torch.ones(2, 3, 8), torch.ones(2, 8)
+    op, op_backward = torch.ops.flowbp_compiled.modulation, torch.ops.flowbp_compiled.modulation_backward
+    good = dict(x=x, gate=row, y=x, weight=row[0], shift=row, scale=row, shift_2=row, scale_2=row)
+    good |= dict(
+        is_layer=True, eps=EPS, total=torch.empty(2, 3, 8), out=torch.empty(2, 3, 8), out_2=torch.empty(2, 3, 8)
+    )
+    op(**good)
+    for bad in (
+        {"x": x[:1]}, {"x": x[0]}, {"x": x.mT.contiguous().mT}, {"x": x.double()}, {"y": x[:, :2]}, {"y": None},
+        {"gate": row[:, :4]}, {"gate": None}, {"shift": torch.ones(3, 8)}, {"scale": None}, {"scale": x},
+        {"scale_2": None}, {"shift_2": torch.ones(2, 16)[:, ::2]}, {"weight": row}, {"total": None}, {"out": x[:1]},
+        {"out": None}, {"out_2": None}, {"out": x.mT.contiguous().mT}, {"out": x.double()},
+    ):  # fmt: skip
+        with pytest.raises((RuntimeError, IndexError)):
+            op(**good | bad)
+    good = dict(
+        g_total=x, g=x, g_2=x, s=x, gate=row, y=x, weight=row[0], scale=row, scale_2=row, is_layer=True, eps=EPS
+    )
+    good |= dict(
+        of_modulation=True, of_x=torch.empty(2, 3, 8), of_y=torch.empty(2, 3, 8), parts=torch.empty(5, 2, 1, 8)
+    )
+    op_backward(**good)
+    for bad in (
+        {"g_total": x[:1]}, {"g": x[0]}, {"g": None}, {"g_2": None}, {"g_2": x[:, :2]}, {"s": x[:1]}, {"s": None},
+        {"gate": None}, {"gate": row[:, :4]}, {"y": x[:1]}, {"weight": row}, {"scale": torch.ones(3, 8)},
+        {"scale_2": None}, {"of_x": None}, {"of_x": x[:1]}, {"of_y": x[:1]}, {"of_y": None},
+        {"parts": torch.empty(4, 2, 1, 8)}, {"parts": torch.empty(5, 2, 1, 8).double()}, {"y": None},
+    ):  # fmt: skip
+        with pytest.raises((RuntimeError, IndexError)):
+            op_backward(**good | bad)
 
 
 def test_a_gradient_goes_only_where_it_is_asked_for(case):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = ("triton_cases.py", "triton_qk_norm_cases.py")
+CASES = ("triton_cases.py", "triton_qk_norm_cases.py", "triton_modulation_cases.py")
 
 
 @pytest.fixture(params=CASES)

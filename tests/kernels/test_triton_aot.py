@@ -24,6 +24,7 @@ from flowbp_kernels._triton import (  # noqa: E402
     bridge_cotangents,
     cfg_multistep_step,
     leap_residuals,
+    modulation,
     qk_norm,
     quadrature_update,
     write,
@@ -112,16 +113,19 @@ ALIGNED = {"size", "width", "before", "g_row", "gate_row", "value_row", "prefix_
 STRIDES = "i32", "i32", "i32"
 
 
-def compile_for(arch, kernel, arguments, constants):
-    """(PTX, machine code) of a kernel, as a launch compiles it. Pointers and strides are multiples of 16."""
+def compile_for(arch, kernel, arguments, constants, options=OPTIONS):
+    """(PTX, machine code) of a kernel, as a launch compiles it. A tuple of arguments travels as one. Pointers and
+    strides are multiples of 16.
+    """
     index = {name: (position,) for position, name in enumerate(kernel.arg_names)}
     signature = {name: arguments.get(name, "constexpr") for name in index}
     aligned = [index[name] for name, kind in arguments.items() if name in ALIGNED or kind[0] == "*"]
-    aligned += [(*index[name], i) for name, kind in arguments.items() if kind == STRIDES for i in range(len(STRIDES))]
+    tuples = {name: kind for name, kind in arguments.items() if isinstance(kind, tuple) and name != "numbers"}
+    aligned += [(*index[name], part) for name, kind in tuples.items() for part in range(len(kind))]
     attributes = {place: [["tt.divisibility", 16]] for place in aligned}
     constants = {index[name]: constants.get(name) for name in index if name not in arguments}
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=OPTIONS)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return compiled.asm["ptx"], compiled.asm["cubin"]
 
 
@@ -136,33 +140,83 @@ def triton_cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def check(arch, kernel, arguments, constants, ceiling, loads, stores, folder):
-    """Registers, spills, and 16-byte loads and stores of a kernel. Returns its PTX."""
-    ptx, cubin = compile_for(arch, kernel, arguments, constants)
-    (folder / "kernel.cubin").write_bytes(cubin)
-    usage, sass = dump("-res-usage", folder / "kernel.cubin"), dump("-sass", folder / "kernel.cubin")
-    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
-    assert registers <= ceiling
-    assert stack == 0 and not re.search(r"\b(LDL|STL)\b", sass), "registers spill"
-    assert len(re.findall(r"LDG\.\S*128", sass)) >= loads
-    assert len(re.findall(r"STG\.\S*128", sass)) >= stores
-    return ptx
-
-
 # Sizes of 64 bits for one GPU: they change the addresses, and those are computed alike on all.
 @pytest.mark.parametrize(
     "case, arch", [(case, arch) for case in CASES for arch in (80, 90, 100) if arch == 90 or "64-bit" not in case]
 )
 def test_kernels_keep_to_their_registers_and_move_16_bytes_at_a_time(case, arch, triton_cache):
-    kernel, arguments, block, ceiling, (loads, stores) = CASES[case]
-    ptx = check(arch, kernel, arguments, {"BLOCK": block}, ceiling, loads, stores, triton_cache)
+    kernel, arguments, block, ceiling, at_least = CASES[case]
+    ptx, cubin = compile_for(arch, kernel, arguments, {"BLOCK": block})
+    check_machine_code(cubin, triton_cache, ceiling, at_least)
     if case != "write":
         assert "cvt.rn.bf16" in ptx, (
             "results are rounded to nearest (the interpreter cuts them, so only this test sees it)"
         )
-        assert "fma.rn.f32" in ptx and not re.search(r"\b(mul|add|sub)\.f32", ptx), (
-            "what the source does not fuse is not fused"
-        )
+        assert "fma.rn.f32" in ptx
+    assert not re.search(r"\b(mul|add|sub)\.f32", ptx), "what the source does not fuse is not fused"
+
+
+def check_machine_code(cubin, folder, ceiling, at_least, stack_bytes=0):
+    """Registers a thread; bytes that spill; 16-byte loads and stores of global memory."""
+    (folder / "kernel.cubin").write_bytes(cubin)
+    usage, sass = dump("-res-usage", folder / "kernel.cubin"), dump("-sass", folder / "kernel.cubin")
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    assert registers <= ceiling
+    assert stack <= stack_bytes and (stack_bytes or not re.search(r"\b(LDL|STL)\b", sass)), "registers spill"
+    assert len(re.findall(r"LDG\.\S*128", sass)) >= at_least[0]
+    assert len(re.findall(r"STG\.\S*128", sass)) >= at_least[1]
+
+
+TOKENS, ROW = ("*bf16", "i32", "i32"), ("*bf16", "i32")
+SIZES = {"eps": "fp32", "tokens": "i32", "size": "i32"}
+NORM = {"s": TOKENS, "g": TOKENS, "scale": ROW, "of_x": "*bf16"}
+TWICE = {"g_2": TOKENS, "scale_2": ROW}
+GATE = {"g_total": TOKENS, "gate": ROW, "of_y": "*bf16"}
+LAYER, SUMMED = {"IS_LAYER": True}, {"OF_MODULATION": True}
+
+# What of modulation.py a GPU runs most, and the largest of each kind: kernel, its arguments (those not named are None),
+# its constants, registers a thread at most, and 16-byte loads and stores for every 8 numbers a thread.
+MODULATIONS = {
+    "two layer norms": (
+        modulation.forward,
+        {"x": TOKENS, "shift": ROW, "scale": ROW, "shift_2": ROW, "scale_2": ROW, "out": "*bf16", "out_2": "*bf16"},
+        LAYER,
+        72,
+        (5, 2),
+    ),
+    "RMS norm": (modulation.forward, {"x": TOKENS, "weight": "*bf16", "scale": ROW, "out": "*bf16"}, {}, 48, (3, 1)),
+    "gated residual, layer norm": (
+        modulation.forward,
+        {"x": TOKENS, "y": TOKENS, "gate": ROW, "shift": ROW, "scale": ROW, "total": "*bf16", "out": "*bf16"},
+        LAYER,
+        64,
+        (5, 2),
+    ),
+    "backward of a layer norm": (modulation.backward, NORM, LAYER, 64, (3, 1)),
+    "backward of a gated residual": (modulation.backward, GATE, {}, 48, (2, 1)),
+    "backward of a gated residual, layer norm": (modulation.backward, NORM | GATE, LAYER, 64, (5, 2)),
+    "backward of two layer norms, with sums": (
+        modulation.backward,
+        NORM | TWICE | {"parts": "*fp32"},
+        LAYER | SUMMED,
+        128,
+        (5, 1 + 4 * 2),
+    ),
+    "backward of an RMS norm, with sums": (
+        modulation.backward,
+        NORM | {"weight": "*bf16", "parts": "*fp32"},
+        SUMMED,
+        72,
+        (4, 1 + 2),
+    ),
+    "backward of a gated residual, layer norm, with sums": (
+        modulation.backward,
+        NORM | GATE | {"y": TOKENS, "parts": "*fp32"},
+        LAYER | SUMMED,
+        128,
+        (6, 2 + 3 * 2),
+    ),
+}
 
 
 def heads(kind, streams=2, rope="real", backward=False, of_weights=False):
@@ -221,12 +275,35 @@ NETWORK = {
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("case", NETWORK)
 def test_kernels_of_a_network_keep_to_their_registers_and_move_16_bytes_at_a_time(case, arch, triton_cache):
-    kernel, arguments, width, ceiling, (loads, stores) = NETWORK[case]
+    kernel, arguments, width, ceiling, at_least = NETWORK[case]
     if width is None:
         constants = {"BLOCK": activations.BLOCK}
     else:
         constants = {"HEADS": qk_norm.BLOCK // width, "DIM": width, "TOKENS": qk_norm.TOKENS}
-    ptx = check(arch, kernel, arguments, constants, ceiling, loads, stores, triton_cache)
+    ptx, cubin = compile_for(arch, kernel, arguments, constants)
+    check_machine_code(cubin, triton_cache, ceiling, at_least)
     if "fp32" not in case:
         assert "cvt.rn.bf16" in ptx, "results are rounded to nearest"
+    assert not re.search(r"\b(mul|add|sub)\.f32", ptx), "what the source does not fuse is not fused"
+
+
+def test_the_row_lengths_of_the_known_networks_share_three_binaries():
+    """SD3.5 medium and large, FLUX.1, Z-Image, a wider one and FLUX.2."""
+    for size, block in ((1536, 2048), (2432, 4096), (3072, 4096), (3840, 4096), (4096, 4096), (6144, 8192)):
+        assert size % 16 == 0 and modulation.options(size)["BLOCK"] == block
+
+
+@pytest.mark.parametrize("block, arch", [(2048, 90), (4096, 80), (4096, 100), (8192, 90)])
+@pytest.mark.parametrize("case", MODULATIONS)
+def test_modulation_keeps_a_row_in_registers(case, block, arch, triton_cache):
+    """Of 8192 numbers a thread has 16, and 512 threads may have 128 registers each. That is not enough for three sums
+    beside a row, which a network asks for only where its modulation is trained too.
+    """
+    kernel, arguments, constants, ceiling, at_least = MODULATIONS[case]
+    constants = {"IS_LAYER": False, "OF_MODULATION": False, "CHUNK": 4, "BLOCK": block} | constants
+    ptx, cubin = compile_for(arch, kernel, arguments | SIZES, constants, modulation.options(block))
+    wide = block // 4096 or 1
+    spills = 128 if wide > 1 and "with sums" in case else 0
+    check_machine_code(cubin, triton_cache, min(wide * ceiling, 128), [wide * count for count in at_least], spills)
+    assert re.search(r"\b(cvt\.rn|(mul|fma)(\.rn)?)\.bf16", ptx), "results are rounded to nearest"
     assert not re.search(r"\b(mul|add|sub)\.f32", ptx), "what the source does not fuse is not fused"
