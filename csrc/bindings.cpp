@@ -417,6 +417,10 @@ int64_t tasks_of(const QkNorm& op) {
   return op.heads * op.width > 0 ? tasks : 0;
 }
 
+void on_cpu_by_head(const QkNorm& op, void (*kernel)(const QkNorm&, int64_t, int64_t), int64_t reads) {
+  if (const int64_t tasks = tasks_of(op)) on_cpu(op, kernel, tasks, reads * kHeadTokens * op.heads * op.width);
+}
+
 void qk_norm(const Tensor& queries, const Tensor& keys, const std::optional<Tensor>& queries_2,
              const std::optional<Tensor>& keys_2, const std::optional<Tensor>& weight_q,
              const std::optional<Tensor>& weight_k, const std::optional<Tensor>& weight_q_2,
@@ -432,7 +436,7 @@ void qk_norm(const Tensor& queries, const Tensor& keys, const std::optional<Tens
     check_same(joint.dtype, op.dtype, "q and k", "the queries");
     op.streams[i].joint = joint.data;
   }
-  on_cpu(op, instruction_set().kernels->qk_norm, tasks_of(op), kHeadTokens * op.heads * op.width);
+  on_cpu_by_head(op, instruction_set().kernels->qk_norm, 1);
 }
 
 // sums [4, d]: the weights' gradients, of a scratch of one row a task; both null where they are not wanted.
@@ -461,7 +465,7 @@ void qk_norm_backward(const Tensor& g_q, const Tensor& g_k, const Tensor& querie
   const int64_t tasks = tasks_of(op);
   STD_TORCH_CHECK(!!parts == !!sums, "parts and sums belong together");
   if (parts) op.parts = float32<float>(*parts, "parts", queries, tasks * op.width);
-  on_cpu(op, instruction_set().kernels->qk_norm_backward, tasks, 2 * kHeadTokens * op.heads * op.width);
+  on_cpu_by_head(op, instruction_set().kernels->qk_norm_backward, 2);
   if (!sums) return;
   float* const totals = float32<float>(*sums, "sums", queries, 4 * op.width);
   std::vector<double> total(op.width);
@@ -473,6 +477,52 @@ void qk_norm_backward(const Tensor& g_q, const Tensor& g_k, const Tensor& querie
       for (int64_t e = 0; e < op.width; ++e) total[e] += part[e];
     }
     for (int64_t e = 0; e < op.width; ++e) totals[i * op.width + e] = static_cast<float>(total[e]);
+  }
+}
+
+// [R, M] with M contiguous, of op's rows and dtype, or absent.
+Rows rows_of(const Activation& op, const Tensor* t, const char* name, int64_t width) {
+  if (!t) return {};
+  STD_TORCH_CHECK(t->is_cpu() && t->dim() == 2 && t->size(0) == op.rows && t->size(1) == width, name, " must be [",
+                  op.rows, ", ", width, "] on the CPU");
+  STD_TORCH_CHECK(t->stride(1) == 1 || width <= 1, name, " must have contiguous rows");
+  check_same(dtype_of(*t, name), op.dtype, name, "x");
+  return {t->const_data_ptr(), t->stride(0)};
+}
+
+Activation activation_of(const Tensor& x, const Tensor* value) {
+  Activation op{};
+  op.dtype = dtype_of(x, "x");
+  STD_TORCH_CHECK(x.dim() == 2 && op.dtype != Dtype::kFloat8, "x must be [R, M], and not float8");
+  op.rows = x.size(0), op.width = x.size(1);
+  op.x = rows_of(op, &x, "x", op.width), op.value = rows_of(op, value, "value", op.width);
+  return op;
+}
+
+void* rows_into(const Activation& op, const Tensor& t, const char* name, const Tensor& x, int64_t width) {
+  const Output out = output(t, name, x, op.rows * width);
+  check_same(out.dtype, op.dtype, name, "x");
+  return out.data;
+}
+
+void activations(const Tensor& x, const std::optional<Tensor>& value, const std::optional<Tensor>& prefix, const Tensor& out) {
+  Activation op = activation_of(x, pointer(value));
+  op.before = prefix ? prefix->size(1) : 0;
+  op.prefix = rows_of(op, pointer(prefix), "prefix", op.before);
+  op.out = rows_into(op, out, "out", x, op.before + op.width);
+  const int64_t elements = op.before + op.width;
+  if (elements > 0) on_cpu(op, instruction_set().kernels->activation, op.rows * row_chunks(op.width), 4 * elements);
+}
+
+void activations_backward(const Tensor& g, const Tensor& x, const std::optional<Tensor>& value, const Tensor& of_x,
+                          const std::optional<Tensor>& of_value) {
+  Activation op = activation_of(x, pointer(value));
+  op.g = rows_of(op, &g, "g", op.width);
+  op.of_x = rows_into(op, of_x, "of_x", x, op.width);
+  STD_TORCH_CHECK(!!value == !!of_value, "value and of_value belong together");
+  if (of_value) op.of_value = rows_into(op, *of_value, "of_value", x, op.width);
+  if (op.width > 0) {
+    on_cpu(op, instruction_set().kernels->activation_backward, op.rows * row_chunks(op.width), 4 * op.width);
   }
 }
 
@@ -599,6 +649,8 @@ STABLE_TORCH_LIBRARY(flowbp_compiled, m) {
         " Tensor? weight_q, Tensor? weight_k, Tensor? weight_q_2, Tensor? weight_k_2, Tensor? cos, Tensor? sin, float eps,"
         " Tensor(a!) of_queries, Tensor(b!) of_keys, Tensor(c!)? of_queries_2, Tensor(d!)? of_keys_2, Tensor(e!)? parts,"
         " Tensor(f!)? sums) -> ()");
+  m.def("activations(Tensor x, Tensor? value, Tensor? prefix, Tensor(a!) out) -> ()");
+  m.def("activations_backward(Tensor g, Tensor x, Tensor? value, Tensor(a!) of_x, Tensor(b!)? of_value) -> ()");
   m.def("modulation(Tensor x, Tensor? gate, Tensor? y, Tensor? weight, Tensor? shift, Tensor? scale, Tensor? shift_2,"
         " Tensor? scale_2, bool is_layer, float eps, Tensor(a!)? total, Tensor(b!)? out, Tensor(c!)? out_2) -> ()");
   m.def("modulation_backward(Tensor? g_total, Tensor? g, Tensor? g_2, Tensor? s, Tensor? gate, Tensor? y, Tensor? weight,"
@@ -616,6 +668,8 @@ STABLE_TORCH_LIBRARY_IMPL(flowbp_compiled, CPU, m) {
   m.impl("leap_residuals", TORCH_BOX(&leap_residuals<false>));
   m.impl("cfg_multistep_step", TORCH_BOX(&cfg_multistep_step<false>));
   m.impl("bridge_cotangents", TORCH_BOX(&bridge_cotangents<false>));
+  m.impl("activations", TORCH_BOX(&activations));
+  m.impl("activations_backward", TORCH_BOX(&activations_backward));
   m.impl("qk_norm", TORCH_BOX(&qk_norm));
   m.impl("qk_norm_backward", TORCH_BOX(&qk_norm_backward));
   m.impl("modulation", TORCH_BOX(&modulation));

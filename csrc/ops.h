@@ -207,6 +207,30 @@ struct QkNorm {
   float* parts;  // [chunks of all streams, d], or null
 };
 
+// [R, M] with M contiguous.
+struct Rows {
+  const void* data;  // null: absent
+  int64_t stride;
+
+  template <class T>
+  const T* at(int64_t row) const {
+    return static_cast<const T*>(data) + row * stride;
+  }
+};
+
+// out = [prefix, silu(x) value], or [prefix, gelu(x)] where value is null; and their gradients from g
+struct Activation {
+  int64_t rows, before, width;
+  Dtype dtype;
+  Rows prefix, x, value, g;
+  void* out;               // [R, before + width]; of the forward
+  void *of_x, *of_value;   // [R, width]; of the backward
+};
+
+// gelu(x) = x (1 + tanh(u / 2)) / 2 = x sigmoid(u) with u = slope (x + cubic x^3)
+constexpr float kGeluSlope = 1.5957691216057308f, kGeluCubic = 0.044715f;  // 2 sqrt(2 / pi)
+FLOWBP_HD int64_t row_chunks(int64_t width) { return width > 0 ? chunks(width) : 1; }  // a prefix needs one
+
 constexpr int64_t kHeadTokens = 16;  // of one task, and of one partial sum; Python's qk_norm.CHUNK
 FLOWBP_HD int64_t head_chunks(int64_t tokens) { return (tokens + kHeadTokens - 1) / kHeadTokens; }
 
@@ -239,6 +263,9 @@ struct CpuKernels {
   // A task is a chunk of one sample's tokens.
   void (*modulation)(const Modulation&, int64_t first_task, int64_t last_task);
   void (*modulation_backward)(const ModulationBackward&, int64_t first_task, int64_t last_task);
+  // A task is a chunk of one row.
+  void (*activation)(const Activation&, int64_t first_task, int64_t last_task);
+  void (*activation_backward)(const Activation&, int64_t first_task, int64_t last_task);
 };
 extern const CpuKernels kAvx512, kAvx2, kBaseline;
 

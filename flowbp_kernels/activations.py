@@ -2,12 +2,17 @@
 activation for one output projection: `prefix` writes both into one tensor, in the same pass.
 """
 
+import math
+
+import torch
 from torch import Tensor, library
 
 from flowbp_kernels import backend
 from flowbp_kernels import network_reference as reference
 from flowbp_kernels.arguments import check_float, check_like
 from flowbp_kernels.operators import Recorded
+
+_compiled = torch.ops.flowbp_compiled
 
 
 def swiglu(gate: Tensor, value: Tensor, *, prefix: Tensor | None = None) -> Tensor:
@@ -62,27 +67,59 @@ def _check_prefix(prefix: Tensor | None, x: Tensor, name: str) -> None:
 
 
 def _swiglu(gate: Tensor, value: Tensor, prefix: Tensor | None) -> Tensor:
-    if backend.select("activations", in_rows=True, gate=gate) == "triton":
-        return backend.triton_op("activations", "swiglu")(gate, value, prefix)
-    return reference.swiglu(gate, value, prefix)
+    runs = backend.select("activations", in_rows=True, gate=gate)
+    if runs == "reference":
+        return reference.swiglu(gate, value, prefix)
+    out = _like_joint(gate, prefix)
+    launch = backend.triton_op("activations", "swiglu") if runs == "triton" else _compiled.activations.default
+    launch(*map(_rows, (gate, value, prefix, out)))
+    return out
 
 
 def _swiglu_backward(g: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    if backend.select("activations", in_rows=True, gate=gate) == "triton":
-        return backend.triton_op("activations", "swiglu_backward")(g, gate, value)
-    return reference.swiglu_backward(g, gate, value)
+    runs = backend.select("activations", in_rows=True, gate=gate)
+    if runs == "reference":
+        return reference.swiglu_backward(g, gate, value)
+    of_gate, of_value = gate.new_empty(gate.shape), value.new_empty(value.shape)
+    launch = (
+        backend.triton_op("activations", "swiglu_backward")
+        if runs == "triton"
+        else _compiled.activations_backward.default
+    )
+    launch(*map(_rows, (g, gate, value, of_gate, of_value)))
+    return of_gate, of_value
 
 
 def _gelu(x: Tensor, prefix: Tensor | None) -> Tensor:
-    if backend.select("activations", in_rows=True, x=x) == "triton":
-        return backend.triton_op("activations", "gelu")(x, prefix)
-    return reference.gelu(x, prefix)
+    runs = backend.select("activations", in_rows=True, x=x)
+    if runs == "reference":
+        return reference.gelu(x, prefix)
+    out = _like_joint(x, prefix)
+    launch = backend.triton_op("activations", "gelu") if runs == "triton" else _compiled.activations.default
+    launch(*map(_rows, (x, None, prefix, out)))
+    return out
 
 
 def _gelu_backward(g: Tensor, x: Tensor) -> Tensor:
-    if backend.select("activations", in_rows=True, x=x) == "triton":
-        return backend.triton_op("activations", "gelu_backward")(g, x)
-    return reference.gelu_backward(g, x)
+    runs = backend.select("activations", in_rows=True, x=x)
+    if runs == "reference":
+        return reference.gelu_backward(g, x)
+    of_x = x.new_empty(x.shape)
+    launch = (
+        backend.triton_op("activations", "gelu_backward")
+        if runs == "triton"
+        else _compiled.activations_backward.default
+    )
+    launch(*map(_rows, (g, x, None, of_x, None)))
+    return of_x
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """x as rows [R, M] with M contiguous: where it lies if one stride serves all rows, else a copy."""
+    if x is None:
+        return None
+    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _like_joint(x, *others):

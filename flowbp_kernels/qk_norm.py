@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowbp_kernels import backend
 from flowbp_kernels import network_reference as reference
-from flowbp_kernels.arguments import check_float
+from flowbp_kernels.arguments import COMPILED_DTYPES, check_float
 from flowbp_kernels.operators import Recorded
 
 CHUNK = 16  # tokens of one partial sum of the compiled backward: kHeadTokens in csrc/ops.h
@@ -56,8 +56,8 @@ def _streams(
     queries: Tensor | Sequence[Tensor], keys: Tensor | Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Queries, keys, and those of a second stream or None: [B, T, H, d], alike in a stream, and but for T in both."""
-    each_q = (queries,) if isinstance(queries, Tensor) else tuple(queries)
-    each_k = (keys,) if isinstance(keys, Tensor) else tuple(keys)
+    each_q = [queries] if isinstance(queries, Tensor) else list(queries)
+    each_k = [keys] if isinstance(keys, Tensor) else list(keys)
     if len(each_q) not in (1, 2) or len(each_q) != len(each_k):
         raise ValueError(
             f"queries and keys must both be one tensor or two, a stream each: got {len(each_q)} and {len(each_k)}; "
@@ -80,7 +80,9 @@ def _streams(
                 f"queries and keys must share their shape in each stream, and all their dtype: got {tuple(shape)} "
                 f"{query.dtype} and {tuple(key.shape)} {key.dtype} beside {first.dtype}"
             )
-    return (*each_q, *each_k, None, None) if len(each_q) == 1 else (each_q[0], each_k[0], each_q[1], each_k[1])
+    if len(each_q) == 1:
+        return first, each_k[0], None, None
+    return first, each_k[0], each_q[1], each_k[1]
 
 
 def _weights(
@@ -142,18 +144,17 @@ def _forward(
     sin: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    arguments = queries, keys, queries_2, keys_2, weight_q, weight_k, weight_q_2, weight_k_2, cos, sin, eps
-    tensors: Any = arguments[:8]
+    tensors = queries, keys, queries_2, keys_2, weight_q, weight_k, weight_q_2, weight_k_2
     runs = _runs(*tensors)
     if runs == "triton":
-        return backend.triton_op("qk_norm")(*arguments)
+        return backend.triton_op("qk_norm")(*tensors, cos, sin, eps)
     if runs == "cpu":
         q, k = _like_joint(queries, keys, queries_2)
         torch.ops.flowbp_compiled.qk_norm.default(*_with_whole_rows(*tensors), cos, sin, eps, q, k)
         return q, k
     rope = None if cos is None else reference.rotation(cos, sin)
-    of_q, of_k = _pairs(*tensors)
-    return reference.qk_norm(*of_q, rope, eps), reference.qk_norm(*of_k, rope, eps)
+    q, k = (reference.qk_norm(streams, weights, rope, eps) for streams, weights in _pairs(*tensors))
+    return q, k
 
 
 def _backward(
@@ -180,9 +181,10 @@ def _backward(
     if runs == "cpu":
         return _compiled_backward(g_q, g_k, *tensors, cos, sin, eps, of_weights)
     rope = None if cos is None else reference.rotation(cos, sin)
-    of_q, of_k = _pairs(*tensors)
-    streams_q, weights_q = reference.qk_norm_backward(g_q, *of_q, rope, eps)
-    streams_k, weights_k = reference.qk_norm_backward(g_k, *of_k, rope, eps)
+    (streams_q, weights_q), (streams_k, weights_k) = (
+        reference.qk_norm_backward(g, streams, weights, rope, eps)
+        for g, (streams, weights) in zip((g_q, g_k), _pairs(*tensors), strict=True)
+    )
     gradients = [part for pair in zip(streams_q, streams_k, strict=True) for part in pair]
     if of_weights:
         gradients += [part for pair in zip(weights_q, weights_k, strict=True) for part in pair if part is not None]
@@ -213,7 +215,9 @@ def _with_whole_rows(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def _runs(queries, keys, queries_2, keys_2, weight_q, weight_k, weight_q_2, weight_k_2) -> str:
     weights = {"weights_q": weight_q, "weights_k": weight_k, "weights_q[1]": weight_q_2, "weights_k[1]": weight_k_2}
-    return backend.select("qk_norm", in_rows=True, queries=queries, keys=keys, **weights)
+    # A weight may have any dtype of the kernels beside the streams': only one of another dtype decides.
+    unread = {name: w for name, w in weights.items() if w is not None and w.dtype not in COMPILED_DTYPES}
+    return backend.select("qk_norm", in_rows=True, queries=queries, keys=keys, **unread)
 
 
 def _pairs(q, k, q_2, k_2, weight_q, weight_k, weight_q_2, weight_k_2) -> tuple[Any, Any]:
@@ -243,7 +247,7 @@ def _keep(ctx, inputs, output):
 
 def _gradients(ctx, g_q, g_k):
     tensors, of_weights = ctx.saved_tensors, any(ctx.needs_input_grad[4:8])
-    run = _backward_op if backend.needs_operator(g_q, g_k, *tensors) else _backward
+    run: Any = _backward_op if backend.needs_operator(g_q, g_k, *tensors) else _backward
     found = iter(run(g_q, g_k, *tensors, ctx.eps, of_weights))
     wanted = tensors[:8] if of_weights else tensors[:4]
     gradients = [None if tensor is None else next(found) for tensor in wanted]

@@ -41,13 +41,15 @@ inline void stream(void* to, const void* from, int64_t bytes) {
 inline void finish_stream() { _mm_sfence(); }
 
 #include "kernels.inc"
+#include "activations.inc"
 #include "qk_norm.inc"
 #include "modulation.inc"
 
 }  // namespace
 
 const CpuKernels kAvx2 = {quadrature_update, leap_residuals, cfg_multistep_step,
-                               bridge_cotangents, qk_norm, qk_norm_backward, modulation, modulation_backward};
+                               bridge_cotangents, qk_norm, qk_norm_backward, modulation, modulation_backward,
+                               activation, activation_backward};
 
 }  // namespace flowbp
 #ifdef __clang__

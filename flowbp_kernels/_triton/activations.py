@@ -33,7 +33,7 @@ def swiglu_backward_kernel(g, gate, value, of_gate, of_value, g_row, gate_row, v
     x = tl.load(gate + row * gate_row + i, inside, 0).to(tl.float32)
     v = tl.load(value + row * value_row + i, inside, 0).to(tl.float32)
     s = tl.sigmoid(x)
-    slope = s * tl.fma(x, 1 - s, 1.0)
+    slope = s * tl.fma(x, tl.sigmoid(-x), 1.0)  # 1 - s loses the last bits of what it has where s is near 1
     tl.store(of_gate + row * width + i, (upstream * v * slope).to(of_gate.dtype.element_ty), inside)
     tl.store(of_value + row * width + i, (upstream * x * s).to(of_value.dtype.element_ty), inside)
 
@@ -55,9 +55,9 @@ def gelu_backward_kernel(g, x, of_x, g_row, x_row, width, BLOCK: tl.constexpr):
     inside = i < width
     upstream = tl.load(g + row * g_row + i, inside, 0).to(tl.float32)
     y = tl.load(x + row * x_row + i, inside, 0).to(tl.float32)
-    s = tl.sigmoid(y * SLOPE * tl.fma(y * CUBIC, y, 1.0))
+    u = y * SLOPE * tl.fma(y * CUBIC, y, 1.0)
     slope = tl.fma(y * (3 * CUBIC), y, 1.0) * SLOPE
-    of_y = upstream * s * tl.fma(y * (1 - s), slope, 1.0)
+    of_y = upstream * tl.sigmoid(u) * tl.fma(y * tl.sigmoid(-u), slope, 1.0)
     tl.store(of_x + row * width + i, of_y.to(of_x.dtype.element_ty), inside)
 
 
@@ -77,72 +77,47 @@ def place(prefix, out, prefix_row, before, width, BLOCK: tl.constexpr):
     return row, block * BLOCK + tl.arange(0, BLOCK), start + before
 
 
-def swiglu(gate: Tensor, value: Tensor, prefix: Tensor | None) -> Tensor:
-    """[prefix, silu(gate) * value]   [..., P + M], in float32, rounded once.
+def swiglu(gate: Tensor, value: Tensor, prefix: Tensor | None, out: Tensor) -> None:
+    """out = [prefix, silu(gate) * value]   [R, P + M], in float32, rounded once.
 
-    gate, value: [..., M] float32, bfloat16 or float16, one dtype.  prefix: [..., P] of that dtype, or None.
+    gate, value: [R, M] float32, bfloat16 or float16, one dtype.  prefix: [R, P] of that dtype, or None. Rows are
+    contiguous, and `out` is.
     """
-    out = _joint(gate, prefix)
-    (gate, gate_row), (value, value_row), (front, prefix_row) = map(_rows, (gate, value, prefix))
     if out.numel() > 0:
-        before, width = 0 if prefix is None else prefix.shape[-1], gate.shape[-1]
+        before, width = 0 if prefix is None else prefix.shape[1], gate.shape[1]
+        strides = gate.stride(0), value.stride(0), 0 if prefix is None else prefix.stride(0)
         with torch.cuda.device_of(gate):
-            swiglu_kernel[_grid(gate, before, width)](
-                gate, value, front, out, gate_row, value_row, prefix_row, before, width, BLOCK, **OPTIONS
-            )
-    return out
+            swiglu_kernel[grid(gate, before, width)](
+                gate, value, prefix, out, *strides, before, width, BLOCK, **OPTIONS
+            )  # fmt: skip
 
 
-def swiglu_backward(g: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and value. g, gate, value: [..., M]."""
-    of_gate, of_value = gate.new_empty(gate.shape), value.new_empty(value.shape)
-    (g, g_row), (gate, gate_row), (value, value_row) = map(_rows, (g, gate, value))
+def swiglu_backward(g: Tensor, gate: Tensor, value: Tensor, of_gate: Tensor, of_value: Tensor) -> None:
+    """The gradients of gate and value from g [R, M], the gradient of what stands behind the prefix."""
     if g.numel() > 0:
-        width = gate.shape[-1]
+        width = gate.shape[1]
         with torch.cuda.device_of(g):
-            swiglu_backward_kernel[_grid(g, 0, width)](
-                g, gate, value, of_gate, of_value, g_row, gate_row, value_row, width, BLOCK, **OPTIONS
-            )
-    return of_gate, of_value
+            swiglu_backward_kernel[grid(g, 0, width)](
+                g, gate, value, of_gate, of_value, g.stride(0), gate.stride(0), value.stride(0), width, BLOCK, **OPTIONS
+            )  # fmt: skip
 
 
-def gelu(x: Tensor, prefix: Tensor | None) -> Tensor:
-    """[prefix, gelu(x)] by its tanh approximation   [..., P + M], in float32, rounded once.
-
-    x: [..., M] float32, bfloat16 or float16.  prefix: [..., P] of that dtype, or None.
-    """
-    out = _joint(x, prefix)
-    (x, x_row), (front, prefix_row) = _rows(x), _rows(prefix)
+def gelu(x: Tensor, value: None, prefix: Tensor | None, out: Tensor) -> None:
+    """out = [prefix, gelu(x)], the tanh approximation   [R, P + M]. The arguments are those of swiglu but for value."""
     if out.numel() > 0:
-        before, width = 0 if prefix is None else prefix.shape[-1], x.shape[-1]
+        before, width = 0 if prefix is None else prefix.shape[1], x.shape[1]
+        strides = x.stride(0), 0 if prefix is None else prefix.stride(0)
         with torch.cuda.device_of(x):
-            gelu_kernel[_grid(x, before, width)](x, front, out, x_row, prefix_row, before, width, BLOCK, **OPTIONS)
-    return out
+            gelu_kernel[grid(x, before, width)](x, prefix, out, *strides, before, width, BLOCK, **OPTIONS)
 
 
-def gelu_backward(g: Tensor, x: Tensor) -> Tensor:
-    """The gradient of x. g, x: [..., M]."""
-    of_x = x.new_empty(x.shape)
-    (g, g_row), (x, x_row) = _rows(g), _rows(x)
+def gelu_backward(g: Tensor, x: Tensor, value: None, of_x: Tensor, of_value: None) -> None:
+    """The gradient of x from g [R, M]; the arguments are those of swiglu_backward, without value."""
     if g.numel() > 0:
-        width = x.shape[-1]
+        width = x.shape[1]
         with torch.cuda.device_of(g):
-            gelu_backward_kernel[_grid(g, 0, width)](g, x, of_x, g_row, x_row, width, BLOCK, **OPTIONS)
-    return of_x
+            gelu_backward_kernel[grid(g, 0, width)](g, x, of_x, g.stride(0), x.stride(0), width, BLOCK, **OPTIONS)
 
 
-def _joint(x: Tensor, prefix: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], x.shape[-1] + (0 if prefix is None else prefix.shape[-1]))
-
-
-def _rows(x: Tensor | None):
-    """(x as rows [R, M] with M contiguous, their stride): as they are where one stride serves all, else a copy."""
-    if x is None:
-        return None, 0
-    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    x = x if x.stride(1) == 1 else x.contiguous()
-    return x, x.stride(0)
-
-
-def _grid(rows: Tensor, before: int, width: int) -> tuple[int, int]:
+def grid(rows: Tensor, before: int, width: int) -> tuple[int, int]:
     return len(rows), triton.cdiv(before, BLOCK) + triton.cdiv(width, BLOCK)

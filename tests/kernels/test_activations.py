@@ -6,8 +6,10 @@ from kernels.cases import DTYPES, draw
 from torch import library
 from torch.nn import functional
 
+from flowbp_kernels import backend
 from flowbp_kernels.activations import _gelu_backward_op, _gelu_op, _swiglu_backward_op, _swiglu_op, gelu, swiglu
 
+ISAS = backend.isas()
 SHAPES = [(1, 1), (3, 41), (2, 5, 64), (2, 3, 2, 7), (0, 4), (3, 0)]
 
 
@@ -23,6 +25,15 @@ def eager_gelu(x, *, prefix=None):
 
 OPS = {"swiglu": (2, swiglu, eager_swiglu), "gelu": (1, gelu, eager_gelu)}
 OPERATORS = {"swiglu": (_swiglu_op.operator, _swiglu_backward_op), "gelu": (_gelu_op.operator, _gelu_backward_op)}
+
+
+@pytest.fixture(params=["reference", *ISAS])
+def everywhere(request, monkeypatch):
+    """On the reference, and on the compiled kernels of each instruction set."""
+    compiled = request.param != "reference"
+    monkeypatch.setenv("FLOWBP_KERNELS", "cpu" if compiled else "reference")
+    if compiled:
+        monkeypatch.setenv("FLOWBP_ISA", request.param)
 
 
 def problem(op, shape, prefixed, dtype=torch.float64):
@@ -51,17 +62,29 @@ def test_value_and_gradients_are_those_of_pytorch(op, shape, prefixed):
 
 
 @pytest.mark.parametrize("prefixed", [False, True], ids=["alone", "prefixed"])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 4100)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_the_error_is_at_most_twice_eager(op, dtype, prefixed):
-    tensors, prefix = problem(op, (3, 5, 64), prefixed, dtype)
+def test_the_error_is_at_most_twice_eager(op, dtype, shape, prefixed, everywhere):
+    tensors, prefix = problem(op, shape, prefixed, dtype)
     ours, eager = (value_and_gradients(call, tensors, prefix) for call in OPS[op][1:])
     wide = [t.double() for t in tensors], None if prefix is None else prefix.double()
     for result, theirs, exact in zip(ours, eager, value_and_gradients(OPS[op][2], *wide), strict=True):
-        assert result.dtype == dtype
+        assert result.dtype == dtype and result.shape == exact.shape and result.isfinite().all()
         error, allowed = (result.double() - exact).abs(), 2 * (theirs.double() - exact).abs()
-        tiny = 1e-7 * exact.abs().max()  # eager may hit the truth by luck
-        assert error.sum() <= allowed.sum() + tiny * exact.numel() and error.max() <= allowed.max() + tiny
+        tiny = 2e-7 * exact.abs().max() if exact.numel() else 0  # eager may hit the truth by luck
+        assert error.sum() <= allowed.sum() + tiny * exact.numel()
+        assert not error.numel() or error.max() <= allowed.max() + tiny
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_bfloat16_value_is_activated(op, everywhere):
+    """NaN stays NaN; -infinity may give NaN, as PyTorch's own kernels do."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = x[x.isnan() | (x.abs() < 1e30)]
+    tensors = [x, torch.ones_like(x)][: OPS[op][0]]
+    ours, eager = (call(*tensors) for call in OPS[op][1:])
+    torch.testing.assert_close(ours, eager, rtol=2**-7, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -72,19 +95,19 @@ def test_gradients_match_finite_differences(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_large_inputs_stay_finite(op):
+def test_large_inputs_stay_finite(op, everywhere):
     tensors = [torch.tensor([-1e4, -100.0, 100.0, 1e4]).half() for _ in range(OPS[op][0])]
     for result in value_and_gradients(OPS[op][1], tensors, None)[1:]:
         assert result.isfinite().all()
 
 
-def test_halves_of_one_projection_are_read_where_they_lie():
-    projection = draw(2, 5, 24, dtype=torch.float64)
+def test_halves_of_one_projection_are_read_where_they_lie(everywhere):
+    projection = draw(2, 5, 24)
     gate, value = projection.chunk(2, -1)
     expected = swiglu(gate.contiguous(), value.contiguous())
     for halves in ((gate, value), (gate.mT.contiguous().mT, value.mT.contiguous().mT)):
         result = swiglu(*halves)
-        torch.testing.assert_close(result, expected, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
         assert result.is_contiguous()
     assert gelu(projection.mT).is_contiguous()
 

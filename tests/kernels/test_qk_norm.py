@@ -140,6 +140,15 @@ def test_so_it_is_for_any_number_of_heads_of_any_width(heads, width, lengths, ev
         assert_error_is_at_most_twice_eager(parts, rope_of("real", 2, sum(lengths), width))
 
 
+@pytest.mark.parametrize("batch, heads, width", [(0, 2, 4), (2, 0, 4), (2, 2, 0)])
+def test_of_no_elements_all_gradients_are_zero(batch, heads, width, everywhere):
+    *results, of_weight_q, of_weight_k = values_and_gradients(
+        qk_norm, *problem((3,), width, heads, batch, torch.float32), None
+    )
+    assert all(result.shape == (batch, 3, heads, width) for result in results)
+    assert torch.equal(of_weight_q, torch.zeros(width)) and torch.equal(of_weight_k, torch.zeros(width))
+
+
 def test_no_compiled_result_depends_on_the_number_of_threads(isa):
     """Gradients of weights are sums over 1,386 tokens and 24 heads."""
     parts, rope = problem((300, 162), 64, 24, 3, torch.float32), rope_of("complex", 3, 462, 64)

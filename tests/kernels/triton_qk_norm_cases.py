@@ -8,7 +8,7 @@ from kernels.triton_cases import DEVICE, DTYPES, draw, rounding
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowbp_kernels import network_reference as reference
-from flowbp_kernels._triton import activations, qk_norm
+from flowbp_kernels._triton import qk_norm
 from flowbp_kernels.activations import gelu as public_gelu
 from flowbp_kernels.activations import swiglu as public_swiglu
 from flowbp_kernels.qk_norm import _tables
@@ -162,48 +162,54 @@ def test_no_elements_have_gradients_of_zero(batch, lengths, heads):
     assert qk_norm.qk_norm(*arguments)[0].numel() == 0
 
 
-ACTIVATIONS = {"swiglu": 2, "gelu": 1}
+ACTIVATIONS = {"swiglu": (2, public_swiglu), "gelu": (1, public_gelu)}
 SHAPES = [(1, 1), (3, 41), (2, 1500), (2, 3, 2, 7)]
+
+
+def activated(op, tensors, prefix=None, g=None):
+    """The result, and the gradients of the tensors and of the prefix for a cotangent g, by default of ones."""
+    leaves = [t.detach().requires_grad_() for t in (*tensors, *([] if prefix is None else [prefix]))]
+    result = ACTIVATIONS[op][1](*leaves[: len(tensors)], prefix=None if prefix is None else leaves[-1])
+    return result.detach(), *torch.autograd.grad(result, leaves, torch.ones_like(result) if g is None else g)
+
+
+@pytest.fixture
+def on_triton(monkeypatch):
+    monkeypatch.setenv("FLOWBP_KERNELS", "triton")
 
 
 @pytest.mark.parametrize("prefix", [None, 6, 1030], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", ACTIVATIONS)
-def test_activations_are_float64_rounded_once(op, dtype, shape, prefix):
-    tensors = [3 * draw(*shape, dtype=dtype, seed=seed) for seed in range(ACTIVATIONS[op])]
+def test_activations_are_float64_rounded_once(op, dtype, shape, prefix, on_triton, monkeypatch):
+    tensors = [3 * draw(*shape, dtype=dtype, seed=seed) for seed in range(ACTIVATIONS[op][0])]
     front = None if prefix is None else draw(*shape[:-1], prefix, dtype=dtype, seed=8)
-    result = getattr(activations, op)(*tensors, front)
-    wide = [t.double() for t in tensors]
-    assert_rounded_once(result, getattr(reference, op)(*wide, None if front is None else front.double()))
+    g = draw(*shape[:-1], (prefix or 0) + shape[-1], dtype=dtype, seed=9)
+    ours = activated(op, tensors, front, g)
+    monkeypatch.setenv("FLOWBP_KERNELS", "reference")
+    wide = [t.double() for t in tensors], None if front is None else front.double(), g.double()
+    for result, expected in zip(ours, activated(op, *wide), strict=True):
+        assert result.dtype == dtype
+        assert_rounded_once(result, expected)
     if front is not None:
-        assert torch.equal(result[..., :prefix], front)
-    g = draw(*shape[:-1], (prefix or 0) + shape[-1], dtype=dtype, seed=9)[..., prefix or 0 :]
-    found = getattr(activations, f"{op}_backward")(g, *tensors)
-    expected = getattr(reference, f"{op}_backward")(g.double(), *wide)
-    pairs = zip(found, expected, strict=True) if op == "swiglu" else [(found, expected)]
-    for gradient, truth in pairs:
-        assert gradient.is_contiguous()
-        assert_rounded_once(gradient, truth)
+        assert torch.equal(ours[0][..., :prefix], front) and torch.equal(ours[-1], g[..., :prefix])
 
 
-def test_activations_of_large_numbers_are_finite():
+def test_activations_of_large_numbers_are_finite(on_triton):
     x = torch.tensor([-6e4, -100.0, 100.0, 6e4], device=DEVICE)
-    one = torch.ones_like(x)
-    assert torch.equal(activations.gelu(x, None), x.relu()) and torch.equal(activations.swiglu(x, one, None), x.relu())
-    step = (x > 0).float()
-    assert torch.equal(activations.gelu_backward(one, x), step)
-    assert torch.equal(activations.swiglu_backward(one, x, one)[0], step)
+    for op, tensors in (("gelu", [x]), ("swiglu", [x, torch.ones_like(x)])):
+        result, of_x, *_ = activated(op, tensors)
+        assert torch.equal(result, x.relu()) and torch.equal(of_x, (x > 0).float())
 
 
-def test_activations_read_strided_rows_and_copy_what_has_none():
-    projection = draw(2, 3, 13)[..., 1:]
-    gate, value = projection.chunk(2, -1)
-    expected = reference.swiglu(gate, value, None)
+def test_activations_read_strided_rows_and_copy_what_has_none(on_triton):
+    gate, value = draw(2, 3, 13)[..., 1:].chunk(2, -1)
+    expected = torch.nn.functional.silu(gate) * value
     for halves in ((gate, value), (gate.transpose(0, 1).contiguous().transpose(0, 1), value.mT.contiguous().mT)):
-        torch.testing.assert_close(activations.swiglu(*halves, None), expected, rtol=1e-6, atol=1e-6)
-    assert activations.swiglu(gate[:0], value[:0], None).shape == (0, 3, 6)
-    assert torch.equal(activations.gelu(gate[..., :0], value), value)
+        torch.testing.assert_close(public_swiglu(*halves), expected, rtol=1e-6, atol=1e-6)
+    assert public_swiglu(gate[:0], value[:0]).shape == (0, 3, 6)
+    assert torch.equal(public_gelu(gate[..., :0], prefix=value), value)
 
 
 def test_the_public_ops_reach_these_launchers(monkeypatch):
