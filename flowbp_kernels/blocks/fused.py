@@ -33,7 +33,7 @@ FAMILIES = {  # and the kernels of each, by their names in csrc/; lora_linear is
     "lora": (),
     "modulation": ("modulation",),
     "qk_norm": ("qk_norm",),
-    "activations": ("swiglu", "gelu"),
+    "activations": ("activations",),
 }
 
 LoraLinear = None

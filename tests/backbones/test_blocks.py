@@ -18,7 +18,7 @@ from torch import nn
 
 import flowbp_kernels
 from flowbp.backbones import BACKBONES, bind_velocity, load_backbone
-from flowbp.config import BackboneConfig
+from flowbp.config.schema import BackboneConfig
 from flowbp.guidance import Guidance
 from flowbp_kernels import selective_recompute
 from flowbp_kernels.blocks import fingerprints, fused, table

@@ -189,7 +189,6 @@ def test_it_has_no_second_derivative():
         ({"weight": lambda x: x}, r"weight\(x\) must have shape \[3, 7\]"),
         ({"weight": lambda x: x @ torch.zeros(5, 7)}, "bias must be None where weight is a callable"),
     ],
-    ids=str,
 )
 def test_input_outside_the_contract_is_refused(change, message):
     given = dict(
