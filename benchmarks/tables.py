@@ -14,9 +14,10 @@ from pathlib import Path
 
 import controls
 import few_steps
+import strengths
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(\n<!-- end of table -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 METRICS = {
     "reward": "reward (trained on)",
     "monitor": "monitor (a reward never trained on)",
@@ -31,7 +32,7 @@ def main() -> None:
     check = parser.parse_args().check
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         old = page.read_text(encoding="utf-8")
-        new = BLOCK.sub(lambda block: block[1] + table(block[2]) + block[3], old)
+        new = BLOCK.sub(lambda block: f"{block[1]}{table(block[2])}\n{block[3]}", old)
         if new != old and check:
             sys.exit(f"a table of {page.relative_to(ROOT)} is not that of its file: run python benchmarks/tables.py")
         if new != old:
@@ -82,6 +83,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "few-steps": ("few_steps.json", lambda found: few_steps.table(found["rows"])),
     "controls": ("controls.json", lambda found: controls.table(found["rows"])),
     "anchor": ("anchor.json", settings),
+    "strengths": ("strengths.json", lambda found: strengths.table(found["rows"])),
 }
 
 if __name__ == "__main__":
