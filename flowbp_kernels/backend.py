@@ -77,11 +77,13 @@ def written(name: str, out: Tensor, others: dict[str, Tensor | None], in_place_o
     torch.autograd.graph.increment_version(out)
 
 
-def select(op: str, num_nodes: int = 0, *, in_rows: bool = False, **tensors: Tensor | None) -> str:
+def select(
+    op: str, num_nodes: int = 0, *, in_rows: bool = False, one_dtype: bool = False, **tensors: Tensor | None
+) -> str:
     """The backend that runs `op` on these tensors, named as in its contract, with a rule of num_nodes rows.
 
-    in_rows: its kernels go through rows, whose strides are free: one for GPUs in Triton, and a compiled one for the CPU
-    that takes tensors of one dtype.
+    in_rows: its kernels go through rows, whose strides are free: one for GPUs in Triton, and a compiled one for the
+    CPU.  one_dtype: the latter takes tensors of one dtype.
     """
     wanted = requested()
     label, first = next(iter(tensors.items()))
@@ -90,7 +92,7 @@ def select(op: str, num_nodes: int = 0, *, in_rows: bool = False, **tensors: Ten
         if not _reaches(name, first):
             cause = f"{label} is on {first.device}" if name == wanted else "elsewhere"
         else:
-            cause = _unsuited(name, op, num_nodes, in_rows, tensors)
+            cause = _unsuited(name, op, num_nodes, in_rows, one_dtype, tensors)
         if not cause:
             return name
         if wanted == name:
@@ -184,7 +186,9 @@ def _reaches(name: str, tensor: Tensor) -> bool:
     return name == "reference" or tensor.is_cuda or (name == "triton" and _interprets_triton())
 
 
-def _unsuited(name: str, op: str, num_nodes: int, in_rows: bool, tensors: dict[str, Tensor | None]) -> str:
+def _unsuited(
+    name: str, op: str, num_nodes: int, in_rows: bool, one_dtype: bool, tensors: dict[str, Tensor | None]
+) -> str:
     """What keeps a backend that reaches these tensors from running `op` on them; "" if nothing does."""
     if name == "reference":
         return ""
@@ -208,7 +212,7 @@ def _unsuited(name: str, op: str, num_nodes: int, in_rows: bool, tensors: dict[s
             return f"{label} is {tensor.dtype}; it takes float32, bfloat16 and float16, and float8_e4m3fn for a cache"
         if not in_rows and not tensor.is_contiguous():
             return f"{label} is not contiguous"
-        if in_rows and name == "cpu" and tensor.dtype != first.dtype:
+        if one_dtype and name == "cpu" and tensor.dtype != first.dtype:
             return f"{label} is {tensor.dtype} and {first_label} {first.dtype}; its compiled kernel takes one dtype"
     return ""
 

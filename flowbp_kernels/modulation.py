@@ -123,7 +123,7 @@ def _check(x: Tensor, x_name: str, **rows: Tensor | None) -> None:
 def _run(x, gate, y, weight, shift, scale, shift_2, scale_2, norm, eps):
     """(s, out, out_2), each None where it is not asked for."""
     tensors = {"x": x, "gate": gate, "y": y, "weight": weight, "shift": shift, "scale": scale}
-    runs = backend.select("modulation", in_rows=True, **tensors, shift_2=shift_2, scale_2=scale_2)
+    runs = backend.select("modulation", in_rows=True, one_dtype=True, **tensors, shift_2=shift_2, scale_2=scale_2)
     if runs == "reference":
         return network_reference.modulation(x, gate, y, weight, shift, scale, shift_2, scale_2, norm, eps)
     outputs = _outputs(x, gate, y, weight, shift, scale, shift_2, scale_2, norm)
@@ -146,7 +146,7 @@ def _run_backward(g_s, g, g_2, s, gate, y, weight, scale, scale_2, norm, eps, y_
     like = g_s if g is None else g
     arguments = g_s, g, g_2, s, gate, y, weight, scale, scale_2
     tensors = {"g": like, "g_s": g_s, "g_2": g_2, "s": s, "gate": gate, "y": y, "weight": weight, "scale": scale}
-    runs = backend.select("modulation", in_rows=True, **tensors, scale_2=scale_2)
+    runs = backend.select("modulation", in_rows=True, one_dtype=True, **tensors, scale_2=scale_2)
     if runs == "reference":
         return network_reference.modulation_backward(*arguments, norm, eps, y_dtype, of_modulation)
     batch, tokens, size = like.shape
