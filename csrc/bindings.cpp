@@ -413,12 +413,12 @@ const Tensor* pointer(const std::optional<Tensor>& t) { return t ? &*t : nullptr
 
 int64_t tasks_of(const QkNorm& op) {
   int64_t tasks = 0;
-  for (int i = 0; i < op.num_streams; ++i) tasks += op.batch * head_chunks(op.streams[i].tokens);
+  for (int i = 0; i < op.num_streams; ++i) tasks += op.batch * token_chunks(op.streams[i].tokens);
   return op.heads * op.width > 0 ? tasks : 0;
 }
 
 void on_cpu_by_head(const QkNorm& op, void (*kernel)(const QkNorm&, int64_t, int64_t), int64_t reads) {
-  if (const int64_t tasks = tasks_of(op)) on_cpu(op, kernel, tasks, reads * kHeadTokens * op.heads * op.width);
+  if (const int64_t tasks = tasks_of(op)) on_cpu(op, kernel, tasks, reads * kTokens * op.heads * op.width);
 }
 
 void qk_norm(const Tensor& queries, const Tensor& keys, const std::optional<Tensor>& queries_2,
@@ -472,7 +472,7 @@ void qk_norm_backward(const Tensor& g_q, const Tensor& g_k, const Tensor& querie
   const float* part = op.parts;
   for (int i = 0; i < 4; ++i) {
     std::fill(total.begin(), total.end(), 0.0);
-    const int64_t rows = tasks && i < op.num_streams ? op.batch * head_chunks(op.streams[i].tokens) : 0;
+    const int64_t rows = tasks && i < op.num_streams ? op.batch * token_chunks(op.streams[i].tokens) : 0;
     for (int64_t row = 0; row < rows; ++row, part += op.width) {
       for (int64_t e = 0; e < op.width; ++e) total[e] += part[e];
     }

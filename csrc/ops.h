@@ -231,9 +231,6 @@ struct Activation {
 constexpr float kGeluSlope = 1.5957691216057308f, kGeluCubic = 0.044715f;  // 2 sqrt(2 / pi)
 FLOWBP_HD int64_t row_chunks(int64_t width) { return width > 0 ? chunks(width) : 1; }  // a prefix needs one
 
-constexpr int64_t kHeadTokens = 16;  // of one task, and of one partial sum; Python's qk_norm.CHUNK
-FLOWBP_HD int64_t head_chunks(int64_t tokens) { return (tokens + kHeadTokens - 1) / kHeadTokens; }
-
 template <class F>
 void with_type(Dtype dtype, F f) {
   switch (dtype) {

@@ -17,8 +17,8 @@ modulated_rms_norm         weight x / rms(x) (1 + scale)                 all ten
 gated_residual             residual + gate y                             all tensors      triton, cpu
 gated_residual_layer_norm  s = residual + gate y;  s, modulated LN(s)    all tensors      triton, cpu
 qk_norm                    R (w x / rms(x)) of all streams, joined       queries, keys, w triton, cpu
-swiglu                     silu(gate) value, behind a prefix             gate, value      triton
-gelu                       tanh-approximate GELU, behind a prefix        x                triton
+swiglu                     silu(gate) value, behind a prefix             gate, value      triton, cpu
+gelu                       tanh-approximate GELU, behind a prefix        x                triton, cpu
 lora_linear                x W^T + bias + scale (x a^T) b^T              all tensors      PyTorch's GEMMs
 apply                      all of these in the blocks of diffusers' SD3, FLUX.1, FLUX.2 and Z-Image
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowbp_kernels import backend, network_reference
-from flowbp_kernels.arguments import accumulation_dtype, check_float, check_like
+from flowbp_kernels.arguments import accumulation_dtype, check_float, check_like, with_whole_rows
 from flowbp_kernels.network_reference import promoted
 from flowbp_kernels.operators import Recorded
 
@@ -127,7 +127,7 @@ def _run(x, gate, y, weight, shift, scale, shift_2, scale_2, norm, eps):
     if runs == "reference":
         return network_reference.modulation(x, gate, y, weight, shift, scale, shift_2, scale_2, norm, eps)
     outputs = _outputs(x, gate, y, weight, shift, scale, shift_2, scale_2, norm)
-    arguments = _with_whole_rows(x, gate, y, weight, shift, scale, shift_2, scale_2)
+    arguments = with_whole_rows(x, gate, y, weight, shift, scale, shift_2, scale_2)
     launch = backend.triton_op("modulation") if runs == "triton" else torch.ops.flowbp_compiled.modulation
     launch(*arguments, norm == "layer", eps, *outputs)
     return outputs
@@ -156,7 +156,7 @@ def _run_backward(g_s, g, g_2, s, gate, y, weight, scale, scale_2, norm, eps, y_
     parts = like.new_empty((rows, batch, chunks, size), dtype=torch.float32) if rows else None
     ops = torch.ops.flowbp_compiled
     launch = backend.triton_op("modulation", "modulation_backward") if runs == "triton" else ops.modulation_backward
-    launch(*_with_whole_rows(*arguments), norm == "layer", eps, of_modulation, of_x, of_y, parts)
+    launch(*with_whole_rows(*arguments), norm == "layer", eps, of_modulation, of_x, of_y, parts)
     sums = None if parts is None else parts.squeeze(2) if chunks == 1 else parts.sum(2)
     return of_x, of_y, sums
 
@@ -164,11 +164,6 @@ def _run_backward(g_s, g, g_2, s, gate, y, weight, scale, scale_2, norm, eps, y_
 def _num_sums(norm, g_2, y, of_modulation) -> int:
     """Sums over T: of g n and g for a LayerNorm, of g n for RMS, the same of g_2, and of the gradient of s times y."""
     return of_modulation * (1 + (norm == "layer")) * (1 + (g_2 is not None)) + (y is not None)
-
-
-def _with_whole_rows(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Copies of those whose last dimension is strided: a kernel takes all other strides."""
-    return [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
 def _forward(

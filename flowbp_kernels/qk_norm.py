@@ -10,10 +10,10 @@ from torch import Tensor
 
 from flowbp_kernels import backend
 from flowbp_kernels import network_reference as reference
-from flowbp_kernels.arguments import COMPILED_DTYPES, check_float
+from flowbp_kernels.arguments import check_float, with_whole_rows
+from flowbp_kernels.modulation import CHUNK
 from flowbp_kernels.operators import Recorded
 
-CHUNK = 16  # tokens of one partial sum of the compiled backward: kHeadTokens in csrc/ops.h
 Rope = Tensor | tuple[Tensor, Tensor]
 
 
@@ -150,7 +150,7 @@ def _forward(
         return backend.triton_op("qk_norm")(*tensors, cos, sin, eps)
     if runs == "cpu":
         q, k = _like_joint(queries, keys, queries_2)
-        torch.ops.flowbp_compiled.qk_norm.default(*_with_whole_rows(*tensors), cos, sin, eps, q, k)
+        torch.ops.flowbp_compiled.qk_norm.default(*with_whole_rows(*tensors), cos, sin, eps, q, k)
         return q, k
     rope = None if cos is None else reference.rotation(cos, sin)
     q, k = (reference.qk_norm(streams, weights, rope, eps) for streams, weights in _pairs(*tensors))
@@ -199,7 +199,7 @@ def _compiled_backward(g_q, g_k, *arguments) -> list[Tensor]:
         batch, _, heads, width = g_q.shape
         tasks = sum(batch * -(-x.shape[1] // CHUNK) for x in tensors[:4] if x is not None) if heads * width else 0
         parts, sums = (g_q.new_empty(rows, width, dtype=torch.float32) for rows in (tasks, 4))
-    inputs = _with_whole_rows(g_q, g_k, *tensors)
+    inputs = with_whole_rows(g_q, g_k, *tensors)
     torch.ops.flowbp_compiled.qk_norm_backward.default(*inputs, cos, sin, eps, *gradients, parts, sums)
     found = [gradient for gradient in gradients if gradient is not None]
     if sums is not None:  # copies: an operator's results share no memory
@@ -208,16 +208,9 @@ def _compiled_backward(g_q, g_k, *arguments) -> list[Tensor]:
     return found
 
 
-def _with_whole_rows(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Copies of those whose last dimension is strided: a kernel takes all other strides."""
-    return [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
-
-
 def _runs(queries, keys, queries_2, keys_2, weight_q, weight_k, weight_q_2, weight_k_2) -> str:
     weights = {"weights_q": weight_q, "weights_k": weight_k, "weights_q[1]": weight_q_2, "weights_k[1]": weight_k_2}
-    # A weight may have any dtype of the kernels beside the streams': only one of another dtype decides.
-    unread = {name: w for name, w in weights.items() if w is not None and w.dtype not in COMPILED_DTYPES}
-    return backend.select("qk_norm", in_rows=True, queries=queries, keys=keys, **unread)
+    return backend.select("qk_norm", in_rows=True, queries=queries, keys=keys, **weights)
 
 
 def _pairs(q, k, q_2, k_2, weight_q, weight_k, weight_q_2, weight_k_2) -> tuple[Any, Any]:
