@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import controls
 import few_steps
 import strengths
 
@@ -56,16 +55,6 @@ def one_setting(sweep: dict) -> str:
     return "\n".join(lines)
 
 
-def settings(sweep: dict) -> str:
-    """A row a setting: its runs, and each metric's mean change with its 95 % interval over training runs."""
-    lines = [f"| setting | runs | {' | '.join(METRICS)} |", f"|{'---|' * (2 + len(METRICS))}"]
-    for setting in dict.fromkeys(row["setting"] for row in sweep["rows"]):
-        rows = {row["metric"]: row for row in sweep["rows"] if row["setting"] == setting}
-        cells = [few_steps.told(rows[metric]["change"]) for metric in METRICS]
-        lines.append(f"| `{setting}` | {len(rows['checker']['seeds'])} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def short(number: float) -> str:
     return f"{number:.3f}".replace("0.", ".", 1)
 
@@ -81,8 +70,6 @@ def with_deviation(values: list[float]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "demo": ("demo/seeds.json", one_setting),
     "few-steps": ("few_steps.json", lambda found: few_steps.table(found["rows"])),
-    "controls": ("controls.json", lambda found: controls.table(found["rows"])),
-    "anchor": ("anchor.json", settings),
     "strengths": ("strengths.json", lambda found: strengths.table(found["rows"])),
 }
 

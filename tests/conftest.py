@@ -21,10 +21,14 @@ SLOW_PLACES = (
     "evaluation/test_evaluation.py",
     "evaluation/test_geneval.py",
     "evaluation/test_sentinel.py",
+    "kernels/test_activations.py",
     "kernels/test_bench.py",
-    "kernels/test_compiled_ops.py",  # each case in every instruction set
+    "kernels/test_compiled_ops.py",  # each case in every instruction set, as in two of the others
     "kernels/test_example.py",
+    "kernels/test_modulation.py",
+    "kernels/test_qk_norm.py",
     "kernels/test_setup.py",
+    "test_anchor.py",
     "test_cli.py",
     "test_docs.py",
     "test_embeddings.py",
