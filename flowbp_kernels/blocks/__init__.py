@@ -7,7 +7,7 @@ diffusers these stand for), and `apply` here. diffusers and peft are imported by
 
 from collections import Counter
 from collections.abc import Iterable
-from types import MethodType
+from functools import partial
 
 from torch import nn
 
@@ -33,7 +33,7 @@ def apply(transformer: nn.Module, ops: str | Iterable[str] = "all") -> "Handle":
     Blocks that are compiled in place (block.compile(), compile_repeated_blocks), before or after, keep both: the graph
     of a block calls the kernels as operators, and the compiler fuses what lies between them.
     Another attention processor that is set later runs as diffusers runs it. A deep copy of the transformer keeps the
-    ops, and has no handle.
+    ops and has no handle; so does one that torch.save wrote whole.
     Raises ValueError for an unknown name in ops; for a block, layer or attention processor that is not known, that has
     a forward of its own, or whose source in the installed diffusers is not the one re-stated here; and for a
     transformer to which the ops have been applied already.
@@ -55,7 +55,7 @@ def apply(transformer: nn.Module, ops: str | Iterable[str] = "all") -> "Handle":
     steps = fused.Fused(frozenset(names))
     for module, function in found.items():
         setattr(module, "flowbp_fused", steps)  # noqa: B010 (torch types attributes of a module as tensors)
-        module.forward = MethodType(function, module)
+        module.forward = partial(function, module)  # a bound method would not be read back from a pickle
     return Handle(transformer, list(found), names)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 from functools import cache
 
 import pytest
@@ -233,6 +234,25 @@ def test_adapters_may_come_before_or_after(name):
     flowbp_kernels.apply(before)
     flowbp_kernels.apply(after)
     assert_equal(outcome(name, add_lora(name, after)), outcome(name, before))
+
+
+def reloaded(net):
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@of_each_class
+@pytest.mark.parametrize("copied", [copy.deepcopy, reloaded])
+def test_a_copy_runs_the_ops_on_weights_of_its_own(name, copied):
+    net = network(name)
+    flowbp_kernels.apply(net)
+    expected, twin = outcome(name, net), copied(net)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+    assert_equal(outcome(name, twin), expected)
 
 
 def compiled(net):
