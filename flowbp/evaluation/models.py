@@ -73,7 +73,8 @@ def run_evaluation(
     strengths: of the tuned weights. At strength s the model NAME is called "NAME s", and NAME at 1.
 
     Raises ValueError where `folder` holds scores of other settings or weights, unless `overwrite` says to throw those
-    away, and ConnectionError where another process has ended.
+    away, where two models have one name, and for a strength without weights; ConnectionError where another process has
+    ended.
     """
     options = config.evaluation
     if options is None:
@@ -84,6 +85,11 @@ def run_evaluation(
         for name, weights in models.items()
         for strength in (strengths if weights is not None else (1.0,))
     ]
+    names = [about["name"] for about in manifests]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two models are called {twice[0]!r}: take other names, --weights NAME=PATH, or strengths")
+    if names == ["base"] and [*strengths] != [1.0]:
+        raise ValueError("--strength is of tuned weights, and there are none: name the folder of a run, or --weights")
     state = process_state()
 
     def open_all() -> None:

@@ -247,6 +247,21 @@ def test_tuned_weights_are_scored_at_every_strength_that_is_named(run, whole, tm
     assert CliRunner().invoke(app, [*options, "0.25"]).exit_code == 0  # beside those that are there
 
 
+@pytest.mark.parametrize(
+    "models, strengths, says",
+    [
+        (["a", "a 0.5"], [0.5, 1.0], "two models are called 'a 0.5': take other names, --weights NAME=PATH"),
+        (["a"], [0.3333333, 0.33333331], "two models are called 'a 0.333333'"),
+        ([], [0.5], "there are none: name the folder of a run, or --weights"),
+    ],
+)
+def test_strengths_without_a_model_of_their_own_are_refused(models, strengths, says, run, tmp_path):
+    models = {"base": None} | dict.fromkeys(models, run)
+    with pytest.raises(ValueError, match=says):
+        run_evaluation(load(run / "config.yaml"), models, tmp_path / "eval", strengths=strengths)
+    assert not (tmp_path / "eval").exists()
+
+
 @pytest.mark.parametrize("text", ["0", "-1", "half", "nan", "0.5,", "inf", ""])
 def test_a_strength_that_is_none_is_refused(text, run, tmp_path):
     result = CliRunner().invoke(app, ["eval", str(run), "--out", str(tmp_path / "eval"), "--strength", text])
