@@ -159,6 +159,15 @@ def test_a_run_starts_without_drift_and_a_heavy_anchor_holds_it(overrides, tmp_p
     assert all(torch.equal(held.model.base[name], value) for name, value in base.items())
 
 
+def test_a_compiled_run_compiles_all_that_it_needs(tmp_path):
+    torch._dynamo.reset()
+    options = ["data.batch_size=2", "evaluation.samples=6", "evaluation.batch_size=4", "evaluation.num_steps=2"]
+    run = Trainer(load("demo", [f"output={tmp_path / 'run'}", *options, "compile=eager", "anchor={weight: 1}"]))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        run.step(0)
+        run.evaluator.score(run.model, run.model.tuned)
+
+
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_as_base_the_network_is_the_one_that_the_run_started_from(mode, tmp_path):
     model = trainer(

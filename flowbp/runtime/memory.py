@@ -36,6 +36,7 @@ def compile_blocks(denoiser: ModelMixin, backend: str) -> None:
     """Compile each kind of block once (regional compilation). Adapters must be in place before."""
     if not denoiser._repeated_blocks:  # diffusers names them for every class but SD3
         denoiser._repeated_blocks = ["JointTransformerBlock"]
+    torch._dynamo.config.recompile_limit = 64  # graphs with gradient and without, of other batches, without the adapter
     denoiser.compile_repeated_blocks(backend=backend)
 
 
