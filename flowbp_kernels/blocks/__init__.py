@@ -19,7 +19,8 @@ def apply(transformer: nn.Module, ops: str | Iterable[str] = "all") -> "Handle":
     module that holds their blocks.
     ops: "all", or names of these; what is not named runs as diffusers runs it, bit for bit:
         lora          lora_linear for the LoRA layers of peft in the blocks, added before or after: those with one
-                      active, unmerged adapter without dropout, variant (DoRA, ...), bias and hooks. peft runs the rest.
+                      active, unmerged adapter without dropout, variant (DoRA, ...), bias and hooks, in no
+                      Sequential. peft runs the rest.
         modulation    modulated_layer_norm, modulated_rms_norm, gated_residual, gated_residual_layer_norm
         qk_norm       qk_norm, where the attention normalises queries and keys
         activations   gelu, swiglu
@@ -98,7 +99,8 @@ class Handle:
             left.append(f"qk_norm: {without} attentions do not normalise queries and keys")
         within = [*table.lora_layers(self._modules)]
         obstacles = Counter(map(fused.lora_obstacle, within))
-        obstacles["outside the blocks"] = sum(hasattr(m, "lora_A") for m in self.transformer.modules()) - len(within)
+        everywhere = sum(hasattr(module, "lora_A") for module in self.transformer.modules())
+        obstacles["called by modules that are left"] = everywhere - len(within)
         return left + [f"{count} LoRA layers: {why}" for why, count in obstacles.items() if why and count]
 
     def __repr__(self) -> str:

@@ -592,7 +592,10 @@ def test_the_handle_says_what_runs_fused_and_what_does_not():
     handle.undo()
     assert repr(handle).startswith("<Flux2Transformer2DModel runs fused: nothing; left: ")
     handle = flowbp_kernels.apply(network(SD3, target_modules=["to_q", "context_embedder"]))
-    assert handle.left == ["1 LoRA layers: outside the blocks"]
+    assert handle.left == ["1 LoRA layers: called by modules that are left"]
+    in_a_sequential = r"layers\.\d+\.(adaLN_modulation\.0|attention\.to_q)"
+    handle = flowbp_kernels.apply(network(ZIMAGE, target_modules=in_a_sequential))
+    assert handle.left == ["2 LoRA layers: called by modules that are left"]
 
 
 # -- the switch of a run -----------------------------------------------------------------------------------------------
