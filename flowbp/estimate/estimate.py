@@ -142,9 +142,8 @@ class Estimate:
         self.calls = {
             "rollout": float(np.mean([sum(branches[node] for node in nodes) for nodes in visited])),
             "replays": 0.0 if config.memory.recompute == "never" else of_replays,
-            "anchor": float(np.mean(anchored)) * with_gradient if config.anchor else 0.0,
             "backward": of_replays * (3 if config.memory.checkpointing else 2),
-        }
+        } | ({"anchor": float(np.mean(anchored)) * with_gradient} if config.anchor else {})
         self.sampling = sum(branches)
         self.relative_cost = sum(self.calls.values()) / self.sampling
 
