@@ -25,14 +25,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from few_steps import COMMON, METRICS, told, trained
+from few_steps import COMMON, METRICS, collect, summary, told, trained
 
 from flowbp.backbones import bind_velocity
 from flowbp.config import load
-from flowbp.evaluation.statistics import mean_of_runs
 from flowbp.objective import clip_samples, reward_gradient
 from flowbp.runtime.data import sample_seeds
-from flowbp.runtime.environment import environment
 from flowbp.training.trainer import Trainer
 from flowbp.trajectory import rollout_with_graph
 
@@ -91,23 +89,17 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
-    found = {"environment": environment(), "common": COMMON, "runs": []}
-    if arguments.json.exists():
-        found |= json.loads(arguments.json.read_text())
-    for seed in arguments.seeds:
-        for name in arguments.controls:
-            if any(run["seed"] == seed and run["setting"] == name for run in found["runs"]):
-                continue
-            base = next((run["before"] for run in found["runs"] if run["seconds"]), None)
-            kind, settings = CONTROLS[name]
-            run = best_of(4, seed) if kind is None else trained(settings, seed, base, kind)
-            found["runs"].append({"setting": name, "seed": seed} | run)
-            print(json.dumps(found["runs"][-1]), flush=True)
-            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    found = collect(arguments.json, arguments.seeds, arguments.controls, control)
     made = [name for name in CONTROLS if any(run["setting"] == name for run in found["runs"])]
-    found["rows"] = [summary(name, found["runs"]) for name in made]
+    found["rows"] = [summary(name, SURROGATE, found["runs"]) for name in made]
     arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found["rows"]))
+
+
+def control(name: str, seed: int, earlier: list[dict]) -> dict:
+    kind, settings = CONTROLS[name]
+    base = next((run["before"] for run in earlier if run["seconds"]), None)
+    return best_of(4, seed) if kind is None else trained(settings, seed, base, kind)
 
 
 def best_of(count: int, seed: int) -> dict:
@@ -123,30 +115,6 @@ def best_of(count: int, seed: int) -> dict:
     before = {name: float(np.mean([np.nanmean(scores[name]) for scores in draws])) for name in values}
     after = {name: float(np.nanmean(scores)) for name, scores in values.items()}
     return {"calls": count * config.evaluation.num_steps, "seconds": None, "before": before, "after": after}
-
-
-def summary(name: str, runs: list[dict]) -> dict:
-    """Over the seeds: mean and 95 % interval of each change, and of its difference from the surrogate's."""
-    own = {run["seed"]: changes(run) for run in runs if run["setting"] == name}
-    reference = {run["seed"]: changes(run) for run in runs if run["setting"] == SURROGATE}
-    metrics = next(iter(own.values()))
-    shared = [] if name == SURROGATE else [seed for seed in own if seed in reference]
-    of = [run for run in runs if run["setting"] == name]
-    return {
-        "setting": name,
-        "seeds": list(own),
-        "calls": float(np.mean([run["calls"] for run in of])),
-        "seconds": None if of[0]["seconds"] is None else float(np.mean([run["seconds"] for run in of])),
-        "change": {metric: mean_of_runs([change[metric] for change in own.values()]) for metric in metrics},
-        "difference": {
-            metric: mean_of_runs([own[seed][metric] - reference[seed][metric] for seed in shared])
-            for metric in (metrics if shared else ())
-        },
-    }
-
-
-def changes(run: dict) -> dict:
-    return {metric: run["after"][metric] - run["before"][metric] for metric in run["after"]}
 
 
 def table(rows: list[dict]) -> str:

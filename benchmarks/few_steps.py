@@ -14,6 +14,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -52,19 +53,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
-    found = {"environment": environment(), "common": COMMON, "runs": []}
-    if arguments.json.exists():
-        found |= json.loads(arguments.json.read_text())
-    for seed in arguments.seeds:
-        for name in arguments.settings:
-            if not any(run["seed"] == seed and run["setting"] == name for run in found["runs"]):
-                base = next((run["before"] for run in found["runs"] if same_base(run["setting"], name)), None)
-                run = train(name, seed, base)
-                found["runs"].append(run)
-                print(json.dumps(run), flush=True)
-                arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    found = collect(arguments.json, arguments.seeds, arguments.settings, train)
     made = [name for name in SETTINGS if any(run["setting"] == name for run in found["runs"])]
-    found["rows"] = [summary(name, found["runs"]) for name in made]
+    references = {name: next(other for other in SETTINGS if same_base(other, name)) for name in made}
+    found["rows"] = [summary(name, references[name], found["runs"]) for name in made]
     arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found["rows"]))
     if arguments.png:
@@ -75,10 +67,28 @@ def same_base(one: str, other: str) -> bool:
     return SETTINGS[one][0] == SETTINGS[other][0]
 
 
-def train(name: str, seed: int, base: dict | None) -> dict:
+def collect(path: Path, seeds: list[int], names: list[str], make: Callable[[str, int, list[dict]], dict]) -> dict:
+    """What `path` holds, with a run of each of `names` from each seed. make(name, seed, earlier runs) makes those that
+    are missing; each is written when it ends.
+    """
+    found = {"environment": environment(), "common": COMMON, "runs": []}
+    if path.exists():
+        found |= json.loads(path.read_text())
+    for seed in seeds:
+        for name in names:
+            if not any(run["seed"] == seed and run["setting"] == name for run in found["runs"]):
+                run = {"setting": name, "seed": seed} | make(name, seed, found["runs"])
+                found["runs"].append(run)
+                print(json.dumps(run), flush=True)
+                path.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def train(name: str, seed: int, earlier: list[dict]) -> dict:
     scale, solver, steps, others = SETTINGS[name]
     sampler = [f"guidance.scale={scale}", f"rollout.solver={solver}", f"rollout.num_steps={steps}"]
-    return {"setting": name, "seed": seed} | trained([*sampler, *others], seed, base)
+    base = next((run["before"] for run in earlier if same_base(run["setting"], name)), None)
+    return trained([*sampler, *others], seed, base)
 
 
 def trained(settings: list[str], seed: int, base: dict | None, kind: type[Trainer] = Trainer) -> dict:
@@ -103,31 +113,31 @@ def trained(settings: list[str], seed: int, base: dict | None, kind: type[Traine
     return {"calls": calls_of_an_image, "seconds": round(seconds, 4)} | scores
 
 
-def summary(name: str, runs: list[dict]) -> dict:
-    """Over the seeds of a setting: mean and 95 % interval of each change, and of its difference from the first setting
-    of that guidance, over the seeds that both have.
+def summary(name: str, reference: str, runs: list[dict]) -> dict:
+    """Over the seeds of a setting: mean and 95 % interval of each change, and of its difference from the setting
+    `reference`, over the seeds that both have.
     """
-    changes = {
-        (run["setting"], run["seed"]): {metric: run["after"][metric] - run["before"][metric] for metric in METRICS}
-        for run in runs
-    }
-    reference = next(other for other in SETTINGS if same_base(other, name))
-    own = [run for run in runs if run["setting"] == name]
-    seeds = [run["seed"] for run in own]
-    shared = [seed for seed in seeds if (reference, seed) in changes and name != reference]
-    difference = {
-        metric: mean_of_runs([changes[name, seed][metric] - changes[reference, seed][metric] for seed in shared])
-        for metric in (METRICS if shared else ())
-    }
+    own, others = ({run["seed"]: run for run in runs if run["setting"] == setting} for setting in (name, reference))
+    first, shared = next(iter(own.values())), [seed for seed in own if seed in others and name != reference]
+
+    def change(run: dict, metric: str) -> float:
+        return run["after"][metric] - run["before"][metric]
+
+    def over(seeds: Iterable[int], less: bool = False) -> dict:
+        return {
+            metric: mean_of_runs([change(own[s], metric) - (change(others[s], metric) if less else 0) for s in seeds])
+            for metric in first["after"]
+        }
+
     return {
         "setting": name,
         "than": reference,
-        "seeds": seeds,
-        "calls": float(np.mean([run["calls"] for run in own])),
-        "seconds": float(np.mean([run["seconds"] for run in own])),
-        "before": own[0]["before"],
-        "change": {metric: mean_of_runs([changes[name, seed][metric] for seed in seeds]) for metric in METRICS},
-        "difference": difference,
+        "seeds": list(own),
+        "calls": float(np.mean([run["calls"] for run in own.values()])),
+        "seconds": None if first["seconds"] is None else float(np.mean([run["seconds"] for run in own.values()])),
+        "before": first["before"],
+        "change": over(own),
+        "difference": over(shared, less=True) if shared else {},
     }
 
 

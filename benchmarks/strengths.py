@@ -1,10 +1,10 @@
 """What a smaller strength of the tuned weights keeps and gives up, over training runs.
 
-Reads evaluations of several runs, each by `flowbp eval RUN --strength ...`, and prints a row a strength: the mean
+Reads evaluations of several runs, here those of `flowbp sweep demo seeds=42..49`, and prints a row a strength: the mean
 change of every metric from the base model with its 95 % t interval over the runs.
 
     for seed in 42 43 44 45 46 47 48 49; do
-      flowbp eval runs/demo/seed-$seed --strength 0.5,0.75,1 --out runs/strengths/$seed
+      flowbp eval runs/sweep/as_given/seed-$seed --strength 0.5,0.75,1 --out runs/strengths/$seed
     done
     python benchmarks/strengths.py runs/strengths/* --json docs/strengths.json
 """

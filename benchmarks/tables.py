@@ -8,6 +8,7 @@ kernels has a script of its own, table.py.
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,7 @@ def one_setting(sweep: dict) -> str:
     lines = ["| | before | after | change |", "|---|---|---|---|"]
     for metric, said in METRICS.items():
         scores = [run["scores"][metric] for run in sweep["runs"]]
-        before, after = (short(sum(score[key] for score in scores) / len(scores)) for key in ("before", "after"))
+        before, after = (short(statistics.mean(score[key] for score in scores)) for key in ("before", "after"))
         lines.append(f"| {said} | {before} | {after} | {with_deviation([score['change'] for score in scores])} |")
     return "\n".join(lines)
 
@@ -61,9 +62,7 @@ def short(number: float) -> str:
 
 def with_deviation(values: list[float]) -> str:
     """Mean and standard deviation (n - 1)."""
-    mean = sum(values) / len(values)
-    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-    return f"{mean:+.3f} ± {deviation:.3f}".replace("0.", ".")
+    return f"{statistics.mean(values):+.3f} ± {statistics.stdev(values):.3f}".replace("0.", ".")
 
 
 # name -> (file in docs/, what makes the table of it)

@@ -108,8 +108,12 @@ def normalize(s: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
     if norm == "layer":
         normalized, _, rstd = torch.native_layer_norm(s, s.shape[-1:], None, None, eps)
         return normalized, rstd
-    rstd = torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
+    rstd = rsqrt_mean_square(s, eps)
     return s * rstd, rstd
+
+
+def rsqrt_mean_square(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def row(table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,7 +139,7 @@ def qk_norm(streams: Sequence[Tensor], weights: Sequence[Tensor | None], rope: T
     normed = []
     for x, weight in zip(streams, weights, strict=True):
         x = x.to(dtype)
-        x = x * _rstd(x, eps)
+        x = x * rsqrt_mean_square(x, eps)
         normed.append(x if weight is None else x * weight.to(dtype))
     joint = torch.cat(normed, 1)
     if rope is not None:
@@ -155,7 +159,7 @@ def qk_norm_backward(
     of_streams, of_weights = [], []
     for h, x, weight in zip(g.split([x.shape[1] for x in streams], 1), streams, weights, strict=True):
         x, x_dtype = x.to(dtype), x.dtype
-        rstd = _rstd(x, eps)
+        rstd = rsqrt_mean_square(x, eps)
         n = x * rstd
         of_weights.append(None if weight is None else (h * n).sum((0, 1, 2)).to(weight.dtype))
         h = h if weight is None else h * weight.to(dtype)
@@ -178,10 +182,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = x.unflatten(-1, (-1, 2))
     first, second = pairs.unbind(-1)
     return (cos * pairs + sin * torch.stack([-second, first], -1)).flatten(-2)
-
-
-def _rstd(x: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 # -- activations: [..., M], behind a prefix [..., P] or None -----------------------------------------------------------

@@ -119,12 +119,10 @@ def changes_of_runs(metric: str, changes: Mapping[str, Sequence[float]]) -> Figu
     return as_text(figure)
 
 
-def strengths(curves: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> "Figure":
+def strengths(curves: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> Figure:
     """Each metric's paired change from the base model, with its 95 % interval, against the strength of the tuned
     weights: one panel a metric. A curve has (strength, change, low, high); at strength 0 nothing changes.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(2.8 * len(curves), 2.8), layout="constrained")
     for axis, (metric, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         strength, change, low, high = np.array([(0.0, 0.0, 0.0, 0.0), *sorted(points)]).T
