@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.text import Text
 
-from flowbp.evaluation.statistics import mean_of_runs
 from flowbp.plan import SurrogatePlan
 from flowbp.runtime.console import plain
 
@@ -101,19 +100,19 @@ def curves(runs: Mapping[str, Sequence[Mapping]], metric: str, title: str, unit:
     return as_text(figure)
 
 
-def changes_of_runs(metric: str, changes: Mapping[str, Sequence[float]]) -> Figure:
-    """The change of a metric in each training run, a row for each setting: a dot a run, and the mean with its 95 %
-    interval over runs.
+def changes_of_runs(metric: str, rows: Sequence[Mapping]) -> Figure:
+    """The change of a metric in each training run, by the rows of sweep.json, one a setting: a dot a run, and the mean
+    with its 95 % interval over runs.
     """
-    figure = Figure(figsize=(7.0, 1.0 + 0.5 * len(changes)), layout="constrained")
+    figure = Figure(figsize=(7.0, 1.0 + 0.5 * len(rows)), layout="constrained")
     axis = figure.subplots()
-    for row, values in enumerate(changes.values()):
-        mean, low, high = mean_of_runs(values)
-        axis.plot(values, [row + 0.2] * len(values), "o", ms=4, color=QUIET)
-        axis.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt="s", ms=6, color=ACTIVE, capsize=3)
+    for place, row in enumerate(rows):
+        values, (mean, low, high) = row["changes"], row["change"]
+        axis.plot(values, [place + 0.2] * len(values), "o", ms=4, color=QUIET)
+        axis.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="s", ms=6, color=ACTIVE, capsize=3)
     axis.axvline(0, color=QUIET, lw=1)
-    axis.set_yticks(range(len(changes)), ["\n".join(textwrap.wrap(setting, 40)) for setting in changes])
-    axis.set_ylim(len(changes) - 0.5, -0.5)
+    axis.set_yticks(range(len(rows)), ["\n".join(textwrap.wrap(row["setting"], 40)) for row in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel(f"change of {metric}")
     axis.spines[["top", "right"]].set_visible(False)
     return as_text(figure)

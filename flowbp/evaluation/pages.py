@@ -17,6 +17,7 @@ from flowbp.evaluation import figures
 from flowbp.evaluation.numbers import FILTERS, METRICS, NOT_BETTER, by_metric, duration
 from flowbp.evaluation.scores import Scores
 from flowbp.foreign import LARGEST, cut
+from flowbp.names import IMAGE_STATISTICS
 from flowbp.runtime.console import plain
 from flowbp.runtime.environment import describe_environment, environment
 from flowbp.runtime.files import write_file
@@ -24,12 +25,16 @@ from flowbp.runtime.files import write_file
 
 @cache
 def templates() -> jinja2.Environment:
-    """flowbp/templates. Their filters are functions of `numbers` and of this module, under their own names."""
+    """flowbp/templates. They know functions under their own names: as filters those of `numbers`, what is said of a run
+    and `picture`, as globals those that draw.
+    """
     escaped, loader = jinja2.select_autoescape(), jinja2.PackageLoader("flowbp")
     made = jinja2.Environment(loader=loader, autoescape=escaped, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    described = (describe_reward, duration, images_a_step)
-    made.filters |= {function.__name__: function for function in (*FILTERS, *described)}
-    made.globals["not_better"] = NOT_BETTER
+    filters = (*FILTERS, by_metric, describe_environment, describe_reward, duration, images_a_step, picture)
+    made.filters |= {function.__name__: function for function in filters}
+    draw = (figures.changes_of_runs, figures.styles, paired_samples, panels)
+    made.globals |= {function.__name__: function for function in draw}
+    made.globals |= {"not_better": NOT_BETTER, "image_statistics": IMAGE_STATISTICS}
     return made
 
 
@@ -51,7 +56,7 @@ def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[st
     for metric in (metric for metric in metrics if metric in logged):
         about = METRICS.get(metric, {})
         title, unit = about.get("title", metric), about.get("unit", "mean score")
-        pictures[title] = as_data_uri(as_png(figures.curves(runs, metric, title, unit, smooth)))
+        pictures[title] = picture(figures.curves(runs, metric, title, unit, smooth))
     return pictures
 
 
@@ -70,14 +75,19 @@ def paired_samples(scores: Mapping[str, Scores], side: int = 256) -> list[dict[s
     for i in range(min((len(own.images) for own in scores.values()), default=0)):
         pictures = []
         for name, own in scores.items():
-            picture, png = Image.fromarray(own.images[i].permute(1, 2, 0).numpy()), io.BytesIO()
+            image, png = Image.fromarray(own.images[i].permute(1, 2, 0).numpy()), io.BytesIO()
             checker = own.values.get("checker")
-            picture.thumbnail((side, side))
-            picture.save(png, "png")
-            about = {"passed": None if checker is None else bool(checker[i]), "coarse": picture.width < 128}
+            image.thumbnail((side, side))
+            image.save(png, "png")
+            about = {"passed": None if checker is None else bool(checker[i]), "coarse": image.width < 128}
             pictures.append({"name": name, "source": as_data_uri(png.getvalue())} | about)
         pairs.append({"prompt": next(iter(scores.values())).prompts[i].text, "pictures": pictures})
     return pairs
+
+
+def picture(figure: figures.Figure) -> str:
+    """A figure as the data: URI of a PNG."""
+    return as_data_uri(as_png(figure))
 
 
 def as_png(figure: figures.Figure) -> bytes:
@@ -161,5 +171,5 @@ def strength_curves(results: Mapping[str, Any]) -> dict[str, str]:
             if metric not in NOT_BETTER
         }
         if len(at) > 1:
-            pictures[weights] = as_data_uri(as_png(figures.strengths(curves)))
+            pictures[weights] = picture(figures.strengths(curves))
     return pictures

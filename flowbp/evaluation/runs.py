@@ -16,11 +16,10 @@ import yaml
 
 from flowbp.config import ConfigError, RunConfig, dump, flatten, load
 from flowbp.config.schema import RewardConfig, by_name
-from flowbp.evaluation import figures, pages
-from flowbp.evaluation.numbers import by_metric, grouped
+from flowbp.evaluation import pages
+from flowbp.evaluation.numbers import grouped
 from flowbp.evaluation.scores import Scores, compare, summarise
 from flowbp.foreign import inside
-from flowbp.names import IMAGE_STATISTICS
 from flowbp.runtime.checkpoint import latest_checkpoint
 from flowbp.runtime.environment import ENVIRONMENT, describe_environment
 from flowbp.runtime.files import as_json, read_json, write_file
@@ -161,7 +160,20 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         "changes": [{"run": name} | against | row for name, rows in changes.items() for row in rows],
     }
     write_file(out / "comparison.json", as_json(results))
-    write_file(out / "comparison.html", page(runs, results))
+    others = [run.name for run in others]
+    grids = {run.name: inside(run.folder, "samples_after.png") for run in runs}
+    page = pages.render(
+        "comparison.html",
+        name=f"{first.name} against {' and '.join(others) if len(others) < 3 else f'{len(others)} runs'}",
+        config=first.config,
+        rows=first.rows,
+        logged={run.name: run.rows for run in runs},
+        environments={run.name: run.made_with for run in runs},
+        trained=[name for run in runs for name in run.config.reward],
+        results=results,
+        images={name: pages.as_data_uri(pages.read_png(png)) for name, png in grids.items() if png.is_file()},
+    )
+    write_file(out / "comparison.html", page)
     return results
 
 
@@ -199,22 +211,3 @@ def run_warnings(runs: Sequence[Run], paired: Mapping[str, Any]) -> list[str]:
         said = "; ".join(f"{names}: {text}" for text, names in parts)
         lines.append(f"made with different versions or devices: {said}")
     return lines
-
-
-def page(runs: Sequence[Run], results: Mapping[str, Any]) -> str:
-    first, *others = names = [run.name for run in runs]
-    overall = by_metric(results["means"], "run")
-    metrics = dict.fromkeys([*(name for run in runs for name in run.config.reward), *overall, "grad_norm"])
-    curves = [metric for metric in metrics if metric not in IMAGE_STATISTICS]
-    grids = {run.name: inside(run.folder, "samples_after.png") for run in runs}
-    return pages.render(
-        "comparison.html",
-        name=f"{first} against {' and '.join(others) if len(others) < 3 else f'{len(others)} runs'}",
-        results=results,
-        facts_of_first=pages.facts(runs[0].config, rows=runs[0].rows).of_training,
-        styles=figures.styles(names),
-        made_with={run.name: run.made_with for run in runs},
-        overall=overall,
-        curves=pages.panels({run.name: run.rows for run in runs}, curves),
-        images={name: pages.as_data_uri(pages.read_png(png)) for name, png in grids.items() if png.is_file()},
-    )

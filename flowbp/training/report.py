@@ -6,12 +6,10 @@ import numpy as np
 
 from flowbp.config import dump
 from flowbp.evaluation import figures
-from flowbp.evaluation.numbers import NOT_BETTER
-from flowbp.evaluation.pages import as_data_uri, as_png, draw_samples, facts, paired_samples, panels, render
+from flowbp.evaluation.pages import as_data_uri, as_png, draw_samples, render
 from flowbp.evaluation.scores import Scores, compare
-from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.methods import draw_plan
-from flowbp.runtime.environment import describe_environment, environment
+from flowbp.runtime.environment import environment
 from flowbp.runtime.files import as_json
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.training.trainer import Trainer
@@ -43,22 +41,17 @@ def write_report(trainer: Trainer, folder: RunFolder, scores: Mapping[str, Score
         folder.write("evaluation.json", as_json(differences))
     if validation is not None:
         folder.write("validation.json", as_json(validation))
-    rows, name, monitors = folder.metrics(), folder.path.name, config.evaluation.monitors if config.evaluation else ()
-    held_out = [*config.reward, *monitors, "checker", *IMAGE_STATISTICS]  # in the order of the tables
     page = render(
         "report.html",
-        name=name,
-        facts_of_run=facts(config, rows=rows).of_training | {"made with": describe_environment(environment())},
-        headline=[row for row in differences if row["category"] == "all" and row["metric"] not in NOT_BETTER],
+        name=folder.path.name,
+        config=config,
+        scorers=[*config.reward, *(config.evaluation.monitors if config.evaluation else ())],
+        rows=folder.metrics(),
+        scores=scores,
         differences=differences,
         validation=validation,
-        evaluation=config.evaluation,
-        held_out=validation and panels({"held-out prompts": validation["means"]}, held_out, smooth=False),
         plan=as_data_uri(plan_png),
-        curves=panels({name: rows}, [*config.reward, *monitors, "grad_norm", "drift", "d_j", "d_0"]),
-        window=max(1, len(rows) // 10),
-        trained=" and ".join(config.reward),
-        pairs=paired_samples(scores),
-        config=dump(config),
+        environment=environment(),
+        settings=dump(config),
     )
     folder.write("report.html", page)

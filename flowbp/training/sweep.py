@@ -136,7 +136,10 @@ def sweep(runs: Sequence[SweptRun], folder: Path, processes: int) -> dict[str, A
             results["runs"].append(told)
         write_file(folder / "sweep.json", as_json(results))
         if finished:
-            write_file(folder / "sweep.html", page(folder.name, finished, results))
+            from flowbp.evaluation.pages import render  # imports matplotlib
+
+            page = render("sweep.html", name=folder.name, config=finished[0].config, runs=finished, results=results)
+            write_file(folder / "sweep.html", page)
     return results
 
 
@@ -204,9 +207,9 @@ def overall(run: SweptRun) -> dict[str, dict[str, float]]:
 
 
 def summary(runs: Sequence[SweptRun], first: str) -> list[dict[str, Any]]:
-    """A row for each setting and metric: over its runs the mean before and after and the change, over the runs that
-    share a seed with the setting `first` the difference from it, and the mean ends of a single run's interval over its
-    images, which is narrower than that over runs. Intervals are nan for fewer than two runs.
+    """A row for each setting and metric: over its runs the mean before and after, their changes and the mean change,
+    over the runs that share a seed with the setting `first` the difference from it, and the mean ends of a single run's
+    interval over its images, which is narrower than that over runs. Intervals are nan for fewer than two runs.
     """
     from flowbp.evaluation.statistics import mean_of_runs  # imports scipy
 
@@ -217,32 +220,11 @@ def summary(runs: Sequence[SweptRun], first: str) -> list[dict[str, Any]]:
         for metric in scores[setting, seeds[0]]:
             shared = [seed for seed in seeds if setting != first and metric in scores.get((first, seed), {})]
             own = [scores[setting, seed][metric] for seed in seeds]
+            changes = [each["change"] for each in own]
             ours, theirs = (np.array([scores[s, seed][metric]["change"] for seed in shared]) for s in (setting, first))
             row = {"setting": setting, "metric": metric, "seeds": seeds}
             row |= {key: float(np.mean([each[key] for each in own])) for key in ("before", "after")}
-            row |= {"change": mean_of_runs([each["change"] for each in own])}
+            row |= {"changes": changes, "change": mean_of_runs(changes)}
             row |= {"images": [float(np.mean([each[end] for each in own])) for end in ("low", "high")]}
             rows.append(row | {"difference": mean_of_runs(ours - theirs) if shared else None})
     return rows
-
-
-def page(name: str, runs: Sequence[SweptRun], results: dict[str, Any]) -> str:
-    """sweep.html: a table and a picture for each metric, and the settings of the first run."""
-    from flowbp.evaluation import figures
-    from flowbp.evaluation.pages import as_data_uri, as_png, facts, render
-    from flowbp.runtime.environment import describe_environment
-
-    first, metrics = results["runs"][0], list(dict.fromkeys(row["metric"] for row in results["rows"]))
-    changes: dict[str, dict[str, list[float]]] = {metric: {} for metric in metrics}
-    for run in results["runs"]:
-        for metric, row in run["scores"].items():
-            changes[metric].setdefault(run["setting"], []).append(row["change"])
-    return render(
-        "sweep.html",
-        name=name,
-        results=results,
-        metrics=metrics,
-        pictures={m: as_data_uri(as_png(figures.changes_of_runs(m, own))) for m, own in changes.items()},
-        trained={" and ".join(run.config.reward) for run in runs},
-        facts_of_first=facts(runs[0].config).of_run | {"made with": describe_environment(first["environment"])},
-    )
