@@ -12,33 +12,18 @@ A whole run: train(flowbp.config.load("demo")), or `flowbp train demo` on the co
 load_reward open models by name. A name is loaded when it is first used: importing flowbp imports nothing else.
 """
 
+import ast
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 __version__ = "0.2.0"
 
-if TYPE_CHECKING:  # for editors and type checkers
-    from flowbp.backbones import bind_velocity, load_backbone  # noqa: F401
-    from flowbp.config import RunConfig  # noqa: F401
-    from flowbp.guidance import Guidance, GuidedVelocity  # noqa: F401
-    from flowbp.methods import METHODS, DRaFTLV, DRTune, FlowBPBridge, FlowBPLagrange, FlowBPSparse, LeapAlign, ReFL  # noqa: F401
-    from flowbp.plan import Bridge, PosteriorMean, SurrogatePlan  # noqa: F401
-    from flowbp.rewards import load_reward  # noqa: F401
-    from flowbp.surrogate import backward, reward_input  # noqa: F401
-    from flowbp.training.run import train  # noqa: F401
-    from flowbp.trajectory import Trajectory, rollout, rollout_with_graph  # noqa: F401
-
-_MODULES = {
-    "flowbp.backbones": ["bind_velocity", "load_backbone"],
-    "flowbp.config": ["RunConfig"],
-    "flowbp.guidance": ["Guidance", "GuidedVelocity"],
-    "flowbp.methods": "METHODS DRaFTLV DRTune FlowBPBridge FlowBPLagrange FlowBPSparse LeapAlign ReFL".split(),
-    "flowbp.plan": ["Bridge", "PosteriorMean", "SurrogatePlan"],
-    "flowbp.rewards": ["load_reward"],
-    "flowbp.surrogate": ["backward", "reward_input"],
-    "flowbp.training.run": ["train"],
-    "flowbp.trajectory": ["Trajectory", "rollout", "rollout_with_graph"],
-}
+# The public names, of which `__init__.pyi` tells editors too, by the modules that hold them.
+_MODULES: dict[str, list[str]] = {}
+for _line in ast.parse(Path(__file__).with_suffix(".pyi").read_text()).body:
+    if isinstance(_line, ast.ImportFrom):
+        _MODULES.setdefault(str(_line.module), []).extend(alias.name for alias in _line.names)
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
