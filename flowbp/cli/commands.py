@@ -1,4 +1,4 @@
-"""The command line: train, presets, estimate, sample, export, eval, compare, plan, rewards, doctor, bench, sweep."""
+"""The command line: train, estimate, sample, export, eval, compare, sweep, plan, rewards, presets, doctor, bench."""
 
 import json
 import os
@@ -28,6 +28,7 @@ from flowbp.runtime.checkpoint import weight_files
 from flowbp.runtime.console import TextConsole, tame_libraries
 from flowbp.runtime.inputs import check_inputs, check_target, named_path, parse_size, parse_strengths, try_rewards
 from flowbp.runtime.interrupts import exit_code, heard_by, interrupt
+from flowbp.training import sweep as sweeps
 
 # What is imported above needs no torch, whose import takes longer than all checks together: commands import that last.
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -284,6 +285,35 @@ def compare(
         if rows := [row for row in results["changes"] if row["run"] == name and row["category"] == "all"]:
             console.print(tables.comparison_table(rows, f"{name} against {first}", "first", "other"))
     say_unwrapped(f"page: {(out / 'comparison.html').resolve()}")
+
+
+@app.command()
+def sweep(
+    config: Config,
+    overrides: Overrides = None,
+    processes: Annotated[int, Option(min=1, help="runs at a time, of one thread each; several GPUs take turns")] = 1,
+    out: Annotated[Path, Option(help="folder of the runs, sweep.html and sweep.json")] = Path("runs/sweep"),
+) -> None:
+    """Train every combination of key=a,b,c from the seeds of seeds=0..7, and compare settings over training runs. A
+    killed sweep goes on.
+    """
+    runs = sweeps.planned(config, overrides or (), out)
+    for run in {run.setting: run for run in runs}.values():
+        check_inputs(run.config, train=True)
+    try:
+        with heard_by(interrupt):
+            results = sweeps.sweep(runs, out, processes)
+    except KeyboardInterrupt as stop:
+        done = sum(run.finished for run in runs)
+        say(f"\nstopped. {done} of {len(runs)} runs are finished; the same command goes on")
+        raise typer.Exit(exit_code(stop)) from None
+    console.print(tables.sweep_table(results["rows"], f"{out}: 95 % intervals over training runs"))
+    for folder, said in results["failed"].items():
+        say_unwrapped(f"failed: {folder}: {said}")
+    if results["rows"]:
+        say_unwrapped(f"page: {(out / 'sweep.html').resolve()}")
+    if results["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command()

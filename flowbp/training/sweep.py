@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from flowbp.config import ConfigError, RunConfig, load, parse_overrides
 from flowbp.config.loading import CONFIG, read
@@ -93,20 +94,14 @@ def planned(config: str, overrides: Sequence[str], folder: Path) -> list[SweptRu
 
 
 def alternatives(text: str) -> list[str]:
-    """The values of an override: what commas part that stand in no bracket, and in no value that is quoted."""
-    parts, depth, quote = [""], 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"" and not parts[-1]:
-            quote = character
-        else:
-            depth = max(0, depth + (character in "[{(") - (character in ")}]"))
-        if character == "," and depth == 0 and not quote:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
+    """The values of an override, as they are typed: the entries of the YAML list that it is between brackets. A text
+    that makes no list is one value.
+    """
+    try:
+        listed = yaml.compose(f"[{text}]", yaml.SafeLoader)
+    except yaml.YAMLError:
+        return [text]
+    return [text[value.start_mark.index - 1 : value.end_mark.index - 1] for value in listed.value] or [text]
 
 
 def span(text: str) -> list[int]:
