@@ -47,7 +47,7 @@ TINY = ["steps=2", "data.batch_size=2", "rollout.num_steps=12", "checkpoint_ever
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     """To draw those of a report takes longer than to train; tests/evaluation looks at them."""
-    for module in ("flowbp.training.report", "flowbp.evaluation.pages"):
+    for module in ("flowbp.training.run", "flowbp.evaluation.pages"):
         monkeypatch.setattr(f"{module}.as_png", lambda figure: b"a picture")
 
 

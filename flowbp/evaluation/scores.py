@@ -9,6 +9,7 @@ import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from flowbp.config.schema import EvaluationConfig, RolloutConfig
+from flowbp.config.schema import EvaluationConfig, RolloutConfig, RunConfig
 from flowbp.evaluation.statistics import interval, paired_p_value, weighted_mean
 from flowbp.foreign import cut
 from flowbp.guidance import Guidance
@@ -29,6 +30,7 @@ from flowbp.runtime.distributed import process_state
 
 if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
     from flowbp.backbones import Backbone
+    from flowbp.runtime.tuned_model import TunedModel
 
 # (images [B, 3, H, W] in [0, 1], prompts) -> scores [B], or embeddings [B, d]
 Scorer = Callable[[Tensor, list[str]], Tensor]
@@ -203,6 +205,42 @@ def evaluate(samples: Samples, score: Callable[[slice], Part], progress: Callabl
         parts += gather_object([score(own)])
         progress(sum(map(length, chunks[first : first + state.num_processes])))
     return join(samples, parts[: len(chunks)])
+
+
+class Evaluator:
+    """Scores any weights of a model on the samples of `config.evaluation`, or on others.
+
+    Monitors and checker are loaded at the start, so that a missing one is an error before training. With
+    `evaluation.watch` they stay in memory. Without it they are released, and loaded again for each evaluation.
+    """
+
+    def __init__(self, config: RunConfig, rewards: Mapping[str, Reward], device: str):
+        """rewards: those that are trained on."""
+        self.config, self.rewards, self.device = config, rewards, device
+        options = config.evaluation
+        self.samples = draw_samples(load_prompts(options.prompts), options)
+        place = device if options.watch else "cpu"
+        monitors = options.load_monitors(place)
+        loaded = scorers(options, rewards, monitors, place)
+        self.monitors, self._scorers = (monitors, loaded) if options.watch else ({}, None)
+
+    def score(
+        self,
+        model: "TunedModel",
+        weights: Mapping[str, Tensor],
+        samples: Samples | None = None,
+        progress: Callable[[int], object] = lambda done: None,
+    ) -> Scores:
+        """Scores of images drawn with `weights`. The processes share the work and all get all scores."""
+        named, samples = self._scorers or self.load(), samples or self.samples
+        settings = self.config.evaluation_rollout, self.config.evaluation_guidance
+        with model.using(weights) as backbone:
+            return evaluate(samples, partial(score_chunk, backbone, samples, *settings, named), progress)
+
+    def load(self) -> dict[str, Scorer]:
+        """Rewards, monitors, checker and image statistics by name."""
+        options = self.config.evaluation
+        return scorers(options, self.rewards, self.monitors or options.load_monitors(self.device), self.device)
 
 
 # -- summaries ---------------------------------------------------------------------------------------------------------

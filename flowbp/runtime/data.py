@@ -10,21 +10,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from flowbp import shapes
 from flowbp.foreign import cut, once, read_text, short
+from flowbp.shapes import Prompt
 
 PROMPT, CATEGORY = ("prompt", "prompts", "text"), ("category", "tag")  # what keys and columns are called, in any case
 SUFFIXES = ("", ".txt", ".json", ".jsonl", ".csv", ".tsv")
 QUOTED = re.compile('"(?:[^"]|"")*"')
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # halves of UTF-16 among them: no file and no tokenizer takes these
-
-
-class Prompt(NamedTuple):
-    text: str
-    category: str = ""
 
 
 def load_prompts(source: str) -> list[Prompt]:
@@ -44,9 +41,7 @@ def load_prompts(source: str) -> list[Prompt]:
     nothing to read or it is not of that form.
     """
     if source.startswith("shapes:"):
-        from flowbp.shapes import prompts
-
-        return [Prompt(*prompt) for prompt in prompts(source.removeprefix("shapes:"))]
+        return shapes.prompts(source.removeprefix("shapes:"))
     path = Path(source)
     if not path.exists():
         keys = "data.prompts and evaluation.prompts name files or folders of prompts"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 class Prompt(NamedTuple):
     text: str
-    category: str
+    category: str = ""
 
 
 @cache

@@ -3,23 +3,28 @@
 import logging
 import os
 import signal
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from flowbp.config import RunConfig
-from flowbp.evaluation.pages import facts
+from flowbp.config import RunConfig, dump
+from flowbp.evaluation import figures
+from flowbp.evaluation.pages import as_data_uri, as_png, draw_samples, facts, render
+from flowbp.evaluation.scores import Scores, compare
+from flowbp.methods import draw_plan
 from flowbp.runtime.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from flowbp.runtime.console import TextConsole, progress_bar
 from flowbp.runtime.distributed import process_state
+from flowbp.runtime.environment import environment
 from flowbp.runtime.files import as_json, writing
 from flowbp.runtime.interrupts import Stop, heard_by, interrupt
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
 from flowbp.runtime.run_folder import BEST, TENSORBOARD, RunFolder, told_at_the_next_call
 from flowbp.runtime.weights import pinned, save_weights
-from flowbp.training.report import write_report
 from flowbp.training.sentinel import Sentinel
 from flowbp.training.trainer import Trainer
 
@@ -156,11 +161,51 @@ def validate(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder, ste
 
 
 def report(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder) -> None:
-    """Score base and tuned weights on the same prompts and seeds, draw both, and write all into the run's folder."""
+    """Score base and tuned weights on the same prompts and seeds, and write all that the run has to show into its
+    folder. The main process writes.
+
+    plan.png          an example of a plan
+    scores_NAME.csv   scores before and after training, and samples_NAME.png the images that they kept
+    evaluation.json   the paired changes between both scores
+    validation.json   the sentinel's summary
+    report.html       all of it on one page, with the curves of training
+    """
     config, model, scores = trainer.config, trainer.model, {}
     if trainer.evaluator is not None:
         with progress_bar("evaluate", "image", 2 * config.evaluation.samples) as bar:
             for name, weights in (("before", model.base), ("after", model.tuned)):
                 scores[name] = trainer.evaluator.score(model, weights, progress=bar.update)
-    write_report(trainer, folder, scores, None if sentinel is None else sentinel.summary())
+    if folder.writes:
+        write_report(trainer, sentinel, folder, scores)
     folder.check_best(None if sentinel is None else sentinel.best)
+
+
+def write_report(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder, scores: Mapping[str, Scores]) -> None:
+    config, sigmas = trainer.config, trainer.model.sigmas.double().numpy()
+    plan = draw_plan(config.method, sigmas, np.random.default_rng(config.seed), config.rollout.solver)
+    drawn = figures.draw_plan(plan, sigmas.tolist(), f"{config.method_name}: one plan of {len(sigmas) - 1} steps")
+    plan_png = as_png(drawn)
+    folder.write("plan.png", plan_png)
+    for name, each in scores.items():
+        folder.write(f"samples_{name}.png", as_png(draw_samples(each)))
+        folder.write(f"scores_{name}.csv", each.as_csv())
+    differences = compare(*scores.values()) if scores else []
+    if scores:
+        folder.write("evaluation.json", as_json(differences))
+    validation = None if sentinel is None else sentinel.summary()
+    if validation is not None:
+        folder.write("validation.json", as_json(validation))
+    page = render(
+        "report.html",
+        name=folder.path.name,
+        config=config,
+        scorers=[*config.reward, *(config.evaluation.monitors if config.evaluation else ())],
+        rows=folder.metrics(),
+        scores=scores,
+        differences=differences,
+        validation=validation,
+        plan=as_data_uri(plan_png),
+        environment=environment(),
+        settings=dump(config),
+    )
+    folder.write("report.html", page)

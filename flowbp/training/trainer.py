@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowbp.backbones import Backbone, bind_velocity
 from flowbp.config import RunConfig
-from flowbp.evaluation.evaluator import Evaluator
+from flowbp.evaluation.scores import Evaluator
 from flowbp.methods import draw_plans
 from flowbp.objective import clip_samples, loss_factors, reward_gradient, sample_weights
 from flowbp.plan import PlanBatch, SurrogatePlan

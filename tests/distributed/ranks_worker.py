@@ -25,7 +25,7 @@ from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_c
 from flowbp.runtime.distributed import Ranks, gathered, on_main, shard_like, shard_weights, unshard
 from flowbp.runtime.run_folder import RunFolder
 from flowbp.surrogate import backward, reward_input
-from flowbp.training import report
+from flowbp.training import run as running
 from flowbp.training.run import run as train_run
 from flowbp.training.trainer import Trainer
 from flowbp.trajectory import rollout
@@ -304,7 +304,7 @@ def whole_run(case, folder, world):
     run_folder.open(trainer.config)
     accelerator = trainer.model.ranks.accelerator
     accelerator.end_training = accelerator.wait_for_everyone  # other cases follow
-    with patch.object(report, "as_png", return_value=b""), patch.object(pages, "as_png", return_value=b""):
+    with patch.object(running, "as_png", return_value=b""), patch.object(pages, "as_png", return_value=b""):
         train_run(trainer, run_folder)  # a report's pictures would take longer than these runs
     return output
 

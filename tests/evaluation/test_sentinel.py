@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from flowbp.config import ConfigError, load
-from flowbp.evaluation import evaluator
+from flowbp.evaluation import scores as scoring
 from flowbp.evaluation.scores import Scores
 from flowbp.runtime.data import Prompt, load_prompts
 from flowbp.runtime.run_folder import RunFolder
@@ -172,7 +172,7 @@ def weights(folder):
 
 
 def test_watching_leaves_training_bit_identical_and_resumes_exactly(tmp_path, monkeypatch):
-    for module in ("flowbp.training.report", "flowbp.evaluation.pages"):  # pictures take longer than these runs
+    for module in ("flowbp.training.run", "flowbp.evaluation.pages"):  # pictures take longer than these runs
         monkeypatch.setattr(f"{module}.as_png", lambda figure: b"")
     blind = train(load("demo", [f"output={tmp_path / 'blind'}", "steps=3", *SMALL]))
     whole = train(load("demo", [f"output={tmp_path / 'whole'}", "steps=3", *SMALL, *PERIODIC]))
@@ -217,7 +217,7 @@ def scored(monkeypatch):
             values = {"reward": now, "monitor": slope * now, "checker": 0 * now}
             return Scores(samples.prompts, samples.seeds, values, torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
 
-        monkeypatch.setattr(evaluator, "evaluate", evaluate)
+        monkeypatch.setattr(scoring, "evaluate", evaluate)
 
     return score
 
