@@ -143,7 +143,7 @@ def estimate(
 
     whole = estimates.estimate(run, processes)
     on = f"{processes} process{'es' if processes > 1 else ''}"
-    console.print(tables.estimate_table(whole, f"{config}, {on}"))
+    console.print(tables.table("estimate", f"{config}, {on}", whole=whole))
     calls = ", ".join(f"{name} {count:.1f}" for name, count in whole.calls.items())
     tera = whole.network.forward_flops / 1e12
     passes = f"{sum(whole.calls.values()):.0f} forward passes of {tera:.3g} TFLOP ({calls})"
@@ -252,7 +252,11 @@ def evaluate(
         results = run_evaluation(run, models, folder, overwrite, strengths)
     if not console.quiet:
         title = f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"
-        console.print(*tables.evaluation_tables(results, title))
+        for name in [model["name"] for model in results["models"][1:]]:
+            rows = [row for row in results["changes"] if row["model"] == name]
+            console.print(tables.comparison_table(rows, f"{name} against base: {title}", "base", "tuned"))
+        if not results["changes"]:
+            console.print(tables.table("base", f"base: {title}", rows=results["means"]))
         say_unwrapped(f"report: {(folder / 'report.html').resolve()}")
 
 
@@ -307,7 +311,8 @@ def sweep(
         done = sum(run.finished for run in runs)
         say(f"\nstopped. {done} of {len(runs)} runs are finished; the same command goes on")
         raise typer.Exit(exit_code(stop)) from None
-    console.print(tables.sweep_table(results["rows"], f"{out}: 95 % intervals over training runs"))
+    title = f"{out}: 95 % intervals over training runs"
+    console.print(tables.table("sweep", title, rows=results["rows"]))
     for folder, said in results["failed"].items():
         say_unwrapped(f"failed: {folder}: {said}")
     if results["rows"]:
@@ -352,7 +357,8 @@ def rewards(name: Annotated[str | None, Argument(help="say what this one is and 
     if name is not None and ":" in name:
         CallableReward.find(name)
         return say(f"{name} is a reward of your own, and was found: reward={{name: '{name}'}}")
-    console.print(tables.rewards_table(REWARDS if name is None else {name: find_source(name)}))
+    sources = REWARDS if name is None else {name: find_source(name)}
+    console.print(tables.table("rewards", "flowbp rewards", sources=sources))
     if name is None:
         say("flowbp rewards NAME says how to fetch one; a function of your own is reward.name=module:function")
     else:
@@ -364,7 +370,8 @@ def presets(name: Annotated[str | None, Argument(help="print this one as a confi
     """List the presets, or print one as a config to start from."""
     if name is not None:
         return typer.echo(commented(dump(load(name, run_code=False))), nl=False)
-    console.print(tables.presets_table({preset: load(preset) for preset in preset_names()}))
+    title = "flowbp train PRESET; defaults are left out, flowbp presets PRESET prints all"
+    console.print(tables.table("presets", title, presets={preset: load(preset) for preset in preset_names()}))
 
 
 @app.command()

@@ -118,4 +118,5 @@ def _undefined(value: float | None) -> bool:
     return value is None or math.isnan(value)
 
 
-FILTERS = (number, signed, between, scale_of, scale_of_change, p_text, direction, shown, notes)  # of page templates
+# Of templates, under their own names.
+FILTERS = (number, signed, between, scale_of, scale_of_change, p_text, direction, duration, shown, by_metric, notes)

@@ -3,44 +3,21 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from PIL import Image
 
 from flowbp.config import RunConfig, flatten
 from flowbp.config.schema import RewardConfig
 from flowbp.evaluation import figures
-from flowbp.evaluation.numbers import FILTERS, METRICS, NOT_BETTER, by_metric, duration
+from flowbp.evaluation.numbers import METRICS, NOT_BETTER, by_metric
 from flowbp.evaluation.scores import Scores
+from flowbp.evaluation.templates import render, templates
 from flowbp.foreign import LARGEST, cut
-from flowbp.names import IMAGE_STATISTICS
-from flowbp.runtime.console import plain
 from flowbp.runtime.environment import describe_environment, environment
 from flowbp.runtime.files import write_file
-
-
-@cache
-def templates() -> jinja2.Environment:
-    """flowbp/templates. They know functions under their own names: as filters those of `numbers`, what is said of a run
-    and `picture`, as globals those that draw.
-    """
-    escaped, loader = jinja2.select_autoescape(), jinja2.PackageLoader("flowbp")
-    made = jinja2.Environment(loader=loader, autoescape=escaped, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    filters = (*FILTERS, by_metric, describe_environment, describe_reward, duration, images_a_step, picture)
-    made.filters |= {function.__name__: function for function in filters}
-    draw = (figures.changes_of_runs, figures.styles, paired_samples, panels)
-    made.globals |= {function.__name__: function for function in draw}
-    made.globals |= {"not_better": NOT_BETTER, "image_statistics": IMAGE_STATISTICS}
-    return made
-
-
-def render(template: str, **values: Any) -> str:
-    """A page of flowbp/templates, as HTML."""
-    return plain(templates().get_template(template).render(**values))
 
 
 def facts(config: RunConfig, **values: Any) -> Any:
@@ -173,3 +150,10 @@ def strength_curves(results: Mapping[str, Any]) -> dict[str, str]:
         if len(at) > 1:
             pictures[weights] = picture(figures.strengths(curves))
     return pictures
+
+
+# What templates of pages may call beside the filters of numbers.
+SAID = (describe_environment, describe_reward, images_a_step, picture)
+DRAWN = (figures.changes_of_runs, figures.styles, paired_samples, panels)
+templates().filters |= {function.__name__: function for function in SAID}
+templates().globals |= {function.__name__: function for function in DRAWN}

@@ -17,8 +17,9 @@ HARMLESS = {  # logger: a part of its messages that ask for nothing
     "diffusers.loaders.lora_base": "No LoRA keys associated to CLIPText",
     "diffusers.models.modeling_utils": "should be kept in float32: []",
 }
-# Control characters but tab and line end, those that turn the direction of text, and halves of UTF-16.
-OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters but tab and line end, those that turn the direction of text, halves of UTF-16, and two code points
+# that are no character, which XML refuses.
+OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 WARNING = warnings.formatwarning
 LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed} gone, {remaining} left{postfix}"
 
