@@ -277,12 +277,12 @@ def compare(
     if results["unfair"]:
         reason = "more than the method differs" if results["point"] else "the methods are equal, other settings differ"
         title = Text.assemble(("not a fair comparison", "bold yellow"), f": {reason}")
-        rows = [(key, difference["values"], difference["why"]) for key, difference in results["unfair"].items()]
-        console.print(tables.values_table(rows, names, title, "so it is"))
+        values, why = ({key: row[part] for key, row in results["unfair"].items()} for part in ("values", "why"))
+        console.print(tables.table("differences", title, runs=names, values=values, why=why))
     for warning in results["warnings"]:
         say(Text("warning:", "bold yellow"), warning)
     if results["point"]:
-        console.print(tables.values_table(results["point"].items(), names, "what is compared"))
+        console.print(tables.table("differences", "what is compared", runs=names, values=results["point"]))
     if results["means"]:
         console.print(tables.means_table(results["means"], "run", "means over all images"))
     for name in others:

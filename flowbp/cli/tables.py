@@ -1,7 +1,7 @@
-"""What the command line prints, as tables of 80 columns: those of templates/terminal.html, and two of keys and values."""
+"""What the command line prints, as tables of 80 columns: those of templates/terminal.html, and what doctor found."""
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,7 +14,6 @@ from rich.text import Text
 
 from flowbp import __version__
 from flowbp.config import describe, flatten
-from flowbp.evaluation.numbers import grouped
 from flowbp.evaluation.templates import templates
 from flowbp.methods import METHODS
 from flowbp.runtime.console import plain
@@ -36,11 +35,11 @@ COLUMNS = {
 
 @cache
 def terminal() -> Template:
-    templates().filters |= {"gigabytes": gigabytes, "non_defaults": non_defaults}
+    templates().filters |= {function.__name__: function for function in (gigabytes, listed, non_defaults)}
     return templates().get_template("terminal.html")
 
 
-def table(name: str, title: str, **values: Any) -> Table:
+def table(name: str, title: str | Text, **values: Any) -> Table:
     """The table that the macro `name` of terminal.html makes of `values`."""
     html = ElementTree.fromstring(plain(getattr(terminal().module, name)(**values)))
     columns = [Column(head.text or "", **styled(head, COLUMNS)) for head in html.iter("th")]
@@ -90,14 +89,6 @@ def comparison_table(rows: list[dict], title: str, before: str = "before", after
 def means_table(rows: list[dict], column: str, title: str) -> Table:
     """The mean of each metric over all images and its interval, for each run or model, which `column` names."""
     return table("means", title, rows=rows, who=column)
-
-
-def values_table(rows: Iterable[tuple], runs: Sequence[str], title: str | Text, *columns: str) -> Table:
-    """Rows (key, what each run has for it, cells of `columns`)."""
-    table = Table(Column("key", overflow="fold"), "value: runs", *columns, title=title)
-    for key, values, *cells in rows:
-        table.add_row(key, listed(grouped(values, runs)), *cells)
-    return table
 
 
 def listed(parts: list[tuple[str, str]]) -> str:

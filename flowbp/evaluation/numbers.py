@@ -119,4 +119,5 @@ def _undefined(value: float | None) -> bool:
 
 
 # Of templates, under their own names.
-FILTERS = (number, signed, between, scale_of, scale_of_change, p_text, direction, duration, shown, by_metric, notes)
+FILTERS = (number, signed, between, scale_of, scale_of_change, p_text, direction, duration)
+FILTERS += (shown, by_metric, grouped, notes)

@@ -51,13 +51,11 @@ def _to_array(image) -> np.ndarray:
 
 def find_objects(image) -> list[Object] | None:
     """The objects of an image, or None if any blob is no clean shape of one colour. image: as for `check`."""
-    from scipy import ndimage  # here, to keep `import flowbp.shapes` light
+    from matplotlib.colors import rgb_to_hsv  # here, to keep `import flowbp.shapes` light
+    from scipy import ndimage
 
     rgb = _to_array(image)
-    top, chroma = rgb.max(-1), np.ptp(rgb, -1)
-    r, g, b = np.moveaxis(rgb, -1, 0)
-    safe = np.maximum(chroma, 1e-6)
-    hue = 60 * np.select([top == r, top == g], [(g - b) / safe % 6, (b - r) / safe + 2], (r - g) / safe + 4)
+    chroma, hue = np.ptp(rgb, -1), 360 * rgb_to_hsv(rgb)[..., 0]
     labels, n = ndimage.label(chroma > COLOURED)
     bank, names = _templates()
     pad, objects = WINDOW // 2 + 1, []
