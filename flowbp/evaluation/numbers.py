@@ -1,6 +1,4 @@
-"""Numbers as people read them, in the tables of the terminal and of pages: decimals, intervals, p values, and notes on
-missing scores.
-"""
+"""Numbers as people read them, in the tables of the terminal and of pages: decimals, intervals, p values."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -94,25 +92,6 @@ def grouped(values: Sequence[Any], names: Sequence[str]) -> list[tuple[str, str]
     return [(value, ", ".join(own)) for value, own in runs.items()]
 
 
-def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader of a table of means or changes must know of its missing scores and intervals, a line each."""
-    lines, overall = [], {row["metric"]: row for row in rows if row["category"] == "all"}
-    for metric, row in overall.items():
-        only = "are the only one of their prompt" if metric == "diversity" else "have no finite score"
-        if row["missing"]:
-            total = row["missing"] + row["count"]
-            lines.append(f"{metric}: {row['missing']} of {total} images {only}, and are left out.")
-    if "diversity" not in overall:
-        said = "diversity compares images of one prompt, and here each has one"
-        lines.append(f"{said}: let evaluation.samples exceed the number of prompts.")
-    if any(_undefined(row["low"]) for row in shown(rows)):
-        lines.append("–: fewer than six prompts bear no 95 % interval.")
-    if any(row["low"] == row["high"] for row in shown(rows) if not _undefined(row["low"])):
-        said = "all equal: no prompt differs from another, which is not certainty"
-        lines.append(f"{said}: 0 of n successes leave up to 3 / n.")
-    return lines
-
-
 def _undefined(value: float | None) -> bool:
     """nan, or the null that stands for it in JSON."""
     return value is None or math.isnan(value)
@@ -120,4 +99,4 @@ def _undefined(value: float | None) -> bool:
 
 # Of templates, under their own names.
 FILTERS = (number, signed, between, scale_of, scale_of_change, p_text, direction, duration)
-FILTERS += (shown, by_metric, grouped, notes)
+FILTERS += (shown, by_metric, grouped)

@@ -17,8 +17,8 @@ import yaml
 from flowbp.config import ConfigError, RunConfig, dump, flatten, load
 from flowbp.config.schema import RewardConfig, by_name
 from flowbp.evaluation import pages
-from flowbp.evaluation.numbers import grouped
 from flowbp.evaluation.scores import Scores, compare, summarise
+from flowbp.evaluation.templates import words
 from flowbp.foreign import inside
 from flowbp.runtime.checkpoint import latest_checkpoint
 from flowbp.runtime.environment import ENVIRONMENT, describe_environment
@@ -155,7 +155,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     results = {
         "runs": [about(run) for run in runs],
         **contrast([yaml.safe_load(dump(run.config)) for run in runs], [run.images for run in runs]),
-        "warnings": run_warnings(runs, changes),
+        "warnings": words("of_runs", runs=runs, paired=changes),
         "means": [{"run": name} | row for name, rows in means.items() for row in rows],
         "changes": [{"run": name} | against | row for name, rows in changes.items() for row in rows],
     }
@@ -190,24 +190,3 @@ def about(run: Run) -> dict[str, Any]:
         "peak_mb": max(row["peak_mb"] for row in run.rows),
         "images": run.images,
     }
-
-
-def run_warnings(runs: Sequence[Run], paired: Mapping[str, Any]) -> list[str]:
-    """What a reader of the table must know before its numbers. paired: names of the runs that are tested against the
-    first.
-    """
-    first, *others = runs
-    steps = {run.name: (len(run.rows), run.config.steps) for run in runs}
-    lines = [f"{name} has taken {done} of {total} steps" for name, (done, total) in steps.items() if done != total]
-    if unscored := ", ".join(run.name for run in runs if run.after is None):
-        command = f"flowbp eval {first.folder} " + " ".join(f"--weights {run.name}={run.folder}" for run in runs)
-        advice = f"To score runs on the same samples: {command}"
-        lines.append(f"no final evaluation (scores_after.csv): {unscored}. {advice}")
-    for run in others:
-        if run.after is not None and first.after is not None and run.name not in paired:
-            lines.append(f"{run.name} was scored on other prompts or seeds than {first.name}: no paired test")
-    parts = grouped([run.made_with for run in runs], [run.name for run in runs])
-    if len(parts) > 1:
-        said = "; ".join(f"{names}: {text}" for text, names in parts)
-        lines.append(f"made with different versions or devices: {said}")
-    return lines

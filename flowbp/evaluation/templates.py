@@ -1,13 +1,14 @@
-"""The templates of pages and of the terminal's tables, flowbp/templates. Filters are functions under their own names:
-those of `numbers`, and what modules add that have more to say.
+"""flowbp/templates: of pages, of the terminal's tables, and of what is said in words. Filters are functions under their
+own names: those of `numbers`, and what modules add that have more to say.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import jinja2
 
-from flowbp.evaluation.numbers import FILTERS, NOT_BETTER
+from flowbp.evaluation.numbers import FILTERS, METRICS, NOT_BETTER
 from flowbp.names import IMAGE_STATISTICS
 from flowbp.runtime.console import plain
 
@@ -16,11 +17,22 @@ from flowbp.runtime.console import plain
 def templates() -> jinja2.Environment:
     escaped, loader = jinja2.select_autoescape(), jinja2.PackageLoader("flowbp")
     made = jinja2.Environment(loader=loader, autoescape=escaped, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    made.filters |= {function.__name__: function for function in FILTERS}
-    made.globals |= {"not_better": NOT_BETTER, "image_statistics": IMAGE_STATISTICS}
+    made.filters |= {function.__name__: function for function in (*FILTERS, notes)}
+    made.globals |= {"not_better": NOT_BETTER, "image_statistics": IMAGE_STATISTICS, "about": METRICS}
     return made
 
 
 def render(template: str, **values: Any) -> str:
     """A page of flowbp/templates, as HTML."""
     return plain(templates().get_template(template).render(**values))
+
+
+def words(macro: str, **values: Any) -> list[str]:
+    """The lines that a macro of words.jinja says."""
+    said = getattr(templates().get_template("words.jinja").module, macro)(**values)
+    return [line for line in said.split("\n") if line]
+
+
+def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader of a table of means or changes must know of its missing scores and intervals, a line each."""
+    return words("notes", rows=rows)

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from flowbp.config.schema import EvaluationConfig
-from flowbp.evaluation.numbers import METRICS, between, scale_of_change, signed
+from flowbp.evaluation.numbers import METRICS
 from flowbp.evaluation.scores import Row, Samples, Scores, compare, draw_samples
+from flowbp.evaluation.templates import words
 from flowbp.runtime.data import load_prompts
 
 History = Mapping[int, Scores]  # by optimizer steps taken, increasing; all of the same samples
@@ -107,39 +108,23 @@ def warnings(history: History, trained: Sequence[str], held_out: Sequence[str]) 
         return []
     first, last = steps[0], steps[-1]
     since_first = overall(history[first], history[last])
-    found = [
-        f"nothing can be said of {metric}: {row['count']} scored images of {row['prompts']} prompts bear no interval; "
-        "with finite scores of six prompts, evaluation.validation_samples=12, they do"
-        for metric, row in since_first.items()
-        if metric in held_out and np.isnan(row["low"])
-    ]
+    silent = [row for metric, row in since_first.items() if metric in held_out and np.isnan(row["low"])]
+    watched = {}
     for metric in held_out:
-        scored = np.isfinite([scores.values[metric] for scores in history.values()]).all(axis=0)
-        if not scored.all():
-            lost = f"{(~scored).sum()} of {len(scored)} images have no finite {metric} at some step"
-            found.append(f"{lost}: the others decide which step is best")
+        lost = (~np.isfinite([scores.values[metric] for scores in history.values()])).any(axis=0)
         peak = best_step(history, metric)
-        changes = overall(history[peak], history[last]) if peak not in (None, last) else {}
-        for reward in trained if changes else ():
-            if changes[reward]["low"] > 0 and changes[metric]["high"] < 0:
-                rise = f"the trained {reward} rose by {change(changes[reward])}"
-                fall = f"the held-out {metric} fell by {change(changes[metric])}; step {peak} may be the better model"
-                found.append(f"over-optimised: from step {peak} to {last} {rise} while {fall}")
+        since_peak = overall(history[peak], history[last]) if peak not in (None, last) else {}
+        watched[metric] = lost.sum(), len(lost), since_peak, peak
+    drifted = []
     for metric, row in since_first.items():
-        known = METRICS.get(metric, {})
-        if "limit" in known and row["before"] > 0:
-            limit, relative = known["limit"], row["change"] / row["before"]
+        if (limit := METRICS.get(metric, {}).get("limit")) and row["before"] > 0:
+            relative = row["change"] / row["before"]
             if relative * np.sign(limit) > abs(limit) and (row["low"] > 0 or row["high"] < 0):
-                said = f"changed by {relative:+.0%} since step {first}, {change(row)}: {known['meaning']}"
-                found.append(f"{metric} {said}")
-    return found
+                drifted.append((row, relative))
+    found = {"silent": silent, "watched": watched, "trained": trained, "drifted": drifted}
+    return words("of_training", first=first, last=last, **found)
 
 
 def overall(before: Scores, after: Scores) -> dict[str, Row]:
     """The paired change of each metric over all samples."""
     return {row["metric"]: row for row in compare(before, after) if row["category"] == "all"}
-
-
-def change(row: Row) -> str:
-    scale = scale_of_change(row)
-    return f"{signed(row['change'], scale)} {between((row['low'], row['high']), scale)}"

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flowbp.config import load
-from flowbp.evaluation.numbers import notes, number
+from flowbp.evaluation.numbers import number
 from flowbp.evaluation.scores import (
     BALANCED,
     Samples,
@@ -18,6 +18,7 @@ from flowbp.evaluation.scores import (
     split,
     summarise,
 )
+from flowbp.evaluation.templates import notes
 from flowbp.rewards import load_reward
 from flowbp.runtime.data import Prompt
 from flowbp.shapes.recipe.scenes import render, sample_scene
