@@ -16,6 +16,7 @@ from flowbp import __version__
 from flowbp.backbones import KNOWN_MODELS, read_index
 from flowbp.cli import tables
 from flowbp.config import build_method, commented, dump, load, parse_overrides
+from flowbp.evaluation.templates import words
 from flowbp.foreign import cut
 from flowbp.methods import draw_plan
 from flowbp.presets import layers as preset_layers
@@ -144,10 +145,7 @@ def estimate(
     whole = estimates.estimate(run, processes)
     on = f"{processes} process{'es' if processes > 1 else ''}"
     console.print(tables.table("estimate", f"{config}, {on}", whole=whole))
-    calls = ", ".join(f"{name} {count:.1f}" for name, count in whole.calls.items())
-    tera = whole.network.forward_flops / 1e12
-    passes = f"{sum(whole.calls.values()):.0f} forward passes of {tera:.3g} TFLOP ({calls})"
-    say(f"a step costs {whole.relative_cost:.1f} x sampling its images: {passes}")
+    say(*words("cost", whole=whole))
     for note in whole.notes:
         say(Text("not counted:", "yellow"), note)
     if json_file is not None:
@@ -159,9 +157,7 @@ def estimate(
         return say(Text("fits:", "green"), share)
     say(Text("does not fit:", "red"), share)
     if (narrow := estimates.without_masters(run, processes)) is not None:
-        price = f"most steps of optimizer.lr={run.optimizer.lr:g} round to nothing in bfloat16: docs/training.md"
-        takes = f"it takes {tables.gigabytes(narrow.peak)} GB, and {price}"
-        say(f"without master weights (tuning.master_weights=false) {takes}")
+        say(*words("without_masters", narrow=narrow, lr=run.optimizer.lr))
     say("looking for what fits:")
     for added, count, found in estimates.suggest(config, overrides or [], memory, processes):
         if count == 2 * processes:
@@ -169,8 +165,7 @@ def estimate(
         if added:
             more = f"{count} processes, " if count > processes else ""
             say_unwrapped(f"  {tables.gigabytes(found.peak)} GB with {more}{added[-1]}")
-    outcome = "fits" if found.fits(memory) else f"the smallest found still does not fit, for the {found.peak_phase}"
-    say(f"{outcome}: {tables.gigabytes(found.peak)} GB a process, {found.relative_cost:.1f} x sampling, with")
+    say(*words("suggested", found=found, fits=found.fits(memory)))
     say_unwrapped(f"  {' '.join(added) or 'nothing changed'}")
     if count > processes:
         say(f"on {count} processes")

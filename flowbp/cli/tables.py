@@ -2,12 +2,10 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from xml.etree import ElementTree
 
-from jinja2 import Template
 from rich import box
 from rich.table import Column, Table
 from rich.text import Text
@@ -33,15 +31,9 @@ COLUMNS = {
 }
 
 
-@cache
-def terminal() -> Template:
-    templates().filters |= {function.__name__: function for function in (gigabytes, listed, non_defaults)}
-    return templates().get_template("terminal.html")
-
-
 def table(name: str, title: str | Text, **values: Any) -> Table:
     """The table that the macro `name` of terminal.html makes of `values`."""
-    html = ElementTree.fromstring(plain(getattr(terminal().module, name)(**values)))
+    html = ElementTree.fromstring(plain(getattr(templates().get_template("terminal.html").module, name)(**values)))
     columns = [Column(head.text or "", **styled(head, COLUMNS)) for head in html.iter("th")]
     made = Table(*columns, title=title, caption=html.findtext("caption") or None, **styled(html, TABLES))
     for row in html.findall("tr"):
@@ -102,17 +94,18 @@ def doctor_table() -> Table:
 
     from flowbp_kernels import backend  # imports torch._dynamo
 
-    table = Table("what", "found", title="flowbp doctor")
-    table.add_row("flowbp", __version__)
-    table.add_row("python", platform.python_version())
+    found = {"flowbp": __version__, "python": platform.python_version()}
     for package in ("torch", "diffusers", "transformers", "peft", "accelerate", "triton"):
         try:
-            table.add_row(package, version(package))
+            found[package] = version(package)
         except PackageNotFoundError:
-            table.add_row(package, "not installed")
+            found[package] = "not installed"
     cuda = torch.cuda.is_available()
-    table.add_row("device", torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads")
-    table.add_row("matrix products", math_library())
+    found["device"] = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    found["matrix products"] = math_library()
     for name, runs, why in backend.report():
-        table.add_row(f"kernels: {name}", f"{'runs' if runs else 'cannot run'}: {why}")
-    return table
+        found[f"kernels: {name}"] = f"{'runs' if runs else 'cannot run'}: {why}"
+    return table("doctor", "flowbp doctor", found=found)
+
+
+templates().filters |= {function.__name__: function for function in (gigabytes, listed, non_defaults)}
