@@ -334,9 +334,7 @@ def plan(
     built = build_method({"name": method} | parse_overrides(overrides or ()))
     drawn = draw_plan(built, sigmas, np.random.default_rng(seed), solver)
     console.print(tables.plan_table(drawn, sigmas, f"{method}, {steps} {solver} steps, seed {seed}"))
-    sees = "the sample" if drawn.reward_input is None else f"the posterior mean at node {drawn.reward_input.at}"
-    bridge = "none" if drawn.bridge is None else f"at node {drawn.bridge.node}, alpha {drawn.bridge.alpha:g}"
-    say(f"reward sees {sees}; bridge: {bridge}; re-noised copies: {drawn.num_renoised}")
+    say(*words("drawn", plan=drawn))
     if png is not None:
         from flowbp.evaluation import figures
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.text import Text
 
+from flowbp.evaluation.numbers import NOT_BETTER, by_metric
 from flowbp.plan import SurrogatePlan
 from flowbp.runtime.console import plain
 
@@ -118,13 +119,20 @@ def changes_of_runs(metric: str, rows: Sequence[Mapping]) -> Figure:
     return as_text(figure)
 
 
-def strengths(curves: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> Figure:
+def strengths(models: Sequence[Mapping], changes: Sequence[Mapping]) -> Figure:
     """Each metric's paired change from the base model, with its 95 % interval, against the strength of the tuned
-    weights: one panel a metric. A curve has (strength, change, low, high); at strength 0 nothing changes.
+    weights: one panel a metric. At strength 0 nothing changes.
+
+    models: of results.json, those with the same weights. changes: its rows, of these and of others.
     """
-    figure = Figure(figsize=(2.8 * len(curves), 2.8), layout="constrained")
-    for axis, (metric, points) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
-        strength, change, low, high = np.array([(0.0, 0.0, 0.0, 0.0), *sorted(points)]).T
+    rows_of = {metric: rows for metric, rows in by_metric(changes, "model").items() if metric not in NOT_BETTER}
+    figure = Figure(figsize=(2.8 * len(rows_of), 2.8), layout="constrained")
+    for axis, (metric, rows) in zip(figure.subplots(1, len(rows_of), squeeze=False)[0], rows_of.items(), strict=True):
+        points = [(0.0, 0.0, 0.0, 0.0)]
+        for model in models:
+            row = rows[model["name"]]
+            points.append((model.get("strength", 1.0), row["change"], row["low"], row["high"]))
+        strength, change, low, high = np.array(sorted(points)).T
         axis.errorbar(strength, change, yerr=[change - low, high - change], fmt="s-", ms=5, color=ACTIVE, capsize=3)
         axis.axhline(0, color=QUIET, lw=1)
         axis.set_title(f"change of {metric}", loc="left", color=INK)

@@ -12,7 +12,7 @@ from PIL import Image
 from flowbp.config import RunConfig, flatten
 from flowbp.config.schema import RewardConfig
 from flowbp.evaluation import figures
-from flowbp.evaluation.numbers import METRICS, NOT_BETTER, by_metric
+from flowbp.evaluation.numbers import METRICS, by_metric
 from flowbp.evaluation.scores import Scores
 from flowbp.evaluation.templates import render, templates
 from flowbp.foreign import LARGEST, cut
@@ -128,32 +128,14 @@ def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], s
         results=results,
         facts_of_evaluation=facts(config, models=list(scores), made_with=describe_environment(made_with)).of_evaluation,
         overall=by_metric(results["means"], "model"),
-        strengths=strength_curves(results),
         pairs=paired_samples(scores),
         settings=yaml.safe_dump(about["settings"], sort_keys=False),
     )
     write_file(folder / "report.html", page)
 
 
-def strength_curves(results: Mapping[str, Any]) -> dict[str, str]:
-    """{weights: picture of every metric's change against their strength}, of those that were scored at several."""
-    strengths: dict[str, dict[str, float]] = {}  # weights -> model -> strength
-    for about in results["models"][1:]:
-        strengths.setdefault(about["weights"], {})[about["name"]] = about.get("strength", 1.0)
-    changes, pictures = by_metric(results["changes"], "model"), {}
-    for weights, at in strengths.items():
-        curves = {
-            metric: [(at[name], *(rows[name][key] for key in ("change", "low", "high"))) for name in at]
-            for metric, rows in changes.items()
-            if metric not in NOT_BETTER
-        }
-        if len(at) > 1:
-            pictures[weights] = picture(figures.strengths(curves))
-    return pictures
-
-
 # What templates of pages may call beside the filters of numbers.
 SAID = (describe_environment, describe_reward, images_a_step, picture)
-DRAWN = (figures.changes_of_runs, figures.styles, paired_samples, panels)
+DRAWN = (figures.changes_of_runs, figures.strengths, figures.styles, paired_samples, panels)
 templates().filters |= {function.__name__: function for function in SAID}
 templates().globals |= {function.__name__: function for function in DRAWN}
