@@ -76,16 +76,11 @@ def clip_from_open_clip(state: dict[str, Tensor], heads: int, dtype: torch.dtype
             weights[key] = value
 
     try:
-        towers = ("vision_model.encoder.layers.", "text_model.encoder.layers.")
-        vision, text = (encoder_sizes(weights, tower, "mlp.fc1", heads) | {"hidden_act": "gelu"} for tower in towers)
-        places = len(weights["text_model.embeddings.position_embedding.weight"])
-        vocabulary = len(weights["text_model.embeddings.token_embedding.weight"])
-        patch = weights["vision_model.embeddings.patch_embedding.weight"].shape[-1]
-        patches = len(weights["vision_model.embeddings.position_embedding.weight"]) - 1
+        encoders = "CLIP image", "CLIP text"
+        vision, text = (encoder_sizes(weights, name, heads) | {"hidden_act": "gelu"} for name in encoders)
         embedding = len(weights["visual_projection.weight"])
     except KeyError as error:
         raise ValueError(f"these are not the weights of an open_clip ViT: there is no {error}") from None
-    vision |= {"patch_size": patch, "image_size": patch * round(patches**0.5)}
-    text |= {"vocab_size": vocabulary, "max_position_embeddings": places, "eos_token_id": vocabulary - 1}
+    text["eos_token_id"] = text["vocab_size"] - 1
     config = CLIPConfig(vision_config=vision, text_config=text, projection_dim=embedding)
     return frozen_model(CLIPModel, config, weights, dtype, "an open_clip ViT")

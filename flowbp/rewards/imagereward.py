@@ -49,10 +49,7 @@ def vision_model(state: dict[str, Tensor], heads: int, dtype: torch.dtype):
     from transformers import BlipVisionConfig, BlipVisionModel
 
     state = renamed(below(state, "blip.visual_encoder.", "ImageReward"), "BLIP")
-    sizes = encoder_sizes(state, "encoder.layers.", "mlp.fc1", heads)
-    patch = state["embeddings.patch_embedding.weight"].shape[-1]
-    side = round((state["embeddings.position_embedding"].shape[1] - 1) ** 0.5)
-    config = BlipVisionConfig(**sizes, image_size=patch * side, patch_size=patch, layer_norm_eps=1e-6)
+    config = BlipVisionConfig(**encoder_sizes(state, "BLIP image", heads), layer_norm_eps=1e-6)
     return frozen_model(BlipVisionModel, config, state, dtype, "ImageReward")
 
 
@@ -62,10 +59,5 @@ def text_model(state: dict[str, Tensor], heads: int, dtype: torch.dtype):
 
     state = below(state, "blip.text_encoder.", "ImageReward")
     state.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
-    config = BlipTextConfig(
-        **encoder_sizes(state, "encoder.layer.", "intermediate.dense", heads),
-        vocab_size=len(state["embeddings.word_embeddings.weight"]),
-        encoder_hidden_size=state["encoder.layer.0.crossattention.self.key.weight"].shape[1],
-        max_position_embeddings=len(state["embeddings.position_embeddings.weight"]),
-    )
+    config = BlipTextConfig(**encoder_sizes(state, "BLIP text", heads))
     return frozen_model(BlipTextModel, config, state, dtype, "ImageReward", add_pooling_layer=False)

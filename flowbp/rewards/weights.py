@@ -7,6 +7,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -18,6 +19,7 @@ from flowbp.rewards.files import find_file
 
 State = dict[str, Tensor]
 RENAMED: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("renamed.yaml").read_text())
+SIZES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("sizes.yaml").read_text())
 
 
 def read_state_dict(folder: str | Path, stem: str) -> State:
@@ -79,13 +81,15 @@ def below(state: State, prefix: str, checkpoint: str) -> State:
     return found
 
 
-def encoder_sizes(state: State, layers: str, mlp: str, heads: int) -> dict[str, int]:
-    """The settings that all encoders of transformers have, from the shapes of their weights.
+def encoder_sizes(state: State, encoder: str, heads: int) -> dict[str, int]:
+    """The settings of an encoder of sizes.yaml, from the shapes of its weights.
 
-    layers: the prefix of every layer, which the layer's number follows.  mlp: the first linear map of a layer's MLP.
     heads: of the attention, which no shape tells. Raises KeyError for a weight that is missing.
     """
-    intermediate, width = state[f"{layers}0.{mlp}.weight"].shape
-    numbers = {key.removeprefix(layers).split(".")[0] for key in state if key.startswith(layers)}
-    sizes = {"hidden_size": width, "intermediate_size": intermediate}
-    return sizes | {"num_hidden_layers": len(numbers), "num_attention_heads": heads}
+    places = dict(SIZES[encoder])
+    layers, _, rest = places.pop("layer").partition("0")
+    sizes = {key: state[name].shape[axis] for key, (name, axis) in places.items()}
+    if "patches" in sizes:
+        sizes["image_size"] = sizes["patch_size"] * round((sizes.pop("patches") - 1) ** 0.5)
+    count = sum(key.startswith(layers) and key.endswith(rest) for key in state)
+    return sizes | {"num_hidden_layers": count, "num_attention_heads": heads}

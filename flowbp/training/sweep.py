@@ -131,7 +131,7 @@ def sweep(runs: Sequence[SweptRun], folder: Path, processes: int) -> dict[str, A
             results["runs"].append(told)
         write_file(folder / "sweep.json", as_json(results))
         if finished:
-            from flowbp.evaluation.pages import render  # imports matplotlib
+            from flowbp.evaluation.pages import render  # with what it draws: imports matplotlib
 
             page = render("sweep.html", name=folder.name, config=finished[0].config, runs=finished, results=results)
             write_file(folder / "sweep.html", page)
