@@ -115,13 +115,10 @@ def train(
         console.print(tables.comparison_table(json.loads(file.read_text()), f"{output}: same prompts and seeds"))
     if (file := output / "validation.json").is_file():
         validation = json.loads(file.read_text())
-        metric, best = validation["metric"], validation["best"]
         for line in validation["warnings"]:
             say(Text("warning:", "bold yellow"), line)
-        if validation["stopped"]:
-            say(f"stopped early: evaluation.patience passed without a {metric} above that of step {best}")
-        if best is not None:
-            say_unwrapped(f"best by {metric}: step {best}, kept in {output / 'best'}")
+        for line in words("ended", validation=validation, output=output):
+            say_unwrapped(line)
     say_unwrapped(f"report: {(output / 'report.html').resolve()}")
 
 

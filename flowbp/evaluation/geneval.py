@@ -16,6 +16,7 @@ class.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -270,8 +271,7 @@ class ClipColours:
     """
 
     def __init__(self, clip: CLIPReward):
-        self.clip = clip
-        self._texts: dict[str, Tensor] = {}
+        self.clip, self.texts = clip, cache(self.embed)
 
     @torch.no_grad()
     def __call__(self, image: Tensor, detections: Sequence[Detection], name: str) -> list[str]:
@@ -280,15 +280,13 @@ class ClipColours:
         embedded = F.normalize(image_features(clip.model, normalise(crops, clip.mean, clip.std)), dim=-1)
         return [COLOURS[i] for i in (embedded @ self.texts(name).T).argmax(dim=1).tolist()]
 
-    def texts(self, name: str) -> Tensor:
-        """One unit vector a colour, for objects of the class `name`."""
-        if name not in self._texts:
-            model = self.clip.model
-            lines = [template.format(colour=colour, name=name) for colour in COLOURS for template in TEMPLATES]
-            tokens = self.clip.tokenizer(lines, padding=True, truncation=True, return_tensors="pt").to(model.device)
-            embedded = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
-            self._texts[name] = F.normalize(embedded.view(len(COLOURS), len(TEMPLATES), -1).mean(dim=1), dim=-1)
-        return self._texts[name]
+    def embed(self, name: str) -> Tensor:
+        """One unit vector a colour, for objects of the class `name`. `texts` remembers them."""
+        model = self.clip.model
+        lines = [template.format(colour=colour, name=name) for colour in COLOURS for template in TEMPLATES]
+        tokens = self.clip.tokenizer(lines, padding=True, truncation=True, return_tensors="pt").to(model.device)
+        embedded = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+        return F.normalize(embedded.view(len(COLOURS), len(TEMPLATES), -1).mean(dim=1), dim=-1)
 
 
 def crop(image: Tensor, detection: Detection) -> Tensor:
