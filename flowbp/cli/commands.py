@@ -16,6 +16,7 @@ from flowbp import __version__
 from flowbp.backbones import KNOWN_MODELS, read_index
 from flowbp.cli import tables
 from flowbp.config import build_method, commented, dump, load, parse_overrides
+from flowbp.evaluation.numbers import gigabytes
 from flowbp.evaluation.templates import words
 from flowbp.foreign import cut
 from flowbp.methods import draw_plan
@@ -161,7 +162,7 @@ def estimate(
             say(f"no setting that is known here fits {on}:")
         if added:
             more = f"{count} processes, " if count > processes else ""
-            say_unwrapped(f"  {tables.gigabytes(found.peak)} GB with {more}{added[-1]}")
+            say_unwrapped(f"  {gigabytes(found.peak)} GB with {more}{added[-1]}")
     say(*words("suggested", found=found, fits=found.fits(memory)))
     say_unwrapped(f"  {' '.join(added) or 'nothing changed'}")
     if count > processes:

@@ -56,10 +56,6 @@ def cell(element: ElementTree.Element) -> Text:
     return Text.assemble(element.text or "", *bold)
 
 
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3f}" if size < 1e9 else f"{size / 1e9:.1f}"
-
-
 def non_defaults(built: Any) -> str:
     """The fields of a dataclass that differ from its defaults, on one line; those of a nested one as field.field."""
     given, usual = (flatten(describe(each, METHODS)) for each in (built, type(built)()))
@@ -108,4 +104,4 @@ def doctor_table() -> Table:
     return table("doctor", "flowbp doctor", found=found)
 
 
-templates().filters |= {function.__name__: function for function in (gigabytes, listed, non_defaults)}
+templates().filters |= {function.__name__: function for function in (listed, non_defaults)}

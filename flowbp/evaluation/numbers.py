@@ -68,6 +68,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3f}" if size < 1e9 else f"{size / 1e9:.1f}"
+
+
 def shown(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The rows of a table for people: image statistics over all images only."""
     return [row for row in rows if row["category"] == "all" or row["metric"] not in IMAGE_STATISTICS]
@@ -98,5 +102,5 @@ def _undefined(value: float | None) -> bool:
 
 
 # Of templates, under their own names.
-FILTERS = (number, signed, between, scale_of, scale_of_change, p_text, direction, duration)
+FILTERS = (number, signed, between, scale_of, scale_of_change, p_text, direction, duration, gigabytes)
 FILTERS += (shown, by_metric, grouped)
