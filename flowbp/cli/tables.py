@@ -33,7 +33,7 @@ def estimate_table(estimate, title: str) -> Table:
     return table
 
 
-def gigabytes(size: int) -> str:
+def gigabytes(size: float) -> str:
     return f"{size / 1e9:.3f}" if size < 1e9 else f"{size / 1e9:.1f}"
 
 
