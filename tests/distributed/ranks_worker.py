@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 from tiny_pipelines import tiny_pipeline
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -219,8 +220,7 @@ def sent(case, folder, world, *more):
     with Sent() as sending, trainer.model.ranks.averaging():
         for micro in range(trainer.config.data.accumulate):
             trainer.accumulate_gradient(0, micro)
-    denoiser = trainer.model.backbone.denoiser
-    blocks = [block for block in denoiser.modules() if type(block).__name__ in denoiser._no_split_modules]
+    _, *blocks = (module for module in trainer.model.backbone.denoiser.modules() if isinstance(module, FSDPModule))
     return sending.counts, [sum(p.nbytes for p in block.parameters()) for block in blocks]
 
 

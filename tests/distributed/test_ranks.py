@@ -155,6 +155,7 @@ def test_a_rollout_gathers_each_block_once_or_at_every_call(ranks):
     for rank in ranks:
         every, blocks = rank["sent: sharded bridge, block"]
         once, _ = rank["sent: sharded bridge, rollout"]
+        assert len(blocks) == 2
         for size in set(blocks):
             assert calls(every, "allgather", size) == 2 * (6 + 2 * 3) * blocks.count(size)
             assert calls(once, "allgather", size) == 2 * (1 + 2 * 3) * blocks.count(size)
@@ -173,6 +174,7 @@ def test_machines_average_their_shards_once_a_step(ranks):
     machines = len(ranks) // 2
     for rank in ranks:
         counts, blocks = rank["sent: sharded gradients, rollout"]
+        assert len(blocks) == 2
         for size in set(blocks):
             assert calls(counts, "reduce_scatter", size) == 2 * 3 * blocks.count(size)
             assert calls(counts, "allreduce", size / 2) == (machines > 1) * blocks.count(size)
