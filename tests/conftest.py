@@ -30,6 +30,7 @@ SLOW_PLACES = (
     "kernels/test_setup.py",
     "test_anchor.py",
     "test_cli.py",
+    "test_communication.py",
     "test_docs.py",
     "test_embeddings.py",
     "test_estimate.py",

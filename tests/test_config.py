@@ -4,12 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flowbp import presets
 from flowbp.active_sets import DirichletPair, UniformPair
 from flowbp.config import ConfigError, build_method, changed, dump, load, parse_overrides
 from flowbp.config.loading import sealed
 from flowbp.methods import METHODS, FlowBPLagrange, LeapAlign
+from flowbp.runtime.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -220,6 +222,26 @@ def test_a_file_is_read_as_it_is_meant_or_refused_with_its_line(tmp_path):
 def test_a_key_that_one_of_two_configs_lacks_is_a_difference():
     before, after = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"d": 4}, "e": 5}
     assert changed(before, after) == {"b.c": (2, None), "b.d": (3, 4), "e": (None, 5)}
+
+
+@pytest.mark.parametrize(("written", "read"), [("true", "all"), ("all", "all"), ("node", "node"), ("false", False)])
+def test_weights_are_sharded_over_all_processes_or_over_a_node(written, read):
+    assert load("demo", [f"memory.shard={written}"]).memory.shard == read
+
+
+@pytest.mark.parametrize(("was", "now"), [(True, "all"), (False, "false")])
+def test_a_run_that_was_told_only_whether_to_shard_goes_on(was, now, tmp_path):
+    run, config = tmp_path / "run", load("demo", [f"output={tmp_path / 'run'}", f"memory.shard={now}"])
+    old = config.model_dump(mode="json")
+    old["memory"] = {key: value for key, value in old["memory"].items() if key != "gather"} | {"shard": was}
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(old))
+    (run / "metrics.jsonl").write_text("")
+    assert load(run) == config
+    RunFolder(run).check(config, resume=True, overwrite=False)
+    other = load(run, ["memory.shard=node"])
+    with pytest.raises(ValueError, match="changes memory.shard from (all|False) to node"):
+        RunFolder(run).check(other, resume=True, overwrite=False)
 
 
 def test_paths_know_the_home_folder_and_variables(monkeypatch):

@@ -16,6 +16,7 @@ from flowbp import __version__
 from flowbp.backbones import KNOWN_MODELS, read_index
 from flowbp.cli import tables
 from flowbp.config import build_method, commented, dump, load, parse_overrides
+from flowbp.estimate.communication import BANDWIDTH, MACHINE, traffic
 from flowbp.evaluation.numbers import gigabytes
 from flowbp.evaluation.templates import words
 from flowbp.foreign import cut
@@ -130,6 +131,7 @@ def estimate(
     gpu_memory: Annotated[str | None, Option(help="does it fit, and if not, what does: 24GB or 80e9")] = None,
     processes: Annotated[int, Option(min=1, help="GPUs of the run, one process each")] = 1,
     json_file: Annotated[Path | None, Option("--json", help="write all numbers here, in bytes")] = None,
+    bandwidth: Annotated[tuple[float, float], Option(help="GB/s in a machine, and between machines")] = BANDWIDTH,
 ) -> None:
     """Predict the peak memory and the cost of a training step. Needs no GPU and reads no weights."""
     run = load(config, overrides or (), run_code=False)
@@ -138,6 +140,8 @@ def estimate(
         check_target("--json", json_file)
     if run.backbone.name not in KNOWN_MODELS:  # their sizes are known
         read_index(run.backbone.name)
+    if not all(0 < rate < np.inf for rate in bandwidth):
+        raise ValueError(f"--bandwidth {bandwidth[0]:g} {bandwidth[1]:g}: both must be above 0, in GB/s")
     from flowbp.estimate import estimate as estimates
 
     whole = estimates.estimate(run, processes)
@@ -146,8 +150,16 @@ def estimate(
     say(*words("cost", whole=whole))
     for note in whole.notes:
         say(Text("not counted:", "yellow"), note)
+    ways = (False, True)[: 1 + bool(run.memory.shard)]
+    received = [traffic(whole, cards, once, bandwidth) for cards in (1, 8, 64) for once in ways]
+    at = f"at {bandwidth[0]:g} GB/s in a machine of {MACHINE} and {bandwidth[1]:g} GB/s between machines"
+    say(f"in a step a card receives, {at} (assumed, all in turn):")
+    for cards, gathers, gathered, reduced, seconds in map(dict.values, received):
+        sizes = f"{gigabytes(gathered):>5} GB gathered, {gigabytes(reduced):>5} GB reduced"
+        say_unwrapped(f"  cards: {cards:2}, a block gathered {gathers}: {sizes}, {seconds:.2f} s")
     if json_file is not None:
-        json_file.write_text(json.dumps(whole.as_dict(), indent=1) + "\n", encoding="utf-8")
+        found = whole.as_dict() | {"communication": received}
+        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if memory is None:
         return
     share = f"{whole.peak / memory:.0%} of {gpu_memory}; {estimates.MARGIN:.0%} are left for what is not counted"

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from flowbp import presets
 from flowbp.config.registry import ConfigError, own_code
-from flowbp.config.schema import RunConfig, is_one_reward
+from flowbp.config.schema import MemoryConfig, RunConfig, is_one_reward
 from flowbp.foreign import cut, read_text, short
 from flowbp.names import FOLDERS, nearest
 
@@ -141,8 +141,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """key.path -> (before, after) of what differs between two configs, sorted; None where a config lacks the key."""
-    before, after = flatten(old), flatten(new)
+    """key.path -> (before, after) of what differs between two configs, sorted; None where a config lacks the key.
+
+    The section `memory` is compared as it is read today: older runs wrote `shard: true` for "all", and no `gather`.
+    """
+    before, after = (flatten(dict(c, memory=MemoryConfig(**(c.get("memory") or {})).model_dump())) for c in (old, new))
     keys = sorted(before.keys() | after.keys())
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 

@@ -101,6 +101,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
 Backend = Annotated[str, AfterValidator(known_backend)]
 Levels = Literal["published", "pipeline"]
 Kernels = Annotated[Literal["auto", "off"], BeforeValidator(lambda v: "off" if v is False else v)]  # as YAML reads off
+Shards = Annotated[Literal[False, "node", "all"], BeforeValidator(lambda v: "all" if v is True else v)]  # true: all
 MethodField = Annotated[
     Any,
     BeforeValidator(lambda spec, info: build_method(spec, info.context)),  # `load` says what it may import
@@ -234,13 +235,14 @@ class MemoryConfig(Strict):
     vae_checkpointing: bool = key(False, "the same in the VAE's decoder")
     vae_slicing: bool = key(False, "decode one image at a time; saves memory together with vae_checkpointing")
     vae_tiling: bool = key(False, "decode images above the VAE's own sample size in overlapping tiles, blended")
-    shard: bool = key(False, "several processes: split the weights over them (FSDP2) instead of copying them")
+    shard: Shards = key(False, "split the weights (FSDP2) over all processes, or those of a node; false: copy them")
+    gather: Literal["auto", "rollout", "block"] = key("auto", "gather shards once a rollout, or a block at every pass")
     shard_gradients: bool = key(False, "with shard: split gradients after every backward pass, not once a step")
 
     @validator(mode="after")
     def _what_goes_together(self):
         if self.shard_gradients and not self.shard:
-            raise ValueError("shard_gradients=true needs shard=true: gradients are split as the weights are")
+            raise ValueError("shard_gradients=true needs shard=all or node: gradients are split as the weights are")
         if self.budget_gb is not None and self.recompute != "auto":
             raise ValueError(f"budget_gb={self.budget_gb} needs recompute=auto, not {self.recompute}, to limit graphs")
         return self

@@ -2,7 +2,8 @@
 
     peak       =  max(embedding, resident + max(rollout, reward, sweep, update, checkpoint))
     resident   =  weights of network, VAE and rewards, master weights, optimizer state, moving average
-    rollout    =  cached rollout + kept graphs + one forward pass without gradient
+    rollout    =  cached rollout + kept graphs + one forward pass without gradient + the whole network, where it is
+                  gathered once (`memory.gather=rollout`; "auto" does so only where that fits, and is not counted)
     reward     =  cached rollout + kept graphs + decoder and reward graph of `memory.reward_batch` samples
     sweep      =  cached rollout + gradients + other kept graphs + one replay of `memory.nodes_per_forward` nodes
     update     =  gradients + one more copy of the trained parameters, which AdamW makes on a GPU
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flowbp.config import RunConfig, load
+from flowbp.estimate.communication import shards
 from flowbp.estimate.passes import ModelsPass, NetworkPass, draw_plan, network_pass, reward_pass, text_pass
 from flowbp.trajectory import ring_rows
 
@@ -57,7 +59,7 @@ class Estimate:
     def __post_init__(self):
         self.trained, self.notes = self.network.trained, self.reward.notes
         self.plans = [draw_plan(self.config, draw, self.network.sigmas) for draw in range(DRAWS)]
-        self.shards = self.processes if self.config.memory.shard else 1
+        self.shards = shards(self.config.memory.shard, self.processes)
         self.replays = [len(plan.replays) for plan in self.plans]
         self._count_memory()
         self._count_calls()
@@ -96,6 +98,7 @@ class Estimate:
         whole = wide if shards > 1 else network.trained_bytes  # FSDP2 adds gradients up and reduces them in float32
         cached = max(len(plan.cached_latents) + len(plan.cached_velocities) for plan in self.plans)
         cached += ring_rows(config.rollout.solver, config.guidance)
+        once = shards > 1 and config.memory.gather == "rollout"
         graph = max(1, network.graph_bytes // config.memory.nodes_per_forward)  # a graph that is kept is of one node
         fit = int((config.memory.budget_gb or 0) * 1e9) // graph
         kept = {"always": 0, "never": most, "auto": min(fit, most)}[config.memory.recompute]
@@ -106,6 +109,7 @@ class Estimate:
             "one node's graph": network.graph_bytes,
             "kept graphs": kept * graph,
             "forward pass": network.forward_bytes,
+            "other blocks": network.weight_bytes - network.block_bytes if once else 0,
             "replay with backward": network.replay_bytes,
             "reward with backward": self.reward.peak_bytes,
             "update": stepped // shards,
@@ -116,7 +120,7 @@ class Estimate:
         gradients = working["gradients"] + working["gradients of two blocks"]
         already = working["one node's graph"] if kept else 0
         self.peaks = {
-            "rollout": in_rollout + earlier + working["forward pass"],
+            "rollout": in_rollout + earlier + working["forward pass"] + working["other blocks"],
             "reward": in_rollout + earlier + working["reward with backward"],
             "sweep": in_rollout + gradients + max(working["replay with backward"] - already, 0),
             "update": always + 2 * working["update"],  # gradients in the dtype that is stepped

@@ -84,7 +84,7 @@ class NetworkPass:
     """The network, and its passes over one micro-batch: a forward pass and a replay.
 
     parameters, trained   numbers of parameters; largest: elements of the largest trained tensor
-    trained_bytes         what is trained; frozen_bytes: the rest of the network
+    trained_bytes         what is trained; frozen_bytes: the rest of the network; weight_bytes: all but its buffers
     block_bytes           the most weights that FSDP2 holds unsharded at a time; trained_block_bytes: trained ones alone
     vae_bytes             weights of the VAE
     latent_bytes          one latent of the micro-batch
@@ -103,7 +103,7 @@ class NetworkPass:
         with torch.device("meta"):
             trained = trainable_parameters(backbone, config.tuning).values()
         self.trained, self.largest = sum(p.numel() for p in trained), max(p.numel() for p in trained)
-        self.trained_bytes = bytes_of(trained)
+        self.trained_bytes, self.weight_bytes = bytes_of(trained), bytes_of(denoiser.parameters())
         self.frozen_bytes = bytes_of(tensors(denoiser)) - self.trained_bytes
         self.block_bytes = block_bytes(denoiser, lambda p: True)
         self.trained_block_bytes = block_bytes(denoiser, lambda p: p.requires_grad)

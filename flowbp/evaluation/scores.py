@@ -234,7 +234,7 @@ class Evaluator:
         """Scores of images drawn with `weights`. The processes share the work and all get all scores."""
         named, samples = self._scorers or self.load(), samples or self.samples
         settings = self.config.evaluation_rollout, self.config.evaluation_guidance
-        with model.using(weights) as backbone:
+        with model.using(weights) as backbone, model.ranks.gathering():
             return evaluate(samples, partial(score_chunk, backbone, samples, *settings, named), progress)
 
     def load(self) -> dict[str, Scorer]:

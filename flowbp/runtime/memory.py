@@ -4,6 +4,7 @@ Group offload is not among the switches: it takes a block's weights away after e
 reads them.
 """
 
+import os
 import time
 import weakref
 from collections.abc import Iterable, Iterator
@@ -71,6 +72,13 @@ def peak_memory_mb() -> float:
     # not the ru_maxrss of getrusage, which begins at the peak of the process that started this one
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(next(lines)[1]) * 1024 / 1e6
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that this process may take: of a GPU all that others leave, of a machine's memory its share."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class LiveBytes(TorchDispatchMode):

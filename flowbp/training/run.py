@@ -21,6 +21,7 @@ from flowbp.runtime.distributed import process_state
 from flowbp.runtime.environment import environment
 from flowbp.runtime.files import as_json, writing
 from flowbp.runtime.interrupts import Stop, heard_by, interrupt
+from flowbp.runtime.memory import available_bytes
 from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
 from flowbp.runtime.run_folder import BEST, TENSORBOARD, RunFolder, told_at_the_next_call
@@ -59,6 +60,7 @@ def run(trainer: Trainer, folder: RunFolder) -> None:
     config, model, accelerator = trainer.config, trainer.model, trainer.model.ranks.accelerator
     done = restore(trainer, folder)
     folder.forget_after(done)
+    decide_gathering(trainer)
     announce(trainer, folder.path, done)
     if accelerator.mixed_precision != "no":
         log.warning("accelerate's mixed precision plays no part here: backbone.dtype says in what the network computes")
@@ -110,12 +112,27 @@ def run(trainer: Trainer, folder: RunFolder) -> None:
         accelerator.end_training()
 
 
+def decide_gathering(trainer: Trainer) -> None:
+    """With `memory.gather=auto` let rollouts gather each block once where the estimate says that memory holds the whole
+    network on every process. All processes must do alike.
+    """
+    ranks, config = trainer.model.ranks, trainer.config
+    if ranks.sharded is not None and config.memory.gather == "auto":
+        from flowbp.estimate.estimate import MARGIN, estimate
+
+        memory = config.memory.model_copy(update={"gather": "rollout"})
+        needed = estimate(config.model_copy(update={"memory": memory}), ranks.size).peaks["rollout"]
+        holds = needed <= (1 - MARGIN) * available_bytes(ranks.accelerator.device)
+        ranks.gathers_once = ranks.mean({"holds": float(holds)})["holds"] == 1
+
+
 def announce(trainer: Trainer, output: Path, done: int) -> None:
     """Say on the main process's stderr what will be trained, on what and from where, before the first step."""
     config, model, ranks = trainer.config, trainer.model, trainer.model.ranks
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else str(ranks.accelerator.device)
     parameters = sum(p.numel() for p in model.parameters.values())
     about = {"device": device, "processes": ranks.size, "parameters": parameters, "output": output, "done": done}
+    about["gathers_once"] = None if ranks.sharded is None else ranks.gathers_once
     console = TextConsole(stderr=True)
     for label, text in facts(config, **about).of_start.items():
         console.print(f"{label:8} {text}", highlight=False, soft_wrap=True)

@@ -113,7 +113,7 @@ class Trainer:
         if config.tuning.dropout:
             torch.manual_seed(sample_seeds(*key, DROPOUT, count=self.model.ranks.size)[self.model.ranks.rank])
         self.model.backbone.denoiser.train(config.tuning.dropout > 0)
-        with self.phases("rollout"):
+        with self.phases("rollout"), self.model.ranks.gathering():
             velocity = bind_velocity(self.model.backbone, texts, config.guidance, size.timesteps)
             if anchor is not None:
                 anchored = sum(not replay.gated for replay in plan.replays)

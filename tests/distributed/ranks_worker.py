@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 from tiny_pipelines import tiny_pipeline
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from flowbp.backbones import BACKBONES
 from flowbp.config import load
@@ -31,7 +34,7 @@ from flowbp.training.trainer import Trainer
 from flowbp.trajectory import rollout
 
 GLOBAL_BATCH = 4
-SD3, FLUX2 = "StableDiffusion3Pipeline", "Flux2KleinPipeline"
+SD3, FLUX, FLUX2, ZIMAGE = "StableDiffusion3Pipeline", "FluxPipeline", "Flux2KleinPipeline", "ZImagePipeline"
 LORA = ("tuning.mode=lora", "memory.checkpointing=true", "anchor={weight: 0.3, copy_base: false}")
 CASES = {  # name: (pipeline, overrides)
     "sparse, accumulated": (SD3, ("method={name: flowbp-sparse, num_active: 3}", "data.accumulate=2")),
@@ -70,23 +73,35 @@ CASES = {  # name: (pipeline, overrides)
     ),
     "lora": (FLUX2, (*LORA, "method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "data.accumulate=2")),
     "sharded lora": (
-        FLUX2,
-        (*LORA, "memory.shard=true", "method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "data.accumulate=2"),
+        FLUX,
+        (
+            *LORA,
+            "memory={shard: node, gather: rollout}",
+            "guidance.embedded=3.5",
+            "method={name: flowbp-bridge, num_active: 3, alpha: 0.7}",
+            "data.accumulate=2",
+        ),
     ),
     "sharded bridge": (
         SD3,
-        ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory.shard=true", "data.accumulate=2"),
+        ("method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "memory.shard=node", "data.accumulate=2"),
     ),
-    "sharded, kept graphs": (FLUX2, ("method.name=flowbp-lagrange", "memory={shard: true, recompute: never}")),
+    "sharded, kept graphs": (
+        FLUX2,
+        ("method.name=flowbp-lagrange", "memory={shard: node, gather: rollout, recompute: never}"),
+    ),
     "sharded, auto": (
         SD3,
-        ("method={name: flowbp-sparse, num_active: 3}", "memory={shard: true, recompute: auto, budget_gb: 0.002}"),
+        (
+            "method={name: flowbp-sparse, num_active: 3}",
+            "memory={shard: true, gather: rollout, recompute: auto, budget_gb: 0.002}",
+        ),
     ),
     "sharded gradients": (
         SD3,
         (
             "method={name: flowbp-bridge, num_active: 3, alpha: 0.7}",
-            "memory={shard: true, shard_gradients: true}",
+            "memory={shard: node, gather: rollout, shard_gradients: true}",
             "data.accumulate=2",
         ),
     ),
@@ -98,10 +113,14 @@ CASES = {  # name: (pipeline, overrides)
             "guidance.scale=3.0",
         ),
     ),
-    "sharded, checkpointing": (SD3, ("method.name=flowbp-lagrange", "memory={shard: true, checkpointing: true}")),
+    "sharded Z-Image, checkpointing": (
+        ZIMAGE,
+        ("method.name=flowbp-lagrange", "memory={shard: node, checkpointing: true}"),
+    ),
 }
-# what four processes take
-OF_FOUR = ("filtered", "stratified, in pairs", "lora", "sharded bridge", "sharded gradients, kept graphs")
+# what four processes take, as two machines of two
+OF_FOUR = ("filtered", "stratified, in pairs", "lora", "sharded lora", "sharded bridge", "sharded, kept graphs")
+OF_FOUR += ("sharded gradients", "sharded gradients, kept graphs", "sharded Z-Image, checkpointing")
 
 BFLOAT16 = {  # whose gradients depend on the number of processes: a run resumes exactly with as many
     "bfloat16": (SD3, ("method.name=flowbp-sparse",)),
@@ -180,6 +199,31 @@ def resumes(case, folder, world):
     ), average
 
 
+class Sent(TorchDispatchMode):
+    """Counts the collective calls of a block by their kind and the bytes of their larger side."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            tensors = [t for t in tree_flatten(args)[0] if isinstance(t, torch.Tensor)]
+            key = function.overloadpacket.__name__, max((t.nbytes for t in tensors), default=0)
+            self.counts[key] = self.counts.get(key, 0) + 1
+        return function(*args, **(kwargs or {}))
+
+
+def sent(case, folder, world, *more):
+    """({(kind, bytes): collective calls} of a step's gradient, bytes of the blocks' parameters)."""
+    trainer = make_trainer(case, folder, world, *more)
+    with Sent() as sending, trainer.model.ranks.averaging():
+        for micro in range(trainer.config.data.accumulate):
+            trainer.accumulate_gradient(0, micro)
+    _, *blocks = (module for module in trainer.model.backbone.denoiser.modules() if isinstance(module, FSDPModule))
+    return sending.counts, [sum(p.nbytes for p in block.parameters()) for block in blocks]
+
+
 def flat(tensors):
     return torch.cat([unshard(tensor.detach()).double().flatten() for tensor in tensors])
 
@@ -234,7 +278,7 @@ def sum_of_backward_passes(world):
 
     network = Denoiser(1, 1, bias=False).bfloat16()
     if world > 1:
-        shard_weights(network, torch.device("cpu")).set_requires_gradient_sync(False)
+        shard_weights(network, torch.device("cpu"), world).set_requires_gradient_sync(False)
     for value in (256.0, *[1.0] * 7):
         network(torch.full((1, 1), value, dtype=torch.bfloat16)).backward()
     if world > 1:
@@ -277,6 +321,9 @@ def scores(case, folder, world):
     chunks, named = [], trainer.evaluator.load()
     named["count"] = lambda images, texts: chunks.append(len(texts)) or torch.zeros(len(texts))
     trainer.evaluator.load = lambda: named
+    other = {name: 2 * p.detach() for name, p in trainer.model.parameters.items()}
+    trainer.evaluator.score(trainer.model, other)  # of which nothing may be left
+    chunks.clear()
     found = trainer.evaluator.score(trainer.model, trainer.model.parameters)
     return {name: torch.from_numpy(column) for name, column in found.values.items()}, found.images, len(chunks)
 
@@ -326,6 +373,7 @@ def run(rank, world, port, folder):
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    os.environ.update(LOCAL_WORLD_SIZE="2")  # of each machine
     os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")  # or accelerate shares the cores out
     logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -339,6 +387,8 @@ def run(rank, world, port, folder):
     for shard in ("false", "true") if world == 2 else ():
         results[f"dropout, shard={shard}"] = dropout_gradients(shard, folder, world)
     results["auto capacity"] = auto_capacity(folder, world, rank)
+    for case, gather in (("sharded bridge", "block"), ("sharded bridge", "rollout"), ("sharded gradients", "rollout")):
+        results[f"sent: {case}, {gather}"] = sent(case, folder, world, f"memory.gather={gather}")
     for case in ("sharded bridge", "sharded gradients") if world == 2 else ():
         results[f"splits gradients: {case}"] = splits_gradients(case, folder, world)
     results["own loop"] = own_loop(rank, world)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 OWN = ["-m", "flowbp"]
 CPUS = ["--config_file", str(ROOT / "configs/accelerate/2-cpus.yaml")]
 LAUNCHERS = {  # arguments before the command, of a new interpreter if there are any, and after it
-    "flowbp": ([], ["--processes", "2"]),
+    "flowbp": ([], ["--processes", "2", "memory.shard=node"]),
     "torchrun": (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *OWN], []),
     "accelerate": (["-m", "accelerate.commands.launch", *CPUS, "--main_process_port", "0", *OWN], []),
 }
@@ -78,6 +78,7 @@ def take_steps(start, output, batch_size, launcher=(), options=()):
     assert process.returncode == 0, errors
     assert said.count("report:") == errors.count("embed: 0/") == errors.count("train: 0/2") == 1
     assert "Warning" not in errors
+    assert errors.count("; each block is gathered") == ("memory.shard=node" in options)
     return logged(output)
 
 
