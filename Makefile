@@ -59,13 +59,8 @@ types: install
 fast: install
 	$(PYTEST) --dist worksteal -m fast
 
-# The compiled CPU ops run in the best instruction set of this processor, then in each of its others, side by side, but
-# for the tests that take every set themselves. What is slow among the kernels' tests compiles or starts something,
-# whatever the set.
 test: install
 	$(PYTEST) $(BY_FILE)
-	$(BIN)/python -c 'from flowbp_kernels import backend; print(*backend.isas()[1:])' | xargs -r -n 1 -P 2 sh -c \
-	  'FLOWBP_ISA=$$0 $(BIN)/python -m pytest -q -m "not slow" tests/kernels --ignore tests/kernels/test_compiled_ops.py'
 
 # Half an hour on one core. A part of it is in `make test`.
 soak: install

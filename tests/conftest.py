@@ -1,5 +1,6 @@
 """Which tests are fast, which are slow, and what all of them share."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ SLOW_PLACES = (
     "evaluation/test_sentinel.py",
     "kernels/test_activations.py",
     "kernels/test_bench.py",
-    "kernels/test_compiled_ops.py",  # each case in every instruction set, as in two of the others
+    "kernels/test_compiled_ops.py",
     "kernels/test_example.py",
     "kernels/test_modulation.py",
     "kernels/test_qk_norm.py",
@@ -72,6 +73,16 @@ def pytest_collection_modifyitems(items):
         if "gpu" in item.fixturenames or str(device).startswith("cuda"):
             item.add_marker("gpu")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish():
+    """What the imports made stays until the end. Trainers collect garbage, and would search it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
