@@ -94,6 +94,18 @@ def cache_of_the_tests(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def kernels_of_the_tests():
+    """FLOWBP_TEST_KERNELS=auto: models run the fused ops wherever a test does not say otherwise, as if auto were the
+    default of backbone.kernels and of load_backbone.
+    """
+    import fused_ops  # torch with it, which is not the first import of a test run
+
+    with pytest.MonkeyPatch.context() as patch:
+        fused_ops.make_default(patch)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def threads_of_the_tests():
     """One: several wait for each other in every operation, and for minutes where another program keeps a core busy."""
     with one_thread():
