@@ -59,13 +59,22 @@ types: install
 fast: install
 	$(PYTEST) --dist worksteal -m fast
 
-# The compiled CPU ops run in the best instruction set of this processor, then in each of its others, side by side, but
-# for the tests that take every set themselves. What is slow among the kernels' tests compiles or starts something,
-# whatever the set.
+# All tests, then those that train or draw with the fused ops in the transformers, as with backbone.kernels=auto.
+FUSED := $(addprefix tests/backbones/, \
+	test_backbones.py::test_a_saved_pipeline_loads_offline_and_draws_the_same \
+	test_blocks.py::test_a_backbone_takes_the_ops_if_it_is_told_to \
+	test_blocks.py::test_off_is_the_default_and_the_word_for_what_yaml_makes_of_it \
+	test_weights.py::test_a_lora_of_every_method_changes_the_images_and_loads_into_a_fresh_pipeline)
+FUSED += $(addprefix tests/test_trainer.py::, \
+	test_every_method_trains_the_embedded_model \
+	test_lora_dropout_is_the_same_in_rollout_and_replay \
+	test_lora_weights_load_into_a_fresh_diffusers_pipeline \
+	test_memory_settings_leave_the_gradient_as_it_is \
+	test_sweep_equals_graph_on_every_backbone \
+	test_the_base_of_a_trained_run_is_the_model_it_started_from)
 test: install
 	$(PYTEST) $(BY_FILE)
-	$(BIN)/python -c 'from flowbp_kernels import backend; print(*backend.isas()[1:])' | xargs -r -n 1 -P 2 sh -c \
-	  'FLOWBP_ISA=$$0 $(BIN)/python -m pytest -q -m "not slow" tests/kernels --ignore tests/kernels/test_compiled_ops.py'
+	FLOWBP_TEST_KERNELS=auto $(PYTEST) $(BY_FILE) $(FUSED)
 
 # Half an hour on one core. A part of it is in `make test`.
 soak: install

@@ -1,5 +1,6 @@
 """Which tests are fast, which are slow, and what all of them share."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ SLOW_PLACES = (
     "evaluation/test_sentinel.py",
     "kernels/test_activations.py",
     "kernels/test_bench.py",
-    "kernels/test_compiled_ops.py",  # each case in every instruction set, as in two of the others
+    "kernels/test_compiled_ops.py",
     "kernels/test_example.py",
     "kernels/test_modulation.py",
     "kernels/test_qk_norm.py",
@@ -75,11 +76,33 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+def pytest_collection_finish():
+    """What the imports made stays until the end. Trainers collect garbage, and would search it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_tests(tmp_path_factory):
     """Text embeddings go into a folder of the test run, not into the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLOWBP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_of_the_tests():
+    """FLOWBP_TEST_KERNELS=auto: models run the fused ops wherever a test does not say otherwise, as if auto were the
+    default of backbone.kernels and of load_backbone.
+    """
+    import fused_ops  # torch with it, which is not the first import of a test run
+
+    with pytest.MonkeyPatch.context() as patch:
+        fused_ops.make_default(patch)
         yield
 
 

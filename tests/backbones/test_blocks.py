@@ -13,14 +13,19 @@ from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from fused_ops import KERNELS
 from peft import LoraConfig
 from tiny_pipelines import tiny_pipeline
 from torch import nn
 
 import flowbp_kernels
 from flowbp.backbones import BACKBONES, bind_velocity, load_backbone
+from flowbp.config import load
 from flowbp.config.schema import BackboneConfig
+from flowbp.evaluation.scores import generate
 from flowbp.guidance import Guidance
+from flowbp.runtime.data import load_prompts
+from flowbp.shapes.checker import load_checker
 from flowbp_kernels import selective_recompute
 from flowbp_kernels.blocks import fingerprints, fused, table
 
@@ -606,15 +611,29 @@ def runs_ops(backbone):
 
 
 def test_a_backbone_takes_the_ops_if_it_is_told_to(monkeypatch, caplog):
-    assert not runs_ops(load_backbone("shapes"))
+    assert runs_ops(load_backbone("shapes")) == (KERNELS == "auto")
+    assert not runs_ops(load_backbone("shapes", kernels="off"))
     assert runs_ops(load_backbone("shapes", kernels="auto"))
     monkeypatch.setattr(fingerprints, "fingerprint", lambda source: "0")
     assert not runs_ops(load_backbone("shapes", kernels="auto"))
     assert "the transformer stays as it is: " in caplog.text
 
 
-def test_off_is_the_word_and_what_yaml_makes_of_it():
-    assert BackboneConfig(name="shapes").kernels == "off"
+def test_the_embedded_model_draws_with_the_ops_what_it_draws_without_and_the_checker_sees_no_difference(monkeypatch):
+    """Of 16 images some show their captions."""
+    monkeypatch.setenv("FLOWBP_KERNELS", "auto")
+    texts, config = [prompt.text for prompt in load_prompts("shapes:test")[:16]], load("demo")
+    with_ops, without = (
+        generate(backbone, texts, range(16), config.rollout, config.guidance)
+        for backbone in (load_backbone("shapes", max_sequence_length=1, kernels=kernels) for kernels in ("auto", "off"))
+    )
+    assert (with_ops - without).abs().max() <= 1e-4
+    verdicts = [load_checker(texts)(images, texts).tolist() for images in (with_ops, without)]
+    assert verdicts[0] == verdicts[1] and 0 < sum(verdicts[0]) < 16
+
+
+def test_off_is_the_default_and_the_word_for_what_yaml_makes_of_it():
+    assert BackboneConfig(name="shapes").kernels == KERNELS  # off, unless this test run says otherwise
     assert BackboneConfig(**yaml.safe_load("{name: shapes, kernels: off}")).kernels == "off"
     assert BackboneConfig(name="shapes", kernels="auto").kernels == "auto"
     with pytest.raises(ValueError, match="kernels"):

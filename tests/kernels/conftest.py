@@ -5,6 +5,10 @@ import sys
 import pytest
 import torch
 
+from flowbp_kernels import backend
+
+ISAS = backend.isas()  # of the compiled ops on this processor; none without them
+
 
 @pytest.fixture(scope="module", autouse=True)  # a package of no __init__ is the whole session to pytest
 def threads_of_the_kernels():
@@ -32,3 +36,20 @@ def new_process():
         return ended.stdout
 
     return run
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    """The compiled ops in each instruction set of this processor."""
+    monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
+    monkeypatch.setenv("FLOWBP_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture(params=["reference", *ISAS])
+def everywhere(request, monkeypatch):
+    """The reference, and the compiled ops in each instruction set of this processor."""
+    monkeypatch.setenv("FLOWBP_KERNELS", "reference" if request.param == "reference" else "cpu")
+    if request.param != "reference":
+        monkeypatch.setenv("FLOWBP_ISA", request.param)
+    return request.param

@@ -6,10 +6,8 @@ from kernels.cases import DTYPES, draw
 from torch import library
 from torch.nn import functional
 
-from flowbp_kernels import backend
 from flowbp_kernels.activations import _gelu_backward_op, _gelu_op, _swiglu_backward_op, _swiglu_op, gelu, swiglu
 
-ISAS = backend.isas()
 SHAPES = [(1, 1), (3, 41), (2, 5, 64), (2, 3, 2, 7), (0, 4), (3, 0)]
 
 
@@ -25,15 +23,6 @@ def eager_gelu(x, *, prefix=None):
 
 OPS = {"swiglu": (2, swiglu, eager_swiglu), "gelu": (1, gelu, eager_gelu)}
 OPERATORS = {"swiglu": (_swiglu_op.operator, _swiglu_backward_op), "gelu": (_gelu_op.operator, _gelu_backward_op)}
-
-
-@pytest.fixture(params=["reference", *ISAS])
-def everywhere(request, monkeypatch):
-    """On the reference, and on the compiled kernels of each instruction set."""
-    compiled = request.param != "reference"
-    monkeypatch.setenv("FLOWBP_KERNELS", "cpu" if compiled else "reference")
-    if compiled:
-        monkeypatch.setenv("FLOWBP_ISA", request.param)
 
 
 def problem(op, shape, prefixed, dtype=torch.float64):

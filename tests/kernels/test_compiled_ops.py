@@ -27,13 +27,6 @@ ISAS = backend.isas()
 pytestmark = pytest.mark.skipif(not ISAS, reason=backend.unavailable("cpu"))
 
 
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
-    monkeypatch.setenv("FLOWBP_ISA", request.param)
-    return request.param
-
-
 @pytest.fixture
 def nan_filled():
     """Fresh tensors hold NaN, so that an element left unwritten shows."""
@@ -95,13 +88,11 @@ def test_mixed_dtypes_agree_with_the_reference(dtype, cache_dtype, isa, monkeypa
         torch.testing.assert_close(result.float(), call().float(), rtol=2 * eps, atol=eps)
 
 
-@pytest.mark.parametrize("choice", ["cpu", "reference"])
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("cache_dtype", [*DTYPES, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_multistep_step_has_the_bits_of_two_passes(dtype, cache_dtype, per_sample, choice, isa, monkeypatch):
+def test_a_multistep_step_has_the_bits_of_two_passes(dtype, cache_dtype, per_sample, everywhere):
     """Without nodes of the Euler step, and else of the sum over the rows with its velocity behind them."""
-    monkeypatch.setenv("FLOWBP_KERNELS", choice)
     x, v_cond, v_uncond = draw(3, 1041), draw(3, 1041, dtype=dtype, seed=1), draw(3, 1041, dtype=dtype, seed=2)
     cache, (nodes, weights) = draw(5, 3, 1041, seed=3).to(cache_dtype), rule(3, 3, per_sample)
     last = torch.full_like(nodes[:1], 5), torch.full_like(weights[:1], -0.04)

@@ -19,7 +19,6 @@ from flowbp_kernels.modulation import (
     modulated_rms_norm,
 )
 
-COMPILED = backend.isas()  # the instruction sets of the compiled kernels; none without them
 SHAPES = [(1, 1, 1), (2, 3, 41), (3, 17, 64), (2, 5, 300), (0, 3, 8), (2, 0, 8)]
 
 
@@ -41,14 +40,9 @@ def test_in_float64_it_is_the_formula(case, shape, row):
         torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-11 if shape != (1, 1, 1) else 1e-8)
 
 
-@pytest.fixture(params=["reference", *COMPILED])
-def runs_on(request, monkeypatch):
-    """Forces the reference, or the compiled kernels of an instruction set. Fresh tensors hold NaN, so that an element
-    left unwritten shows.
-    """
-    monkeypatch.setenv("FLOWBP_KERNELS", "reference" if request.param == "reference" else "cpu")
-    if request.param != "reference":
-        monkeypatch.setenv("FLOWBP_ISA", request.param)
+@pytest.fixture
+def runs_on(everywhere):
+    """Fresh tensors hold NaN, so that an element left unwritten shows."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
     yield
@@ -152,7 +146,7 @@ def test_a_transposed_tensor_is_read_right(case, runs_on):
         torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.skipif(not COMPILED, reason=backend.unavailable("cpu"))
+@pytest.mark.skipif(not backend.isas(), reason=backend.unavailable("cpu"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_number_of_threads_changes_no_bit(case, dtype, monkeypatch):
     monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
@@ -167,7 +161,7 @@ def test_the_number_of_threads_changes_no_bit(case, dtype, monkeypatch):
         torch.set_num_threads(2)  # as conftest.py sets them for this folder
 
 
-@pytest.mark.skipif(not COMPILED, reason=backend.unavailable("cpu"))
+@pytest.mark.skipif(not backend.isas(), reason=backend.unavailable("cpu"))
 def test_the_compiled_op_refuses_what_would_lead_out_of_bounds(monkeypatch):
     monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
     x, row = torch.ones(2, 3, 8), torch.ones(2, 8)

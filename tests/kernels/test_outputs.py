@@ -8,7 +8,6 @@ from kernels.cases import draw
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowbp_kernels import (
-    backend,
     bridge_cotangents,
     cfg_euler_step,
     cfg_multistep_step,
@@ -58,7 +57,6 @@ OPS = {
         {"out": ((2, *SHAPE), None)},
     ),
 }
-CHOICES = ["reference", *(["cpu"] if backend.isas() else [])]
 PAIRS = [
     (op, out, other)
     for op, (_, read, written) in OPS.items()
@@ -86,10 +84,8 @@ def share(arguments, out, other, shift):
     return arguments | moved
 
 
-@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("op, out, other", PAIRS)
-def test_an_output_that_overlaps_another_argument_is_refused(op, out, other, choice, monkeypatch):
-    monkeypatch.setenv("FLOWBP_KERNELS", choice)
+def test_an_output_that_overlaps_another_argument_is_refused(op, out, other, everywhere):
     call, _, written = OPS[op]
     arguments = tensors(op)
     sizes = arguments[out].numel(), arguments[other].numel()
@@ -101,10 +97,8 @@ def test_an_output_that_overlaps_another_argument_is_refused(op, out, other, cho
                 call(**share(arguments, out, other, shift))
 
 
-@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("op, out, other", PAIRS)
-def test_neighbours_in_memory_do_not_overlap(op, out, other, choice, monkeypatch):
-    monkeypatch.setenv("FLOWBP_KERNELS", choice)
+def test_neighbours_in_memory_do_not_overlap(op, out, other, everywhere):
     call, expected, arguments = OPS[op][0], tensors(op), tensors(op)
     call(**expected)
     for shift in (arguments[other].numel(), -arguments[out].numel()):
@@ -113,12 +107,10 @@ def test_neighbours_in_memory_do_not_overlap(op, out, other, choice, monkeypatch
         assert all(torch.equal(mine[name], expected[name]) for name in mine)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize(
     "op", [op for op, (_, _, written) in OPS.items() if any(other for _, other in written.values())]
 )
-def test_what_an_output_replaces_may_be_written_over(op, choice, monkeypatch):
-    monkeypatch.setenv("FLOWBP_KERNELS", choice)
+def test_what_an_output_replaces_may_be_written_over(op, everywhere):
     call, _, written = OPS[op]
     expected, mine = tensors(op), tensors(op)
     call(**expected)
@@ -166,14 +158,12 @@ def test_the_same_place_in_another_dtype_is_an_overlap():
         cfg_euler_step(x, v, v, 4.5, -0.1, velocity_out=v.view(torch.bfloat16).flatten()[:SIZE].view(SHAPE))
 
 
-@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize(
     "weights, read",
     [([0.5, -0.25], {0, 2}), ([0.5, 0.0], {0}), (torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, -0.25]]), {2})],
     ids=["both nodes", "a node of weight zero", "a node of one sample"],
 )
-def test_the_velocity_may_be_a_row_of_the_cache_that_is_not_read(weights, read, choice, monkeypatch):
-    monkeypatch.setenv("FLOWBP_KERNELS", choice)
+def test_the_velocity_may_be_a_row_of_the_cache_that_is_not_read(weights, read, everywhere):
     x, v_cond, v_uncond, cache = draw(*SHAPE), draw(*SHAPE, seed=1), draw(*SHAPE, seed=2), draw(4, *SHAPE, seed=3)
     step = x, v_cond, v_uncond, 4.5, -0.1
     expected = cfg_multistep_step(*step, cache, [0, 2], weights)

@@ -9,12 +9,10 @@ from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from flowbp_kernels import backend
 from flowbp_kernels.qk_norm import _backward_op, _op, _tables, qk_norm
 
 EPS = 1e-5
 LENGTHS = {"one stream": (5,), "two streams": (5, 3), "an empty stream": (0, 4), "no tokens": (0,)}
-ISAS = backend.isas()
 ROPES = (None, "real", "complex", "complex of each sample")
 
 
@@ -67,21 +65,6 @@ def as_diffusers(queries, keys, weights_q, weights_k, rope=None, eps=EPS):
         return torch.view_as_real(numbers * rope.unsqueeze(-2)).flatten(3).to(y.dtype)
 
     return joined(queries, weights_q), joined(keys, weights_k)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
-    monkeypatch.setenv("FLOWBP_ISA", request.param)
-
-
-@pytest.fixture(params=["reference", *ISAS])
-def everywhere(request, monkeypatch):
-    """On the reference, and on the compiled kernels of each instruction set."""
-    compiled = request.param != "reference"
-    monkeypatch.setenv("FLOWBP_KERNELS", "cpu" if compiled else "reference")
-    if compiled:
-        monkeypatch.setenv("FLOWBP_ISA", request.param)
 
 
 def values_and_gradients(call, queries, keys, weights_q, weights_k, rope):

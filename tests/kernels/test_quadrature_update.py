@@ -7,17 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowbp_kernels import backend, quadrature_update, reference
+from flowbp_kernels import quadrature_update, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def compiled(monkeypatch):
-    """Forces the compiled kernel, so that no test passes by falling back."""
-    if backend.extension_path() is None:
-        pytest.skip(backend.unavailable("cpu"))
-    monkeypatch.setenv("FLOWBP_KERNELS", "cpu")
 
 
 def problem(shape, num_nodes, dtype=torch.float32, cache_dtype=None, per_sample=False, num_cached=5, seed=0):
@@ -51,7 +43,7 @@ def eager(x, velocities, nodes, weights):
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernel_agrees_with_the_reference(compiled, dtype, cache_dtype, per_sample):
+def test_kernel_agrees_with_the_reference(isa, dtype, cache_dtype, per_sample):
     inputs = problem((3, 4097), 5, dtype, cache_dtype, per_sample)
     result, expected = quadrature_update(*inputs), on_reference(*inputs)
     assert result.dtype == expected.dtype == dtype
@@ -73,7 +65,7 @@ def test_every_shape_dtype_and_rule_is_within_rounding_of_float64(shape, num_nod
     torch.testing.assert_close(result.double(), in_float64(*inputs), rtol=torch.finfo(dtypes[0]).eps, atol=1e-5)
 
 
-def test_a_rule_a_sample_equals_each_sample_on_its_own(compiled):
+def test_a_rule_a_sample_equals_each_sample_on_its_own(isa):
     x, velocities, nodes, weights = problem((4, 41), 3, per_sample=True)
     together = quadrature_update(x, velocities, nodes, weights)
     for b in range(4):
@@ -82,14 +74,14 @@ def test_a_rule_a_sample_equals_each_sample_on_its_own(compiled):
         assert torch.equal(together[one], alone)
 
 
-def test_the_kernel_reads_and_writes_across_its_threads(compiled):
+def test_the_kernel_reads_and_writes_across_its_threads(isa):
     x, velocities, nodes, weights = problem((3, 300_001), 2, num_cached=2)
     expected = x.double() + weights[0] * velocities[nodes[0]].double() + weights[1] * velocities[nodes[1]].double()
     torch.testing.assert_close(quadrature_update(x, velocities, nodes, weights).double(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("choice", ["cpu", "reference"])
-def test_a_velocity_of_weight_zero_is_not_read(compiled, monkeypatch, choice):
+def test_a_velocity_of_weight_zero_is_not_read(isa, monkeypatch, choice):
     monkeypatch.setenv("FLOWBP_KERNELS", choice)
     x, velocities, _, _ = problem((2, 41), 3)
     velocities[1] = math.nan
@@ -103,7 +95,7 @@ def test_a_velocity_of_weight_zero_is_not_read(compiled, monkeypatch, choice):
 
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
-def test_kernel_gradients_are_the_float64_ones_rounded_once(compiled, cache_dtype, per_sample):
+def test_kernel_gradients_are_the_float64_ones_rounded_once(isa, cache_dtype, per_sample):
     x, velocities, nodes, weights = problem((3, 41), 5, torch.float32, cache_dtype, per_sample)
     g = torch.randn(3, 41, generator=torch.Generator().manual_seed(1))
     leaves = x.requires_grad_(), velocities.requires_grad_()
@@ -115,7 +107,7 @@ def test_kernel_gradients_are_the_float64_ones_rounded_once(compiled, cache_dtyp
         torch.testing.assert_close(gradient.double(), expected, rtol=torch.finfo(leaf.dtype).eps, atol=1e-6)
 
 
-def test_gradient_is_one_to_x_and_the_weight_to_the_velocity(compiled):
+def test_gradient_is_one_to_x_and_the_weight_to_the_velocity(isa):
     x, velocities, _, _ = problem((2, 3), 1)
     x.requires_grad_(), velocities.requires_grad_()
     quadrature_update(x, velocities, [1, 3, 1], [0.5, -2.0, 0.25]).sum().backward()
@@ -123,7 +115,7 @@ def test_gradient_is_one_to_x_and_the_weight_to_the_velocity(compiled):
     assert velocities.grad[:, 0, 0].tolist() == [0.0, 0.75, 0.0, -2.0, 0.0]
 
 
-def test_a_velocity_that_is_not_read_has_gradient_zero_whatever_comes_back(compiled):
+def test_a_velocity_that_is_not_read_has_gradient_zero_whatever_comes_back(isa):
     x, velocities, _, _ = problem((2, 3), 1)
     quadrature_update(x, velocities.requires_grad_(), [1, 3], [0.0, 0.5]).backward(torch.full((2, 3), math.inf))
     assert velocities.grad[:, 0, 0].tolist() == [0.0, 0.0, 0.0, math.inf, 0.0]
@@ -140,7 +132,7 @@ def test_float64_and_strided_tensors_run_on_the_reference(monkeypatch):
     torch.testing.assert_close(quadrature_update(x, strided, nodes, weights), expected)
 
 
-def test_a_strided_latent_is_made_contiguous_for_the_kernel(compiled):
+def test_a_strided_latent_is_made_contiguous_for_the_kernel(isa):
     x, velocities, nodes, weights = problem((4, 6), 3)
     strided = x.T.contiguous().T
     assert torch.equal(
@@ -148,7 +140,7 @@ def test_a_strided_latent_is_made_contiguous_for_the_kernel(compiled):
     )
 
 
-def test_the_compiled_op_refuses_what_would_lead_out_of_bounds(compiled):
+def test_the_compiled_op_refuses_what_would_lead_out_of_bounds(isa):
     x, velocities, nodes, weights = problem((3, 41), 2)
     quadrature_update(x, velocities, nodes, weights)  # loads the extension
     nodes, weights, out = nodes[:, None], weights[:, None].double(), torch.empty(3, 41)
@@ -184,7 +176,7 @@ def test_it_compiles_without_graph_breaks(dtype, monkeypatch):
             assert torch.equal(mine, theirs)
 
 
-def test_inputs_outside_the_contract_raise_and_say_why(compiled):
+def test_inputs_outside_the_contract_raise_and_say_why(isa):
     x, velocities, nodes, weights = problem((3, 41), 2)
     with pytest.raises(ValueError, match="node 5 is not in the cache; its 5 velocities count from 0"):
         quadrature_update(x, velocities, [0, 5], weights)

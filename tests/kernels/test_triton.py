@@ -12,16 +12,17 @@ import pytest
 CASES = ("triton_cases.py", "triton_qk_norm_cases.py", "triton_modulation_cases.py", "triton_launches_cases.py")
 
 
-@pytest.fixture(params=CASES)
-def process(request):
-    """Runs a file of cases in a process of its own: whether Triton interprets is settled when it is imported."""
+@pytest.fixture
+def process():
+    """Runs the cases in a process of their own: whether Triton interprets is settled when it is imported."""
     pytest.importorskip("triton", reason="Triton is not installed (pip install flowbp[triton])", exc_type=ImportError)
-    cases = Path(__file__).with_name(request.param)
+    cases = [Path(__file__).with_name(name) for name in CASES]
 
     def run_cases(interpreted):
         environment = {**os.environ, "TRITON_INTERPRET": str(int(interpreted))}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
-        run = subprocess.run([*command, cases], env=environment, cwd=cases.parents[2], capture_output=True, text=True)
+        root = Path(__file__).parents[2]
+        run = subprocess.run([*command, *cases], env=environment, cwd=root, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
     return run_cases

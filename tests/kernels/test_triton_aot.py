@@ -147,7 +147,9 @@ def triton_cache(tmp_path, monkeypatch):
 def test_kernels_keep_to_their_registers_and_move_16_bytes_at_a_time(case, arch, triton_cache):
     kernel, arguments, block, ceiling, at_least = CASES[case]
     ptx, cubin = compile_for(arch, kernel, arguments, {"BLOCK": block})
-    check_machine_code(cubin, triton_cache, ceiling, at_least)
+    check_machine_code(ptx, cubin, triton_cache, ceiling, at_least)
+    if case == "leap_residuals, fp8":
+        check_that_ptxas_changes_no_access(ptx, triton_cache)
     if case != "write":
         assert "cvt.rn.bf16" in ptx, (
             "results are rounded to nearest (the interpreter cuts them, so only this test sees it)"
@@ -156,15 +158,28 @@ def test_kernels_keep_to_their_registers_and_move_16_bytes_at_a_time(case, arch,
     assert not re.search(r"\b(mul|add|sub)\.f32", ptx), "what the source does not fuse is not fused"
 
 
-def check_machine_code(cubin, folder, ceiling, at_least, stack_bytes=0):
-    """Registers a thread; bytes that spill; 16-byte loads and stores of global memory."""
+def check_machine_code(ptx, cubin, folder, ceiling, at_least, stack_bytes=0):
+    """Registers a thread; bytes that spill; 16-byte loads and stores of global memory, which ptxas takes over from the
+    PTX as they are.
+    """
     (folder / "kernel.cubin").write_bytes(cubin)
-    usage, sass = dump("-res-usage", folder / "kernel.cubin"), dump("-sass", folder / "kernel.cubin")
-    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+    usage = dump("-res-usage", folder / "kernel.cubin")
+    registers, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
     assert registers <= ceiling
-    assert stack <= stack_bytes and (stack_bytes or not re.search(r"\b(LDL|STL)\b", sass)), "registers spill"
-    assert len(re.findall(r"LDG\.\S*128", sass)) >= at_least[0]
-    assert len(re.findall(r"STG\.\S*128", sass)) >= at_least[1]
+    assert stack <= stack_bytes and not local, "registers spill"
+    assert all(found >= least for found, least in zip(wide_accesses(ptx), at_least, strict=True))
+
+
+def wide_accesses(ptx):
+    """16-byte loads and stores of global memory."""
+    return [len(re.findall(rf"\b{word}\.global\S*\.v4\.b32", ptx)) for word in ("ld", "st")]
+
+
+def check_that_ptxas_changes_no_access(ptx, folder):
+    """By a dump of the machine code, which takes longer than most kernels take to compile."""
+    sass = dump("-sass", folder / "kernel.cubin")
+    assert [len(re.findall(rf"\b{word}\.\S*128", sass)) for word in ("LDG", "STG")] == wide_accesses(ptx)
+    assert not re.search(r"\b(LDL|STL)\b", sass)
 
 
 TOKENS, ROW = ("*bf16", "i32", "i32"), ("*bf16", "i32")
@@ -281,7 +296,7 @@ def test_kernels_of_a_network_keep_to_their_registers_and_move_16_bytes_at_a_tim
     else:
         constants = {"HEADS": qk_norm.BLOCK // width, "DIM": width, "TOKENS": qk_norm.TOKENS}
     ptx, cubin = compile_for(arch, kernel, arguments, constants)
-    check_machine_code(cubin, triton_cache, ceiling, at_least)
+    check_machine_code(ptx, cubin, triton_cache, ceiling, at_least)
     if "fp32" not in case:
         assert "cvt.rn.bf16" in ptx, "results are rounded to nearest"
     assert not re.search(r"\b(mul|add|sub)\.f32", ptx), "what the source does not fuse is not fused"
@@ -304,6 +319,6 @@ def test_modulation_keeps_a_row_in_registers(case, block, arch, triton_cache):
     ptx, cubin = compile_for(arch, kernel, arguments | SIZES, constants, modulation.options(block))
     wide = block // 4096 or 1
     spills = 128 if wide > 1 and "with sums" in case else 0
-    check_machine_code(cubin, triton_cache, min(wide * ceiling, 128), [wide * count for count in at_least], spills)
+    check_machine_code(ptx, cubin, triton_cache, min(wide * ceiling, 128), [wide * count for count in at_least], spills)
     assert re.search(r"\b(cvt\.rn|(mul|fma)(\.rn)?)\.bf16", ptx), "results are rounded to nearest"
     assert not re.search(r"\b(mul|add|sub)\.f32", ptx), "what the source does not fuse is not fused"
