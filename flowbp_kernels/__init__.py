@@ -53,6 +53,7 @@ from flowbp_kernels.modulation import (
     modulated_layer_norm,
     modulated_rms_norm,
 )
+from flowbp_kernels.offload import offload_blocks
 from flowbp_kernels.qk_norm import qk_norm
 from flowbp_kernels.quadrature_update import quadrature_update
 from flowbp_kernels.recompute import selective_recompute
@@ -72,6 +73,7 @@ __all__ = [
     "lora_linear",
     "modulated_layer_norm",
     "modulated_rms_norm",
+    "offload_blocks",
     "qk_norm",
     "quadrature_update",
     "selective_recompute",
