@@ -142,13 +142,13 @@ def most_blocks(work, module) -> tuple[float, float]:
 def test_two_blocks_are_on_the_device_in_forward_recomputation_and_backward(device, home):
     module = network().to(home)
     offload_blocks(module, device)
-    x = batch(device)
+    x, outputs = batch(device), []
     with torch.no_grad():
         module(x)  # the order is known
         peak, left = most_blocks(lambda: module(x), module)
         assert 2 <= peak < 2.5 and left < 0.1
     for _ in range(2):  # the first backward passes compare checksums
-        outputs = []
+        outputs.clear()
         peak, left = most_blocks(lambda: outputs.extend(module(x).sum() for _ in range(3)), module)
         assert 2 <= peak < 2.8 and left < 0.8, "graphs keep activations alone"
         peak, left = most_blocks(lambda: [output.backward() for output in outputs], module)
