@@ -241,6 +241,7 @@ class MemoryConfig(Strict):
     nodes_per_forward: Size = key(1, "active nodes replayed in one batched forward pass")
     reward_batch: Size | None = key(None, "samples decoded and scored at a time; null takes the whole batch")
     checkpointing: bool = key(False, "keep only the inputs of the transformer's blocks, and run them again in backward")
+    offload: Literal["blocks"] | None = key(None, "blocks: frozen weights in CPU memory, two blocks at a time")
     vae_checkpointing: bool = key(False, "the same in the VAE's decoder")
     vae_slicing: bool = key(False, "decode one image at a time; saves memory together with vae_checkpointing")
     vae_tiling: bool = key(False, "decode images above the VAE's own sample size in overlapping tiles, blended")
@@ -252,6 +253,10 @@ class MemoryConfig(Strict):
     def _what_goes_together(self):
         if self.shard_gradients and not self.shard:
             raise ValueError("shard_gradients=true needs shard=all or node: gradients are split as the weights are")
+        if self.offload and not self.checkpointing:
+            raise ValueError("offload=blocks needs checkpointing=true, or graphs would keep all blocks on the device")
+        if self.offload and self.shard:
+            raise ValueError("offload=blocks needs shard=false: each process has its frozen weights in CPU memory")
         if self.budget_gb is not None and self.recompute != "auto":
             raise ValueError(f"budget_gb={self.budget_gb} needs recompute=auto, not {self.recompute}, to limit graphs")
         return self
@@ -416,6 +421,12 @@ class RunConfig(Strict):
         for name, why in refused.items():
             if kind is not None and why:
                 raise ValueError(f"{name} with backbone.quantise.weights={kind}: {why}; leave one of the two out")
+=======
+    def _offloaded_blocks_are_frozen_and_eager(self):
+        if self.memory.offload and self.tuning.mode == "full":
+            raise ValueError("memory.offload=blocks needs tuning.mode=lora: all weights are trained, none is frozen")
+        if self.memory.offload and self.compile is not None:
+            raise ValueError(f"memory.offload=blocks needs compile=null, not {self.compile}: graphs hold their weights")
         return self
 
     @validator(mode="after")

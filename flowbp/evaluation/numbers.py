@@ -68,7 +68,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def gigabytes(size: int) -> str:
+def gigabytes(size: float) -> str:
     return f"{size / 1e9:.3f}" if size < 1e9 else f"{size / 1e9:.1f}"
 
 

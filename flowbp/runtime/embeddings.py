@@ -8,6 +8,7 @@ them. Every file carries the SHA-256 of its tensors; one that does not match it 
 $FLOWBP_CACHE, else $XDG_CACHE_HOME/flowbp or ~/.cache/flowbp.
 """
 
+import functools
 import gc
 import hashlib
 import json
@@ -31,6 +32,7 @@ from flowbp.runtime.distributed import process_state
 from flowbp.runtime.environment import versions
 from flowbp.runtime.files import remove_left
 from flowbp.runtime.tensors import read_tensors, write_tensors
+from flowbp_kernels import offload_blocks
 
 BATCH = 8  # prompts that are encoded together, always equally many, because rounding depends on the size of a batch
 
@@ -41,7 +43,11 @@ log = logging.getLogger(__name__)
 
 
 def embed_once(
-    backbone: Backbone, prompts: Iterable[str], cache: Path | None = None, device: torch.device | str | None = None
+    backbone: Backbone,
+    prompts: Iterable[str],
+    cache: Path | None = None,
+    device: torch.device | str | None = None,
+    offload: bool = False,
 ) -> None:
     """Embed `prompts` and the empty prompt into `cache`, release the text encoders, and let `backbone.encode` read it.
 
@@ -50,16 +56,21 @@ def embed_once(
     device: where the encoders embed, if there is anything to embed, and where `encode` puts what it reads; None means
     where the network is. A network that is moved there afterwards leaves the device to the text encoders, which may be
     as large.
+    offload: whether the weights of the encoders' blocks stay in CPU memory, from which each block visits the device.
 
     Raises OSError if the disk is too small.
     """
     device = torch.device(device or backbone.denoiser.device)
     embeddings = EmbeddingCache((cache or default_cache()) / "embeddings" / encoder_hash(backbone), device)
-    state, encoders, encode = process_state(), list(text_encoders(backbone)), backbone.encode
+    state, encode = process_state(), backbone.encode
+
+    @functools.cache
+    def move() -> None:
+        for encoder in text_encoders(backbone).values():
+            offload_blocks(encoder, device) if offload else encoder.to(device)
 
     def on_device(prompts: list[str]) -> Conditioning:
-        for name in encoders:
-            getattr(backbone.pipe, name).to(device)
+        move()
         return encode(prompts)
 
     texts = list(dict.fromkeys(["", *prompts]))
@@ -68,7 +79,7 @@ def embed_once(
     with progress_bar("embed", "prompt", len(share)) as bar:
         embeddings.fill(on_device, share, bar.update)
     state.wait_for_everyone()
-    for name in encoders:
+    for name in text_encoders(backbone):
         setattr(backbone.pipe, name, None)
     gc.collect()
     torch.cuda.empty_cache()  # does nothing where there is no GPU

@@ -1,7 +1,8 @@
-"""Memory against speed: diffusers' own switches on a backbone, and how memory and time are measured.
+"""Memory against speed: diffusers' own switches on a backbone, blocks that come and go, and how memory and time are
+measured.
 
-Group offload is not among the switches: it takes a block's weights away after each forward pass, but a backward pass
-reads them.
+diffusers' group offload is not among the switches. It takes a block's weights away after each forward pass, but a
+backward pass reads them; `flowbp_kernels.offload_blocks` brings them back.
 """
 
 import os
@@ -18,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowbp.backbones import Backbone
 from flowbp.config.schema import MemoryConfig
+from flowbp.runtime.embeddings import text_encoders
+from flowbp_kernels import offload_blocks
 
 
 def save_memory(backbone: Backbone, config: MemoryConfig) -> None:
@@ -31,6 +34,14 @@ def save_memory(backbone: Backbone, config: MemoryConfig) -> None:
         vae.enable_slicing()
     if config.vae_tiling:
         vae.enable_tiling()
+
+
+def offload(backbone: Backbone, device: torch.device | str) -> None:
+    """Let the blocks of the transformer, and of the text encoders that are left, live in CPU memory and visit `device`.
+    The rest of these networks moves there. The pipeline moves after this, and leaves the blocks at home.
+    """
+    for network in (backbone.denoiser, *text_encoders(backbone).values()):
+        offload_blocks(network, device)
 
 
 def compile_blocks(denoiser: ModelMixin, backend: str) -> None:

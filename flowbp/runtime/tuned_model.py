@@ -17,7 +17,7 @@ from flowbp.config import RunConfig
 from flowbp.methods import draw_plan
 from flowbp.runtime.distributed import Ranks
 from flowbp.runtime.embeddings import embed_once
-from flowbp.runtime.memory import compile_blocks, save_memory
+from flowbp.runtime.memory import compile_blocks, offload, save_memory
 from flowbp.runtime.tuning import assign, master_weights, moving_average, trainable_parameters, trained
 from flowbp.runtime.weights import base_weights, load_weights, start_from
 
@@ -26,7 +26,8 @@ class TunedModel:
     """The model of a run. Nothing else builds one, because another order of building would fail or waste memory:
 
         load on the CPU -> add LoRA, or start from `tuning.init` -> embed the prompts -> drop the text encoders
-        -> memory switches -> compile -> copy or shard over the processes -> master weights -> average
+        -> memory switches -> offload or compile the blocks -> copy or shard over the processes -> master weights
+        -> average
 
     backbone    the pipeline behind its five verbs, on the device
     sigmas      [N + 1] noise levels of the training rollout
@@ -55,12 +56,14 @@ class TunedModel:
         lora = parameters if config.tuning.mode == "lora" else {}
         self._start = {name: p.detach().to("cpu", copy=True) for name, p in lora.items()}
         if config.data.embeddings == "cached":
-            embed_once(self.backbone, texts, config.data.cache, accelerator.device)
+            embed_once(self.backbone, texts, config.data.cache, accelerator.device, bool(config.memory.offload))
         options, self._copy = config.anchor, None
         self.anchor = None if options is None else Anchor(options.kind, options.weight, self.as_base)
         if options is not None and options.copy_base:
             self._copy = copy.deepcopy(self.backbone.denoiser).requires_grad_(False).to(accelerator.device)
         save_memory(self.backbone, config.memory)
+        if config.memory.offload:
+            offload(self.backbone, accelerator.device)
         if config.compile is not None:
             compile_blocks(self.backbone.denoiser, config.compile)
         self.ranks = Ranks(accelerator, self.backbone, config.memory)
@@ -138,6 +141,8 @@ def frozen_backbone(
     if weights is not None:
         load_weights(backbone, weights, strength=strength)
     if texts is not None and config.data.embeddings == "cached":
-        embed_once(backbone, texts, config.data.cache, device)
+        embed_once(backbone, texts, config.data.cache, device, bool(config.memory.offload))
+    if config.memory.offload:
+        offload(backbone, device)
     backbone.pipe.to(device)
     return backbone
