@@ -415,13 +415,15 @@ class RunConfig(Strict):
         kind = self.backbone.quantise and self.backbone.quantise.weights
         refused = {
             "tuning.mode=full": self.tuning.mode == "full" and "quantised weights have no gradient",
-            "memory.shard=true": self.memory.shard and "quantised weights are not split",
+            f"memory.shard={self.memory.shard}": self.memory.shard and "quantised weights are not split",
             f"compile={self.compile}": self.compile and kind != "nf4" and "torch.compile fails on torchao's tensors",
         }
         for name, why in refused.items():
             if kind is not None and why:
                 raise ValueError(f"{name} with backbone.quantise.weights={kind}: {why}; leave one of the two out")
-=======
+        return self
+
+    @validator(mode="after")
     def _offloaded_blocks_are_frozen_and_eager(self):
         if self.memory.offload and self.tuning.mode == "full":
             raise ValueError("memory.offload=blocks needs tuning.mode=lora: all weights are trained, none is frozen")
