@@ -155,7 +155,7 @@ def test_a_training_step_of_every_method_has_the_same_bits(name, tmp_path):
 
 
 def test_a_run_resumes_exactly_evaluates_and_samples_as_one_whose_blocks_stay(tmp_path, monkeypatch):
-    for module in ("flowbp.training.report", "flowbp.evaluation.pages"):
+    for module in ("flowbp.training.run", "flowbp.evaluation.pages"):
         monkeypatch.setattr(f"{module}.as_png", lambda figure: b"a picture")
     evaluation = "evaluation={prompts: shapes:test, samples: 2, num_steps: 2, checker: shapes}"
     plain = tiny(tmp_path / "plain", "steps=2", evaluation, CHECKPOINTING, "ema=0.5")

@@ -45,7 +45,7 @@ CASES = [(name, kind) for name in TINY_PIPELINES for kind in KINDS]
 def without_pictures():
     """To draw those of a report takes longer than to train."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("flowbp.training.report", "flowbp.evaluation.pages"):
+        for module in ("flowbp.training.run", "flowbp.evaluation.pages"):
             patch.setattr(f"{module}.as_png", lambda figure: b"a picture")
         yield
 
