@@ -348,7 +348,7 @@ def test_the_base_of_an_anchor_is_the_quantised_network_without_its_adapter(quan
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("override", ["tuning.mode=full", "memory.shard=true", "compile=inductor"])
+@pytest.mark.parametrize("override", ["tuning.mode=full", "memory.shard=all", "compile=inductor"])
 def test_what_cannot_be_right_is_refused_by_name(override):
     with pytest.raises(ConfigError, match=f"{override} with backbone.quantise.weights=int8: .*leave one of the two"):
         load("demo", ["backbone.quantise.weights=int8", override])
