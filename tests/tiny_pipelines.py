@@ -55,11 +55,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_pipeline(class_name: str, seed: int = 0) -> DiffusionPipeline:
-    """A float32 pipeline of one of TINY_PIPELINES, its weights drawn from `seed`."""
+def tiny_pipeline(class_name: str, seed: int = 0, wider: int = 1) -> DiffusionPipeline:
+    """A float32 pipeline of one of TINY_PIPELINES, its weights drawn from `seed`.
+
+    wider: multiplies the heads of the transformer's attention, of which there are 2, and its width, 16 or 32.
+    """
     if class_name not in TINY_PIPELINES:
         raise ValueError(f"no tiny {class_name}; there are {', '.join(TINY_PIPELINES)}")
-    pipe = TINY_PIPELINES[class_name]()
+    pipe = TINY_PIPELINES[class_name](wider)
     generator = torch.Generator().manual_seed(seed)
     for _, part in sorted(pipe.components.items()):
         if isinstance(part, torch.nn.Module):
@@ -88,11 +91,11 @@ def draw_weights(module: torch.nn.Module, generator: torch.Generator) -> None:
 # -- one function a class ----------------------------------------------------------------------------------------------
 
 
-def sd3() -> StableDiffusion3Pipeline:
+def sd3(wider: int) -> StableDiffusion3Pipeline:
     tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
     transformer = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=2, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=2 * WIDTH, caption_projection_dim=16,
+        num_attention_heads=2 * wider, joint_attention_dim=2 * WIDTH, caption_projection_dim=16 * wider,
         pooled_projection_dim=2 * WIDTH, pos_embed_max_size=32, dual_attention_layers=(0,), qk_norm="rms_norm",
     )  # fmt: skip
     return StableDiffusion3Pipeline(
@@ -103,11 +106,11 @@ def sd3() -> StableDiffusion3Pipeline:
     )  # fmt: skip
 
 
-def flux() -> FluxPipeline:
+def flux(wider: int) -> FluxPipeline:
     tokenizer, t5 = clip_tokenizer(), t5_tokenizer()
     transformer = FluxTransformer2DModel(
         patch_size=1, in_channels=4 * CHANNELS, num_layers=1, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True,
+        num_attention_heads=2 * wider, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True,
         axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
     return FluxPipeline(
@@ -117,10 +120,11 @@ def flux() -> FluxPipeline:
     )  # fmt: skip
 
 
-def flux2() -> Flux2KleinPipeline:
+def flux2(wider: int) -> Flux2KleinPipeline:
     tokenizer = qwen_tokenizer()
     transformer = Flux2Transformer2DModel(
-        in_channels=4 * CHANNELS, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        in_channels=4 * CHANNELS, num_layers=1, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2 * wider,
         joint_attention_dim=3 * WIDTH, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
     )  # fmt: skip
@@ -136,11 +140,11 @@ def flux2() -> Flux2KleinPipeline:
     )  # fmt: skip
 
 
-def zimage() -> ZImagePipeline:
+def zimage(wider: int) -> ZImagePipeline:
     tokenizer = qwen_tokenizer()
     transformer = ZImageTransformer2DModel(
-        in_channels=CHANNELS, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH,
-        axes_dims=[4, 4, 8], axes_lens=[256, 64, 64],
+        in_channels=CHANNELS, dim=32 * wider, n_layers=2, n_refiner_layers=1, n_heads=2 * wider, n_kv_heads=2 * wider,
+        cap_feat_dim=WIDTH, axes_dims=[4, 4, 8], axes_lens=[256, 64, 64],
     )  # fmt: skip
     return ZImagePipeline(
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
@@ -148,7 +152,7 @@ def zimage() -> ZImagePipeline:
     )  # fmt: skip
 
 
-TINY_PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
+TINY_PIPELINES: dict[str, Callable[[int], DiffusionPipeline]] = {
     "StableDiffusion3Pipeline": sd3,
     "FluxPipeline": flux,
     "Flux2KleinPipeline": flux2,

@@ -7,8 +7,9 @@ seconds to import, so what needs it is loaded when it is first used.
 import importlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ logging.getLogger("transformers.utils.import_utils").addFilter(lambda said: "tor
 
 log = logging.getLogger(__name__)
 ABSENT = [None, None]
+QUANTISERS = {"nf4": "bitsandbytes", "int8": "torchao", "float8": "torchao"}  # the library of each method
 KNOWN_MODELS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
 
 
@@ -40,15 +42,21 @@ def load_backbone(
     max_sequence_length: int | None = None,
     variant: str | None = None,
     kernels: str = "off",
+    quantise: Mapping[str, str | None] | None = None,
 ) -> "Backbone":
     """The backbone of `name`: "shapes" (the embedded model), a known model, a local pipeline folder, or a Hub id.
 
     dtype: of the weights, "float32", "bfloat16" or "float16".  precision, max_sequence_length: see `Backbone`.
     variant: of the files, "fp16" for model.fp16.safetensors.
     kernels: "auto" calls flowbp_kernels.apply on the transformer, or logs why it refuses; "off" leaves it to diffusers.
-    Raises ValueError for an unknown name, a folder that is no pipeline, or a class without a backbone; OSError for a
-    model that can be neither read nor downloaded, and for a folder without a part that its model_index.json names.
+    quantise: {"weights": METHOD, "text_encoders": METHOD}, where METHOD is "nf4", "int8", "float8" or None, holds frozen
+    weights in fewer bits (`flowbp.backbones.quantise`).
+    Raises ValueError for an unknown name, a folder that is no pipeline, a class without a backbone, or a method whose
+    library is missing; OSError for a model that can be neither read nor downloaded, and for a folder without a part
+    that its model_index.json names.
     """
+    if missing := missing_quantiser(quantise):
+        raise ValueError(missing)
     location, index = read_index(name)
     import torch
     from diffusers import DiffusionPipeline
@@ -66,6 +74,10 @@ def load_backbone(
     except (OSError, ValueError) as error:
         way_out = "names such as model.fp16.safetensors need backbone.variant=fp16, others null"
         raise OSError(f"{location} cannot be read with backbone.variant={variant}: {error}; {way_out}") from error
+    if quantise is not None:
+        from flowbp.backbones.quantise import quantise_pipeline
+
+        quantise_pipeline(pipe, **quantise)
     backbone = BACKBONES[class_name](pipe.to(device), precision, max_sequence_length)
     if kernels == "auto":
         from flowbp_kernels import apply
@@ -75,6 +87,16 @@ def load_backbone(
         except ValueError as error:
             log.warning("backbone.kernels=auto: the transformer stays as it is: %s", error)
     return backbone
+
+
+def missing_quantiser(quantise: Mapping[str, str | None] | None) -> str:
+    """What `quantise` lacks to run here, and how to get it; "" if nothing. Raises ValueError for an unknown method."""
+    for part, method in (quantise or {}).items():
+        if method is not None and method not in QUANTISERS:
+            raise ValueError(f"backbone.quantise.{part} is {short(method)}; known: {', '.join(QUANTISERS)}, null")
+        if method is not None and find_spec(library := QUANTISERS[method]) is None:
+            return f'backbone.quantise.{part}={method} needs {library}: pip install "flowbp[quantise]"'
+    return ""
 
 
 @contextmanager

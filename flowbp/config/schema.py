@@ -100,6 +100,7 @@ MetricName = Annotated[str, Field(pattern=r"^\w[\w .-]*$", max_length=80)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
 Backend = Annotated[str, AfterValidator(known_backend)]
 Levels = Literal["published", "pipeline"]
+Method = Literal["nf4", "int8", "float8"]
 Kernels = Annotated[Literal["auto", "off"], BeforeValidator(lambda v: "off" if v is False else v)]  # as YAML reads off
 MethodField = Annotated[
     Any,
@@ -138,6 +139,13 @@ class Strict(BaseModel):
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
+class QuantiseConfig(Strict):
+    """Frozen weights in fewer bits (`flowbp.backbones.quantise`); null leaves them as they are."""
+
+    weights: Method | None = key(None, "of the transformer's blocks: nf4, int8 or float8; needs tuning.mode=lora")
+    text_encoders: Method | None = key(None, "of the text encoders' blocks")
+
+
 class BackboneConfig(Strict):
     name: Place = key(..., '"shapes", a known model, a local diffusers folder or a Hub id')
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -145,6 +153,7 @@ class BackboneConfig(Strict):
     max_sequence_length: Size | None = key(None, "tokens of the prompt embedding; null means the pipeline's default")
     variant: Text | None = key(None, "of the weight files: fp16 for model.fp16.safetensors")
     kernels: Kernels = key("off", "fused ops in the transformer's blocks: auto, where these are known, or off")
+    quantise: QuantiseConfig | None = key(None, "frozen weights in fewer bits: {weights: nf4, text_encoders: int8}")
 
 
 class RolloutConfig(Strict):
@@ -407,6 +416,19 @@ class RunConfig(Strict):
             )
         if self.memory.offload and self.compile is not None:
             raise ValueError(f"memory.offload=blocks needs compile=null, not {self.compile}: graphs hold their weights")
+        return self
+
+    @validator(mode="after")
+    def _quantised_weights_stay(self):
+        method = self.backbone.quantise and self.backbone.quantise.weights
+        refused = {
+            "tuning.mode=full": self.tuning.mode == "full" and "quantised weights have no gradient",
+            "memory.shard=true": self.memory.shard and "quantised weights are not split",
+            f"compile={self.compile}": self.compile and method != "nf4" and "torch.compile fails on torchao's tensors",
+        }
+        for name, why in refused.items():
+            if method is not None and why:
+                raise ValueError(f"{name} with backbone.quantise.weights={method}: {why}; leave one of the two out")
         return self
 
     @validator(mode="after")

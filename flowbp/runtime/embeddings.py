@@ -160,11 +160,14 @@ def text_encoders(backbone: Backbone) -> dict[str, Any]:
 def encoder_hash(backbone: Backbone) -> str:
     """Hash of all that determines an embedding beside the prompt. 64 evenly spaced values stand for a weight tensor."""
     digest = hashlib.sha256()
-    libraries = list(versions("flowbp", "diffusers", "transformers").values())
+    weights = [p for encoder in text_encoders(backbone).values() for p in encoder.parameters()]
+    quantisers = sorted({type(p).__module__.partition(".")[0] for p in weights} - {"torch"})
+    libraries = list(versions("flowbp", "diffusers", "transformers", *quantisers).values())
     digest.update(repr((type(backbone).__qualname__, backbone.text_options, BATCH, libraries)).encode())
     for name, encoder in text_encoders(backbone).items():
         digest.update(json.dumps([name, encoder.config.to_dict()], sort_keys=True, default=str).encode())
         for key, value in encoder.state_dict().items():
+            value = value.dequantize() if type(value).__module__.startswith("torchao") else value
             sample = value.flatten()[:: max(1, value.numel() // 64)].double().cpu().numpy()
             digest.update(repr((key, value.dtype, tuple(value.shape))).encode() + sample.tobytes())
     for name, part in sorted(backbone.pipe.components.items()):

@@ -174,7 +174,9 @@ def load_weights(
 
 
 def read_transformer(backbone: "Backbone", folder: Path) -> dict[str, Tensor]:
-    """All weights of `folder`, which fit the denoiser."""
+    """All weights of `folder`, which fit the denoiser. Raises ValueError if they do not, or if its own are quantised."""
+    if getattr(backbone.denoiser, "is_quantized", False):
+        raise ValueError(f"{folder} holds all weights, plain ones: load it with backbone.quantise.weights=null")
     for file in (folder / "config.json", *folder.glob("*.safetensors*")):
         check_seal(file)
     saved, report = type(backbone.denoiser).from_pretrained(folder, output_loading_info=True)
@@ -216,7 +218,8 @@ def load_lora(backbone: "Backbone", file: Path, dtype: torch.dtype) -> None:
 
     denoiser, (tensors, adapter) = backbone.denoiser, read_lora(file)
     check_finite(tensors, file)
-    shapes = {name: module.weight.shape for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, nn.Linear)}
+    shapes = {name: torch.Size((layer.out_features, layer.in_features)) for name, layer in linear.items()}
     layers, left = placed(tensors, shapes)
     if left:  # another program's names
         found = ask(backbone.pipe.lora_state_dict, dict(tensors), return_alphas=True)
