@@ -147,6 +147,8 @@ def estimate(
     tera = whole.network.forward_flops / 1e12
     passes = f"{sum(whole.calls.values()):.0f} forward passes of {tera:.3g} TFLOP ({calls})"
     say(f"a step costs {whole.relative_cost:.1f} x sampling its images: {passes}")
+    if whole.copied:
+        say(f"memory.offload {tables.copies(whole.copied, estimates.BANDWIDTH)}")
     for note in whole.notes:
         say(Text("not counted:", "yellow"), note)
     if json_file is not None:
@@ -173,6 +175,11 @@ def estimate(
     say_unwrapped(f"  {' '.join(added) or 'nothing changed'}")
     if count > processes:
         say(f"on {count} processes")
+    if found.copied:
+        say(f"memory.offload then {tables.copies(found.copied, estimates.BANDWIDTH)}")
+        if (other := estimates.quantised(config, overrides or [], added, memory, count)) is not None:
+            say(f"without those copies, by fewer bits a frozen weight, it takes {tables.gigabytes(other[1].peak)} GB, with")
+            say_unwrapped(f"  {' '.join(other[0])}")
 
 
 @app.command()

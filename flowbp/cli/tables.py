@@ -33,6 +33,12 @@ def estimate_table(estimate, title: str) -> Table:
     return table
 
 
+def copies(size: int, bandwidth: float) -> str:
+    """What a step with offloaded blocks copies to the device, and how long that takes at `bandwidth` bytes a second."""
+    seconds = f"{size / bandwidth:.3g} s at {bandwidth / 1e9:.0f} GB/s (assumed, not measured)"
+    return f"copies {gigabytes(size)} GB to the device in a step: {seconds}, less what is copied while it computes"
+
+
 def gigabytes(size: int) -> str:
     return f"{size / 1e9:.3f}" if size < 1e9 else f"{size / 1e9:.1f}"
 

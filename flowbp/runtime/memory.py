@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from flowbp.backbones import Backbone
 from flowbp.config.schema import MemoryConfig
@@ -99,7 +99,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor):  # its parts are counted
                 self._count(tensor.untyped_storage())
         return result
 
