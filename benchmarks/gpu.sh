@@ -8,10 +8,11 @@
 #   network    the ops between a transformer's GEMMs beside eager and torch.compile     -> NAME-network.json
 #   train      seconds and memory of whole training steps on full-size backbones        -> NAME-train-step.json
 #   apply      the same with LoRA, without and with flowbp_kernels.apply                -> NAME-apply.json
+#   offload    FLUX.1-dev with LoRA, without and with memory.offload=blocks             -> NAME-offload.json
 #   sanitize   compute-sanitizer, memcheck and racecheck, over the tests
 #
 # Without arguments all of them, in this order. A stage that fails or runs out of time is named at the end, and the others still run; the
-# benchmarks write their file after every case. `train` and `apply` need the [train] extra, the others torch, NumPy, pytest and Triton
+# benchmarks write their file after every case. `train`, `apply` and `offload` need the [train] extra, the others torch, NumPy, pytest and Triton
 # alone. Results go to $OUT, else to benchmarks/results. FLOWBP_COMMIT names the commit where a copy of the checkout has left .git behind.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -49,7 +50,7 @@ sanitize() { # sanitize TOOL
 stage() {
   case $1 in
     build) FLOWBP_CUDA=1 run "$PYTHON" setup.py build_ext --inplace && "$PYTHON" -m flowbp_kernels ;;
-    test) tests tests/kernels/test_gpu.py tests/test_golden.py tests/kernels/test_triton.py ;;
+    test) tests tests/kernels/test_gpu.py tests/test_golden.py tests/kernels/test_triton.py tests/kernels/test_offload.py ;;
     forward) bench "" --mode forward --latent sd3.5-1024 flux-1024 video-720p ;;
     backward) bench -backward --mode backward full --latent sd3.5-1024 ;;
     network) bench -network --mode forward full --dtype bfloat16 --latent sd3.5-block flux-block ;;
@@ -61,13 +62,17 @@ stage() {
       run "$PYTHON" benchmarks/train_step.py --backbone sd3.5-medium --batch 8 --active 4 --mode sweep --checkpointing on \
         --rank 32 --repeats 2 --apply off on --json "$RESULTS/$NAME-apply.json"
       ;;
+    offload)
+      run "$PYTHON" benchmarks/train_step.py --backbone flux.1-dev --active 4 --mode sweep --checkpointing on \
+        --repeats 2 --offload off on --json "$RESULTS/$NAME-offload.json"
+      ;;
     sanitize)
       local good=0
       sanitize memcheck || good=1
       sanitize racecheck || good=1
       return $good
       ;;
-    *) echo "no stage $1; there are build, test, forward, backward, network, train, apply, sanitize"; return 1 ;;
+    *) echo "no stage $1; there are build, test, forward, backward, network, train, apply, offload, sanitize"; return 1 ;;
   esac
 }
 
@@ -76,7 +81,7 @@ NAME=$("$PYTHON" -c 'import torch; print("".join(c if c.isalnum() else "-" for c
 mkdir -p "$RESULTS"
 
 failed=()
-(($#)) || set -- build test forward backward network train apply sanitize
+(($#)) || set -- build test forward backward network train apply offload sanitize
 for name in "$@"; do
   echo "== $name ($(date +%T))"
   stage "$name" || failed+=("$name")

@@ -7,7 +7,8 @@ weights, optimizer). On a GPU, memory is what the allocator handed out. On a CPU
 and sizes are tiny unless --size full is given.
 
 Mode sweep replays each active node (memory.recompute=always), mode graph keeps every node's graph (never). --active
-sets num_active of the methods that have it. --apply off on takes every case without and with `flowbp_kernels.apply`.
+sets num_active of the methods that have it. --apply off on takes every case without and with `flowbp_kernels.apply`,
+--offload off on those with checkpointing and LoRA without and with memory.offload=blocks.
 """
 
 import argparse
@@ -64,10 +65,13 @@ def main(arguments: list[str] | None = None) -> None:
         options.active,
         options.mode,
         options.apply,
+        options.offload,
     )
-    for backbone, tuning, checkpointing, method, active, mode, apply in cases:
+    for backbone, tuning, checkpointing, method, active, mode, apply, offload in cases:
         takes_active = "num_active" in {field.name for field in fields(METHODS[method])}
         if not takes_active and active != options.active[0]:
+            continue
+        if offload == "on" and (checkpointing, tuning) != ("on", "lora"):
             continue
         spec = {"name": method} | ({"num_active": active} if takes_active else {})
         case = {
@@ -78,8 +82,10 @@ def main(arguments: list[str] | None = None) -> None:
             "mode": mode,
         }
         case |= {"active": active if takes_active else None, "apply": apply == "on"}
-        memory = checkpointing == "on", MODES[mode]
-        report["rows"].append(case | measure(backbone, spec, tuning, *memory, apply == "on", tiny, options))
+        case |= {"offload": offload == "on"}
+        memory = {"recompute": MODES[mode], "checkpointing": checkpointing == "on"}
+        memory |= {"vae_checkpointing": checkpointing == "on", "offload": "blocks" if offload == "on" else None}
+        report["rows"].append(case | measure(backbone, spec, tuning, memory, apply == "on", tiny, options))
         if options.json:
             Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     Console(width=None if sys.stdout.isatty() else 180).print(table(report))
@@ -89,14 +95,13 @@ def measure(
     name: str,
     method: dict,
     tuning: str,
-    checkpointing: bool,
-    recompute: str,
+    memory: dict,
     apply: bool,
     tiny: bool,
     options: argparse.Namespace,
 ) -> dict:
     """One row: seconds and peak megabytes of every phase, or where memory ran out."""
-    config = run_config(name, method, tuning, checkpointing, recompute, options)
+    config = run_config(name, method, tuning, memory, options)
     gc.collect()
     torch.cuda.empty_cache()
     phases = MemoryPhases()
@@ -163,9 +168,7 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def run_config(
-    name: str, method: dict, tuning: str, checkpointing: bool, recompute: str, options: argparse.Namespace
-) -> RunConfig:
+def run_config(name: str, method: dict, tuning: str, memory: dict, options: argparse.Namespace) -> RunConfig:
     tiny = options.size == "tiny"
     side = options.resolution or (64 if tiny else 512)
     return RunConfig.model_validate(
@@ -177,7 +180,7 @@ def run_config(
             "method": build_method(method),
             "reward": {"name": "clip"},
             "data": {"prompts": "shapes:train", "batch_size": options.batch, "embeddings": "live"},
-            "memory": {"recompute": recompute, "checkpointing": checkpointing, "vae_checkpointing": checkpointing},
+            "memory": memory,
             "tuning": {"mode": tuning, "rank": options.rank},
             "optimizer": {"lr": 1e-5},
         }
@@ -209,7 +212,7 @@ def table(report: dict) -> Table:
         shown.add_column(f"{part} GB", justify="right")
     for row in report["rows"]:
         weights = row["tuning"] + (", checkpointed" if row["checkpointing"] else "")
-        weights += ", apply" if row["apply"] else ""
+        weights += (", apply" if row["apply"] else "") + (", offload" if row["offload"] else "")
         cells = [row["backbone"], weights, row["method"], str(row["active"] or ""), row["mode"]]
         if "out_of_memory" in row:
             cells.append(f"out of memory in {row['out_of_memory']}")
@@ -232,6 +235,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="sweep graph (both)")
     parser.add_argument("--apply", nargs="+", choices=("off", "on"), default=["off"], help="the fused blocks (off)")
+    parser.add_argument("--offload", nargs="+", choices=("off", "on"), default=["off"], help="blocks that visit (off)")
     parser.add_argument("--tuning", nargs="+", choices=("lora", "full"), default=["lora"])
     parser.add_argument(
         "--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"], help="of transformer and VAE (both)"

@@ -22,6 +22,10 @@ gelu                       tanh-approximate GELU, behind a prefix        x      
 lora_linear                x W^T + bias + scale (x a^T) b^T              all tensors      PyTorch's GEMMs
 apply                      all of these in the blocks of diffusers' SD3, FLUX.1, FLUX.2 and Z-Image
 
+Around a network:
+
+offload_blocks             frozen weights of blocks live in CPU memory and visit the device, in backward too
+
 Every op has a reference in plain PyTorch, which runs on any device and in any dtype; the kernels take float32, bfloat16
 and float16, and a float8_e4m3fn cache. Sums accumulate in float32 (float64 where a tensor is float64) and are rounded
 once. A zero weight skips its term, so that 0 * NaN does not poison a sum. Each function's docstring is its contract,
@@ -36,7 +40,7 @@ here, and why. Without the compiled extension (FLOWBP_BUILD=0 at installation) a
 
 Reading order: reference.py and network_reference.py (every formula on two pages), quadrature_update.py (an op),
 operators.py (how it is registered), csrc/ops.h and csrc/cpu/ (its kernel), backend.py (which one runs), sweep.py,
-recompute.py (its autograd function), blocks/ (the ops in a transformer).
+recompute.py (its autograd function), blocks/ (the ops in a transformer), offload.py (its weights).
 """
 
 from flowbp_kernels import adjoints  # noqa: F401  (registers gradients)

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+WATCHED = 64  # forward passes with gradient after which the check ends, where no block was computed again
 PINNED = 2**30  # bytes of a piece of pinned memory: torch rounds each allocation of it up to a power of two
 
 
@@ -152,7 +153,7 @@ class Visits:
             copying.append((torch.empty_like(home, device=self.device), home))
             return copying[-1][0]
 
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             for _, _, home in visitor.homes:
                 if id(home) not in made:
                     made[id(home)] = rebuilt(home, twin)
@@ -170,7 +171,8 @@ class Visits:
 
     def _begin(self, module: nn.Module, arguments: Any) -> None:
         """The module is called. Checkpointing would stop a recomputation before its output, unless told not to here."""
-        if torch.is_grad_enabled() and self._compared:
+        most = max((len(visitor.checksums) for visitor in self._visitors), default=0)
+        if torch.is_grad_enabled() and (self._compared or most >= WATCHED):
             self.watching = False
             for visitor in self._visitors:
                 visitor.checksums.clear()
@@ -235,15 +237,15 @@ class _Visitor:
         for (table, key, _), tensor in zip(self.homes, tensors, strict=True):
             table[key] = tensor
 
-    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """In place of the block's own: `module.to` and its kin move what is trained, and nothing that lives at home."""
         for dtype in {home.dtype for _, _, home in self.homes}:
-            if (new := function(torch.empty(0, dtype=dtype)).dtype) != dtype:
+            if (new := fn(torch.empty(0, dtype=dtype)).dtype) != dtype:
                 way_out = "call undo() of the handle, and offload_blocks again after the cast"
                 raise ValueError(f"weights of {self.name} are offloaded and stay {dtype}, not {new}: {way_out}")
         self.swap([None] * len(self.homes))
         try:
-            return type(self.block)._apply(self.block, function, recurse)
+            return type(self.block)._apply(self.block, fn, recurse)
         finally:
             self.swap([home for _, _, home in self.homes])
 

@@ -34,6 +34,7 @@ SLOW_PLACES = (
     "test_embeddings.py",
     "test_estimate.py",
     "test_mistakes.py",
+    "test_offload.py",
     "test_performance.py",
     "test_random_cases.py",
     "test_readme.py",

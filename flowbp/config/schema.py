@@ -411,9 +411,7 @@ class RunConfig(Strict):
     @validator(mode="after")
     def _offloaded_blocks_are_frozen_and_eager(self):
         if self.memory.offload and self.tuning.mode == "full":
-            raise ValueError(
-                "memory.offload=blocks needs tuning.mode=lora: all weights are trained, none is frozen"
-            )
+            raise ValueError("memory.offload=blocks needs tuning.mode=lora: all weights are trained, none is frozen")
         if self.memory.offload and self.compile is not None:
             raise ValueError(f"memory.offload=blocks needs compile=null, not {self.compile}: graphs hold their weights")
         return self

@@ -69,6 +69,10 @@ CASES = {  # name: (pipeline, overrides)
         ),
     ),
     "lora": (FLUX2, (*LORA, "method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "data.accumulate=2")),
+    "offloaded lora": (
+        FLUX2,
+        (*LORA, "memory.offload=blocks", "data.embeddings=cached", "method.name=flowbp-lagrange", "data.accumulate=2"),
+    ),
     "sharded lora": (
         FLUX2,
         (*LORA, "memory.shard=true", "method={name: flowbp-bridge, num_active: 3, alpha: 0.7}", "data.accumulate=2"),
