@@ -153,9 +153,12 @@ class Estimate:
         self.sampling = sum(branches)
         self.relative_cost = sum(self.calls.values()) / self.sampling
         # A block is copied once a forward pass, and once more in its backward pass. One pass serves several nodes, and
-        # both branches of guidance where the backbone calls its network once for them.
+        # both branches of guidance where the backbone calls its network once for them: not at a node that is replayed
+        # without the negative branch.
         together, graphs = self.network.batched, 1 if config.memory.recompute == "never" else 2
         forwards = np.mean([sum(1 if together else branches[node] for node in nodes) for nodes in visited])
+        if together and config.guidance.active and config.guidance.detach_negative:
+            forwards += np.mean(self.replays)
         replays = np.mean([-(-count // config.memory.nodes_per_forward) for count in self.replays]) * graphs
         others = np.mean(anchored) if config.anchor else 0
         copies = forwards + (replays + others) * (1 if together else with_gradient)
