@@ -23,7 +23,6 @@ from flowbp.runtime.memory import LiveBytes, Phases
 from flowbp.training.trainer import Trainer
 from flowbp_kernels.offload import Visits, default_blocks, rebuilt
 
-
 RECIPES = Path(__file__).parents[1] / "docs" / "recipes.json"
 CHECKPOINTED = ["memory.reward_batch=1", "memory.checkpointing=true"]
 

@@ -213,8 +213,8 @@ def without_masters(config: RunConfig, processes: int = 1) -> Estimate | None:
 def quantised(
     name: str, overrides: Iterable[str], added: list[str], memory: float, processes: int = 1
 ) -> tuple[list[str], Estimate] | None:
-    """In the place of `memory.offload` among `added`: what quantises the fewest weights, to the most bits, and fits into
-    `memory` bytes too; None if nothing does.
+    """In the place of `memory.offload` among `added`: what quantises the fewest weights, to the most bits, and fits
+    into `memory` bytes too; None if nothing does.
     """
     for method, parts in itertools.product(("int8", "nf4"), (["weights"], ["weights", "text_encoders"])):
         change = ["memory.offload=null", *(f"backbone.quantise.{part}={method}" for part in parts)]
