@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(BIN)/python -m pip install $(TORCH)
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	if $(BIN)/python -c 'import triton' 2>/dev/null; then sed -i '/^triton==/d' $(VENV)/constraints.txt; fi
-	$(BIN)/python -m pip install --no-build-isolation -e ".[train,test]" -c $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --no-build-isolation -e ".[train,test,quantise]" -c $(VENV)/constraints.txt
 	$(BIN)/python -m flowbp_kernels
 	touch $@
 

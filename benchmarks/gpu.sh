@@ -9,10 +9,11 @@
 #   train      seconds and memory of whole training steps on full-size backbones        -> NAME-train-step.json
 #   apply      the same with LoRA, without and with flowbp_kernels.apply                -> NAME-apply.json
 #   offload    FLUX.1-dev with LoRA, without and with memory.offload=blocks             -> NAME-offload.json
+#   quantised  velocity and LoRA gradient over a base in nf4, int8, float8; never run -> NAME-quantised.json
 #   sanitize   compute-sanitizer, memcheck and racecheck, over the tests
 #
 # Without arguments all of them, in this order. A stage that fails or runs out of time is named at the end, and the others still run; the
-# benchmarks write their file after every case. `train`, `apply` and `offload` need the [train] extra, the others torch, NumPy, pytest and Triton
+# benchmarks write their file after every case. `train`, `apply` and `offload` need the [train] extra, `quantised` [quantise] too, the others torch, NumPy, pytest and Triton
 # alone. Results go to $OUT, else to benchmarks/results. FLOWBP_COMMIT names the commit where a copy of the checkout has left .git behind.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -66,13 +67,14 @@ stage() {
       run "$PYTHON" benchmarks/train_step.py --backbone flux.1-dev --active 4 --mode sweep --checkpointing on \
         --repeats 2 --offload off on --json "$RESULTS/$NAME-offload.json"
       ;;
+    quantised) run "$PYTHON" benchmarks/quantised.py --device cuda --json "$RESULTS/$NAME-quantised.json" ;;
     sanitize)
       local good=0
       sanitize memcheck || good=1
       sanitize racecheck || good=1
       return $good
       ;;
-    *) echo "no stage $1; there are build, test, forward, backward, network, train, apply, offload, sanitize"; return 1 ;;
+    *) echo "no stage $1; there are build, test, forward, backward, network, train, apply, offload, quantised, sanitize"; return 1 ;;
   esac
 }
 
@@ -81,7 +83,7 @@ NAME=$("$PYTHON" -c 'import torch; print("".join(c if c.isalnum() else "-" for c
 mkdir -p "$RESULTS"
 
 failed=()
-(($#)) || set -- build test forward backward network train apply offload sanitize
+(($#)) || set -- build test forward backward network train apply offload quantised sanitize
 for name in "$@"; do
   echo "== $name ($(date +%T))"
   stage "$name" || failed+=("$name")

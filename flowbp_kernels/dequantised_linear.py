@@ -1,5 +1,7 @@
-"""A linear layer of a frozen weight that is held in fewer bits. Autograd keeps the inputs of an operation for backward: of
-x W^T with W = dequantize(weight) it would keep W, and the graph of one pass as many bytes as the whole plain network.
+"""A linear layer of a frozen weight that is held in fewer bits.
+
+Autograd keeps the factors of a product for backward: of x W^T with W = dequantize(weight) it would keep W, and so the
+graph of a pass would hold the whole plain network.
 """
 
 import torch

@@ -19,6 +19,7 @@ SCRIPT = """
 import json, sys
 from typer.testing import CliRunner
 from flowbp import cli
+sys.modules["bitsandbytes"] = None  # as where it is not installed
 HEAVY = {"torch", "accelerate", "diffusers", "transformers", "peft", "matplotlib", "torch._dynamo"}
 answers = {}
 for line in json.loads(sys.argv[1]):

@@ -137,7 +137,8 @@ def test_lora_trains_in_float32_on_a_bfloat16_network(name):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in parameters.values())
 
 
-def test_the_8_bit_optimizer_names_its_package_when_it_is_missing():
+def test_the_8_bit_optimizer_names_its_package_when_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ConfigError, match="pip install bitsandbytes"):
         build_optimizer([torch.zeros(2, requires_grad=True)], OptimizerConfig(name="adamw8bit"))
 

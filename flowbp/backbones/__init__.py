@@ -30,7 +30,7 @@ logging.getLogger("transformers.utils.import_utils").addFilter(lambda said: "tor
 
 log = logging.getLogger(__name__)
 ABSENT = [None, None]
-QUANTISERS = {"nf4": "bitsandbytes", "int8": "torchao", "float8": "torchao"}  # the library of each method
+QUANTISERS = {"nf4": "bitsandbytes", "int8": "torchao", "float8": "torchao"}  # the library of each format
 KNOWN_MODELS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
 
 
@@ -49,9 +49,9 @@ def load_backbone(
     dtype: of the weights, "float32", "bfloat16" or "float16".  precision, max_sequence_length: see `Backbone`.
     variant: of the files, "fp16" for model.fp16.safetensors.
     kernels: "auto" calls flowbp_kernels.apply on the transformer, or logs why it refuses; "off" leaves it to diffusers.
-    quantise: {"weights": METHOD, "text_encoders": METHOD}, where METHOD is "nf4", "int8", "float8" or None, holds frozen
-    weights in fewer bits (`flowbp.backbones.quantise`).
-    Raises ValueError for an unknown name, a folder that is no pipeline, a class without a backbone, or a method whose
+    quantise: {"weights": FORMAT, "text_encoders": FORMAT} holds frozen weights in fewer bits
+    (`flowbp.backbones.quantise`). FORMAT is "nf4", "int8", "float8" or None.
+    Raises ValueError for an unknown name, a folder that is no pipeline, a class without a backbone, or a format whose
     library is missing; OSError for a model that can be neither read nor downloaded, and for a folder without a part
     that its model_index.json names.
     """
@@ -90,12 +90,12 @@ def load_backbone(
 
 
 def missing_quantiser(quantise: Mapping[str, str | None] | None) -> str:
-    """What `quantise` lacks to run here, and how to get it; "" if nothing. Raises ValueError for an unknown method."""
-    for part, method in (quantise or {}).items():
-        if method is not None and method not in QUANTISERS:
-            raise ValueError(f"backbone.quantise.{part} is {short(method)}; known: {', '.join(QUANTISERS)}, null")
-        if method is not None and find_spec(library := QUANTISERS[method]) is None:
-            return f'backbone.quantise.{part}={method} needs {library}: pip install "flowbp[quantise]"'
+    """What `quantise` lacks to run here, and how to get it; "" if nothing. Raises ValueError for an unknown format."""
+    for part, kind in (quantise or {}).items():
+        if kind is not None and kind not in QUANTISERS:
+            raise ValueError(f"backbone.quantise.{part} is {short(kind)}; known: {', '.join(QUANTISERS)}, null")
+        if kind is not None and find_spec(library := QUANTISERS[kind]) is None:
+            return f'backbone.quantise.{part}={kind} needs {library}: pip install "flowbp[quantise]"'
     return ""
 
 

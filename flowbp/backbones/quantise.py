@@ -1,10 +1,10 @@
 """Frozen weights in fewer bits, for LoRA on a small card: NF4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), int8,
 float8.
 
-    method  library       a weight w is                                            bytes a weight
-    nf4     bitsandbytes  one of 16 normal quantiles, times the largest |w| of 64  0.516: those scales are in 8 bits
-    int8    torchao       q s, q in -127 .. 127, s the largest |w| / 127 of a row  1, and a scale a row
-    float8  torchao       q s, q in e4m3, s the largest |w| / 448 of a row         1, and a scale a row
+    format  library       a weight w is                                              bytes a weight
+    nf4     bitsandbytes  one of 16 normal quantiles, times the largest |w| of 64    0.516: those scales have 8 bits
+    int8    torchao       q s, q in -128 .. 127, s the largest |w| of a row / 127.5  1, and a scale a row
+    float8  torchao       q s, q in e4m3, s the largest |w| of a row / 448           1, and a scale a row
 
 A layer computes with W, the dequantised weights in the network's dtype:  y = x W^T + b,  and a cotangent g of y is g W
 at x. Both are those of a plain layer that holds W, so the gradient of a LoRA is exact for the quantised network. That
@@ -12,10 +12,13 @@ is why int8 is torchao's and not bitsandbytes' LLM.int8, which rounds x as well 
 than it computes. Backward dequantises again, so that a graph keeps no W.
 
 Quantised are the linear layers in the blocks of the transformer, of the text encoders, or both: in the published models
-over 95 % of their weights. The layers before and after the blocks stay, since they are few and their errors reach every
-token; so does what a text encoder keeps in float32 (T5's `wo`). The VAE is never quantised. `PipelineQuantizationConfig`
-of diffusers is not used: it asks for a GPU where bitsandbytes does not, and names layers to leave out by a part of their
-name, such that the proj_out of FLUX.1 cannot be told from those of its single blocks.
+over 94 % of a transformer's weights. The layers before and after the blocks stay plain, because they are few and their
+errors reach every token. So do what a text encoder keeps in float32 (T5's `wo`) and, in NF4, layers whose rows are no
+whole blocks of 64 weights: bitsandbytes 0.50 reads the scales of such rows in the wrong places on a CPU. The VAE is
+never quantised.
+
+diffusers' `PipelineQuantizationConfig` is not used. It asks for a GPU where bitsandbytes needs none. And it leaves out
+layers by a part of their name, so that the proj_out of FLUX.1 cannot be told from those of its single blocks.
 """
 
 from collections.abc import Iterator
@@ -29,24 +32,24 @@ from flowbp_kernels.dequantised_linear import DequantisedLinear
 
 
 def quantise_pipeline(pipe: DiffusionPipeline, weights: str | None = None, text_encoders: str | None = None) -> None:
-    """Quantise the transformer by the method `weights` and the text encoders by `text_encoders`, in place. Their
-    libraries must be installed.
+    """Quantise the transformer in the format `weights` and the text encoders in `text_encoders`, in place.
+    Their libraries must be installed.
     """
     for name, part in pipe.components.items():
-        method = weights if name == "transformer" else text_encoders if name.startswith("text_encoder") else None
-        if method is not None and part is not None:
-            quantise_blocks(part, method)
+        kind = weights if name == "transformer" else text_encoders if name.startswith("text_encoder") else None
+        if kind is not None and part is not None:
+            quantise_blocks(part, kind)
 
 
-def quantise_blocks(model: nn.Module, method: str) -> None:
+def quantise_blocks(model: nn.Module, kind: str) -> None:
     """Quantise the linear layers in the blocks of a model of diffusers or transformers, in place."""
-    if method == "nf4":
+    if kind == "nf4":
         replace, model.is_loaded_in_4bit = nf4_layer, True  # which peft asks before it looks at the layers
     else:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-        kind = Int8WeightOnlyConfig if method == "int8" else Float8WeightOnlyConfig
-        options = kind(set_inductor_config=False)  # which are the whole process's
+        config = Int8WeightOnlyConfig if kind == "int8" else Float8WeightOnlyConfig
+        options = config(set_inductor_config=False)  # which are the whole process's
         model.hf_quantizer = DiffusersAutoQuantizer.from_config(TorchAoConfig(options))  # by which peft merges
 
         def replace(layer: nn.Linear) -> nn.Linear:
@@ -54,7 +57,7 @@ def quantise_blocks(model: nn.Module, method: str) -> None:
             layer.__class__ = DequantisedLinear
             return layer
 
-    for parent, name in list(linear_layers(model, 64 if method == "nf4" else 1)):
+    for parent, name in list(linear_layers(model, 64 if kind == "nf4" else 1)):
         setattr(parent, name, replace(getattr(parent, name)).requires_grad_(False))
     model.is_quantized = True  # diffusers then refuses another dtype
 

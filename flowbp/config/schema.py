@@ -100,7 +100,7 @@ MetricName = Annotated[str, Field(pattern=r"^\w[\w .-]*$", max_length=80)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
 Backend = Annotated[str, AfterValidator(known_backend)]
 Levels = Literal["published", "pipeline"]
-Method = Literal["nf4", "int8", "float8"]
+Bits = Literal["nf4", "int8", "float8"]
 Kernels = Annotated[Literal["auto", "off"], BeforeValidator(lambda v: "off" if v is False else v)]  # as YAML reads off
 MethodField = Annotated[
     Any,
@@ -142,8 +142,8 @@ class Strict(BaseModel):
 class QuantiseConfig(Strict):
     """Frozen weights in fewer bits (`flowbp.backbones.quantise`); null leaves them as they are."""
 
-    weights: Method | None = key(None, "of the transformer's blocks: nf4, int8 or float8; needs tuning.mode=lora")
-    text_encoders: Method | None = key(None, "of the text encoders' blocks")
+    weights: Bits | None = key(None, "of the transformer's blocks: nf4, int8 or float8; needs tuning.mode=lora")
+    text_encoders: Bits | None = key(None, "of the text encoders' blocks")
 
 
 class BackboneConfig(Strict):
@@ -418,15 +418,15 @@ class RunConfig(Strict):
 
     @validator(mode="after")
     def _quantised_weights_stay(self):
-        method = self.backbone.quantise and self.backbone.quantise.weights
+        kind = self.backbone.quantise and self.backbone.quantise.weights
         refused = {
             "tuning.mode=full": self.tuning.mode == "full" and "quantised weights have no gradient",
             "memory.shard=true": self.memory.shard and "quantised weights are not split",
-            f"compile={self.compile}": self.compile and method != "nf4" and "torch.compile fails on torchao's tensors",
+            f"compile={self.compile}": self.compile and kind != "nf4" and "torch.compile fails on torchao's tensors",
         }
         for name, why in refused.items():
-            if method is not None and why:
-                raise ValueError(f"{name} with backbone.quantise.weights={method}: {why}; leave one of the two out")
+            if kind is not None and why:
+                raise ValueError(f"{name} with backbone.quantise.weights={kind}: {why}; leave one of the two out")
         return self
 
     @validator(mode="after")

@@ -91,7 +91,7 @@ def build_optimizer(parameters: Iterable[Tensor], options: OptimizerConfig) -> t
     kind = partial(torch.optim.AdamW, fused=all(p.is_cuda for p in parameters))
     if options.name == "adamw8bit":
         try:
-            from bitsandbytes.optim import AdamW8bit as kind  # pyright: ignore[reportMissingImports]
+            from bitsandbytes.optim import AdamW8bit as kind  # pyright: ignore
         except ImportError as error:
             raise ConfigError(f"optimizer.name=adamw8bit: {error}; pip install bitsandbytes, or use adamw") from error
     return kind(parameters, lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)

@@ -174,7 +174,7 @@ def load_weights(
 
 
 def read_transformer(backbone: "Backbone", folder: Path) -> dict[str, Tensor]:
-    """All weights of `folder`, which fit the denoiser. Raises ValueError if they do not, or if its own are quantised."""
+    """All weights of `folder`, which fit the denoiser. Raises ValueError where they do not, or it is quantised."""
     if getattr(backbone.denoiser, "is_quantized", False):
         raise ValueError(f"{folder} holds all weights, plain ones: load it with backbone.quantise.weights=null")
     for file in (folder / "config.json", *folder.glob("*.safetensors*")):

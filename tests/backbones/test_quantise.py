@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import json
-import logging
 from copy import copy, deepcopy
 
 import numpy as np
