@@ -161,6 +161,7 @@ def _machine(machine: dict) -> str:
 def _train_step(options: dict, row: dict) -> str:
     nodes = f" (K = {row['active']})" if row["active"] else ""
     checkpointed = (", checkpointed" if row["checkpointing"] else "") + (", `apply`" if row.get("apply") else "")
+    checkpointed += ", offload" if row.get("offload") else ""
     if "out_of_memory" in row:
         result = f"out of memory in {row['out_of_memory']}"
     else:

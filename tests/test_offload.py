@@ -136,6 +136,7 @@ def outcome(config):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_training_step_of_every_method_has_the_same_bits(name, tmp_path):
+    """And with the other switches of a run, one beside each method."""
     number = list(METHODS).index(name)
     extra = ["method.last_n=4"] if name == "refl" else []
     extra += [

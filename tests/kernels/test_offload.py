@@ -114,7 +114,8 @@ def test_weights_are_at_home_between_passes_and_travel_one_way():
 def test_a_weight_with_two_names_is_copied_once_and_stays_one_tensor():
     module = network()
     for block in module.blocks:
-        block.again, block.linear.weight = block.linear, nn.Parameter(block.linear.weight.T, requires_grad=False)
+        block.again = nn.Linear(WIDTH, WIDTH, bias=False)
+        block.again.weight = block.linear.weight = nn.Parameter(block.linear.weight.T, requires_grad=False)
     expected = step(module)
     handle = offload_blocks(module, "cpu")
     with LiveBytes([*module.parameters(), *module.buffers()]) as live:
