@@ -420,6 +420,14 @@ def test_where_it_does_not_fit_the_price_of_doing_without_master_weights_is_told
     assert without_masters(load("demo")) is None  # LoRA is in float32 as it is
 
 
+def test_the_command_line_tells_what_travels():
+    overrides = ["memory.checkpointing=true", "memory.offload=blocks", "memory.recompute=always"]
+    said = " ".join(CliRunner().invoke(app, ["estimate", "demo", *overrides]).output.split())
+    found = estimate(load("demo", overrides))
+    assert f"copies {found.copied / 1e9:.3f} GB to the device in a step: {found.copied / 25e9:.3g} s at 25 GB/s" in said
+    assert "pinned CPU memory" in said and "frozen weights" in said
+
+
 def test_the_command_line_suggests_what_fits(tmp_path):
     shown = CliRunner().invoke(app, ["estimate", "demo", "--gpu-memory", "60MB"])
     assert (

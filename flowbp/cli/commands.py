@@ -178,7 +178,7 @@ def estimate(
     if found.copied:
         say(f"memory.offload then {tables.copies(found.copied, estimates.BANDWIDTH)}")
         if (other := estimates.quantised(config, overrides or [], added, memory, count)) is not None:
-            say(f"or without copies, by fewer bits a frozen weight: {tables.gigabytes(other[1].peak)} GB a process, with")
+            say(f"or, with fewer bits a frozen weight and no copies: {tables.gigabytes(other[1].peak)} GB, with")
             say_unwrapped(f"  {' '.join(other[0])}")
 
 
