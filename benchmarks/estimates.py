@@ -21,7 +21,7 @@ def main() -> None:
     columns = ("preset", "batch", *peaks, "cost, x sampling")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in presets.names():
-        if "/" not in name:
+        if "/" not in name or name in presets.cards():
             continue
         changes = ([], ["memory.shard_gradients=false"], ["tuning.master_weights=false"], ["tuning.mode=lora"])
         full, whole, narrow, lora = (load(name, overrides) for overrides in changes)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import few_steps
+import recipes
 import strengths
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +70,7 @@ def with_deviation(values: list[float]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "demo": ("demo/seeds.json", one_setting),
     "few-steps": ("few_steps.json", lambda found: few_steps.table(found["rows"])),
+    "recipes": ("recipes.json", recipes.table),
     "strengths": ("strengths.json", lambda found: strengths.table(found["rows"])),
 }
 

@@ -12,13 +12,14 @@ from flowbp.evaluation.scores import generate
 from flowbp.methods import METHODS
 from flowbp.replay import Recompute
 from flowbp.runtime.embeddings import embed_once, text_encoders
-from flowbp.runtime.memory import LiveBytes, offload, save_memory
+from flowbp.runtime.memory import offload, save_memory
 from flowbp.runtime.tuned_model import frozen_backbone
 from flowbp.runtime.tuning import trainable_parameters
 from flowbp.surrogate import backward, reward_input
 from flowbp.training.run import train
 from flowbp.training.trainer import Trainer
 from flowbp.trajectory import rollout
+from flowbp_kernels.live_bytes import LiveBytes
 from flowbp_kernels.offload import Visits
 
 SHORT = ["data.batch_size=2", "rollout.num_steps=6", "checkpoint_every=1", "evaluation=null"]

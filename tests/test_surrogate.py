@@ -21,9 +21,9 @@ from flowbp.objective import Objective, loss_factors, reward_gradient, sample_we
 from flowbp.plan import Bridge, PlanBatch, PosteriorMean, Similarity, SurrogatePlan
 from flowbp.quadrature import ORDERS, solver_table, weights_in
 from flowbp.replay import Recompute, spare_bytes, weigh
-from flowbp.runtime.memory import LiveBytes
 from flowbp.surrogate import backward, residuals, reward_input
 from flowbp.trajectory import rollout, rollout_with_graph
+from flowbp_kernels.live_bytes import LiveBytes
 from flowbp_kernels.sweep import record
 
 GUIDANCES = {"none": Guidance(), "detached": Guidance(3.5), "both branches": Guidance(3.5, detach_negative=False)}

@@ -25,8 +25,16 @@ if TYPE_CHECKING:
 __all__ = ["BACKBONES", "KNOWN_MODELS", "load_backbone", "locate"]
 __all__ += ["Backbone", "Precision", "bind_velocity", "check_guidance"]
 
-# diffusers imports transformers' image processors, which say that they lack torchvision; nothing here calls them.
-logging.getLogger("transformers.utils.import_utils").addFilter(lambda said: "torchvision" not in said.getMessage())
+# What libraries say when diffusers imports them, of parts that nothing here calls: logger -> what it says.
+UNCALLED = {
+    "transformers.utils.import_utils": "torchvision",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+    "torchao": "Failed to load",
+    "torch.utils._pytree": "is an Enum subclass",
+    "bitsandbytes.backends.cpu.ops": "Failed to load",
+}
+for logger, text in UNCALLED.items():
+    logging.getLogger(logger).addFilter(lambda said, text=text: text not in said.getMessage())
 
 log = logging.getLogger(__name__)
 ABSENT = [None, None]

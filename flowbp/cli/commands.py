@@ -148,15 +148,14 @@ def estimate(
     on = f"{processes} process{'es' if processes > 1 else ''}"
     console.print(tables.table("estimate", f"{config}, {on}", whole=whole))
     say(*words("cost", whole=whole))
+    for line in words("copied", size=whole.copied, bandwidth=estimates.BANDWIDTH):
+        say(line)
     for note in whole.notes:
         say(Text("not counted:", "yellow"), note)
     ways = (False, True)[: 1 + bool(run.memory.shard)]
     received = [traffic(whole, cards, once, bandwidth) for cards in (1, 8, 64) for once in ways]
-    at = f"at {bandwidth[0]:g} GB/s in a machine of {MACHINE} and {bandwidth[1]:g} GB/s between machines"
-    say(f"in a step a card receives, {at} (assumed, all in turn):")
-    for cards, gathers, gathered, reduced, seconds in map(dict.values, received):
-        sizes = f"{gigabytes(gathered):>5} GB gathered, {gigabytes(reduced):>5} GB reduced"
-        say_unwrapped(f"  cards: {cards:2}, a block gathered {gathers}: {sizes}, {seconds:.2f} s")
+    for line in words("received", rows=received, bandwidth=bandwidth, machine=MACHINE):
+        say_unwrapped(line)
     if json_file is not None:
         found = whole.as_dict() | {"communication": received}
         json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -179,6 +178,11 @@ def estimate(
     say_unwrapped(f"  {' '.join(added) or 'nothing changed'}")
     if count > processes:
         say(f"on {count} processes")
+    for line in words("copied", size=found.copied, bandwidth=estimates.BANDWIDTH):
+        say(line)
+        if (other := estimates.quantised(config, overrides or [], added, memory, count)) is not None:
+            say(f"or, with fewer bits a frozen weight and no copies: {gigabytes(other[1].peak)} GB, with")
+            say_unwrapped(f"  {' '.join(other[0])}")
 
 
 @app.command()

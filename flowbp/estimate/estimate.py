@@ -14,23 +14,26 @@ The passes are run on the meta device (`passes`). What an allocator adds to thei
 the CUDA context) is not counted. No estimate was compared with a GPU.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from flowbp.config import RunConfig, load
+from flowbp.config import ConfigError, RunConfig, load
 from flowbp.estimate.communication import shards
 from flowbp.estimate.passes import ModelsPass, NetworkPass, draw_plan, network_pass, reward_pass, text_pass
 from flowbp.trajectory import ring_rows
 
 MARGIN = 0.15  # of a GPU's memory left for what is not counted
+BANDWIDTH = 25e9  # bytes a second from pinned memory over PCIe 4.0 x16, whose own rate is 32e9: assumed, not measured
 DRAWS = 64  # plans that a method's node counts are averaged over
 
 
 def estimate(config: RunConfig, processes: int = 1) -> "Estimate":
     """The estimate of one of `processes`. Raises ValueError or OSError if the backbone's architecture is unknown."""
-    return Estimate(config, processes, network_pass(config), reward_pass(config), text_pass(config.backbone))
+    text = text_pass(config.backbone, config.memory.offload is not None)
+    return Estimate(config, processes, network_pass(config), reward_pass(config), text)
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Estimate:
                      three where it runs the forward pass of its blocks again
     sampling         forward passes of plain sampling
     relative_cost    network time of a step over that of sampling the same images
+    copied           bytes that `memory.offload` copies to the device in a step, averaged over the plans
     notes            what could not be counted, a line each
     """
 
@@ -66,7 +70,7 @@ class Estimate:
 
     def as_dict(self) -> dict:
         """For JSON."""
-        names = "resident working peaks trained calls sampling notes peak peak_phase relative_cost".split()
+        names = "resident working peaks trained calls sampling notes peak peak_phase relative_cost copied".split()
         network = {name: getattr(self.network, name) for name in ("parameters", "forward_flops")}
         return network | {name: getattr(self, name) for name in names}
 
@@ -131,6 +135,8 @@ class Estimate:
             self.notes += (f"a checkpoint passes through the CPU memory of the main process: {saved / 1e9:.1f} GB",)
         if config.data.embeddings == "cached" and self.text.weight_bytes:
             self.peaks["embedding"] = self.text.weight_bytes + self.text.peak_bytes
+        if network.home_bytes:
+            self.notes += (f"memory.offload holds {network.home_bytes / 1e9:.1f} GB in pinned CPU memory",)
         if config.memory.recompute == "auto" and config.memory.budget_gb is None:
             self.notes += ("memory.recompute=auto keeps graphs in what memory is left: counted as always",)
         self.peak_phase = max(self.peaks, key=self.peaks.get)
@@ -150,6 +156,17 @@ class Estimate:
         } | ({"anchor": float(np.mean(anchored)) * with_gradient} if config.anchor else {})
         self.sampling = sum(branches)
         self.relative_cost = sum(self.calls.values()) / self.sampling
+        # A block is copied once a forward pass, and once more in its backward pass. One pass serves several nodes, and
+        # both branches of guidance where the backbone calls its network once for them: not at a node that is replayed
+        # without the negative branch.
+        together, graphs = self.network.batched, 1 if config.memory.recompute == "never" else 2
+        forwards = np.mean([sum(1 if together else branches[node] for node in nodes) for nodes in visited])
+        if together and config.guidance.active and config.guidance.detach_negative:
+            forwards += np.mean(self.replays)
+        replays = np.mean([-(-count // config.memory.nodes_per_forward) for count in self.replays]) * graphs
+        others = np.mean(anchored) if config.anchor else 0
+        copies = forwards + (replays + others) * (1 if together else with_gradient)
+        self.copied = int(self.network.home_bytes * config.data.accumulate * copies)
 
 
 # -- what fits -------------------------------------------------------------------------------------------------------
@@ -166,18 +183,17 @@ def suggest(
     does.
     """
     overrides, added = list(overrides), []
-
-    def estimate_with(more: list[str], processes: int) -> Estimate:
-        return estimate(load(name, [*overrides, *more], run_code=False), processes)
-
-    found = estimate_with([], processes)
+    found = estimate(load(name, overrides, run_code=False), processes)
     yield added, processes, found
     left = changes(found.config)
     while not found.fits(memory):
         acting = [(change, processes) for phases, change in left if found.peak_phase in phases]
         for change, count in [*acting, (["memory.shard=true"], 2 * processes)]:
             candidate = over(added, change)
-            tried = estimate_with(candidate, count)
+            try:
+                tried = estimate(load(name, [*overrides, *candidate], run_code=False), count)
+            except ConfigError:  # what a config refuses together
+                continue
             if tried.peak < found.peak:
                 break
         else:
@@ -198,6 +214,21 @@ def without_masters(config: RunConfig, processes: int = 1) -> Estimate | None:
     return estimate(config.model_copy(update={"tuning": narrow}), processes)
 
 
+def quantised(
+    name: str, overrides: Iterable[str], added: list[str], memory: float, processes: int = 1
+) -> tuple[list[str], Estimate] | None:
+    """In the place of `memory.offload` among `added`: what quantises the fewest weights, to the most bits, and fits
+    into `memory` bytes too; None if nothing does.
+    """
+    for method, parts in itertools.product(("int8", "nf4"), (["weights"], ["weights", "text_encoders"])):
+        change = ["memory.offload=null", *(f"backbone.quantise.{part}={method}" for part in parts)]
+        candidate = over(added, change)
+        found = estimate(load(name, [*overrides, *candidate], run_code=False), processes)
+        if found.fits(memory):
+            return candidate, found
+    return None
+
+
 def over(added: list[str], change: list[str]) -> list[str]:
     """`change` in the place of older overrides of its keys."""
     keys = {override.partition("=")[0] for override in change}
@@ -207,13 +238,25 @@ def over(added: list[str], change: list[str]) -> list[str]:
 def changes(config: RunConfig) -> list[tuple[tuple[str, ...], list[str]]]:
     """(phases whose memory it lowers, overrides), in the order in which they are tried."""
     passes, samples, accumulate = ("rollout", "reward", "sweep"), config.data.batch_size, config.data.accumulate
-    batches = [b for b in range(samples // 2, 0, -1) if samples % b == 0]
+    steps = (*passes, "update")
+    batches = [
+        [f"data.batch_size={b}", f"data.accumulate={accumulate * samples // b}"]
+        for b in range(samples, 0, -1)
+        if samples % b == 0
+    ]
+    plain = ["memory.shard=false", "memory.shard_gradients=false"] if config.memory.shard else []
+    plain += ["compile=null"] if config.compile else []
+    offload = ["memory.checkpointing=true", *plain, "memory.offload=blocks"]
     return [
         (("reward",), ["memory.vae_checkpointing=true", "memory.reward_batch=1"]),
         (("rollout", "sweep"), ["memory.checkpointing=true"]),
-        *((passes, [f"data.batch_size={b}", f"data.accumulate={accumulate * samples // b}"]) for b in batches),
+        *((passes, batch) for batch in batches[1:]),
         (passes, ["memory.recompute=always", "memory.budget_gb=null"]),
         (("sweep",), ["memory.nodes_per_forward=1"]),
-        *([((*passes, "update"), ["tuning.mode=lora"])] if config.tuning.init is None else []),
-        ((*passes, "update"), ["optimizer.name=adamw8bit"]),
+        *([(steps, ["tuning.mode=lora"])] if config.tuning.init is None else []),
+        # Each micro-batch copies all blocks: the largest that fits is the cheapest.
+        *(((*steps, "embedding"), [*batch, *offload]) for batch in batches),
+        *((steps, [*plain, f"backbone.quantise.weights={method}"]) for method in ("int8", "nf4")),
+        *((("embedding",), [f"backbone.quantise.text_encoders={method}"]) for method in ("int8", "nf4")),
+        (steps, ["optimizer.name=adamw8bit"]),
     ]

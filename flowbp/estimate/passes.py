@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedModel, Qwen3Config
 
 from flowbp.backbones import Backbone, bind_velocity
+from flowbp.backbones.quantise import linear_layers
 from flowbp.config.schema import BackboneConfig, RunConfig, ScorerConfig
 from flowbp.estimate.architectures import IMAGE_TOWERS, SIZES, ImageTower, read_backbone
 from flowbp.guidance import GuidedVelocity
@@ -28,8 +29,12 @@ from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.rewards import Reward, WeightedRewards
 from flowbp.rewards.registry import EMBEDDED, find_folders, find_source
 from flowbp.runtime.embeddings import BATCH
-from flowbp.runtime.memory import LiveBytes, save_memory
+from flowbp.runtime.memory import save_memory
 from flowbp.runtime.tuning import trainable_parameters
+from flowbp_kernels import offload_blocks
+from flowbp_kernels.dequantised_linear import PackedLinear
+from flowbp_kernels.live_bytes import LiveBytes
+from flowbp_kernels.offload import default_blocks
 from flowbp_kernels.sweep import record
 
 
@@ -56,7 +61,7 @@ class Case:
 # `include` takes them:
 PLAN = dict.fromkeys(("seed", "backbone", "rollout", "method", "plans"), True) | {"data": {"batch_size"}}
 NETWORK = {"guidance": True, "tuning": {"mode", "rank", "dropout", "targets"}}
-NETWORK |= PLAN | {"memory": {"checkpointing", "nodes_per_forward"}}
+NETWORK |= PLAN | {"memory": {"checkpointing", "nodes_per_forward", "offload"}}
 REWARD = {"reward": True, "evaluation": {"watch", "monitors"}}
 REWARD |= PLAN | {"memory": {"reward_batch", "vae_checkpointing", "vae_slicing", "vae_tiling"}}
 
@@ -84,8 +89,10 @@ class NetworkPass:
     """The network, and its passes over one micro-batch: a forward pass and a replay.
 
     parameters, trained   numbers of parameters; largest: elements of the largest trained tensor
-    trained_bytes         what is trained; frozen_bytes: the rest of the network; weight_bytes: all but its buffers
+    trained_bytes         what is trained; frozen_bytes: the rest of the network that lies on the device
+    weight_bytes          all of the network but its buffers
     block_bytes           the most weights that FSDP2 holds unsharded at a time; trained_block_bytes: trained ones alone
+    home_bytes            what `memory.offload` keeps in CPU memory; its copies on the device count to the passes
     vae_bytes             weights of the VAE
     latent_bytes          one latent of the micro-batch
     forward_bytes         peak of a forward pass without gradient, with both branches of guidance
@@ -93,6 +100,7 @@ class NetworkPass:
     graph_bytes           the graph of a replay of `memory.nodes_per_forward` nodes
     replay_bytes          peak of such a replay, forward and backward
     sigmas                [N + 1] noise levels of the rollout
+    batched               whether one call of the network takes both branches of guidance
     """
 
     def __init__(self, case: Case):
@@ -100,25 +108,28 @@ class NetworkPass:
         backbone = _backbone(config)
         denoiser, self.vae_bytes = backbone.denoiser, bytes_of(tensors(backbone.pipe.vae))
         self.parameters = sum(p.numel() for p in denoiser.parameters())
+        pack(denoiser, config.backbone.quantise and config.backbone.quantise.weights)
         with torch.device("meta"):
             trained = trainable_parameters(backbone, config.tuning).values()
         self.trained, self.largest = sum(p.numel() for p in trained), max(p.numel() for p in trained)
         self.trained_bytes, self.weight_bytes = bytes_of(trained), bytes_of(denoiser.parameters())
-        self.frozen_bytes = bytes_of(tensors(denoiser)) - self.trained_bytes
+        self.home_bytes = send_home(denoiser) if config.memory.offload is not None else 0
+        self.frozen_bytes = bytes_of(tensors(denoiser)) - self.trained_bytes - self.home_bytes
         self.block_bytes = block_bytes(denoiser, lambda p: True)
         self.trained_block_bytes = block_bytes(denoiser, lambda p: p.requires_grad)
         denoiser.train(config.tuning.dropout > 0)
         for p in trained:
             p.grad = torch.zeros_like(p)
         latents = _latents(backbone, config, config.data.batch_size)
-        self.latent_bytes = latents.nbytes
+        self.latent_bytes, self.batched = latents.nbytes, backbone.guidance_branches == "batched"
         self.sigmas = backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas).double().numpy()
         plan = draw_plan(config, 0, self.sigmas)
         with fused_attention(), LiveBytes([*tensors(denoiser), *(p.grad for p in trained)]) as live:
             before = live.alive
             velocity = bind_velocity(backbone, [""] * config.data.batch_size, config.guidance)
-            with torch.no_grad():
-                velocity.branches(latents, torch.empty((), device="meta"))
+            for _ in range(2 if self.home_bytes else 1):  # offloaded blocks are fetched ahead from the second pass on
+                with torch.no_grad():
+                    velocity.branches(latents, torch.empty((), device="meta"))
             self.forward_bytes, live.peak = live.peak - before, live.alive
             self.graph_bytes = _replay(velocity, latents, plan, config.memory.nodes_per_forward, live)
             self.replay_bytes = live.peak - before
@@ -170,6 +181,24 @@ def block_bytes(denoiser: nn.Module, counts: Callable[[nn.Parameter], bool]) -> 
     blocks = [module for module in denoiser.modules() if type(module).__name__ in denoiser._no_split_modules]
     sizes = sorted(bytes_of(filter(counts, block.parameters())) for block in blocks)
     return bytes_of(filter(counts, denoiser.parameters())) - sum(sizes[:-2])
+
+
+def send_home(model: nn.Module) -> int:
+    """Offload the frozen weights of the blocks, as `memory.offload` does; returns their bytes in CPU memory.
+
+    On the meta device they stay where they are, and are copied all the same.
+    """
+    offload_blocks(model, "meta")
+    return bytes_of(t for block in default_blocks(model) for t in tensors(block) if not t.requires_grad)
+
+
+# -- weights in 4 or 8 bits ------------------------------------------------------------------------------------------
+
+
+def pack(model: nn.Module, method: str | None) -> None:
+    """Put a `PackedLinear` in the place of every layer that a run quantises by `method`."""
+    for parent, name in list(linear_layers(model, 64 if method == "nf4" else 1)) if method is not None else ():
+        setattr(parent, name, PackedLinear(parent.get_submodule(name), method))
 
 
 # -- decoder and rewards ---------------------------------------------------------------------------------------------
@@ -241,14 +270,20 @@ def _no_graph(images: Tensor, prompts: list[str]) -> Tensor:
 
 
 @cache
-def text_pass(options: BackboneConfig) -> ModelsPass:
-    """The backbone's text encoders; their pass embeds as many prompts as `flowbp.runtime.embeddings` does at a time."""
+def text_pass(options: BackboneConfig, offload: bool = False) -> ModelsPass:
+    """The backbone's text encoders; their pass embeds as many prompts as `flowbp.runtime.embeddings` does at a time.
+
+    offload: as `memory.offload` does, layer by layer.
+    """
     backbone, encoders = read_backbone(options)
+    for encoder in encoders:
+        pack(encoder.requires_grad_(False), options.quantise and options.quantise.text_encoders)
+    home = sum(map(send_home, encoders)) if offload else 0
     with torch.no_grad(), fused_attention(), LiveBytes(t for encoder in encoders for t in tensors(encoder)) as live:
         weight_bytes = live.alive
-        for encoder in encoders:
+        for encoder in encoders * (2 if offload else 1):
             _encode(encoder, backbone.text_tokens)
-        return ModelsPass(weight_bytes, live.peak - weight_bytes)
+        return ModelsPass(weight_bytes - home, live.peak - weight_bytes)
 
 
 def _encode(encoder: PreTrainedModel, tokens: int) -> None:

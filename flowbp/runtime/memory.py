@@ -7,15 +7,12 @@ backward pass reads them; `flowbp_kernels.offload_blocks` brings them back.
 
 import os
 import time
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowbp.backbones import Backbone
 from flowbp.config.schema import MemoryConfig
@@ -90,34 +87,3 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors on any device, the meta device too: of `existing`, and of all that a block makes.
-
-    alive: bytes of the tensors that are alive now. peak: the most that were alive at once.
-    """
-
-    def __init__(self, existing: Iterable[Tensor] = ()):
-        super().__init__()
-        self.alive, self.peak, self._seen = 0, 0, {}
-        for tensor in existing:
-            self._count(tensor.untyped_storage())
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._seen and size > 0:
-            self._seen[key] = weakref.finalize(storage, self._release, key, size)
-            self.alive += size
-            self.peak = max(self.peak, self.alive)
-
-    def _release(self, key: int, size: int) -> None:
-        self._seen.pop(key, None)
-        self.alive -= size

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import flowbp_kernels
-from flowbp.runtime.memory import LiveBytes
 from flowbp_kernels import offload_blocks
+from flowbp_kernels.live_bytes import LiveBytes
 from flowbp_kernels.offload import Visits, _Pinned, default_blocks, rebuilt
 
 WIDTH, BLOCKS = 64, 4
