@@ -41,7 +41,8 @@ from flowbp.training.run import run, train
 from flowbp.training.trainer import Trainer
 from flowbp.trajectory import rollout
 
-TINY = ["steps=2", "data.batch_size=2", "rollout.num_steps=12", "checkpoint_every=1", "evaluation=null"]
+TINY = ["steps=2", "data.batch_size=2", "rollout.num_steps=6", "checkpoint_every=1", "evaluation=null"]
+SHORT = ["rollout.num_steps=2", "method={name: refl, last_n: 1}"]  # steps that are about something else
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,7 @@ def lora_file(output):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_the_embedded_model(name, tmp_path):
     extra = ["method.last_n=4"] if name == "refl" else []
-    trainer = Trainer(tiny(tmp_path, f"method.name={name}", *extra))
+    trainer = Trainer(tiny(tmp_path, "rollout.num_steps=12", f"method.name={name}", *extra))
     row = trainer.step(0)
     assert np.isfinite(row["grad_norm"]) and row["grad_norm"] > 0 and not row["skipped"]
     trained, base = trainer.model.parameters, trainer.model.base
@@ -648,7 +649,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_last_whole_step_and_goes_on_exact
 
 
 def test_two_processes_stop_after_the_same_step_whichever_is_asked(tmp_path):
-    small = ["data.batch_size=1", "rollout.num_steps=2", "method={name: refl, last_n: 1}", f"output={tmp_path / 'run'}"]
+    small = ["data.batch_size=1", *SHORT, f"output={tmp_path / 'run'}"]
     options = ["evaluation=null", "steps=100000", "checkpoint_every=100000", "--processes", "2"]
     first = forked.Flowbp(["train", "demo", *small, *options], tmp_path / "said")
     try:
@@ -721,7 +722,7 @@ def broken_at(steps, monkeypatch, gradient=0.0):
 @pytest.mark.parametrize("gradient", [0.0, float("nan")])
 def test_a_run_whose_every_image_is_nan_ends_with_an_error(gradient, tmp_path, monkeypatch, caplog):
     broken_at(range(100), monkeypatch, gradient)
-    config = tiny(tmp_path, "steps=99", "checkpoint_every=99")
+    config = tiny(tmp_path, "steps=99", "checkpoint_every=99", *SHORT)
     with pytest.raises(ValueError, match="^10 steps in a row had no finite reward or gradient.*last at step 10"):
         train(config)
     assert [record.getMessage()[:6] for record in caplog.records if "skipped" in record.getMessage()] == ["step 1"]
@@ -729,13 +730,13 @@ def test_a_run_whose_every_image_is_nan_ends_with_an_error(gradient, tmp_path, m
     assert len(rows) == 10 and all(row["skipped"] and row["reward"] is None for row in rows)
     assert latest_checkpoint(config.output).name == "step-000010"
     with pytest.raises(ValueError, match="^2 steps in a row"):
-        train(tiny(tmp_path / "short"))
+        train(tiny(tmp_path / "short", *SHORT))
 
 
 def test_skipped_steps_are_counted_and_end_a_run_only_in_a_row(tmp_path, monkeypatch, capsys):
     broken_at([0, 2], monkeypatch)
     monkeypatch.setattr("flowbp.training.run.SKIPPED", 2)
-    config = tiny(tmp_path, "steps=3")
+    config = tiny(tmp_path, "steps=3", *SHORT)
     train(config)
     assert [row["skipped"] for row in RunFolder(config.output).metrics()] == [True, False, True]
     assert "2 of 3 steps, which had no finite reward or gradient" in (config.output / "report.html").read_text()
@@ -743,7 +744,7 @@ def test_skipped_steps_are_counted_and_end_a_run_only_in_a_row(tmp_path, monkeyp
 
 
 def test_a_step_without_gradient_is_told_and_counted(tmp_path, caplog, capsys):
-    config = tiny(tmp_path, "reward.hinge=-10", "rollout.num_steps=2", "method={name: refl, last_n: 1}")
+    config = tiny(tmp_path, "reward.hinge=-10", *SHORT)
     train(config)
     told = [line for line in caplog.messages if "no gradient" in line]
     assert len(told) == 1 and told[0].startswith("step 1 has no gradient: every sample is dropped or beyond its hinge")
@@ -753,8 +754,7 @@ def test_a_step_without_gradient_is_told_and_counted(tmp_path, caplog, capsys):
 
 def test_what_a_checkpoint_remembers_must_be_whole_or_gone(tmp_path, caplog):
     watched = ["evaluation={prompts: 'shapes:test', samples: 4, grid: 1, every: 1, validation_samples: 4}"]
-    small = ["rollout.num_steps=2", "method={name: refl, last_n: 1}", *watched]
-    config = load("demo", [*TINY[:-1], f"output={tmp_path / 'run'}", *small])
+    config = load("demo", [*TINY[:-1], f"output={tmp_path / 'run'}", *SHORT, *watched])
     train(config)
     metrics, first = config.output / "metrics.jsonl", config.output / "validation/step-000001.safetensors"
     expected = {file: file.read_bytes() for file in (metrics, first)}
@@ -811,7 +811,7 @@ def test_no_flipped_bit_of_a_checkpoint_goes_unseen(tmp_path):
 
 @pytest.mark.parametrize("damaged", ["state.pt", "step.json"])
 def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(damaged, tmp_path, caplog):
-    config = tiny(tmp_path, "steps=3")
+    config = tiny(tmp_path, "steps=3", *SHORT)
     train(config)
     expected, rows = lora_file(config.output), RunFolder(config.output).metrics()
     older, newest = sorted((config.output / "checkpoints").iterdir())
