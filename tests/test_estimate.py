@@ -3,11 +3,11 @@
 import gc
 import json
 import re
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from live_phases import LivePhases, at_home, held, plain
 from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 from typer.testing import CliRunner
 
@@ -19,10 +19,9 @@ from flowbp.estimate.passes import block_bytes, reward_pass
 from flowbp.presets import cards
 from flowbp.runtime.embeddings import embed_once, text_encoders
 from flowbp.runtime.inputs import parse_size
-from flowbp.runtime.memory import Phases
 from flowbp.training.trainer import Trainer
 from flowbp_kernels.live_bytes import LiveBytes
-from flowbp_kernels.offload import Visits, default_blocks, rebuilt
+from flowbp_kernels.offload import Visits
 
 RECIPES = Path(__file__).parents[1] / "docs" / "recipes.json"
 CHECKPOINTED = ["memory.reward_batch=1", "memory.checkpointing=true"]
@@ -58,51 +57,11 @@ def tiny(tmp_path, *overrides, side=128):
     return load("demo", [f"output={tmp_path / 'run'}", *sizes, *overrides])
 
 
-def plain(tensors):
-    """What tensors are made of, which is several tensors for a quantised one."""
-    found = []
-    for tensor in tensors:
-        rebuilt(tensor, lambda part: found.append(part) or part)
-    return found
-
-
-def at_home(model):
-    """Bytes that `memory.offload` keeps off the device."""
-    frozen = (t for block in default_blocks(model) for t in (*block.parameters(), *block.buffers()))
-    return sum(t.nbytes for t in plain(t for t in frozen if not t.requires_grad))
-
-
 def needs(overrides):
     """Skip where the library of a method is not installed."""
     for override in overrides:
         if (method := override.rpartition("=")[2]) in QUANTISERS:
             pytest.importorskip(QUANTISERS[method])
-
-
-def held(trainer):
-    """Every tensor that a trainer keeps between steps."""
-    backbone, rewards = trainer.model.backbone, [reward.model for reward in trainer.rewards.rewards.values()]
-    for module in (backbone.denoiser, backbone.pipe.vae, *rewards):
-        yield from plain((*module.parameters(), *module.buffers()))
-    yield from trainer.model.masters.values()
-    for state in trainer.optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
-    yield from trainer.model.ema.shadow_params if trainer.model.ema else ()
-
-
-class LivePhases(Phases):
-    """The most live bytes in each part of a step."""
-
-    def __init__(self, live):
-        super().__init__()
-        self.live, self.peaks = live, {}
-
-    @contextmanager
-    def __call__(self, name):
-        self.live.peak = self.live.alive
-        with super().__call__(name):
-            yield
-        self.peaks[name] = max(self.peaks.get(name, 0), self.live.peak)
 
 
 def measured_peaks(trainer):
