@@ -120,7 +120,8 @@ import sys
 from flowbp import presets
 from flowbp.config import dump, load
 for name in presets.names():
-    dump(load(name, ["compile=inductor"]))
+    dump(load(name))
+load("demo", ["compile=inductor"])
 assert "numpy" in sys.modules and not {"torch", "accelerate", "diffusers", "transformers"} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", script], check=True)
