@@ -59,7 +59,7 @@ types: install
 fast: install
 	$(PYTEST) --dist worksteal -m fast
 
-# All tests, then those that train or draw with the fused ops in the transformers, as with backbone.kernels=auto.
+# All tests, then those that train or draw in float32 with the fused ops, as with backbone.kernels=auto.
 FUSED := $(addprefix tests/backbones/, \
 	test_backbones.py::test_a_saved_pipeline_loads_offline_and_draws_the_same \
 	test_blocks.py::test_a_backbone_takes_the_ops_if_it_is_told_to \
@@ -70,7 +70,6 @@ FUSED += $(addprefix tests/test_trainer.py::, \
 	test_lora_dropout_is_the_same_in_rollout_and_replay \
 	test_lora_weights_load_into_a_fresh_diffusers_pipeline \
 	test_memory_settings_leave_the_gradient_as_it_is \
-	test_sweep_equals_graph_on_every_backbone \
 	test_the_base_of_a_trained_run_is_the_model_it_started_from)
 test: install
 	$(PYTEST) $(BY_FILE)
