@@ -224,13 +224,15 @@ def reset_peak() -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: a line for each part of each case, in GB."""
-    lines = ["| case | part | estimated | live bytes | estimated / live | resident |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        for part, sizes in row.get("parts", {}).items():
+    """Markdown: a row a case and part; estimated, live and resident GB, and the first over the second."""
+    lines = ["| | part | estimated | live | estimated / live | resident |", "|---|---|---|---|---|---|"]
+    for name in CASES:
+        parts = next((row["parts"] for row in rows if row["case"] == name and "parts" in row), {})
+        for part, sizes in parts.items():
+            estimated, live, process = (f"{sizes[key] / 1e9:.2f}" for key in ("estimated", "live", "resident"))
             ratio = sizes["estimated"] / sizes["live"]
-            cells = [f"{sizes[key] / 1e9:.2f}" for key in ("estimated", "live", "resident")]
-            lines.append(f"| {row['case']} | {part} | {cells[0]} | {cells[1]} | {ratio:.3f} | {cells[2]} |")
+            case = name if part == PARTS[0] else ""
+            lines.append(f"| {case} | {part} | {estimated} | {live} | {ratio:.3f} | {process} |")
     return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import few_steps
+import full_size
 import recipes
 import strengths
 
@@ -70,6 +71,7 @@ def with_deviation(values: list[float]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "demo": ("demo/seeds.json", one_setting),
     "few-steps": ("few_steps.json", lambda found: few_steps.table(found["rows"])),
+    "full-size": ("full_size.json", lambda found: full_size.table(found["rows"])),
     "recipes": ("recipes.json", recipes.table),
     "strengths": ("strengths.json", lambda found: strengths.table(found["rows"])),
 }
