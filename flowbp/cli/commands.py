@@ -12,6 +12,7 @@ from rich.text import Text
 from typer import Argument, Option
 
 from flowbp import __version__
+from flowbp import presets as known_presets
 from flowbp.backbones import read_index
 from flowbp.cli import tables
 from flowbp.cli.estimate import estimate
@@ -20,8 +21,6 @@ from flowbp.config import build_method, commented, dump, load, parse_overrides
 from flowbp.evaluation.templates import words
 from flowbp.foreign import cut
 from flowbp.methods import draw_plan
-from flowbp.presets import layers as preset_layers
-from flowbp.presets import names as preset_names
 from flowbp.quadrature import Solver
 from flowbp.rewards.callable import CallableReward
 from flowbp.rewards.registry import EMBEDDED, REWARDS, find_source, how_to_fetch
@@ -83,7 +82,7 @@ def train(
     settings = load(config, overrides or ())
     # With checkpoints it is a run's, even one that lost its metrics, of which `check` then tells.
     of_a_run = run_folder.is_run(Path(config)) or Path(config, run_folder.CHECKPOINTS).is_dir()
-    if of_a_run and not preset_layers(config) and "output" not in parse_overrides(overrides or ()):
+    if of_a_run and not known_presets.layers(config) and "output" not in parse_overrides(overrides or ()):
         settings = settings.model_copy(update={"output": Path(config)})
     try:
         folder = run_folder.RunFolder(settings.output)
@@ -227,7 +226,7 @@ def compare(
     if results["point"]:
         console.print(tables.table("differences", "what is compared", runs=names, values=results["point"]))
     if results["means"]:
-        console.print(tables.means_table(results["means"], "run", "means over all images"))
+        console.print(tables.table("means", "means over all images", rows=results["means"], who="run"))
     for name in others:
         if rows := [row for row in results["changes"] if row["run"] == name and row["category"] == "all"]:
             console.print(tables.comparison_table(rows, f"{name} against {first}", "first", "other"))
@@ -312,7 +311,7 @@ def presets(name: Annotated[str | None, Argument(help="print this one as a confi
     if name is not None:
         return typer.echo(commented(dump(load(name, run_code=False))), nl=False)
     title = "flowbp train PRESET; defaults are left out, flowbp presets PRESET prints all"
-    console.print(tables.table("presets", title, presets={preset: load(preset) for preset in preset_names()}))
+    console.print(tables.table("presets", title, presets={preset: load(preset) for preset in known_presets.names()}))
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """`flowbp estimate`: the peak memory and the cost of a training step, and what would fit."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +14,7 @@ from flowbp.config import load
 from flowbp.estimate.communication import BANDWIDTH, MACHINE, traffic
 from flowbp.evaluation.numbers import gigabytes
 from flowbp.evaluation.templates import words
+from flowbp.runtime.files import as_json
 from flowbp.runtime.inputs import check_target, parse_size
 
 
@@ -50,8 +50,7 @@ def estimate(
     for line in words("received", rows=received, bandwidth=bandwidth, machine=MACHINE):
         say_unwrapped(line)
     if json_file is not None:
-        found = whole.as_dict() | {"communication": received}
-        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(as_json(whole.as_dict() | {"communication": received}), encoding="utf-8")
     if memory is None:
         return
     share = f"{whole.peak / memory:.0%} of {gpu_memory}; {estimates.MARGIN:.0%} are left for what is not counted"

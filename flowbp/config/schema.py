@@ -314,8 +314,8 @@ class RunConfig(Strict):
     evaluation: EvaluationConfig | None = None
 
     @validator(mode="after")
-    def _plans_fit(self):
-        dropout, recompute = self.tuning.dropout, self.memory.recompute
+    def _what_goes_together(self):
+        dropout, recompute, full = self.tuning.dropout, self.memory.recompute, self.tuning.mode == "full"
         needs = {"memory.recompute": (recompute, "always"), "tuning.dropout": (dropout, 0.0)}
         for name, (value, needed) in needs.items():
             if self.plans in ("per_sample", "stratified") and value != needed:
@@ -323,24 +323,16 @@ class RunConfig(Strict):
                 raise ValueError(f"plans={self.plans} needs {name}={needed}, not {value}: {why}")
         if dropout and self.memory.nodes_per_forward > 1:
             raise ValueError(f"tuning.dropout={dropout} needs memory.nodes_per_forward=1: masks are drawn node by node")
-        return self
-
-    @validator(mode="after")
-    def _quantised_weights_stay(self):
         kind = self.backbone.quantise and self.backbone.quantise.weights
         refused = {
-            "tuning.mode=full": self.tuning.mode == "full" and "quantised weights have no gradient",
+            "tuning.mode=full": full and "quantised weights have no gradient",
             f"memory.shard={self.memory.shard}": self.memory.shard and "quantised weights are not split",
             f"compile={self.compile}": self.compile and kind != "nf4" and "torch.compile fails on torchao's tensors",
         }
         for name, why in refused.items():
             if kind is not None and why:
                 raise ValueError(f"{name} with backbone.quantise.weights={kind}: {why}; leave one of the two out")
-        return self
-
-    @validator(mode="after")
-    def _offloaded_blocks_are_frozen_and_eager(self):
-        if self.memory.offload and self.tuning.mode == "full":
+        if self.memory.offload and full:
             raise ValueError("memory.offload=blocks needs tuning.mode=lora: all weights are trained, none is frozen")
         if self.memory.offload and self.compile is not None:
             raise ValueError(f"memory.offload=blocks needs compile=null, not {self.compile}: graphs hold their weights")
