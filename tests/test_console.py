@@ -11,9 +11,10 @@ import pytest
 from rich.table import Table
 
 import flowbp
+from flowbp.backbones import HARMLESS
 from flowbp.cli import commands
-from flowbp.cli.tables import comparison_table, listed, means_table
-from flowbp.runtime.console import HARMLESS, TextBar, TextConsole, plain, progress_bar, tame_libraries
+from flowbp.cli.tables import comparison_table, listed, table
+from flowbp.runtime.console import TextBar, TextConsole, plain, progress_bar, tame_libraries
 
 TYPED = "a [/b] [red]cat[/red] :cat: $$ 猫 👨\u200d👩"
 OBEYED = "\x1b[2J\x1b]0;owned\x07\r\x9b1m\u202e\udc80"
@@ -98,7 +99,7 @@ def test_categories_models_and_runs_are_shown_as_they_were_typed():
     }
     change = row | {"before": 0.4, "after": 0.5, "change": 0.1, "p_value": 0.04}
     changes = comparison_table([change, change | {"category": "[/b]"}], "[/runs]/[bold]", "[/x]", "[y]")
-    means = shown(means_table([row], "run", "[/t]"))
+    means = shown(table("means", "[/t]", rows=[row], who="run"))
     assert "4 │ 0.500 │ [0.400, 0.600]" in means
     output = shown(changes) + means + shown(listed([("[/v]", "[w]")]))
     assert all(text in output for text in ("[m]", "[/b]", "[/runs]/[bold]", "[/x]", "[y]", "[/t]", "[/v]: [w]"))

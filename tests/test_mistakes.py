@@ -12,7 +12,7 @@ from torch._dynamo import register_backend
 from torch._dynamo.backends.registry import lookup_backend
 
 from flowbp.config import ConfigError
-from flowbp.config.schema import BACKENDS, known_backend
+from flowbp.config.values import BACKENDS, known_backend
 
 # In one process, so that what one answer imported is seen by all after it.
 SCRIPT = """

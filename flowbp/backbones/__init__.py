@@ -25,15 +25,19 @@ if TYPE_CHECKING:
 __all__ = ["BACKBONES", "KNOWN_MODELS", "load_backbone", "locate"]
 __all__ += ["Backbone", "Precision", "bind_velocity", "check_guidance"]
 
-# What libraries say when diffusers imports them, of parts that nothing here calls: logger -> what it says.
-UNCALLED = {
+# What libraries say that asks for nothing: of parts that nothing here calls, when diffusers imports them, and of LoRAs
+# of text encoders, which are never tuned. Logger -> a part of its messages.
+HARMLESS = {
+    "diffusers.loaders.peft": "No LoRA keys associated to CLIPText",
+    "diffusers.loaders.lora_base": "No LoRA keys associated to CLIPText",
+    "diffusers.models.modeling_utils": "should be kept in float32: []",
     "transformers.utils.import_utils": "torchvision",
     "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
     "torchao": "Failed to load",
     "torch.utils._pytree": "is an Enum subclass",
     "bitsandbytes.backends.cpu.ops": "Failed to load",
 }
-for logger, text in UNCALLED.items():
+for logger, text in HARMLESS.items():
     logging.getLogger(logger).addFilter(lambda said, text=text: text not in said.getMessage())
 
 log = logging.getLogger(__name__)
@@ -63,8 +67,7 @@ def load_backbone(
     library is missing; OSError for a model that can be neither read nor downloaded, and for a folder without a part
     that its model_index.json names.
     """
-    if missing := missing_quantiser(quantise):
-        raise ValueError(missing)
+    check_quantiser(quantise)
     location, index = read_index(name)
     import torch
     from diffusers import DiffusionPipeline
@@ -97,14 +100,13 @@ def load_backbone(
     return backbone
 
 
-def missing_quantiser(quantise: Mapping[str, str | None] | None) -> str:
-    """What `quantise` lacks to run here, and how to get it; "" if nothing. Raises ValueError for an unknown format."""
+def check_quantiser(quantise: Mapping[str, str | None] | None) -> None:
+    """Raise ValueError for an unknown format, and for one whose library is not installed."""
     for part, kind in (quantise or {}).items():
         if kind is not None and kind not in QUANTISERS:
             raise ValueError(f"backbone.quantise.{part} is {short(kind)}; known: {', '.join(QUANTISERS)}, null")
         if kind is not None and find_spec(library := QUANTISERS[kind]) is None:
-            return f'backbone.quantise.{part}={kind} needs {library}: pip install "flowbp[quantise]"'
-    return ""
+            raise ValueError(f'backbone.quantise.{part}={kind} needs {library}: pip install "flowbp[quantise]"')
 
 
 @contextmanager

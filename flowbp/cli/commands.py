@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,35 +12,27 @@ from rich.text import Text
 from typer import Argument, Option
 
 from flowbp import __version__
-from flowbp.backbones import KNOWN_MODELS, read_index
+from flowbp import presets as known_presets
+from flowbp.backbones import read_index
 from flowbp.cli import tables
+from flowbp.cli.estimate import estimate
+from flowbp.cli.terminal import Config, Overrides, Processes, console, say, say_unwrapped
 from flowbp.config import build_method, commented, dump, load, parse_overrides
-from flowbp.estimate.communication import BANDWIDTH, MACHINE, traffic
-from flowbp.evaluation.numbers import gigabytes
 from flowbp.evaluation.templates import words
 from flowbp.foreign import cut
 from flowbp.methods import draw_plan
-from flowbp.presets import layers as preset_layers
-from flowbp.presets import names as preset_names
 from flowbp.quadrature import Solver
 from flowbp.rewards.callable import CallableReward
 from flowbp.rewards.registry import EMBEDDED, REWARDS, find_source, how_to_fetch
 from flowbp.runtime import run_folder
 from flowbp.runtime.checkpoint import weight_files
 from flowbp.runtime.console import TextConsole, tame_libraries
-from flowbp.runtime.inputs import check_inputs, check_target, named_path, parse_size, parse_strengths, try_rewards
+from flowbp.runtime.inputs import check_inputs, check_target, named_path, parse_strengths, try_rewards
 from flowbp.runtime.interrupts import exit_code, heard_by, interrupt
 from flowbp.training import sweep as sweeps
 
 # What is imported above needs no torch, whose import takes longer than all checks together: commands import that last.
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-console = TextConsole()
-say = partial(console.print, highlight=False)  # wrapped at words
-say_unwrapped = partial(say, soft_wrap=True)  # what is copied from the terminal: paths and commands
-
-Config = Annotated[str, Argument(help="a YAML file, the folder of a run, or a preset such as demo")]
-Overrides = Annotated[list[str] | None, Argument(help="key.path=value overrides, such as method.alpha=0.3")]
-Processes = Annotated[int, Option(min=1, help="of this machine; a step takes data.batch_size samples from each")]
 
 
 def main() -> None:
@@ -91,7 +82,7 @@ def train(
     settings = load(config, overrides or ())
     # With checkpoints it is a run's, even one that lost its metrics, of which `check` then tells.
     of_a_run = run_folder.is_run(Path(config)) or Path(config, run_folder.CHECKPOINTS).is_dir()
-    if of_a_run and not preset_layers(config) and "output" not in parse_overrides(overrides or ()):
+    if of_a_run and not known_presets.layers(config) and "output" not in parse_overrides(overrides or ()):
         settings = settings.model_copy(update={"output": Path(config)})
     try:
         folder = run_folder.RunFolder(settings.output)
@@ -124,65 +115,7 @@ def train(
     say_unwrapped(f"report: {(output / 'report.html').resolve()}")
 
 
-@app.command()
-def estimate(
-    config: Config,
-    overrides: Overrides = None,
-    gpu_memory: Annotated[str | None, Option(help="does it fit, and if not, what does: 24GB or 80e9")] = None,
-    processes: Annotated[int, Option(min=1, help="GPUs of the run, one process each")] = 1,
-    json_file: Annotated[Path | None, Option("--json", help="write all numbers here, in bytes")] = None,
-    bandwidth: Annotated[tuple[float, float], Option(help="GB/s in a machine, and between machines")] = BANDWIDTH,
-) -> None:
-    """Predict the peak memory and the cost of a training step. Needs no GPU and reads no weights."""
-    run = load(config, overrides or (), run_code=False)
-    memory = None if gpu_memory is None else parse_size(gpu_memory)
-    if json_file is not None:
-        check_target("--json", json_file)
-    if run.backbone.name not in KNOWN_MODELS:  # their sizes are known
-        read_index(run.backbone.name)
-    if not all(0 < rate < np.inf for rate in bandwidth):
-        raise ValueError(f"--bandwidth {bandwidth[0]:g} {bandwidth[1]:g}: both must be above 0, in GB/s")
-    from flowbp.estimate import estimate as estimates
-
-    whole = estimates.estimate(run, processes)
-    on = f"{processes} process{'es' if processes > 1 else ''}"
-    console.print(tables.table("estimate", f"{config}, {on}", whole=whole))
-    say(*words("cost", whole=whole))
-    for line in words("copied", size=whole.copied, bandwidth=estimates.BANDWIDTH):
-        say(line)
-    for note in whole.notes:
-        say(Text("not counted:", "yellow"), note)
-    ways = (False, True)[: 1 + bool(run.memory.shard)]
-    received = [traffic(whole, cards, once, bandwidth) for cards in (1, 8, 64) for once in ways]
-    for line in words("received", rows=received, bandwidth=bandwidth, machine=MACHINE):
-        say_unwrapped(line)
-    if json_file is not None:
-        found = whole.as_dict() | {"communication": received}
-        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if memory is None:
-        return
-    share = f"{whole.peak / memory:.0%} of {gpu_memory}; {estimates.MARGIN:.0%} are left for what is not counted"
-    if whole.fits(memory):
-        return say(Text("fits:", "green"), share)
-    say(Text("does not fit:", "red"), share)
-    if (narrow := estimates.without_masters(run, processes)) is not None:
-        say(*words("without_masters", narrow=narrow, lr=run.optimizer.lr))
-    say("looking for what fits:")
-    for added, count, found in estimates.suggest(config, overrides or [], memory, processes):
-        if count == 2 * processes:
-            say(f"no setting that is known here fits {on}:")
-        if added:
-            more = f"{count} processes, " if count > processes else ""
-            say_unwrapped(f"  {gigabytes(found.peak)} GB with {more}{added[-1]}")
-    say(*words("suggested", found=found, fits=found.fits(memory)))
-    say_unwrapped(f"  {' '.join(added) or 'nothing changed'}")
-    if count > processes:
-        say(f"on {count} processes")
-    for line in words("copied", size=found.copied, bandwidth=estimates.BANDWIDTH):
-        say(line)
-        if (other := estimates.quantised(config, overrides or [], added, memory, count)) is not None:
-            say(f"or, with fewer bits a frozen weight and no copies: {gigabytes(other[1].peak)} GB, with")
-            say_unwrapped(f"  {' '.join(other[0])}")
+app.command()(estimate)
 
 
 @app.command()
@@ -293,7 +226,7 @@ def compare(
     if results["point"]:
         console.print(tables.table("differences", "what is compared", runs=names, values=results["point"]))
     if results["means"]:
-        console.print(tables.means_table(results["means"], "run", "means over all images"))
+        console.print(tables.table("means", "means over all images", rows=results["means"], who="run"))
     for name in others:
         if rows := [row for row in results["changes"] if row["run"] == name and row["category"] == "all"]:
             console.print(tables.comparison_table(rows, f"{name} against {first}", "first", "other"))
@@ -378,7 +311,7 @@ def presets(name: Annotated[str | None, Argument(help="print this one as a confi
     if name is not None:
         return typer.echo(commented(dump(load(name, run_code=False))), nl=False)
     title = "flowbp train PRESET; defaults are left out, flowbp presets PRESET prints all"
-    console.print(tables.table("presets", title, presets={preset: load(preset) for preset in preset_names()}))
+    console.print(tables.table("presets", title, presets={preset: load(preset) for preset in known_presets.names()}))
 
 
 @app.command()

@@ -37,8 +37,7 @@ def table(name: str, title: str | Text, **values: Any) -> Table:
     columns = [Column(head.text or "", **styled(head, COLUMNS)) for head in html.iter("th")]
     made = Table(*columns, title=title, caption=html.findtext("caption") or None, **styled(html, TABLES))
     for row in html.findall("tr"):
-        cells = [cell(each) for each in row.findall("td")]
-        if cells:
+        if cells := [cell(each) for each in row.findall("td")]:
             made.add_row(*cells, style=row.get("class") or None)
         elif row.find("th") is None:
             made.add_section()
@@ -72,11 +71,6 @@ def comparison_table(rows: list[dict], title: str, before: str = "before", after
     confirm.
     """
     return table("comparison", title, rows=rows, before=before, after=after)
-
-
-def means_table(rows: list[dict], column: str, title: str) -> Table:
-    """The mean of each metric over all images and its interval, for each run or model, which `column` names."""
-    return table("means", title, rows=rows, who=column)
 
 
 def listed(parts: list[tuple[str, str]]) -> str:

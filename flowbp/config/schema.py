@@ -3,20 +3,16 @@
 Unknown keys are errors.
 """
 
-import importlib.metadata
-import os
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag
 from pydantic import model_validator as validator
 
-from flowbp.config.registry import FINITE, ConfigError, Unimported, build_method, describe, from_mapping, unknown
+from flowbp.config import values
+from flowbp.config.registry import FINITE, ConfigError, Unimported, describe, from_mapping, unknown
 from flowbp.foreign import cut, short
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS, Plans, draw_plan
@@ -27,87 +23,6 @@ from flowbp.rewards import Reward, Smoothing, check_options, load_reward
 # Names that no reward or monitor may have: the columns that the trainer logs (a test keeps them equal) and `SCORED`.
 LOGGED = "step nodes images loss grad_norm sample_grad_norm d_j d_0 kept drift skipped lr seconds peak_mb".split()
 SCORED = ["prompt", "category", "seed", "checker", "embedding", *IMAGE_STATISTICS]  # columns of an evaluation
-
-# The backends that torch registers itself, which it tells only after seconds of imports.
-BACKENDS: list[str] = yaml.safe_load(Path(__file__).with_name("backends.yaml").read_text())
-
-# -- kinds of values; numbers are finite wherever they stand -----------------------------------------------------------
-
-
-PathLike = TypeVar("PathLike", str, Path)
-
-
-def no_switch(value: Any) -> Any:
-    """YAML reads yes, no, on and off as booleans, which would pass for 1 and 0."""
-    if isinstance(value, bool):
-        raise ValueError(f"must be a number, got the switch {str(value).lower()}")
-    return value
-
-
-def expanded(value: PathLike) -> PathLike:
-    """`value` with ~ and environment variables replaced. Raises ValueError where one of them is unknown, and for a
-    text that is too long for a path.
-    """
-    text = os.path.expandvars(os.path.expanduser(str(value)))
-    if text.startswith("~") or "$" in text:
-        raise ValueError(f"{cut(text)} names a user or a variable that is not known here: write the path out")
-    if len(text) > 1000:
-        raise ValueError(f"{cut(text)} has more than 1000 characters")
-    return type(value)(text)
-
-
-def located(value: str) -> str:
-    """The absolute path of a file or folder that is there, so that a stored config means it from any working folder.
-
-    Every other value stays, such as a model's name or an id on the Hub.
-    """
-    if os.path.isdir(value) and os.sep not in value:
-        from flowbp.backbones import KNOWN_MODELS  # imports diffusers
-
-        if value in ("shapes", "shapes-monitor", *KNOWN_MODELS):
-            return value
-    return os.path.abspath(value) if os.path.exists(value) else value
-
-
-def known_backend(name: str) -> str:
-    known = {*BACKENDS, *importlib.metadata.entry_points(group="torch_dynamo_backends").names}
-    if dynamo := sys.modules.get("torch._dynamo"):  # where one's own may be registered; importing it takes seconds
-        known |= set(dynamo.list_backends(exclude_tags=None))
-    if name not in known:
-        raise unknown("compile backend", name, known)
-    return name
-
-
-Number = BeforeValidator(no_switch)
-# What takes memory has a bound that no run comes near, so that a slip of the keyboard is told before it is allocated.
-Whole = Annotated[int, Number, Field(ge=0, le=10**9)]
-Count = Annotated[int, Number, Field(ge=1, le=10**9)]  # of what comes one after the other
-Size = Annotated[int, Number, Field(ge=1, le=10**4)]  # of what is there at once
-Samples = Annotated[int, Number, Field(ge=1, le=10**6)]
-Steps = Annotated[int, Number, Field(ge=1, le=1000)]  # of a rollout
-Seed = Annotated[int, Number, Field(ge=0, lt=2**63)]
-Pixels = Annotated[int, Number, Field(ge=8, le=2**14, multiple_of=8)]
-Real = Annotated[float, Number]
-Positive = Annotated[float, Number, Field(gt=0)]
-NonNegative = Annotated[float, Number, Field(ge=0)]
-Share = Annotated[float, Number, Field(ge=0, le=1)]
-Decay = Annotated[float, Number, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(min_length=1), AfterValidator(expanded)]
-Place = Annotated[Text, AfterValidator(located)]
-Folder = Annotated[Path, AfterValidator(expanded)]
-Cache = Annotated[Folder, AfterValidator(Path.absolute)]
-MetricName = Annotated[str, Field(pattern=r"^\w[\w .-]*$", max_length=80)]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
-Backend = Annotated[str, AfterValidator(known_backend)]
-Levels = Literal["published", "pipeline"]
-Bits = Literal["nf4", "int8", "float8"]
-Kernels = Annotated[Literal["auto", "off"], BeforeValidator(lambda v: "off" if v is False else v)]  # as YAML reads off
-Shards = Annotated[Literal[False, "node", "all"], BeforeValidator(lambda v: "all" if v is True else v)]  # true: all
-MethodField = Annotated[
-    Any,
-    BeforeValidator(lambda spec, info: build_method(spec, info.context)),  # `load` says what it may import
-    PlainSerializer(lambda method: describe(method, METHODS)),
-]
 
 
 def key(default: Any, description: str) -> Any:
@@ -120,13 +35,13 @@ class Strict(BaseModel):
 
     @validator(mode="before")
     @classmethod
-    def _known_keys_only(cls, values: Any) -> Any:
-        for name in values if isinstance(values, Mapping) else ():
+    def _known_keys_only(cls, given: Any) -> Any:
+        for name in given if isinstance(given, Mapping) else ():
             if name not in cls.model_fields:
                 if homes := [f"{section}.{name}" for section, inner in cls.sections() if name in inner.model_fields]:
                     raise ConfigError(f"unknown key {name!r}; did you mean {' or '.join(homes)}?")
                 raise unknown("key", name, cls.model_fields)
-        return values
+        return given
 
     @classmethod
     def sections(cls) -> Iterator[tuple[str, type["Strict"]]]:
@@ -143,17 +58,17 @@ class Strict(BaseModel):
 class QuantiseConfig(Strict):
     """Frozen weights in fewer bits (`flowbp.backbones.quantise`); null leaves them as they are."""
 
-    weights: Bits | None = key(None, "of the transformer's blocks: nf4, int8 or float8; needs tuning.mode=lora")
-    text_encoders: Bits | None = key(None, "of the text encoders' blocks")
+    weights: values.Bits | None = key(None, "of the transformer's blocks: nf4, int8 or float8; needs tuning.mode=lora")
+    text_encoders: values.Bits | None = key(None, "of the text encoders' blocks")
 
 
 class BackboneConfig(Strict):
-    name: Place = key(..., '"shapes", a known model, a local diffusers folder or a Hub id')
+    name: values.Place = key(..., '"shapes", a known model, a local diffusers folder or a Hub id')
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     precision: Literal["pipeline", "float32"] = key("float32", "of the latents between network calls")
-    max_sequence_length: Size | None = key(None, "tokens of the prompt embedding; null means the pipeline's default")
-    variant: Text | None = key(None, "of the weight files: fp16 for model.fp16.safetensors")
-    kernels: Kernels = key("off", "fused ops in the transformer's blocks: auto, where these are known, or off")
+    max_sequence_length: values.Size | None = key(None, "tokens of the prompt embedding; null: the pipeline's default")
+    variant: values.Text | None = key(None, "of the weight files: fp16 for model.fp16.safetensors")
+    kernels: values.Kernels = key("off", "fused ops in the transformer's blocks: auto, where these are known, or off")
     quantise: QuantiseConfig | None = key(None, "frozen weights in fewer bits: {weights: nf4, text_encoders: int8}")
 
 
@@ -161,22 +76,22 @@ class RolloutConfig(Strict):
     """The sampler. Published noise levels are linspace(1, 1/N, N) under the pipeline's shift. The released SD3.5 code
     has timesteps in bfloat16."""
 
-    num_steps: Steps = 25
+    num_steps: values.Steps = 25
     solver: Solver = key("euler", "adams-2 and adams-3 read the last two or three velocities: Adams-Bashforth")
-    height: Pixels = 512
-    width: Pixels = 512
-    sigmas: Levels = key("published", "noise levels: the published ones, or those of the pipeline's own sampler")
+    height: values.Pixels = 512
+    width: values.Pixels = 512
+    sigmas: values.Levels = key("published", "noise levels: the published ones, or those of the pipeline's own sampler")
     timesteps: Literal["float32", "bfloat16"] = key("float32", "dtype of the time 1000 sigma that the network reads")
 
 
 class ScorerConfig(Strict):
     """A reward model and where its weights are."""
 
-    name: Text = key("clip", "one of `flowbp rewards`, or a function of your own as module:function")
-    model: Place | None = key(None, 'a local folder, a Hub id, "shapes" or "shapes-monitor"; null: the published one')
+    name: values.Text = key("clip", "one of `flowbp rewards`, or a function of your own as module:function")
+    model: values.Place | None = key(None, 'a folder, a Hub id, "shapes" or "shapes-monitor"; null: the published one')
     dtype: Literal["float32", "bfloat16"] | None = key(None, "of the weights; null means the reward's own")
-    revision: Text | None = key(None, "commit of a Hub checkpoint")
-    sha256: Sha256 | None = key(None, "digest of the checkpoint file")
+    revision: values.Text | None = key(None, "commit of a Hub checkpoint")
+    sha256: values.Sha256 | None = key(None, "digest of the checkpoint file")
 
     @validator(mode="after")
     def _options_fit(self):
@@ -190,8 +105,8 @@ class ScorerConfig(Strict):
 class RewardConfig(ScorerConfig):
     """A reward to train on, and its part in the loss. Several are a mapping from names of your choice to such specs."""
 
-    weight: Positive = 1.0
-    hinge: Real | None = key(None, "target in the reward's own units, with no gradient above it; null means no target")
+    weight: values.Positive = 1.0
+    hinge: values.Real | None = key(None, "target in the reward's own units, without gradient above it; null: none")
     normalise: bool = key(False, "divide the loss by the running deviation of the reward")
     smooth: Annotated[Smoothing | None, from_mapping(Smoothing)] = None
 
@@ -219,33 +134,33 @@ def shortest(rewards: dict[str, RewardConfig]) -> Any:
     return dumped["reward"] if dumped.keys() == {"reward"} else dumped
 
 
-RewardSpecs = dict[MetricName, RewardConfig]
+RewardSpecs = dict[values.MetricName, RewardConfig]
 RewardsField = Annotated[RewardSpecs, Field(min_length=1), BeforeValidator(by_name), PlainSerializer(shortest)]
 
 
 class DataConfig(Strict):
     """Prompts. "cached" embeds all once, to disk, and releases the text encoders; "live" encodes every batch."""
 
-    prompts: Place = key(..., 'a file or folder of prompts, or "shapes:train"')
-    batch_size: Size = 8
-    accumulate: Count = key(1, "micro-batches an optimizer step")
+    prompts: values.Place = key(..., 'a file or folder of prompts, or "shapes:train"')
+    batch_size: values.Size = 8
+    accumulate: values.Count = key(1, "micro-batches an optimizer step")
     embeddings: Literal["cached", "live"] = key("cached", "embed all prompts once, or every batch anew")
-    cache: Cache | None = key(None, "folder of cached embeddings; null means $FLOWBP_CACHE, else ~/.cache/flowbp")
+    cache: values.Cache | None = key(None, "folder of cached embeddings; null: $FLOWBP_CACHE, else ~/.cache/flowbp")
 
 
 class MemoryConfig(Strict):
     """Memory against time. Only vae_tiling changes the gradient, because it blends the seams of its tiles."""
 
     recompute: Literal["always", "never", "auto"] = key("always", "replay nodes, keep their graphs, or keep what fits")
-    budget_gb: NonNegative | None = key(None, "1e9 bytes for the graphs that recompute=auto keeps; null: what is free")
-    nodes_per_forward: Size = key(1, "active nodes replayed in one batched forward pass")
-    reward_batch: Size | None = key(None, "samples decoded and scored at a time; null takes the whole batch")
+    budget_gb: values.NonNegative | None = key(None, "1e9 bytes for graphs kept by recompute=auto; null: what is free")
+    nodes_per_forward: values.Size = key(1, "active nodes replayed in one batched forward pass")
+    reward_batch: values.Size | None = key(None, "samples decoded and scored at a time; null takes the whole batch")
     checkpointing: bool = key(False, "keep only the inputs of the transformer's blocks, and run them again in backward")
     offload: Literal["blocks"] | None = key(None, "blocks: frozen weights in CPU memory, two blocks at a time")
     vae_checkpointing: bool = key(False, "the same in the VAE's decoder")
     vae_slicing: bool = key(False, "decode one image at a time; saves memory together with vae_checkpointing")
     vae_tiling: bool = key(False, "decode images above the VAE's own sample size in overlapping tiles, blended")
-    shard: Shards = key(False, "split the weights (FSDP2) over all processes, or those of a node; false: copy them")
+    shard: values.Shards = key(False, "split weights (FSDP2) over all processes, or those of a node; false: copy them")
     gather: Literal["auto", "rollout", "block"] = key("auto", "gather shards once a rollout, or a block at every pass")
     shard_gradients: bool = key(False, "with shard: split gradients after every backward pass, not once a step")
 
@@ -264,12 +179,12 @@ class MemoryConfig(Strict):
 
 class TuningConfig(Strict):
     mode: Literal["lora", "full"] = "lora"
-    init: Folder | None = key(None, "a run, its checkpoint, a LoRA file or a transformer folder to start from")
-    init_sha256: Sha256 | None = key(None, "digest of its files; a run fills it in")
-    rank: Size = key(16, "of the LoRA matrices")
-    alpha: Positive | None = key(None, "LoRA scale numerator; null means equal to rank")
-    dropout: Decay = key(0.0, "of the LoRA branches' inputs; replays draw the rollout's masks again")
-    targets: Annotated[list[Text], Field(min_length=1)] | None = key(None, "module names; null: the backbone's default")
+    init: values.Folder | None = key(None, "a run, its checkpoint, a LoRA file or a transformer folder to start from")
+    init_sha256: values.Sha256 | None = key(None, "digest of its files; a run fills it in")
+    rank: values.Size = key(16, "of the LoRA matrices")
+    alpha: values.Positive | None = key(None, "LoRA scale numerator; null means equal to rank")
+    dropout: values.Decay = key(0.0, "of the LoRA branches' inputs; replays draw the rollout's masks again")
+    targets: Annotated[list[values.Text], Field(min_length=1)] | None = key(None, "modules; null: the backbone's own")
     master_weights: bool = key(True, "let the optimizer step float32 copies of trained weights that are narrower")
 
     @validator(mode="after")
@@ -285,29 +200,29 @@ class AnchorConfig(Strict):
     """A penalty on how far the trained velocity is from the base model's (`flowbp.anchor`)."""
 
     kind: Literal["velocity", "norm"] = key("velocity", "penalise every difference, or only greater length")
-    weight: Positive = key(..., "of the penalty beside the reward")
+    weight: values.Positive = key(..., "of the penalty beside the reward")
     copy_base: bool = key(False, "tuning.mode=full: hold the base model as a frozen copy of all weights")
 
 
 class OptimizerConfig(Strict):
     name: Literal["adamw", "adamw8bit"] = key("adamw", "adamw8bit needs bitsandbytes and a GPU")
-    lr: Positive = 1e-4
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 1e-4
-    warmup: Whole = key(0, "steps of linear warm-up")
-    max_grad_norm: Positive = 1.0
-    max_sample_grad_norm: Positive | None = key(None, "clip each sample's reward gradient at the reward input")
+    lr: values.Positive = 1e-4
+    betas: tuple[values.Decay, values.Decay] = (0.9, 0.999)
+    eps: values.Positive = 1e-8
+    weight_decay: values.NonNegative = 1e-4
+    warmup: values.Whole = key(0, "steps of linear warm-up")
+    max_grad_norm: values.Positive = 1.0
+    max_sample_grad_norm: values.Positive | None = key(None, "clip each sample's reward gradient at the reward input")
 
 
 class GenEvalConfig(Strict):
     """GenEval's judgement of `evaluation.prompts`, which must then be its evaluation_metadata.jsonl. The thresholds are
     those it uses with Mask2Former; a detector with scores of another kind needs its own."""
 
-    detector: Place = key(..., "a local folder or Hub id: OWLv2, Grounding DINO, Mask2Former, DETR, ...")
-    colours: Place = key(..., "a local folder or Hub id of a CLIP model; GenEval: openai/clip-vit-large-patch14")
-    threshold: Share = key(0.3, "least score of a detection")
-    counting_threshold: Share = key(0.9, "the same for prompts with the tag 'counting'")
+    detector: values.Place = key(..., "a local folder or Hub id: OWLv2, Grounding DINO, Mask2Former, DETR, ...")
+    colours: values.Place = key(..., "a local folder or Hub id of a CLIP model; GenEval: openai/clip-vit-large-patch14")
+    threshold: values.Share = key(0.3, "least score of a detection")
+    counting_threshold: values.Share = key(0.9, "the same for prompts with the tag 'counting'")
 
 
 def known_checker(name: str) -> str:
@@ -334,23 +249,23 @@ class EvaluationConfig(Strict):
     """The images that are scored after training, and with `every` during training too. num_steps, solver, sigmas and
     interval are those of their rollout, whatever training uses; num_steps=null means as many as in training."""
 
-    prompts: Place
-    samples: Samples = 256
-    batch_size: Size = 64
-    seed: Seed = 1234
-    num_steps: Steps | None = key(None, "rollout steps of the images that are scored; null means as in training")
+    prompts: values.Place
+    samples: values.Samples = 256
+    batch_size: values.Size = 64
+    seed: values.Seed = 1234
+    num_steps: values.Steps | None = key(None, "rollout steps of the images that are scored; null means as in training")
     solver: Solver = key("euler", "of those rollouts")
-    sigmas: Levels = key("pipeline", "their noise levels, as in rollout.sigmas")
-    interval: tuple[Share, Share] | None = key(None, "their guidance.interval")
-    monitors: Annotated[dict[MetricName, ScorerConfig], BeforeValidator(without_nulls)] = key({}, "never trained on")
+    sigmas: values.Levels = key("pipeline", "their noise levels, as in rollout.sigmas")
+    interval: tuple[values.Share, values.Share] | None = key(None, "their guidance.interval")
+    monitors: Annotated[dict[values.MetricName, ScorerConfig], BeforeValidator(without_nulls)] = key({}, "held out")
     watch: bool = key(True, "let the monitors score every training step; false loads them to evaluate only")
     checker: CheckerField | None = None
-    grid: Size = key(16, "images in the before/after grids")
-    every: Count | None = key(None, "steps between evaluations during training; null makes none")
-    validation_prompts: Place | None = key(None, "prompts of those; null: `prompts`, which then chose the best step")
-    validation_samples: Samples = Field(96, ge=2)
+    grid: values.Size = key(16, "images in the before/after grids")
+    every: values.Count | None = key(None, "steps between evaluations during training; null makes none")
+    validation_prompts: values.Place | None = key(None, "prompts of those; null: `prompts`, which then chose the best")
+    validation_samples: values.Samples = Field(96, ge=2)
     best: str | None = key(None, "held-out metric (a monitor or checker) by which the best step's weights are kept")
-    patience: Count | None = key(None, "stop after so many evaluations without a new best step")
+    patience: values.Count | None = key(None, "stop after so many evaluations without a new best step")
 
     def load_monitors(self, device: str = "cpu") -> dict[str, Reward]:
         return {name: spec.load(device) for name, spec in self.monitors.items()}
@@ -379,28 +294,28 @@ class RunConfig(Strict):
     sample; "stratified" one a sample, such that they cover the trajectory together.
     """
 
-    output: Folder
-    seed: Seed = 42
-    steps: Count = 300
-    checkpoint_every: Count = 100
+    output: values.Folder
+    seed: values.Seed = 42
+    steps: values.Count = 300
+    checkpoint_every: values.Count = 100
     backbone: BackboneConfig
     rollout: RolloutConfig = RolloutConfig()
     guidance: Annotated[Guidance, from_mapping(Guidance)] = Guidance()
-    method: MethodField
+    method: values.MethodField
     plans: Plans = key("shared", "how many plans a step draws: one, one a micro-batch, or one a sample")
     reward: RewardsField
     data: DataConfig
     memory: MemoryConfig = MemoryConfig()
-    compile: Backend | None = key(None, "torch.compile backend of the transformer's blocks: inductor; null: eager")
+    compile: values.Backend | None = key(None, "torch.compile backend of transformer blocks: inductor; null: eager")
     tuning: TuningConfig = TuningConfig()
     anchor: AnchorConfig | None = key(None, "what holds the model near its base: {weight: 0.1}")
     optimizer: OptimizerConfig = OptimizerConfig()
-    ema: Annotated[float, Number, Field(gt=0, lt=1)] | None = key(None, "decay of the moving average of the weights")
+    ema: Annotated[float, values.Number, Field(gt=0, lt=1)] | None = key(None, "decay of the weights' moving average")
     evaluation: EvaluationConfig | None = None
 
     @validator(mode="after")
-    def _plans_fit(self):
-        dropout, recompute = self.tuning.dropout, self.memory.recompute
+    def _what_goes_together(self):
+        dropout, recompute, full = self.tuning.dropout, self.memory.recompute, self.tuning.mode == "full"
         needs = {"memory.recompute": (recompute, "always"), "tuning.dropout": (dropout, 0.0)}
         for name, (value, needed) in needs.items():
             if self.plans in ("per_sample", "stratified") and value != needed:
@@ -408,24 +323,16 @@ class RunConfig(Strict):
                 raise ValueError(f"plans={self.plans} needs {name}={needed}, not {value}: {why}")
         if dropout and self.memory.nodes_per_forward > 1:
             raise ValueError(f"tuning.dropout={dropout} needs memory.nodes_per_forward=1: masks are drawn node by node")
-        return self
-
-    @validator(mode="after")
-    def _quantised_weights_stay(self):
         kind = self.backbone.quantise and self.backbone.quantise.weights
         refused = {
-            "tuning.mode=full": self.tuning.mode == "full" and "quantised weights have no gradient",
+            "tuning.mode=full": full and "quantised weights have no gradient",
             f"memory.shard={self.memory.shard}": self.memory.shard and "quantised weights are not split",
             f"compile={self.compile}": self.compile and kind != "nf4" and "torch.compile fails on torchao's tensors",
         }
         for name, why in refused.items():
             if kind is not None and why:
                 raise ValueError(f"{name} with backbone.quantise.weights={kind}: {why}; leave one of the two out")
-        return self
-
-    @validator(mode="after")
-    def _offloaded_blocks_are_frozen_and_eager(self):
-        if self.memory.offload and self.tuning.mode == "full":
+        if self.memory.offload and full:
             raise ValueError("memory.offload=blocks needs tuning.mode=lora: all weights are trained, none is frozen")
         if self.memory.offload and self.compile is not None:
             raise ValueError(f"memory.offload=blocks needs compile=null, not {self.compile}: graphs hold their weights")

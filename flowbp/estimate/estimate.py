@@ -97,8 +97,7 @@ class Estimate:
             "moving average": wide // shards if config.ema is not None else 0,
         }
         # Every backward pass splits gradients if the config says so, or if a step has only one.
-        only_one = most == 1 and config.data.accumulate == 1
-        split = shards > 1 and (only_one or config.memory.shard_gradients)
+        split = shards > 1 and (config.memory.shard_gradients or most == config.data.accumulate == 1)
         whole = wide if shards > 1 else network.trained_bytes  # FSDP2 adds gradients up and reduces them in float32
         cached = max(len(plan.cached_latents) + len(plan.cached_velocities) for plan in self.plans)
         cached += ring_rows(config.rollout.solver, config.guidance)
@@ -223,8 +222,7 @@ def quantised(
     for method, parts in itertools.product(("int8", "nf4"), (["weights"], ["weights", "text_encoders"])):
         change = ["memory.offload=null", *(f"backbone.quantise.{part}={method}" for part in parts)]
         candidate = over(added, change)
-        found = estimate(load(name, [*overrides, *candidate], run_code=False), processes)
-        if found.fits(memory):
+        if (found := estimate(load(name, [*overrides, *candidate], run_code=False), processes)).fits(memory):
             return candidate, found
     return None
 
@@ -239,11 +237,8 @@ def changes(config: RunConfig) -> list[tuple[tuple[str, ...], list[str]]]:
     """(phases whose memory it lowers, overrides), in the order in which they are tried."""
     passes, samples, accumulate = ("rollout", "reward", "sweep"), config.data.batch_size, config.data.accumulate
     steps = (*passes, "update")
-    batches = [
-        [f"data.batch_size={b}", f"data.accumulate={accumulate * samples // b}"]
-        for b in range(samples, 0, -1)
-        if samples % b == 0
-    ]
+    sizes = [size for size in range(samples, 0, -1) if samples % size == 0]
+    batches = [[f"data.batch_size={size}", f"data.accumulate={accumulate * samples // size}"] for size in sizes]
     plain = ["memory.shard=false", "memory.shard_gradients=false"] if config.memory.shard else []
     plain += ["compile=null"] if config.compile else []
     offload = ["memory.checkpointing=true", *plain, "memory.offload=blocks"]

@@ -31,10 +31,9 @@ from flowbp.rewards.registry import EMBEDDED, find_folders, find_source
 from flowbp.runtime.embeddings import BATCH
 from flowbp.runtime.memory import save_memory
 from flowbp.runtime.tuning import trainable_parameters
-from flowbp_kernels import offload_blocks
 from flowbp_kernels.dequantised_linear import PackedLinear
 from flowbp_kernels.live_bytes import LiveBytes
-from flowbp_kernels.offload import default_blocks
+from flowbp_kernels.offload import default_blocks, offload_blocks
 from flowbp_kernels.sweep import record
 
 
@@ -133,7 +132,11 @@ class NetworkPass:
             self.forward_bytes, live.peak = live.peak - before, live.alive
             self.graph_bytes = _replay(velocity, latents, plan, config.memory.nodes_per_forward, live)
             self.replay_bytes = live.peak - before
-        self.forward_flops = _forward_flops(backbone, velocity, latents)
+        counted = {FUSED: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+        flops = FlopCounterMode(display=False, custom_mapping=counted)
+        with fused_attention(), flops, torch.no_grad():
+            backbone.velocity(latents, torch.empty((), device="meta"), velocity.positive)
+        self.forward_flops = flops.get_total_flops()
 
 
 _network_pass = cache(NetworkPass)
@@ -164,13 +167,6 @@ def _replay(
     graph_bytes = live.alive - before
     graph.v.backward(torch.empty_like(graph.v))
     return graph_bytes
-
-
-def _forward_flops(backbone: Backbone, velocity: GuidedVelocity, latents: Tensor) -> int:
-    flops = FlopCounterMode(display=False, custom_mapping={FUSED: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)})
-    with fused_attention(), flops, torch.no_grad():
-        backbone.velocity(latents, torch.empty((), device="meta"), velocity.positive)
-    return flops.get_total_flops()
 
 
 def block_bytes(denoiser: nn.Module, counts: Callable[[nn.Parameter], bool]) -> int:

@@ -20,8 +20,13 @@ from flowbp.runtime.console import plain
 INK, QUIET, ACTIVE, BRIDGE, REWARD, EXTRA = "#1f2933", "#b8c1cc", "#2563eb", "#d97706", "#059669", "#86198f"
 
 
-def as_text(figure: Figure) -> Figure:
-    """`figure`, in which every string is shown as it was typed: a $ of a prompt or a name begins no mathematics."""
+def finished(figure: Figure, framed: bool = False) -> Figure:
+    """`figure`, in which every string is shown as it was typed: a $ of a prompt or a name begins no mathematics.
+
+    framed: leave all four sides of the axes as they are; else they have a left and a lower one.
+    """
+    for axes in figure.axes if not framed else ():
+        axes.spines[["top", "right"]].set_visible(False)
     for text in figure.findobj(Text):
         text.set(text=plain(text.get_text()), parse_math=False, usetex=False)
     return figure
@@ -64,9 +69,7 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
     bars.axhline(0, color=INK, lw=0.6)
     bars.set(xlabel=f"node of the rollout (0: noise, {total}: sample)", ylabel="weight (σ units)")
     bars.legend(frameon=False, fontsize=9, loc="best")
-    for axes in (path, bars):
-        axes.spines[["top", "right"]].set_visible(False)
-    return as_text(figure)
+    return finished(figure)
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -84,8 +87,7 @@ def curves(runs: Mapping[str, Sequence[Mapping]], metric: str, title: str, unit:
     figure = Figure(figsize=(3.6, 2.6), layout="constrained")
     axes, marks = figure.subplots(), {"marker": "" if smooth else "o", "ms": 4}
     for name, style in styles(list(runs)).items():
-        logged = [(row["step"], row[metric]) for row in runs[name] if metric in row]
-        if not logged:
+        if not (logged := [(row["step"], row[metric]) for row in runs[name] if metric in row]):
             continue
         steps, values = np.array(logged, dtype=float).T
         window = max(1, len(values) // 10) if smooth else 1
@@ -97,8 +99,7 @@ def curves(runs: Mapping[str, Sequence[Mapping]], metric: str, title: str, unit:
     axes.set_ylabel(unit, fontsize=9)
     axes.tick_params(labelsize=9)
     axes.locator_params(nbins=5)
-    axes.spines[["top", "right"]].set_visible(False)
-    return as_text(figure)
+    return finished(figure)
 
 
 def changes_of_runs(metric: str, rows: Sequence[Mapping]) -> Figure:
@@ -113,10 +114,8 @@ def changes_of_runs(metric: str, rows: Sequence[Mapping]) -> Figure:
         axis.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="s", ms=6, color=ACTIVE, capsize=3)
     axis.axvline(0, color=QUIET, lw=1)
     axis.set_yticks(range(len(rows)), ["\n".join(textwrap.wrap(row["setting"], 40)) for row in rows])
-    axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.set_xlabel(f"change of {metric}")
-    axis.spines[["top", "right"]].set_visible(False)
-    return as_text(figure)
+    axis.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"change of {metric}")
+    return finished(figure)
 
 
 def strengths(models: Sequence[Mapping], changes: Sequence[Mapping]) -> Figure:
@@ -128,17 +127,14 @@ def strengths(models: Sequence[Mapping], changes: Sequence[Mapping]) -> Figure:
     rows_of = {metric: rows for metric, rows in by_metric(changes, "model").items() if metric not in NOT_BETTER}
     figure = Figure(figsize=(2.8 * len(rows_of), 2.8), layout="constrained")
     for axis, (metric, rows) in zip(figure.subplots(1, len(rows_of), squeeze=False)[0], rows_of.items(), strict=True):
-        points = [(0.0, 0.0, 0.0, 0.0)]
-        for model in models:
-            row = rows[model["name"]]
-            points.append((model.get("strength", 1.0), row["change"], row["low"], row["high"]))
+        tuned = [(model.get("strength", 1.0), rows[model["name"]]) for model in models]
+        points = [(0.0,) * 4, *((s, row["change"], row["low"], row["high"]) for s, row in tuned)]
         strength, change, low, high = np.array(sorted(points)).T
         axis.errorbar(strength, change, yerr=[change - low, high - change], fmt="s-", ms=5, color=ACTIVE, capsize=3)
         axis.axhline(0, color=QUIET, lw=1)
         axis.set_title(f"change of {metric}", loc="left", color=INK)
         axis.set_xlabel("strength")
-        axis.spines[["top", "right"]].set_visible(False)
-    return as_text(figure)
+    return finished(figure)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -166,4 +162,4 @@ def sample_grid(images: np.ndarray, captions: list[str], passed: Sequence[bool |
             axes.set_frame_on(True)
             for spine in axes.spines.values():
                 spine.set(color=REWARD if ok else BRIDGE, linewidth=2.2, linestyle="solid" if ok else (0, (4, 2)))
-    return as_text(figure)
+    return finished(figure, framed=True)

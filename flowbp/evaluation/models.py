@@ -41,8 +41,7 @@ from flowbp.runtime.tensors import read_tensors, write_tensors
 from flowbp.runtime.weights import weight_files
 
 log = logging.getLogger(__name__)
-MANIFEST = "model.json"
-CHUNKS = "[0-9]" * 5 + ".safetensors"
+MANIFEST, CHUNKS = "model.json", "[0-9]" * 5 + ".safetensors"
 
 Models = Mapping[str, Path | None]  # name in the results -> weights to score; None: the base model's
 
@@ -144,8 +143,7 @@ def open_model(folder: Path, about: dict[str, Any], overwrite: bool = False) -> 
     """
     path = folder / MANIFEST
     if path.is_file():
-        differing = differences(read_json(path), about)
-        if not differing:
+        if not (differing := differences(read_json(path), about)):
             return
         scores = list(folder.glob(CHUNKS))
         if not overwrite and scores:
@@ -175,8 +173,7 @@ def score_model(
     """
     state = process_state()
     state.wait_for_everyone()
-    missing = [i for i in range(len(samples.chunks)) if read_chunk(folder, about, i) is None]
-    if not missing:
+    if not (missing := [i for i in range(len(samples.chunks)) if read_chunk(folder, about, i) is None]):
         return
     from flowbp.runtime.tuned_model import frozen_backbone
 
@@ -189,9 +186,8 @@ def score_model(
     share = [(i, samples.chunks[i]) for i in missing if i % state.num_processes == state.process_index]
     with one_thread(), progress_bar(about["name"], "image", sum(scoring.length(chunk) for _, chunk in share)) as bar:
         for i, chunk in share:
-            part = scoring.score_chunk(backbone, samples, *settings, chunk)
             path, said = chunk_file(folder, about, i)
-            write_tensors(path, part, said)
+            write_tensors(path, scoring.score_chunk(backbone, samples, *settings, chunk), said)
             bar.update(scoring.length(chunk))
 
 

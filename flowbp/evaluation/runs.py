@@ -151,13 +151,12 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     means = {name: summarise(own) for name, own in scores.items() if own is not None}
     scored = [run for run in others if run.after is not None and first.after is not None]
     changes = {run.name: compare(first.after, run.after) for run in scored if first.after.same_samples(run.after)}
-    against = {"against": first.name}
     results = {
         "runs": [about(run) for run in runs],
         **contrast([yaml.safe_load(dump(run.config)) for run in runs], [run.images for run in runs]),
         "warnings": words("of_runs", runs=runs, paired=changes),
         "means": [{"run": name} | row for name, rows in means.items() for row in rows],
-        "changes": [{"run": name} | against | row for name, rows in changes.items() for row in rows],
+        "changes": [{"run": name, "against": first.name} | row for name, rows in changes.items() for row in rows],
     }
     write_file(out / "comparison.json", as_json(results))
     others = [run.name for run in others]

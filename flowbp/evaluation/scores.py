@@ -38,8 +38,7 @@ Scorers = Mapping[str, Scorer]
 # What a chunk of b samples gave: metric -> [b] float64; "embedding" -> [b, d]; "images" -> [m, 3, H, W] uint8
 Part = dict[str, Tensor]
 Row = dict[str, Any]  # of a table of means (`summarise`) or of changes (`compare`)
-EMBEDDING = "embedding"
-BALANCED = "category mean"
+EMBEDDING, BALANCED = "embedding", "category mean"
 COLUMNS = ("prompt", "category", "seed")  # of a table of scores, before the metrics
 # Loaders of checkers by name. A loader takes all texts that will be judged, and returns a scorer of 0 and 1.
 CHECKERS = {"shapes": "flowbp.shapes.checker:load_checker"}

@@ -75,8 +75,7 @@ def below(state: State, prefix: str, checkpoint: str) -> State:
     """The weights whose names begin with `prefix`, without the prefix. Raises ValueError, naming `checkpoint`, for
     none.
     """
-    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if not found:
+    if not (found := {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}):
         raise ValueError(f"these are not the weights of {checkpoint}: nothing is named {prefix}*")
     return found
 

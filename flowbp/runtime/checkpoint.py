@@ -14,12 +14,9 @@ if TYPE_CHECKING:  # whether a folder holds checkpoints is told without torch
 
     from flowbp.rewards import WeightedRewards
 
-LORA = "pytorch_lora_weights.safetensors"
-TRANSFORMER = "transformer"
+LORA, TRANSFORMER = "pytorch_lora_weights.safetensors", "transformer"  # weights as diffusers reads them
 CHECKPOINTS = "checkpoints"  # in a run's folder
-CHECKPOINT = "parameters.safetensors"
-STATE = "state.pt"
-PROGRESS = "step.json"
+CHECKPOINT, STATE, PROGRESS = "parameters.safetensors", "state.pt", "step.json"  # in a checkpoint
 
 
 class Trained(Protocol):

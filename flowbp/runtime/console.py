@@ -12,11 +12,6 @@ from rich.text import Text
 from tqdm.std import Bar, tqdm  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm.utils import disp_len
 
-HARMLESS = {  # logger: a part of its messages that ask for nothing
-    "diffusers.loaders.peft": "No LoRA keys associated to CLIPText",  # the text encoders are never tuned
-    "diffusers.loaders.lora_base": "No LoRA keys associated to CLIPText",
-    "diffusers.models.modeling_utils": "should be kept in float32: []",
-}
 # Control characters but tab and line end, those that turn the direction of text, halves of UTF-16, and two code points
 # that are no character, which XML refuses.
 OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
@@ -40,8 +35,7 @@ class TextConsole(Console):
         super().__init__(quiet=not is_main() if quiet is None else quiet, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        options.update(markup=False, emoji=False)
-        return super().render_str(plain(text), **options)
+        return super().render_str(plain(text), **options | {"markup": False, "emoji": False})
 
 
 class TextBar(tqdm):
@@ -70,11 +64,9 @@ class TextRecord(logging.LogRecord):
 
 
 def tame_libraries() -> None:
-    """Drop the HARMLESS messages, and show all others that are logged or warned of as text. Imports no library."""
+    """Show all messages that are logged or warned of as text. Imports no library."""
     logging.setLogRecordFactory(TextRecord)
     warnings.formatwarning = lambda *about, **options: plain(WARNING(*about, **options))
-    for name, part in HARMLESS.items():
-        logging.getLogger(name).addFilter(lambda record, part=part: part not in record.getMessage())
 
 
 def is_main() -> bool:

@@ -47,8 +47,7 @@ def load_prompts(source: str) -> list[Prompt]:
         keys = "data.prompts and evaluation.prompts name files or folders of prompts"
         raise FileNotFoundError(f"prompt file {short(source)} does not exist; {keys}")
     found = _read_folder(path) if path.is_dir() else _read_prompts(path)
-    prompts = [Prompt(text.strip(), category) for text, category in found if text.strip()]
-    if not prompts:
+    if not (prompts := [Prompt(text.strip(), category) for text, category in found if text.strip()]):
         raise ValueError(f"prompt file {source!r} holds no prompt; write one a line")
     if strange := [tuple(prompt) for prompt in prompts if NO_TEXT.search("".join(prompt))]:
         raise ValueError(f"prompt file {source!r} holds {short(strange[0])}, which is no text: save it as UTF-8")

@@ -37,17 +37,14 @@ from flowbp_kernels import offload_blocks
 BATCH = 8  # prompts that are encoded together, always equally many, because rounding depends on the size of a batch
 
 Encode = Callable[[list[str]], Conditioning]
+Device = torch.device | str | None
 Progress = Callable[[int], object]  # takes the number of prompts that were done since the last call
 
 log = logging.getLogger(__name__)
 
 
 def embed_once(
-    backbone: Backbone,
-    prompts: Iterable[str],
-    cache: Path | None = None,
-    device: torch.device | str | None = None,
-    offload: bool = False,
+    backbone: Backbone, prompts: Iterable[str], cache: Path | None = None, device: Device = None, offload: bool = False
 ) -> None:
     """Embed `prompts` and the empty prompt into `cache`, release the text encoders, and let `backbone.encode` read it.
 
@@ -113,12 +110,8 @@ class EmbeddingCache:
 
     def fill(self, encode: Encode, prompts: list[str], progress: Progress = lambda done: None) -> None:
         """Embed those of `prompts` that have no undamaged file."""
-        missing = []
-        for prompt in prompts:
-            if self.holds(prompt):
-                progress(1)
-            else:
-                missing.append(prompt)
+        missing = [prompt for prompt in prompts if not self.holds(prompt)]
+        progress(len(prompts) - len(missing))
         if damaged := sum(self.path(prompt).exists() for prompt in missing):
             again = "cached embeddings in %s are damaged: computing them again"
             log.warning(f"%d of %d {again}", damaged, len(prompts), self.folder)

@@ -45,8 +45,8 @@ def replacing(path: Path, cache: bool = False) -> Iterator[Path]:
         for part in parts(scratch):
             if part.is_file():  # safetensors writes for this user alone
                 part.chmod(0o666 & ~umask())
-        if not cache:
-            flush(scratch)
+            if not cache:
+                sync(part)
         if path.is_dir():  # one folder cannot replace another
             os.replace(path, folder / "old")
         os.replace(scratch, path)
@@ -62,13 +62,12 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     is locked, and the kernel frees the lock of a killed process.
     """
     folder = Path(tempfile.mkdtemp(SCRATCH, f".{path.name}.", path.parent))
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-        os.close(handle)
+    with opened(folder) as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield folder
+        finally:
+            shutil.rmtree(folder)
 
 
 def remove_left(folder: Path, name: str = "*") -> None:
@@ -77,14 +76,11 @@ def remove_left(folder: Path, name: str = "*") -> None:
     Those that a live process has locked stay, and so does all that is no folder.
     """
     for left in folder.glob(LEFT.replace("*", name)):
-        with suppress(OSError):  # locked, a link, a file, or removed in this moment by another process
-            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.listdir(handle):  # an empty one may be of a process that has yet to lock it
-                    shutil.rmtree(left)
-            finally:
-                os.close(handle)
+        # An error: it is locked, a link, a file, or removed in this moment by another process.
+        with suppress(OSError), opened(left, os.O_DIRECTORY | os.O_NOFOLLOW) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.listdir(handle):  # an empty one may be of a process that has yet to lock it
+                shutil.rmtree(left)
 
 
 @contextmanager
@@ -167,12 +163,6 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def flush(path: Path) -> None:
-    """Wait until a file, or all that a folder holds, is on the disk."""
-    for part in parts(path):
-        sync(part)
-
-
 def parts(path: Path) -> tuple[Path, ...]:
     """All that a folder holds, and `path` itself."""
     return (*(path.rglob("*") if path.is_dir() else ()), path)
@@ -186,8 +176,16 @@ def umask() -> int:
 
 
 def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
+    """Wait until a file, or the list of what a folder holds, is on the disk."""
+    with opened(path) as handle:
         os.fsync(handle)
+
+
+@contextmanager
+def opened(path: Path, flags: int = 0) -> Iterator[int]:
+    """The system's handle of a file or a folder that is read, closed after the block. flags: more of `os.open`."""
+    handle = os.open(path, os.O_RDONLY | flags)
+    try:
+        yield handle
     finally:
         os.close(handle)

@@ -8,7 +8,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from flowbp.backbones import missing_quantiser, read_index
+from flowbp.backbones import check_quantiser, read_index
 from flowbp.config import ConfigError, RunConfig
 from flowbp.config.schema import EvaluationConfig, GenEvalConfig, ScorerConfig
 from flowbp.foreign import short
@@ -41,8 +41,7 @@ def check_inputs(config: RunConfig, train: bool = False) -> None:
             find_folders(spec.name, find_source(spec.name), spec.model, spec.revision)
     if train and config.optimizer.name == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise ConfigError("optimizer.name=adamw8bit: no bitsandbytes here; pip install bitsandbytes, or use adamw")
-    if missing := missing_quantiser(config.backbone.model_dump()["quantise"]):
-        raise ConfigError(missing)
+    check_quantiser(config.backbone.model_dump()["quantise"])
     read_index(config.backbone.name)
 
 

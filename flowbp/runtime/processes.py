@@ -93,8 +93,7 @@ def naming_the_dead() -> Iterator[None]:
             yield
         except RuntimeError as error:
             time.sleep(1)  # a process that ends does not close all that it holds at once
-            dead = [str(index) for index, (machine, port) in enumerate(ports) if not lives(machine, port)]
-            if not dead:
+            if not (dead := [str(index) for index, (machine, port) in enumerate(ports) if not lives(machine, port)]):
                 raise
             ended = f"process{'es' if len(dead) > 1 else ''} {', '.join(dead)} of 0 to {len(ports) - 1} ended"
             raise ConnectionError(f"{ended}, and process {state.process_index} cannot go on alone") from error

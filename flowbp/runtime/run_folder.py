@@ -34,10 +34,7 @@ from flowbp.runtime import files
 from flowbp.runtime.checkpoint import CHECKPOINTS, LORA, TRANSFORMER, latest_checkpoint, progress, prune
 from flowbp.runtime.console import is_main
 
-METRICS = "metrics.jsonl"
-BEST = "best"
-VALIDATION = "validation"
-TENSORBOARD = "tensorboard"
+METRICS, BEST, VALIDATION, TENSORBOARD = "metrics.jsonl", "best", "validation", "tensorboard"
 MARK = ".flowbp"  # in a folder that a command wrote; it holds the name of the command
 
 Values = Mapping[str, np.ndarray]  # scores [n] float64 by metric

@@ -73,8 +73,7 @@ class TunedModel:
 
     def take_gradients(self) -> None:
         """Move each parameter's gradient to its master weight. Raises ValueError if a trained parameter has none."""
-        missing = [name for name, p in self.parameters.items() if p.grad is None]
-        if missing:
+        if missing := [name for name, p in self.parameters.items() if p.grad is None]:
             what = f"{len(missing)} of {len(self.parameters)} trained parameters take no part in the velocity"
             raise ValueError(f"{what}, such as {missing[0]}, and would never change: name others in tuning.targets")
         for name, parameter in self.parameters.items():
@@ -101,17 +100,16 @@ class TunedModel:
     def as_base(self) -> Iterator[None]:
         """The network is the base model for the block: without its adapter, or as the copy that was made of it."""
         pipe, own = self.backbone.pipe, self.backbone.denoiser
+        if self._copy is None:
+            own.disable_adapters()
+        else:
+            pipe.transformer = self._copy
         try:
-            if self._copy is None:
-                own.disable_adapters()
-            else:
-                pipe.transformer = self._copy
             yield
         finally:
+            pipe.transformer = own
             if self._copy is None:
                 own.enable_adapters()
-            else:
-                pipe.transformer = own
 
     @contextmanager
     def using(self, weights: Mapping[str, Tensor]) -> Iterator[Backbone]:

@@ -121,8 +121,8 @@ def warnings(history: History, trained: Sequence[str], held_out: Sequence[str]) 
             relative = row["change"] / row["before"]
             if relative * np.sign(limit) > abs(limit) and (row["low"] > 0 or row["high"] < 0):
                 drifted.append((row, relative))
-    found = {"silent": silent, "watched": watched, "trained": trained, "drifted": drifted}
-    return words("of_training", first=first, last=last, **found)
+    found = {"silent": silent, "watched": watched, "drifted": drifted}
+    return words("of_training", first=first, last=last, trained=trained, **found)
 
 
 def overall(before: Scores, after: Scores) -> dict[str, Row]:

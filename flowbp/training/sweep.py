@@ -46,9 +46,8 @@ class SweptRun:
     @property
     def finished(self) -> bool:
         """Whether it has taken all its steps and written its report, which is the last that it writes."""
-        if not (self.folder / "report.html").is_file():
-            return False
-        return read(self.folder / CONFIG)[0]["steps"] == self.config.steps
+        reported = (self.folder / "report.html").is_file()
+        return reported and read(self.folder / CONFIG)[0]["steps"] == self.config.steps
 
 
 def planned(config: str, overrides: Sequence[str], folder: Path) -> list[SweptRun]:
@@ -87,9 +86,8 @@ def planned(config: str, overrides: Sequence[str], folder: Path) -> list[SweptRu
                 RunFolder(place).check(run, resume=True, overwrite=False)
             runs.append(SweptRun(setting, seed, place, (config, *typed), run))
     folders = [run.folder for run in runs]
-    for run in runs:
-        if folders.count(run.folder) > 1:
-            raise ConfigError(f"two settings would share the folder {run.folder}: name each value once, or sweep apart")
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise ConfigError(f"two settings would share the folder {twice[0]}: name each value once, or sweep apart")
     return runs
 
 
@@ -124,11 +122,9 @@ def sweep(runs: Sequence[SweptRun], folder: Path, processes: int) -> dict[str, A
         mark_folder(folder, "flowbp sweep")
         failed = make([run for run in runs if not run.finished], processes, len(runs))
         finished = [run for run in runs if run.finished]
-        results = {"runs": [], "rows": summary(finished, runs[0].setting), "failed": failed}
-        for run in finished:
-            about = read_json(run.folder / "environment.json")
-            told = {"setting": run.setting, "seed": run.seed, "scores": overall(run), "environment": about}
-            results["runs"].append(told)
+        made_in = [(run, read_json(run.folder / "environment.json")) for run in finished]
+        told = [{"setting": r.setting, "seed": r.seed, "scores": overall(r), "environment": e} for r, e in made_in]
+        results = {"runs": told, "rows": summary(finished, runs[0].setting), "failed": failed}
         write_file(folder / "sweep.json", as_json(results))
         if finished:
             from flowbp.evaluation.pages import render  # with what it draws: imports matplotlib

@@ -364,7 +364,7 @@ def test_a_missing_library_is_named_with_the_extra(kind, library, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("flowbp.backbones.find_spec", lambda name: None if name == library else find(name))
     says = rf'backbone.quantise.weights={kind} needs {library}: pip install "flowbp\[quantise\]"'
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ValueError, match=says):
         check_inputs(load("demo", [f"backbone.quantise.weights={kind}"]), train=True)
     with pytest.raises(ValueError, match=says):
         load_backbone("shapes", quantise={"weights": kind, "text_encoders": None})
