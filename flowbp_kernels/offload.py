@@ -60,8 +60,8 @@ def offload_blocks(
     gradient, and costs two reads of each output and one synchronisation a block.
 
     Raises ValueError where there is no block or nothing frozen in one, for blocks within each other, a block that is
-    compiled, sharded weights (FSDP2) and 8-bit layers of bitsandbytes; in a forward pass, where a frozen weight has
-    been set to require grad since. Raises RuntimeError, in backward, where a recomputation gave other bits.
+    compiled, sharded weights (FSDP2) and 8-bit layers of bitsandbytes. A forward pass raises it where a frozen weight
+    was replaced or set to require grad since. Backward raises RuntimeError where a recomputation gave other bits.
 
         transformer.enable_gradient_checkpointing()
         handle = flowbp_kernels.offload_blocks(transformer, "cuda")
@@ -171,6 +171,10 @@ class Visits:
 
     def _begin(self, module: nn.Module, arguments: Any) -> None:
         """The module is called. Checkpointing would stop a recomputation before its output, unless told not to here."""
+        if self._passes:  # a KeyboardInterrupt ended the last call: PyTorch calls the hooks below for errors alone
+            self._end(module, arguments, None)
+            for visitor in self._visitors:
+                visitor.swap([home for _, _, home in visitor.homes])
         most = max((len(visitor.checksums) for visitor in self._visitors), default=0)
         if torch.is_grad_enabled() and (self._compared or most >= WATCHED):
             self.watching = False
@@ -225,6 +229,11 @@ class _Visitor:
         block._apply = self._apply
 
     def _come(self) -> None:
+        if any(table[key] is not home for table, key, home in self.homes):
+            raise ValueError(
+                f"a weight of {self.name} was replaced while its block was offloaded, and the new one would not visit: "
+                "copy into it in place, or call undo() of the handle first, and offload_blocks again"
+            )
         if any(home.requires_grad for _, _, home in self.homes):
             raise ValueError(
                 f"a weight of {self.name} was frozen when its block was offloaded, and requires grad now. It would get "

@@ -322,7 +322,7 @@ def test_where_nothing_fits_the_smallest_found_is_told(tmp_path):
     start = ["tuning.mode=full", f"tuning.init={tmp_path}"]  # a LoRA would start elsewhere, so it is not suggested
     *_, (added, processes, smallest) = suggest("demo", [f"output={tmp_path}", *start], 1.0)
     assert not smallest.fits(1.0) and smallest.peak < estimate(load("demo", start)).peak
-    assert "memory.shard=true" in added and "tuning.mode=lora" not in added and processes > 1
+    assert "memory.shard=all" in added and "tuning.mode=lora" not in added and processes > 1
 
 
 @pytest.mark.parametrize(

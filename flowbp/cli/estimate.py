@@ -47,8 +47,9 @@ def estimate(
         say(Text("not counted:", "yellow"), note)
     ways = (False, True)[: 1 + bool(run.memory.shard)]
     received = [traffic(whole, cards, once, bandwidth) for cards in (1, 8, 64) for once in ways]
-    for line in words("received", rows=received, bandwidth=bandwidth, machine=MACHINE):
-        say_unwrapped(line)
+    if run.memory.shard or processes > 1:
+        for line in words("received", rows=received, bandwidth=bandwidth, machine=MACHINE):
+            say_unwrapped(line)
     if json_file is not None:
         json_file.write_text(as_json(whole.as_dict() | {"communication": received}), encoding="utf-8")
     if memory is None:

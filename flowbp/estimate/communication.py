@@ -40,6 +40,6 @@ def traffic(estimate: Any, cards: int, once: bool, bandwidth: tuple[float, float
     scattered = (steps * backward if memory.shard_gradients else 1) * gradients * (n - 1) / n
     averaged = 2 * gradients / n * (1 - n / cards)
     within, among = (1e9 * bandwidth[ring > MACHINE] for ring in (n, cards))
-    told = {"cards": cards, "gathers": "once a rollout" if once else "for every pass"}
+    told = {"cards": cards, "gathers": "once a rollout" if once else "every pass"}
     seconds = (gathered + scattered) / within + averaged / among
     return told | {"gathered": gathered, "reduced": scattered + averaged, "seconds": seconds}

@@ -187,7 +187,7 @@ def suggest(
     left = changes(found.config)
     while not found.fits(memory):
         acting = [(change, processes) for phases, change in left if found.peak_phase in phases]
-        for change, count in [*acting, (["memory.shard=true"], 2 * processes)]:
+        for change, count in [*acting, ([f"memory.shard={found.config.memory.shard or 'all'}"], 2 * processes)]:
             candidate = over(added, change)
             try:
                 tried = estimate(load(name, [*overrides, *candidate], run_code=False), count)

@@ -422,6 +422,37 @@ def test_what_cannot_visit_is_refused_and_changes_nothing():
         assert not any(part._forward_hooks or "_apply" in vars(part) for part in each.modules())
 
 
+def test_a_call_that_was_interrupted_leaves_nothing_behind():
+    plain, visiting = network(), network()
+    handle = offload_blocks(visiting, "cpu")
+    x = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt  # for which PyTorch runs no forward hook
+
+    hook = visiting.blocks[2].linear.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        visiting(x)
+    hook.remove()
+    visiting(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    for ours, theirs in zip(visiting.trained, plain.trained, strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    handle.undo()
+    y = visiting(x)
+    with torch.no_grad():
+        visiting.blocks[1].linear.weight.add_(1)
+    assert not torch.equal(visiting(x), y)  # the weights that were at home are the module's own
+
+
+def test_a_weight_that_was_replaced_is_refused():
+    visiting = network()
+    offload_blocks(visiting, "cpu")
+    visiting.blocks[1].linear.weight = nn.Parameter(torch.zeros(WIDTH, WIDTH), requires_grad=False)
+    with pytest.raises(ValueError, match="a weight of blocks.1 was replaced"):
+        visiting(torch.ones(2, WIDTH))
+
+
 def test_what_an_offloaded_module_cannot_do_is_refused():
     module = network()
     handle = offload_blocks(module, "cpu")
