@@ -161,9 +161,7 @@ class MemoryConfig(Strict):
     vae_slicing: bool = key(False, "decode one image at a time; saves memory together with vae_checkpointing")
     vae_tiling: bool = key(False, "decode images above the VAE's own sample size in overlapping tiles, blended")
     shard: values.Shards = key(False, "split weights (FSDP2) over all processes, or those of a node; false: copy them")
-    gather: Literal["auto", "rollout", "block"] = key(
-        "auto", "shards: once a rollout, each block at every pass, or what fits"
-    )
+    gather: Literal["auto", "rollout", "block"] = key("auto", "shards: once a rollout, at every pass, or what fits")
     shard_gradients: bool = key(False, "with shard: split gradients after every backward pass, not once a step")
 
     @validator(mode="after")

@@ -35,7 +35,8 @@ class TextConsole(Console):
         super().__init__(quiet=not is_main() if quiet is None else quiet, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(plain(text), **options | {"markup": False, "emoji": False})
+        options.update(markup=False, emoji=False)
+        return super().render_str(plain(text), **options)
 
 
 class TextBar(tqdm):
