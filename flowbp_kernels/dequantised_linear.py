@@ -5,6 +5,7 @@ graph of a pass would hold the whole plain network.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -52,10 +53,10 @@ class PackedLinear(nn.Linear):
     def dequantised(self, weight: Tensor) -> Tensor:
         # torchao takes int8 in the layer's dtype and float8 in float32 times the scales, whose product is float32.
         shape, narrow = (self.out_features, self.in_features), self.method != "float8"
-        entries = weight.new_empty(shape, dtype=self.dtype if narrow else torch.float32)
+        entries = partial(weight.new_empty, shape, dtype=self.dtype if narrow else torch.float32)
         if self.method == "nf4":
-            return entries
-        return (entries * weight.new_empty((self.out_features, 1), dtype=torch.float32)).to(self.dtype)
+            return entries()
+        return (entries() * weight.new_empty((self.out_features, 1), dtype=torch.float32)).to(self.dtype)
 
 
 class _DequantisedLinear(torch.autograd.Function):

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from flowbp.backbones.base import Backbone, Precision, bind_velocity, check_guidance  # noqa: F401
     from flowbp.backbones.classes import BACKBONES  # noqa: F401
 
-__all__ = ["BACKBONES", "KNOWN_MODELS", "load_backbone", "locate"]
-__all__ += ["Backbone", "Precision", "bind_velocity", "check_guidance"]
+__all__ = "BACKBONES KNOWN_MODELS load_backbone locate Backbone Precision bind_velocity check_guidance".split()
 
 # What libraries say that asks for nothing: of parts that nothing here calls, when diffusers imports them, and of LoRAs
 # of text encoders, which are never tuned. Logger -> a part of its messages.

@@ -83,6 +83,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$")]
 Backend = Annotated[str, AfterValidator(known_backend)]
 Levels = Literal["published", "pipeline"]
 Bits = Literal["nf4", "int8", "float8"]
+OfWeights = BeforeValidator(lambda v: {"weights": v} if isinstance(v, str) else v)
 Kernels = Annotated[Literal["auto", "off"], BeforeValidator(lambda v: "off" if v is False else v)]  # as YAML reads off
 Shards = Annotated[Literal[False, "node", "all"], BeforeValidator(lambda v: "all" if v is True else v)]  # true: all
 MethodField = Annotated[

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedModel, Qwen3Config
 
 from flowbp.backbones import Backbone, bind_velocity
 from flowbp.backbones.quantise import linear_layers
@@ -249,11 +249,11 @@ def _reward(spec: ScorerConfig) -> MetaReward:
     return MetaReward(ImageTower(tower, "meta", dtype), weight_bytes)
 
 
-def _read_clip(folder: Path) -> tuple[int, CLIPVisionConfig]:
+def _read_clip(folder: Path) -> tuple[int, transformers.CLIPVisionConfig]:
     """(parameters, config of the image tower) of the CLIP model in `folder`."""
-    config = CLIPConfig.from_pretrained(folder)
+    config = transformers.CLIPConfig.from_pretrained(folder)
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in CLIPModel(config).parameters())
+        parameters = sum(p.numel() for p in transformers.CLIPModel(config).parameters())
     config.vision_config.projection_dim = config.projection_dim
     return parameters, config.vision_config
 
@@ -277,19 +277,33 @@ def text_pass(options: BackboneConfig, offload: bool = False) -> ModelsPass:
     home = sum(map(send_home, encoders)) if offload else 0
     with torch.no_grad(), fused_attention(), LiveBytes(t for encoder in encoders for t in tensors(encoder)) as live:
         weight_bytes = live.alive
-        for encoder in encoders * (2 if offload else 1):
-            _encode(encoder, backbone.text_tokens)
+        for _ in range(2 if offload else 1):
+            _embed(backbone, encoders)
         return ModelsPass(weight_bytes - home, live.peak - weight_bytes)
 
 
-def _encode(encoder: PreTrainedModel, tokens: int) -> None:
-    """One batch of prompts, as long as the encoder pads them."""
+def _embed(backbone: Backbone, encoders: list[transformers.PreTrainedModel]) -> None:
+    """One batch of prompts, joined as the pipelines do it: SD3 joins the states of both CLIPs before T5 runs, and
+    FLUX.2 [klein] stacks the states of three layers before it copies them into place.
+    """
+    states, stacks = [], isinstance(encoders[0], transformers.Qwen3ForCausalLM)
+    for encoder in encoders:
+        states.append(_encode(encoder, backbone.text_tokens))
+        clips = [state[1] for state in states if isinstance(state, tuple)]
+        _clips = torch.cat(clips, dim=-1) if len(clips) > 1 else None
+    _joined = [backbone.encode([""] * BATCH) for _ in range(1 + stacks)]
+
+
+def _encode(encoder: transformers.PreTrainedModel, tokens: int) -> Any:
+    """Hidden states of one batch of prompts, as long as the encoder pads them."""
     options, at = dict(SIZES["calls"].get(type(encoder).__name__, {})), {"device": "meta"}
-    if isinstance(encoder.config, CLIPTextConfig):
+    if isinstance(encoder.config, transformers.CLIPTextConfig):
         tokens = encoder.config.max_position_embeddings
-    if isinstance(encoder.config, Qwen3Config):
+    if isinstance(encoder.config, transformers.Qwen3Config):
         options["attention_mask"] = torch.ones(BATCH, 1, tokens, tokens, dtype=torch.bool, **at)
-    encoder(input_ids=torch.zeros(BATCH, tokens, dtype=torch.int64, **at), **options)
+    output = encoder(input_ids=torch.zeros(BATCH, tokens, dtype=torch.int64, **at), **options)
+    projected = isinstance(encoder, transformers.CLIPTextModelWithProjection)
+    return (output[0], output.hidden_states[-2]) if projected else output
 
 
 # -- counting --------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from flowbp.runtime.processes import naming_the_dead
 from flowbp.runtime.reproducible import one_thread
 from flowbp.runtime.run_folder import contents, locked, mark_folder
 from flowbp.runtime.tensors import read_tensors, write_tensors
-from flowbp.runtime.weights import weight_files
+from flowbp.runtime.weights import check_base, weight_files
 
 log = logging.getLogger(__name__)
 MANIFEST, CHUNKS = "model.json", "[0-9]" * 5 + ".safetensors"
@@ -122,6 +122,8 @@ def manifest(
     """All that the scores of a model depend on."""
     if weights is not None and not weights.exists():
         raise FileNotFoundError(f"the weights of {name}, {weights}, do not exist")
+    if weights is not None:
+        check_base(weight_files(weights)[0].parent, bool(config.backbone.quantise and config.backbone.quantise.weights))
     settings = config.model_dump(mode="json", include={"backbone", "guidance", "reward", "evaluation"})
     settings["rollout"] = config.evaluation_rollout.model_dump(mode="json")
     at = {} if strength == 1 else {"strength": strength}

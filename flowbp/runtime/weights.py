@@ -175,8 +175,7 @@ def load_weights(
 
 def read_transformer(backbone: "Backbone", folder: Path) -> dict[str, Tensor]:
     """All weights of `folder`, which fit the denoiser. Raises ValueError where they do not, or it is quantised."""
-    if getattr(backbone.denoiser, "is_quantized", False):
-        raise ValueError(f"{folder} holds all weights, plain ones: load it with backbone.quantise.weights=null")
+    check_base(folder, getattr(backbone.denoiser, "is_quantized", False))
     for file in (folder / "config.json", *folder.glob("*.safetensors*")):
         check_seal(file)
     saved, report = type(backbone.denoiser).from_pretrained(folder, output_loading_info=True)
@@ -186,6 +185,12 @@ def read_transformer(backbone: "Backbone", folder: Path) -> dict[str, Tensor]:
     if strange:
         raise another_model(backbone, folder, f"{len(strange)} tensors, such as {cut(strange[0])},")
     return check_finite(state, folder)
+
+
+def check_base(folder: Path, quantised: bool) -> None:
+    """Raise ValueError if `folder` holds all weights of a transformer, and the base is quantised."""
+    if quantised and (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds all weights, plain ones: load it with backbone.quantise.weights=null")
 
 
 def another_model(backbone: "Backbone", source: Path, what: str) -> ValueError:

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from flowbp.backbones import BACKBONES, bind_velocity, load_backbone
 from flowbp.cli import app
 from flowbp.config import ConfigError, build_method, load
-from flowbp.config.schema import TuningConfig
+from flowbp.config.schema import QuantiseConfig, TuningConfig
+from flowbp.evaluation.models import run_evaluation
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
 from flowbp.runtime.checkpoint import save_checkpoint
@@ -381,3 +382,15 @@ def test_all_weights_of_a_run_do_not_replace_quantised_ones(quantised, tmp_path)
     save_weights(BACKBONES[SD3](tiny_pipeline(SD3, wider=WIDER[SD3])), tmp_path)
     with pytest.raises(ValueError, match="holds all weights, plain ones: .*backbone.quantise.weights=null"):
         load_weights(quantised(SD3, "int8"), tmp_path)
+
+
+def test_an_evaluation_refuses_them_before_it_draws(tmp_path):
+    save_weights(BACKBONES[SD3](tiny_pipeline(SD3, wider=WIDER[SD3])), tmp_path)
+    config = load("demo", ["backbone.quantise=int8", f"output={tmp_path}"])
+    with pytest.raises(ValueError, match="holds all weights, plain ones: .*backbone.quantise.weights=null"):
+        run_evaluation(config, {"base": None, "full": tmp_path}, tmp_path / "eval")
+    assert not (tmp_path / "eval").exists()
+
+
+def test_a_word_is_short_for_the_format_of_the_weights():
+    assert load("demo", ["backbone.quantise=nf4"]).backbone.quantise == QuantiseConfig(weights="nf4")
