@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -21,13 +22,14 @@ import torch
 
 from flowbp.backbones import bind_velocity, load_backbone
 from flowbp.guidance import Guidance
-from flowbp.methods import METHODS, draw_plan
+from flowbp.methods import METHODS, Method, draw_plan
 from flowbp.objective import Objective, loss_factors, sample_weights
 from flowbp.plan import SurrogatePlan
 from flowbp.quadrature import ORDERS, Solver
 from flowbp.rewards import load_reward
 from flowbp.runtime.data import load_prompts, sample_seeds
 from flowbp.runtime.environment import environment
+from flowbp.runtime.weights import load_weights
 from flowbp.surrogate import backward, residuals, reward_input
 from flowbp.trajectory import rollout, rollout_with_graph
 
@@ -43,49 +45,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
-    backbone, reward = load_backbone("shapes", max_sequence_length=1), load_reward("clip", "shapes")
-    backbone.denoiser.requires_grad_(True)
-    parameters = list(backbone.denoiser.parameters())
-    texts = [prompt.text for prompt in load_prompts("shapes:train")[: arguments.batch]]
-    velocity = bind_velocity(backbone, texts, Guidance())
-
-    def take_gradient() -> torch.Tensor:
-        gradient = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in parameters])
-        for p in parameters:
-            p.grad = None
-        return gradient
-
-    def noise_of(draw: int) -> torch.Tensor:
-        seeds = sample_seeds(0, draw, count=len(texts))
-        return backbone.noise(32, 32, [torch.Generator().manual_seed(seed) for seed in seeds])
-
-    @cache
-    def of_the_chain(solver: Solver, steps: int, draw: int) -> torch.Tensor:
-        end = rollout_with_graph(velocity, noise_of(draw), backbone.sigmas(steps, 32, 32), solver)
-        (-reward(backbone.decode(end), texts)).mean().backward()
-        return take_gradient()
-
-    def of_the_plan(plan: SurrogatePlan, solver: Solver, sigmas: torch.Tensor, draw: int) -> torch.Tensor:
-        noise = noise_of(draw)
-        renoise = [torch.randn_like(noise) for _ in range(plan.num_renoised)]
-        trajectory = rollout(velocity, noise, sigmas, plan, renoise, solver=solver)
-        z = reward_input(plan, trajectory).requires_grad_()
-        factors = None
-        if plan.similarity is not None:
-            factors = loss_factors(*sample_weights(plan.similarity, *residuals(plan, trajectory)))
-        loss = Objective().loss(reward(backbone.decode(z), texts * (1 + plan.num_renoised)), factors)
-        backward(plan, trajectory, velocity.replay, torch.autograd.grad(loss, z)[0])
-        return take_gradient()
-
+    probe = Probe(arguments.batch)
     rows = []
     for solver, steps in arguments.samplers:
-        sigmas, chain = backbone.sigmas(steps, 32, 32), arguments.chain or (solver, steps)
+        sigmas, chain = probe.backbone.sigmas(steps, 32, 32), arguments.chain or (solver, steps)
         for name in arguments.methods:
-            method = METHODS[name](last_n=5) if name == "refl" else METHODS[name]()
+            method = usual(name)
             rng, cosines, calls = np.random.default_rng(0), [], 0.0
             for draw in range(arguments.draws):
                 plan = draw_plan(method, sigmas.double().numpy(), rng, solver)
-                surrogate, full = of_the_plan(plan, solver, sigmas, draw), of_the_chain(*chain, draw)
+                surrogate, full = probe.of_the_plan(plan, sigmas, draw, solver), probe.of_the_chain(*chain, draw)
                 cosines.append(torch.cosine_similarity(surrogate, full, dim=0).item())
                 calls += (plan.num_steps(steps) + len(plan.active) + 2 * plan.num_renoised) / arguments.draws
             row = {"sampler": f"{solver} {steps}", "method": name}
@@ -96,6 +65,70 @@ def main() -> None:
     if arguments.json:
         about = {"environment": environment(), "draws": arguments.draws, "batch": arguments.batch}
         arguments.json.write_text(json.dumps(about | {"chain": arguments.chain, "rows": rows}, indent=1) + "\n")
+
+
+class Probe:
+    """The embedded model, its reward, and a batch of training prompts. A gradient is one vector of all weights.
+
+    tuned: a run or LoRA file whose weights are added to the model's.
+    """
+
+    def __init__(self, batch: int, tuned: Path | None = None):
+        self.backbone, self.reward = load_backbone("shapes", max_sequence_length=1), load_reward("clip", "shapes")
+        if tuned is not None:
+            load_weights(self.backbone, tuned)
+            self.backbone.denoiser.fuse_lora()
+            self.backbone.denoiser.unload_lora()
+        self.backbone.denoiser.requires_grad_(True)
+        self.parameters = list(self.backbone.denoiser.parameters())
+        self.texts = [prompt.text for prompt in load_prompts("shapes:train")[:batch]]
+        self.velocity = bind_velocity(self.backbone, self.texts, Guidance())
+        self.of_the_chain = cache(self._of_the_chain)
+
+    def take_gradient(self) -> torch.Tensor:
+        taken = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in self.parameters])
+        for p in self.parameters:
+            p.grad = None
+        return taken
+
+    def noise(self, draw: int) -> torch.Tensor:
+        seeds = sample_seeds(0, draw, count=len(self.texts))
+        return self.backbone.noise(32, 32, [torch.Generator().manual_seed(seed) for seed in seeds])
+
+    def loss(self, sample: torch.Tensor) -> torch.Tensor:
+        return (-self.reward(self.backbone.decode(sample), self.texts)).mean()
+
+    def _of_the_chain(self, solver: Solver, steps: int, draw: int) -> torch.Tensor:
+        """The gradient through a whole rollout."""
+        sigmas = self.backbone.sigmas(steps, 32, 32)
+        self.loss(rollout_with_graph(self.velocity, self.noise(draw), sigmas, solver)).backward()
+        return self.take_gradient()
+
+    def of_the_plan(
+        self,
+        plan: SurrogatePlan,
+        sigmas: torch.Tensor,
+        draw: int,
+        solver: Solver = "euler",
+        replay: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The gradient of a plan; replay: the velocity that the sweep calls."""
+        noise = self.noise(draw)
+        renoise = [torch.randn_like(noise) for _ in range(plan.num_renoised)]
+        trajectory = rollout(self.velocity, noise, sigmas, plan, renoise, solver=solver)
+        z = reward_input(plan, trajectory).requires_grad_()
+        factors = None
+        if plan.similarity is not None:
+            factors = loss_factors(*sample_weights(plan.similarity, *residuals(plan, trajectory)))
+        scores = self.reward(self.backbone.decode(z), self.texts * (1 + plan.num_renoised))
+        (g,) = torch.autograd.grad(Objective().loss(scores, factors), z)
+        backward(plan, trajectory, replay or self.velocity.replay, g)
+        return self.take_gradient()
+
+
+def usual(name: str) -> Method:
+    """The method with its defaults; ReFL with as many last nodes as suit 12 steps."""
+    return METHODS[name](last_n=5) if name == "refl" else METHODS[name]()
 
 
 def sampler(text: str) -> tuple[Solver, int]:

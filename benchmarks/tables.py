@@ -13,7 +13,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import controls
 import few_steps
+import fidelity
 import full_size
 import recipes
 import strengths
@@ -58,6 +60,16 @@ def one_setting(sweep: dict) -> str:
     return "\n".join(lines)
 
 
+def by_setting(sweep: dict) -> str:
+    """Of a sweep with several: a row a setting, the changes with their standard deviations between training runs."""
+    lines = [f"| | runs | {' | '.join(METRICS)} |", f"|{'---|' * (2 + len(METRICS))}"]
+    for setting in dict.fromkeys(run["setting"] for run in sweep["runs"]):
+        own = [run["scores"] for run in sweep["runs"] if run["setting"] == setting]
+        cells = [with_deviation([scores[metric]["change"] for scores in own]) for metric in METRICS]
+        lines.append(f"| `{setting}` | {len(own)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def short(number: float) -> str:
     return f"{number:.3f}".replace("0.", ".", 1)
 
@@ -69,8 +81,11 @@ def with_deviation(values: list[float]) -> str:
 
 # name -> (file in docs/, what makes the table of it)
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
+    "anchor": ("anchor.json", by_setting),
+    "controls": ("controls.json", lambda found: controls.table(found["rows"])),
     "demo": ("demo/seeds.json", one_setting),
     "few-steps": ("few_steps.json", lambda found: few_steps.table(found["rows"])),
+    "fidelity": ("fidelity.json", fidelity.table),
     "full-size": ("full_size.json", lambda found: full_size.table(found["rows"])),
     "recipes": ("recipes.json", recipes.table),
     "strengths": ("strengths.json", lambda found: strengths.table(found["rows"])),
