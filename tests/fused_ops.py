@@ -1,6 +1,7 @@
 """FLOWBP_TEST_KERNELS=auto lets the models of a test run take the fused ops: what changes then, and by how much."""
 
 import os
+from inspect import signature
 
 import torch
 
@@ -17,7 +18,9 @@ def make_default(patch):
     from flowbp.backbones import load_backbone
     from flowbp.config.schema import BackboneConfig, RunConfig
 
-    patch.setattr(load_backbone, "__defaults__", (*load_backbone.__defaults__[:-1], KERNELS))
+    given = [each for each in signature(load_backbone).parameters.values() if each.default is not each.empty]
+    defaults = tuple(KERNELS if each.name == "kernels" else each.default for each in given)
+    patch.setattr(load_backbone, "__defaults__", defaults)
     patch.setattr(BackboneConfig.model_fields["kernels"], "default", KERNELS)
     for model in (BackboneConfig, RunConfig):
         model.model_rebuild(force=True)  # pydantic compiled the old default
