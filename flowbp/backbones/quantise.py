@@ -57,16 +57,16 @@ def quantise_blocks(model: nn.Module, kind: str) -> None:
             layer.__class__ = DequantisedLinear
             return layer
 
-    for parent, name in list(linear_layers(model, 64 if kind == "nf4" else 1)):
+    for parent, name in list(linear_layers(model, kind)):
         setattr(parent, name, replace(getattr(parent, name)).requires_grad_(False))
     model.is_quantized = True  # diffusers then refuses another dtype
 
 
-def linear_layers(model: nn.Module, block: int) -> Iterator[tuple[nn.Module, str]]:
-    """(parent, name) of each linear layer in the model's blocks whose rows are whole blocks of `block` weights, less
-    those that the model keeps in float32.
+def linear_layers(model: nn.Module, kind: str) -> Iterator[tuple[nn.Module, str]]:
+    """(parent, name) of each linear layer in the model's blocks that the format `kind` quantises: not those that the
+    model keeps in float32, nor in NF4 those whose rows are no whole blocks of 64 weights.
     """
-    kept, split = model._keep_in_fp32_modules or (), model._no_split_modules
+    kept, split, block = model._keep_in_fp32_modules or (), model._no_split_modules, 64 if kind == "nf4" else 1
     for parent in {m: None for whole in model.modules() if type(whole).__name__ in split for m in whole.modules()}:
         for name, child in parent.named_children():
             if type(child) is nn.Linear and name not in kept and child.in_features % block == 0:

@@ -41,8 +41,8 @@ def estimate(
     on = f"{processes} process{'es' if processes > 1 else ''}"
     console.print(tables.table("estimate", f"{config}, {on}", whole=whole))
     say(*words("cost", whole=whole))
-    for line in words("copied", size=whole.copied, bandwidth=estimates.BANDWIDTH):
-        say(line)
+    if whole.copied:
+        say(*words("copied", size=whole.copied, bandwidth=estimates.BANDWIDTH))
     for note in whole.notes:
         say(Text("not counted:", "yellow"), note)
     ways = (False, True)[: 1 + bool(run.memory.shard)]
@@ -71,8 +71,8 @@ def estimate(
     say_unwrapped(f"  {' '.join(added) or 'nothing changed'}")
     if count > processes:
         say(f"on {count} processes")
-    for line in words("copied", size=found.copied, bandwidth=estimates.BANDWIDTH):
-        say(line)
+    if found.copied:
+        say(*words("copied", size=found.copied, bandwidth=estimates.BANDWIDTH))
         if (other := estimates.quantised(config, overrides or [], added, memory, count)) is not None:
             say(f"or, with fewer bits a frozen weight and no copies: {gigabytes(other[1].peak)} GB, with")
             say_unwrapped(f"  {' '.join(other[0])}")

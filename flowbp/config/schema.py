@@ -69,7 +69,7 @@ class BackboneConfig(Strict):
     max_sequence_length: values.Size | None = key(None, "tokens of the prompt embedding; null: the pipeline's default")
     variant: values.Text | None = key(None, "of the weight files: fp16 for model.fp16.safetensors")
     kernels: values.Kernels = key("off", "fused ops in the transformer's blocks: auto, where these are known, or off")
-    quantise: Annotated[QuantiseConfig | None, values.OfWeights] = key(None, "frozen weights in fewer bits, as in nf4")
+    quantise: Annotated[QuantiseConfig | None, values.OfWeights] = key(None, "fewer bits; nf4 means {weights: nf4}")
 
 
 class RolloutConfig(Strict):

@@ -193,7 +193,7 @@ def send_home(model: nn.Module) -> int:
 
 def pack(model: nn.Module, method: str | None) -> None:
     """Put a `PackedLinear` in the place of every layer that a run quantises by `method`."""
-    for parent, name in list(linear_layers(model, 64 if method == "nf4" else 1)) if method is not None else ():
+    for parent, name in list(linear_layers(model, method)) if method is not None else ():
         setattr(parent, name, PackedLinear(parent.get_submodule(name), method))
 
 
