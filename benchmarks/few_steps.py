@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from flowbp.config import load
 from flowbp.evaluation.figures import ACTIVE, BRIDGE, INK
+from flowbp.evaluation.scores import summarise
 from flowbp.evaluation.statistics import mean_of_runs
 from flowbp.runtime.environment import environment
 from flowbp.training.trainer import Trainer
@@ -91,26 +92,37 @@ def train(name: str, seed: int, earlier: list[dict]) -> dict:
     return trained([*sampler, *others], seed, base)
 
 
-def trained(settings: list[str], seed: int, base: dict | None, kind: type[Trainer] = Trainer) -> dict:
-    """A whole run: mean scores before (`base`, where they are known) and after, calls and CPU seconds a step."""
+def trained(
+    settings: list[str], seed: int, base: dict | None, kind: type[Trainer] = Trainer, early: float | None = None
+) -> dict:
+    """A whole run: mean scores before (`base`, where they are known) and after, calls, replayed nodes and CPU seconds a
+    step. `early`: the scores are also taken once an image has had so many calls, as if each replay were a call.
+    """
     with tempfile.TemporaryDirectory() as folder:
         config = load("demo", [f"output={folder}", f"seed={seed}", *COMMON, *settings])
         trainer = kind(config)
-    model, calls = trainer.model, []
+    model, calls, replays, seconds, found = trainer.model, [], 0, 0.0, {}
     handle = model.backbone.denoiser.register_forward_hook(lambda module, given, output: calls.append(len(output[0])))
-    began = time.process_time()
-    for step in range(config.steps):
-        trainer.step(step)
-    seconds = (time.process_time() - began) / config.steps
-    handle.remove()
 
     def mean_scores(weights: dict) -> dict:
-        values = trainer.evaluator.score(model, weights).values
-        return {metric: float(np.nanmean(values[metric])) for metric in METRICS}
+        counted = len(calls)
+        scores = trainer.evaluator.score(model, weights)
+        del calls[counted:]
+        of_captions = [row for row in summarise(scores) if row["metric"] == "checker" and row["category"] != "all"]
+        categories = {row["category"]: row["mean"] for row in of_captions}
+        return {metric: float(np.nanmean(scores.values[metric])) for metric in METRICS} | {"categories": categories}
 
+    for step in range(config.steps):
+        began = time.process_time()
+        replays += len(trainer.step(step)["nodes"])
+        seconds += time.process_time() - began
+        if early is not None and "early" not in found and sum(calls) / config.data.batch_size + replays >= early:
+            found = {"early_step": step + 1, "early": mean_scores(model.tuned)}
+    handle.remove()
     scores = {"before": base or mean_scores(model.base), "after": mean_scores(model.tuned)}
     calls_of_an_image = sum(calls) / config.steps / config.data.batch_size
-    return {"calls": calls_of_an_image, "seconds": round(seconds, 4)} | scores
+    means = {"calls": calls_of_an_image, "replays": replays / config.steps, "seconds": round(seconds / config.steps, 4)}
+    return means | scores | found
 
 
 def summary(name: str, reference: str, runs: list[dict]) -> dict:
@@ -126,7 +138,8 @@ def summary(name: str, reference: str, runs: list[dict]) -> dict:
     def over(seeds: Iterable[int], less: bool = False) -> dict:
         return {
             metric: mean_of_runs([change(own[s], metric) - (change(others[s], metric) if less else 0) for s in seeds])
-            for metric in first["after"]
+            for metric in METRICS
+            if metric in first["after"]
         }
 
     return {

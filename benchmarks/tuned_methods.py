@@ -1,0 +1,119 @@
+"""The seven methods, each with the same budget of tuning, then compared over seeds on other prompts.
+
+    python benchmarks/tuned_methods.py tune --json docs/methods/tuning.json
+    python benchmarks/tuned_methods.py test --json docs/methods/tuned.json --tuning docs/methods/tuning.json
+
+tune: four trials a method on dev prompts, seed 42: three learning rates with the demo's hinge, and the middle one
+without a hinge. Each method keeps the plan settings of its own defaults. The trial with the highest monitor is chosen,
+a reward that is never trained on, because a user has no checker.
+
+test: each method with its choice, on test prompts, from several seeds, at the demo's optimizer steps, and once more
+where it has made as many network calls as the method of the fewest makes in all (`early`). A replay counts as a call,
+as it is when nothing is kept from the rollout.
+
+Otherwise the settings and the scores are those of controls.py, so that its rows can be read beside these. A run is kept
+in the JSON file when it ends, and is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from few_steps import METRICS, collect, summary, told, trained
+
+METHODS = ("refl", "draft-lv", "drtune", "leapalign", "flowbp-sparse", "flowbp-bridge", "flowbp-lagrange")
+TRIALS = {
+    "7e-4": ["optimizer.lr=7e-4"],
+    "1.4e-3": ["optimizer.lr=1.4e-3"],
+    "3.5e-4": ["optimizer.lr=3.5e-4"],
+    "7e-4, no hinge": ["optimizer.lr=7e-4", "reward.hinge=null"],
+}
+CHOSEN_BY = "monitor"
+REFERENCE = "flowbp-lagrange"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["tune", "test"])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[42, 43, 44, 45, 46], help="of test; none: only sum up")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--tuning", type=Path, help="of test: what tune has written")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+
+    if arguments.stage == "tune":
+        names = [f"{method}: {trial}" for trial in TRIALS for method in arguments.methods]
+        found = collect(arguments.json, [42] if arguments.seeds else [], names, tune)
+        found["chosen"] = {method: choice(method, found["runs"]) for method in METHODS}
+        print(trials(found["runs"], found["chosen"]))
+    else:
+        tuning = json.loads(arguments.tuning.read_text())
+        total = min(map(calls_in_all, tuning["runs"]))
+
+        def test(method: str, seed: int, earlier: list[dict]) -> dict:
+            settings = [f"method={{name: {method}}}", *TRIALS[tuning["chosen"][method]]]
+            return trained(settings, seed, earlier[0]["before"] if earlier else None, early=total)
+
+        found = collect(arguments.json, arguments.seeds, arguments.methods, test)
+        made = [method for method in METHODS if any(run["setting"] == method for run in found["runs"])]
+        found["chosen"] = tuning["chosen"]
+        found["rows"] = [summary(method, REFERENCE, found["runs"]) for method in made]
+        print(table(found))
+    arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def tune(name: str, seed: int, earlier: list[dict]) -> dict:
+    method, trial = name.split(": ")
+    settings = [f"method={{name: {method}}}", *TRIALS[trial], "evaluation.prompts=shapes:dev"]
+    return trained(settings, seed, earlier[0]["before"] if earlier else None)
+
+
+def choice(method: str, runs: list[dict]) -> str | None:
+    """The trial of a method with the highest score of CHOSEN_BY."""
+    own = {run["setting"].split(": ")[1]: run["after"][CHOSEN_BY] for run in runs if is_of(run, method)}
+    return max(own, key=own.__getitem__) if own else None
+
+
+def is_of(run: dict, method: str) -> bool:
+    return run["setting"].split(": ")[0] == method
+
+
+def calls_in_all(run: dict, steps: int = 300) -> float:
+    """Network calls of an image position over a whole run."""
+    return steps * (run["calls"] + run["replays"])
+
+
+def trials(runs: list[dict], chosen: dict[str, str | None]) -> str:
+    """Markdown: the monitor's and the checker's change of each trial; those chosen are bold."""
+    lines = [f"| | {' | '.join(TRIALS)} |", f"|{'---|' * (1 + len(TRIALS))}"]
+    for method in METHODS:
+        cells = []
+        for trial in TRIALS:
+            run = next((run for run in runs if run["setting"] == f"{method}: {trial}"), None)
+            changes = run and [run["after"][name] - run["before"][name] for name in (CHOSEN_BY, "checker")]
+            cell = " / ".join(f"{change:+.3f}".replace("0.", ".") for change in changes) if changes else ""
+            cells.append(f"**{cell}**" if chosen[method] == trial else cell)
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def table(found: dict) -> str:
+    """Markdown: the changes of each method over its seeds, and the checker's difference from REFERENCE."""
+    head = ["", "trial", "runs", "calls", "CPU s", *METRICS, f"checker less {REFERENCE}'s"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for row in found["rows"]:
+        runs = [run for run in found["runs"] if run["setting"] == row["setting"]]
+        calls = sum(run["calls"] + run["replays"] for run in runs) / len(runs)
+        cells = [row["setting"], found["chosen"][row["setting"]], str(len(runs)), f"{calls:.1f}"]
+        cells += [f"{row['seconds']:.2f}".lstrip("0"), *(told(row["change"][metric]) for metric in METRICS)]
+        cells.append(told(row["difference"]["checker"]) if row["difference"] else "")
+        lines.append(" | ".join(["", *cells, ""]).strip())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
