@@ -353,7 +353,8 @@ class RunConfig(Strict):
     def _one_name_a_metric(self):
         monitors = self.evaluation.monitors if self.evaluation else {}
         for name in {*self.reward, *monitors}:
-            if (name in self.reward and name in monitors) or name in (*LOGGED, *SCORED) or name.endswith("_seconds"):
+            taken = name in (*LOGGED, *SCORED) or name.endswith(("_seconds", "_share"))
+            if taken or (name in self.reward and name in monitors):
                 raise ConfigError(f"{name!r} names two metrics: give the reward or monitor another name")
         return self
 

@@ -31,7 +31,7 @@ def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[st
     """{title: picture} of each of `metrics` that the rows of any run hold."""
     pictures, logged = {}, {metric for rows in runs.values() for row in rows for metric in row}
     for metric in (metric for metric in metrics if metric in logged):
-        about = METRICS.get(metric, {})
+        about = METRICS.get("share" if metric.endswith("_share") else metric, {})
         title, unit = about.get("title", metric), about.get("unit", "mean score")
         pictures[title] = picture(figures.curves(runs, metric, title, unit, smooth))
     return pictures

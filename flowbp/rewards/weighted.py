@@ -3,14 +3,18 @@
 loss = sum_k  weight_k / scale_k * mean(max(hinge_k - r_k, 0))        scale_k = 1, or the running deviation of r_k
 """
 
+import logging
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from flowbp.objective import Objective
 from flowbp.rewards.base import Reward, Smoothing
+
+log = logging.getLogger("flowbp")
 
 BOUND = 10.0  # deviations: no score of 10^23 of a normal distribution lies further out
 
@@ -98,6 +102,13 @@ class WeightedRewards:
 
     def __init__(self, terms: dict[str, Term]):
         self.terms = terms
+        self.squares = dict.fromkeys(terms, 0.0)  # of the loss's gradient in the images through each reward, this step
+        scaled = [name for name, term in terms.items() if term.scale is not None]
+        if 0 < len(scaled) < len(terms):
+            drowned = (
+                "divided by its deviation, a loss may drown the others; set it for all, or watch the logged shares"
+            )
+            log.warning("normalise is true of %s alone: %s", ", ".join(scaled), drowned)
 
     @property
     def rewards(self) -> dict[str, Reward]:
@@ -107,11 +118,14 @@ class WeightedRewards:
     def score(self, images: Tensor, prompts: list[str], seeds: list[int]) -> Tensor:
         """Scores [R, K] of images [R, 3, H, W] in [0, 1] by the K rewards. seeds: one an image, for the smoothing."""
         columns = []
-        for term in self.terms.values():
-            reward = term.reward
+        for name, term in self.terms.items():
+            reward, own = term.reward, images
+            if len(self.terms) > 1 and images.requires_grad:
+                own = images.view_as(images)
+                own.register_hook(partial(self._watch, name))
             if term.smoothing is not None:
                 reward = Smoothed(reward, term.smoothing, [torch.Generator().manual_seed(seed) for seed in seeds])
-            column = reward(images, prompts)
+            column = reward(own, prompts)
             columns.append(column.to(torch.promote_types(column.dtype, torch.float32)))
         return torch.stack(columns, dim=1)
 
@@ -124,13 +138,21 @@ class WeightedRewards:
         return total
 
     def update(self, scores: Tensor) -> dict[str, float]:
-        """Show the running scales a whole batch of scores [R, K], of all processes together. Returns each reward's
-        mean.
+        """Show the running scales a whole batch of scores [R, K], of all processes together.
+
+        Returns each reward's mean, and of several rewards NAME_share: the norm of the loss's gradient in this process's
+        images through that reward, over the sum of these norms.
         """
         for term, column in zip(self.terms.values(), scores.unbind(dim=1), strict=True):
             if term.scale is not None:
                 term.scale.update(column)
-        return dict(zip(self.terms, scores.mean(dim=0).tolist(), strict=True))
+        norms = {name: float(square) ** 0.5 for name, square in self.squares.items()}
+        self.squares, total = dict.fromkeys(self.terms, 0.0), sum(norms.values()) or 1.0
+        shares = {f"{name}_share": norm / total for name, norm in norms.items()} if len(norms) > 1 else {}
+        return dict(zip(self.terms, scores.mean(dim=0).tolist(), strict=True)) | shares
+
+    def _watch(self, name: str, gradient: Tensor) -> None:
+        self.squares[name] += gradient.float().square().sum()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running scales by name."""

@@ -51,9 +51,8 @@ def test_the_loss_is_the_weighted_sum_of_each_rewards_loss():
     loss = 2 * Objective(0.55).loss(bright(x, PROMPTS), factors) + 0.5 * Objective().loss(contrast(x, PROMPTS), factors)
     torch.testing.assert_close(gradient(weighted, factors), torch.autograd.grad(loss, x)[0])
     scores = weighted.score(X, PROMPTS, [0] * 4)
-    assert weighted.update(scores) == pytest.approx(
-        {"a": bright(X, PROMPTS).mean().item(), "b": contrast(X, PROMPTS).mean().item()}
-    )
+    logged = weighted.update(scores)
+    assert (logged["a"], logged["b"]) == pytest.approx((bright(X, PROMPTS).mean().item(), scores[:, 1].mean().item()))
 
 
 def test_one_reward_of_weight_one_is_the_plain_objective():
@@ -76,6 +75,28 @@ def test_normalised_rewards_pull_alike_whatever_their_units():
         return gradient(weighted)
 
     torch.testing.assert_close(normalised(1e4), normalised(1.0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_the_logged_shares_are_those_of_each_rewards_own_gradient(rows):
+    terms = {"a": Term(bright), "b": Term(contrast, Objective(20.0), 0.5), "met": Term(contrast, Objective(-1.0))}
+    norms = torch.stack([gradient(WeightedRewards({name: term})).norm() for name, term in terms.items()])
+    weighted, factors = WeightedRewards(terms), torch.full((4,), 0.25)
+    for _ in range(2):  # a step's shares are its own
+        scores, _, _ = reward_gradient(weighted, lambda x, p: weighted.score(x, PROMPTS[p], [0] * 4), X, factors, rows)
+        logged = weighted.update(scores)
+        shares = torch.tensor([logged[f"{name}_share"] for name in terms])
+        torch.testing.assert_close(shares, norms / norms.sum())
+    assert shares[2] == 0 and WeightedRewards({"a": Term(bright)}).update(scores[:, :1]).keys() == {"a"}
+
+
+def test_rewards_of_which_some_are_normalised_are_told_apart(caplog):
+    scaled = Term(bright, scale=RunningScale())
+    WeightedRewards({"a": scaled, "b": Term(contrast, scale=RunningScale())})
+    WeightedRewards({"a": scaled})
+    assert not caplog.messages
+    WeightedRewards({"a": scaled, "b": Term(contrast)})
+    assert "normalise is true of a alone" in caplog.text
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -236,6 +257,7 @@ def test_several_rewards_have_names_weights_hinges_and_scales(tmp_path):
         ("reward={a: {model: shapes, wight: 2}}", r"unknown key 'wight'; did you mean 'weight'"),
         ("reward={loss: {model: shapes}}", "'loss' names two metrics"),
         ("reward={monitor: {model: shapes}}", "'monitor' names two metrics"),
+        ("reward={a_share: {model: shapes}}", "'a_share' names two metrics"),
         ("reward.weight=0", "greater than 0"),
         ("reward.smooth.copies=0", "smoothing needs 1 to 1000 copies"),
         ("evaluation.monitors.monitor.hinge=1", "unknown key 'hinge'"),
