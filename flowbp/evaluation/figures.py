@@ -45,6 +45,9 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
     reached = total + 1 if plan.reward_input is None else visited
     path.plot(range(reached), sigmas[:reached], color=QUIET, lw=1.2, zorder=1)
     path.scatter(range(visited), sigmas[:visited], s=14, color=QUIET, zorder=2, label="rolled out, no gradient")
+    if cached := [i for i, weight in zip(plan.nodes, plan.weights, strict=True) if weight and i not in active]:
+        ring = {"s": 36, "facecolors": "white", "edgecolors": INK, "zorder": 2}
+        path.scatter(cached, sigmas[cached], label="from the cache: in the value, without gradient", **ring)
     path.scatter(nodes, sigmas[nodes], s=64, color=ACTIVE, zorder=3, label="active: replayed, with gradient")
     star = {"s": 150, "marker": "*", "color": REWARD, "zorder": 4}
     if plan.reward_input is None:
@@ -59,6 +62,12 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
         arrow = {"arrowstyle": "-|>", "connectionstyle": "arc3,rad=0.25", "mutation_scale": 11, "color": BRIDGE}
         for i in (i for i in active if i < j and plan.active_bridge):
             path.add_patch(FancyArrowPatch((j, sigmas[j]), (i, sigmas[i]), lw=1.2, shrinkA=7, shrinkB=6, **arrow))
+    if copies := plan.num_renoised:
+        at, ring = (
+            [total - 1 + (m + 1) / (copies + 1) for m in range(copies)],
+            {"facecolors": "none", "edgecolors": ACTIVE},
+        )
+        path.scatter(at, [sigmas[-2]] * copies, label=f"replayed too: {copies} re-noised copies of the sample", **ring)
     path.set_ylabel("noise level σ")
     path.set_title(title, loc="left", color=INK)
     path.legend(frameon=False, fontsize=9, loc="lower left", markerscale=0.75, labelspacing=0.6)

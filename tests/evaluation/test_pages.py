@@ -17,7 +17,7 @@ from flowbp.evaluation.models import run_evaluation
 from flowbp.evaluation.numbers import between, direction, duration, number, scale_of, scale_of_change, signed
 from flowbp.evaluation.pages import as_png, images_a_step, render
 from flowbp.evaluation.runs import compare_runs
-from flowbp.methods import ReFL
+from flowbp.methods import DRaFTLV, FlowBPSparse, ReFL
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -164,6 +164,18 @@ def test_prompts_and_names_are_text_in_every_picture(draw):
         assert as_png(figure)
     drawn = " ".join(text.get_text() for text in figure.findobj(Text))
     assert "$$" in drawn and "\x1b" not in drawn
+
+
+@pytest.mark.parametrize(
+    ("method", "cached", "copies"),
+    [(FlowBPSparse(num_active=3), 5, 0), (FlowBPSparse(num_active=8), 0, 0), (DRaFTLV(num_renoised=2), 0, 2)],
+    ids=["some steps", "all steps", "copies"],
+)
+def test_a_plan_shows_what_it_reads_from_the_cache_and_its_copies(method, cached, copies):
+    figure = figures.draw_plan(method.plan(SIGMAS, np.random.default_rng(0)), SIGMAS)
+    dots = {drawn.get_label(): len(drawn.get_offsets()) for drawn in figure.axes[0].collections}
+    assert dots.get("from the cache: in the value, without gradient", 0) == cached
+    assert dots.get(f"replayed too: {copies} re-noised copies of the sample", 0) == copies
 
 
 def test_a_page_shows_names_as_they_were_typed_and_can_be_written():
