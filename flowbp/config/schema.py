@@ -18,7 +18,7 @@ from flowbp.guidance import Guidance
 from flowbp.methods import METHODS, Plans, draw_plan
 from flowbp.names import IMAGE_STATISTICS
 from flowbp.quadrature import Solver
-from flowbp.rewards import Reward, Smoothing, check_options, load_reward
+from flowbp.rewards import Relative, Reward, Smoothing, check_options, load_reward
 
 # Names that no reward or monitor may have: the columns that the trainer logs (a test keeps them equal) and `SCORED`.
 LOGGED = "step nodes images loss grad_norm sample_grad_norm d_j d_0 kept drift skipped lr seconds peak_mb".split()
@@ -109,13 +109,14 @@ class RewardConfig(ScorerConfig):
     hinge: values.Real | None = key(None, "target in the reward's own units, without gradient above it; null: none")
     normalise: bool = key(False, "divide the loss by the running deviation of the reward")
     smooth: Annotated[Smoothing | None, from_mapping(Smoothing)] = None
+    relative: Annotated[Relative | None, from_mapping(Relative)] = None
 
     def term(self, device: str = "cpu", reward: Reward | None = None) -> Any:
         """The `Term` of the reward, which is loaded unless it is given: imports torch."""
         from flowbp.rewards.weighted import Objective, RunningScale, Term
 
         scale = RunningScale() if self.normalise else None
-        return Term(reward or self.load(device), Objective(self.hinge), self.weight, self.smooth, scale)
+        return Term(reward or self.load(device), Objective(self.hinge), self.weight, self.smooth, scale, self.relative)
 
 
 def is_one_reward(spec: Mapping[str, Any]) -> bool:

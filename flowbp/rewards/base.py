@@ -1,4 +1,4 @@
-"""What the trainer asks of a reward, and what a config may say of smoothing it. Imports no torch."""
+"""What the trainer asks of a reward, and what a config may make of one. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -38,3 +38,30 @@ class Smoothing:
     def __post_init__(self):
         if not (1 <= self.copies <= 1000 and 0 <= self.shift <= 1000 and self.noise >= 0):
             raise ValueError(f"smoothing needs 1 to 1000 copies, a shift of 0 to 1000 and noise >= 0, got {self}")
+
+
+@dataclass(frozen=True)
+class Relative:
+    """What an image gains by one wording of its prompt over another: (1 + scale) r(x, p+) - r(x, p-), in the reward's
+    units (Shen et al. 2025, SRPO, arXiv 2509.06942).
+
+    p+ and p- are the templates `positive` and `negative` with the prompt in the place of {prompt}, as "Realistic photo.
+    {prompt}" and "CG render. {prompt}". With scale 0, what the reward likes under both wordings cancels, such as
+    colours that it likes under any. The reward is called twice.
+    """
+
+    positive: str
+    negative: str
+    scale: float = 0.0
+
+    def __post_init__(self):
+        if "{prompt}" not in self.positive or self.positive == self.negative:
+            raise ValueError(f"relative needs {{prompt}} in positive, and another text as negative, got {self}")
+        if not 0 <= self.scale <= 1000:
+            raise ValueError(f"relative needs a scale from 0 to 1000, got {self.scale}: 0 is the plain difference")
+
+    def __call__(self, reward: Reward, images: "Tensor", prompts: list[str]) -> "Tensor":
+        def scored(template: str) -> "Tensor":
+            return reward(images, [template.replace("{prompt}", prompt) for prompt in prompts])
+
+        return (1 + self.scale) * scored(self.positive) - scored(self.negative)

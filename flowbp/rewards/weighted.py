@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowbp.objective import Objective
-from flowbp.rewards.base import Reward, Smoothing
+from flowbp.rewards.base import Relative, Reward, Smoothing
 
 log = logging.getLogger("flowbp")
 
@@ -84,13 +84,16 @@ class Smoothed:
 
 @dataclass
 class Term:
-    """One reward of several. objective: holds its hinge, in the reward's units. scale: None does not rescale it."""
+    """One reward of several. objective: holds its hinge, in the units of what `relative` makes of the reward. scale:
+    None does not rescale it.
+    """
 
     reward: Reward
     objective: Objective = field(default_factory=Objective)
     weight: float = 1.0
     smoothing: Smoothing | None = None
     scale: RunningScale | None = None
+    relative: Relative | None = None
 
 
 class WeightedRewards:
@@ -112,7 +115,7 @@ class WeightedRewards:
 
     @property
     def rewards(self) -> dict[str, Reward]:
-        """The rewards as an evaluation scores them: not smoothed, weighted or rescaled."""
+        """The rewards as an evaluation scores them: not relative, smoothed, weighted or rescaled."""
         return {name: term.reward for name, term in self.terms.items()}
 
     def score(self, images: Tensor, prompts: list[str], seeds: list[int]) -> Tensor:
@@ -123,6 +126,8 @@ class WeightedRewards:
             if len(self.terms) > 1 and images.requires_grad:
                 own = images.view_as(images)
                 own.register_hook(partial(self._watch, name))
+            if term.relative is not None:
+                reward = partial(term.relative, reward)
             if term.smoothing is not None:
                 reward = Smoothed(reward, term.smoothing, [torch.Generator().manual_seed(seed) for seed in seeds])
             column = reward(own, prompts)

@@ -10,7 +10,7 @@ from tiny_rewards import images
 
 from flowbp.config import ConfigError, RunConfig, dump, load
 from flowbp.objective import Objective, loss_factors, reward_gradient
-from flowbp.rewards import RunningScale, Smoothed, Smoothing, Term, WeightedRewards, load_reward
+from flowbp.rewards import Relative, RunningScale, Smoothed, Smoothing, Term, WeightedRewards, load_reward
 
 X, PROMPTS = images(8, 8, batch=4), ["a"] * 4
 
@@ -75,6 +75,40 @@ def test_normalised_rewards_pull_alike_whatever_their_units():
         return gradient(weighted)
 
     torch.testing.assert_close(normalised(1e4), normalised(1.0), rtol=1e-4, atol=0)
+
+
+def test_a_relative_reward_is_the_difference_of_two_wordings():
+    def by_words(x, prompts):
+        return torch.tensor([float(len(prompt)) for prompt in prompts]) * bright(x, prompts)
+
+    relative = Relative(positive="photo. {prompt}", negative="{prompt}", scale=0.5)
+    term = Term(by_words, Objective(9.0), smoothing=Smoothing(copies=2, shift=0, noise=0.0), relative=relative)
+    weighted = WeightedRewards({"r": term})
+    prompts = ["a", "bb", "{prompt}", ""]
+    lengths = torch.tensor([1.5 * (7 + len(prompt)) - len(prompt) for prompt in prompts])
+    scores = weighted.score(X, prompts, [0] * 4)
+    torch.testing.assert_close(scores[:, 0], lengths * bright(X, prompts))
+    assert weighted.rewards == {"r": by_words}, "an evaluation scores the reward itself"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "positive: photo, negative: ''",
+        "positive: '{prompt}', negative: '{prompt}'",
+        "positive: '{prompt}', negative: '', scale: -1",
+    ],
+    ids=["no prompt", "twice the same", "scale"],
+)
+def test_a_relative_reward_that_compares_nothing_is_refused(settings):
+    with pytest.raises(ConfigError, match="relative needs"):
+        load("demo", [f"reward.relative={{{settings}}}"])
+
+
+def test_a_relative_reward_survives_the_config_of_its_run(tmp_path):
+    config = load("demo", ["reward.relative={positive: '{prompt}', negative: ''}"])
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert load(tmp_path / "config.yaml") == config and config.reward["reward"].relative == Relative("{prompt}", "")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
@@ -215,7 +249,7 @@ def test_the_rewards_and_configs_of_the_documentation_work():
     for block in blocks:
         values = yaml.safe_load(dump(load("demo")))
         assert RunConfig.model_validate(values | {"evaluation": None, "reward": yaml.safe_load(block)["reward"]})
-    assert len(blocks) == 3
+    assert len(blocks) == 4
 
 
 def test_settings_of_a_published_reward_are_refused_for_ones_own():
