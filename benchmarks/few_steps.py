@@ -95,7 +95,7 @@ def train(name: str, seed: int, earlier: list[dict]) -> dict:
 def trained(
     settings: list[str], seed: int, base: dict | None, kind: type[Trainer] = Trainer, early: float | None = None
 ) -> dict:
-    """A whole run: mean scores before (`base`, where they are known) and after, calls, replayed nodes and CPU seconds a
+    """A whole run: mean scores before (`base`, where they are known) and after, calls, kept nodes and CPU seconds a
     step. `early`: the scores are also taken once an image has had so many calls, as if each replay were a call.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +114,8 @@ def trained(
 
     for step in range(config.steps):
         began = time.process_time()
-        replays += len(trainer.step(step)["nodes"])
+        nodes = trainer.step(step)["nodes"]
+        replays += len(nodes) if config.memory.recompute == "never" else 0  # else calls counts them
         seconds += time.process_time() - began
         if early is not None and "early" not in found and sum(calls) / config.data.batch_size + replays >= early:
             found = {"early_step": step + 1, "early": mean_scores(model.tuned)}

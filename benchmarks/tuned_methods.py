@@ -9,7 +9,8 @@ a reward that is never trained on, because a user has no checker.
 
 test: each method with its choice, on test prompts, from several seeds, at the demo's optimizer steps, and once more
 where it has made as many network calls as the method of the fewest makes in all (`early`). A replay counts as a call,
-as it is when nothing is kept from the rollout.
+as it is when nothing is kept from the rollout. Three points of our own stand beside the methods that they vary, with
+their choice.
 
 Otherwise the settings and the scores are those of controls.py, so that its rows can be read beside these. A run is kept
 in the JSON file when it ends, and is not made again.
@@ -31,6 +32,13 @@ TRIALS = {
     "3.5e-4": ["optimizer.lr=3.5e-4"],
     "7e-4, no hinge": ["optimizer.lr=7e-4", "reward.hinge=null"],
 }
+REPLAYED = "memory.recompute=always"  # a plan a sample keeps no graphs
+# name -> (method, further settings)
+POINTS = {method: (method, []) for method in METHODS} | {
+    "flowbp-sparse, a plan a sample": ("flowbp-sparse", ["plans=per_sample", REPLAYED]),
+    "flowbp-sparse, stratified plans": ("flowbp-sparse", ["plans=stratified", REPLAYED]),
+    "flowbp-lagrange, uniform weights": ("flowbp-lagrange", ["method.weights=uniform"]),
+}
 CHOSEN_BY = "monitor"
 REFERENCE = "flowbp-lagrange"
 
@@ -39,14 +47,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["tune", "test"])
     parser.add_argument("--seeds", type=int, nargs="*", default=[42, 43, 44, 45, 46], help="of test; none: only sum up")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME")
+    parser.add_argument("--points", nargs="+", choices=POINTS, metavar="NAME", help="some alone; tune: of the methods")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--tuning", type=Path, help="of test: what tune has written")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
     if arguments.stage == "tune":
-        names = [f"{method}: {trial}" for trial in TRIALS for method in arguments.methods]
+        names = [f"{method}: {trial}" for trial in TRIALS for method in arguments.points or METHODS]
         found = collect(arguments.json, [42] if arguments.seeds else [], names, tune)
         found["chosen"] = {method: choice(method, found["runs"]) for method in METHODS}
         print(trials(found["runs"], found["chosen"]))
@@ -54,14 +62,15 @@ def main() -> None:
         tuning = json.loads(arguments.tuning.read_text())
         total = min(map(calls_in_all, tuning["runs"]))
 
-        def test(method: str, seed: int, earlier: list[dict]) -> dict:
-            settings = [f"method={{name: {method}}}", *TRIALS[tuning["chosen"][method]]]
+        def test(point: str, seed: int, earlier: list[dict]) -> dict:
+            method, others = POINTS[point]
+            settings = [f"method={{name: {method}}}", *TRIALS[tuning["chosen"][method]], *others]
             return trained(settings, seed, earlier[0]["before"] if earlier else None, early=total)
 
-        found = collect(arguments.json, arguments.seeds, arguments.methods, test)
-        made = [method for method in METHODS if any(run["setting"] == method for run in found["runs"])]
-        found["chosen"] = tuning["chosen"]
-        found["rows"] = [summary(method, REFERENCE, found["runs"]) for method in made]
+        found = collect(arguments.json, arguments.seeds, arguments.points or POINTS, test)
+        made = [point for point in POINTS if any(run["setting"] == point for run in found["runs"])]
+        found["chosen"] = {point: tuning["chosen"][method] for point, (method, _) in POINTS.items()}
+        found["rows"] = [summary(point, REFERENCE, found["runs"]) for point in made]
         print(table(found))
     arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
