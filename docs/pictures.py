@@ -1,5 +1,6 @@
-"""The pictures of the README:  python docs/pictures.py  writes step.svg and demo/before_after.png beside this file.
+"""Pictures of README and docs:  python docs/pictures.py  writes these beside this file.
 
+plans.png        one plan of each method, over 12 steps
 step.svg         one optimizer step, drawn here in plain SVG on a card of its own, so that it reads on any background
 before_after.png the first eight prompts of demo/samples_before.png above those of demo/samples_after.png, each with the
                  checker's verdict; the 32 x 32 images are read back out of the two grids
@@ -7,6 +8,7 @@ before_after.png the first eight prompts of demo/samples_before.png above those 
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -150,6 +152,30 @@ def before_after(count: int = 8):
     return figure
 
 
+def plans(steps: int = 12, seed: int = 3):
+    """One plan of each method on the noise levels of `shapes`, as a matplotlib figure with one legend."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from flowbp.evaluation.figures import draw_nodes, finished
+    from flowbp.methods import METHODS
+
+    u = np.linspace(1, 1 / steps, steps)
+    sigmas = [*(2 * u / (1 + u)), 0.0]  # shift 2
+    figure = Figure(figsize=(9.6, 8.4), layout="constrained")
+    axes, told = figure.subplots(4, 2).flat, {}
+    for axis, (name, method) in zip(axes, METHODS.items(), strict=False):
+        draw_nodes(axis, method().plan(np.array(sigmas), np.random.default_rng(seed)), sigmas)
+        axis.set_title(name, loc="left", color=INK)
+        axis.set(xticks=range(0, steps + 1, 3), yticks=[0, 1], ylabel="σ", ylim=(-0.12, 1.5))
+        for mark, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            told[re.sub(r" (at|of) node \d+|, alpha.*", "", label)] = mark
+    axes[-1].axis("off")
+    axes[-1].legend(told.values(), told.keys(), frameon=False, fontsize=9, loc="center left", labelspacing=0.9)
+    return finished(figure)
+
+
 if __name__ == "__main__":
+    plans().savefig(DOCS / "plans.png", dpi=100)
     (DOCS / "step.svg").write_text(step_picture(), encoding="utf-8")
     before_after().savefig(DOCS / "demo/before_after.png", dpi=100)

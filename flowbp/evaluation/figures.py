@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.text import Text
@@ -36,19 +37,35 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
     """Above: the rollout from noise to sample, with the nodes that are replayed. Below: the weights of the quadrature
     in the surrogate's value and in its gradient.
     """
-    sigmas, total, active = np.asarray(sigmas), len(sigmas) - 1, dict(plan.active)
     figure = Figure(figsize=(8.0, 4.6), layout="constrained")
     path, bars = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    draw_nodes(path, plan, sigmas)
+    path.set_ylabel("noise level σ")
+    path.set_title(title, loc="left", color=INK)
+    path.legend(frameon=False, fontsize=9, loc="lower left", markerscale=0.75, labelspacing=0.6)
 
-    nodes, weights = list(active), list(active.values())
+    nodes, weights = zip(*plan.active, strict=True) if plan.active else ((), ())
+    bars.bar(plan.nodes, plan.weights, width=0.72, color=QUIET, label="value weight")
+    bars.vlines(nodes, 0, weights, color=ACTIVE, lw=2)
+    bars.scatter(nodes, weights, s=26, color=ACTIVE, zorder=3, label="gradient weight")
+    bars.axhline(0, color=INK, lw=0.6)
+    bars.set(xlabel=f"node of the rollout (0: noise, {len(sigmas) - 1}: sample)", ylabel="weight (σ units)")
+    bars.legend(frameon=False, fontsize=9, loc="best")
+    return finished(figure)
+
+
+def draw_nodes(path: Axes, plan: SurrogatePlan, sigmas: Sequence[float]) -> None:
+    """The rollout from noise to sample: what is replayed, what the cache gives, what the reward sees, the bridge."""
+    sigmas, total, active = np.asarray(sigmas), len(sigmas) - 1, [node for node, _ in plan.active]
+    cached = [i for i, weight in zip(plan.nodes, plan.weights, strict=True) if weight and i not in active]
     visited = plan.num_steps(total)
     reached = total + 1 if plan.reward_input is None else visited
     path.plot(range(reached), sigmas[:reached], color=QUIET, lw=1.2, zorder=1)
     path.scatter(range(visited), sigmas[:visited], s=14, color=QUIET, zorder=2, label="rolled out, no gradient")
-    if cached := [i for i, weight in zip(plan.nodes, plan.weights, strict=True) if weight and i not in active]:
+    if cached:
         ring = {"s": 36, "facecolors": "white", "edgecolors": INK, "zorder": 2}
         path.scatter(cached, sigmas[cached], label="from the cache: in the value, without gradient", **ring)
-    path.scatter(nodes, sigmas[nodes], s=64, color=ACTIVE, zorder=3, label="active: replayed, with gradient")
+    path.scatter(active, sigmas[active], s=64, color=ACTIVE, zorder=3, label="active: replayed, with gradient")
     star = {"s": 150, "marker": "*", "color": REWARD, "zorder": 4}
     if plan.reward_input is None:
         path.scatter([total], [sigmas[-1]], label="reward sees the sample", **star)
@@ -63,22 +80,8 @@ def draw_plan(plan: SurrogatePlan, sigmas: Sequence[float], title: str = "") -> 
         for i in (i for i in active if i < j and plan.active_bridge):
             path.add_patch(FancyArrowPatch((j, sigmas[j]), (i, sigmas[i]), lw=1.2, shrinkA=7, shrinkB=6, **arrow))
     if copies := plan.num_renoised:
-        at, ring = (
-            [total - 1 + (m + 1) / (copies + 1) for m in range(copies)],
-            {"facecolors": "none", "edgecolors": ACTIVE},
-        )
-        path.scatter(at, [sigmas[-2]] * copies, label=f"replayed too: {copies} re-noised copies of the sample", **ring)
-    path.set_ylabel("noise level σ")
-    path.set_title(title, loc="left", color=INK)
-    path.legend(frameon=False, fontsize=9, loc="lower left", markerscale=0.75, labelspacing=0.6)
-
-    bars.bar(plan.nodes, plan.weights, width=0.72, color=QUIET, label="value weight")
-    bars.vlines(nodes, 0, weights, color=ACTIVE, lw=2)
-    bars.scatter(nodes, weights, s=26, color=ACTIVE, zorder=3, label="gradient weight")
-    bars.axhline(0, color=INK, lw=0.6)
-    bars.set(xlabel=f"node of the rollout (0: noise, {total}: sample)", ylabel="weight (σ units)")
-    bars.legend(frameon=False, fontsize=9, loc="best")
-    return finished(figure)
+        at, label = total - 1 + np.arange(1, copies + 1) / (copies + 1), f"replayed too: {copies} re-noised copies"
+        path.scatter(at, [sigmas[-2]] * copies, facecolors="none", edgecolors=ACTIVE, label=label)
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, str]]:

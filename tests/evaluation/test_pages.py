@@ -175,7 +175,7 @@ def test_a_plan_shows_what_it_reads_from_the_cache_and_its_copies(method, cached
     figure = figures.draw_plan(method.plan(SIGMAS, np.random.default_rng(0)), SIGMAS)
     dots = {drawn.get_label(): len(drawn.get_offsets()) for drawn in figure.axes[0].collections}
     assert dots.get("from the cache: in the value, without gradient", 0) == cached
-    assert dots.get(f"replayed too: {copies} re-noised copies of the sample", 0) == copies
+    assert dots.get(f"replayed too: {copies} re-noised copies", 0) == copies
 
 
 def test_a_page_shows_names_as_they_were_typed_and_can_be_written():
