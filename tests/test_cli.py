@@ -1,5 +1,6 @@
 """The command line as one meets it: what is mistyped, missing or interrupted ends in one line that says what to do."""
 
+import re
 import sys
 
 import pytest
@@ -131,3 +132,26 @@ def test_a_package_that_is_missing_names_its_extra(package, module, monkeypatch)
 def test_bench_hands_its_options_to_the_kernels_benchmark():
     result = CliRunner().invoke(cli.app, ["bench", "--help"])
     assert result.exit_code == 0 and "--latent" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plan", "leapalign"], "gradient weight: -0.0982"),
+        (["presets"], "sd3.5-medium/flowbp-lagrange\n  batch: 8"),
+        (["rewards"], "camenduru/improved-aesthetic-predictor"),
+        (["estimate", "demo"], "frozen weights: 0.009"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_narrow_terminal_shows_every_number_and_name(arguments, says, monkeypatch):
+    shown = {}
+    for columns in (40, 80):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        result = CliRunner().invoke(cli.app, arguments)
+        assert result.exit_code == 0 and max(map(len, result.output.splitlines())) <= columns
+        shown[columns] = result.output
+    assert "…" not in shown[40] + shown[80] and ("┃" in shown[80]) and ("┃" not in shown[40])
+    assert says in shown[40]
+    numbers = {number for number in re.findall(r"[+-]?\d+\.\d+", shown[80]) if number in shown[80].split()}
+    assert numbers <= set(re.findall(r"[+-]?\d+\.\d+", shown[40]))

@@ -1,12 +1,13 @@
 """What the command line prints, as tables of 80 columns: those of templates/terminal.html, and what doctor found."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from xml.etree import ElementTree
 
 from rich import box
+from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -31,11 +32,33 @@ COLUMNS = {
 }
 
 
+class Fitting(Table):
+    """A table of up to 80 columns. In a narrower terminal that would cut it, each row is some lines: its first cell,
+    then the others under their headers; or both cells on one line.
+    """
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        needed = Measurement.get(console, options.update(max_width=80), self).minimum
+        if options.max_width >= min(needed, 80):
+            yield from super().__rich_console__(console, options)
+            return
+        yield Text.assemble((str(self.title), "bold"), "\n")
+        if len(self.columns) == 2:
+            yield Text(": ".join(str(column.header) for column in self.columns), "dim")
+        for first, *others in zip(*(column.cells for column in self.columns), strict=True):
+            if len(others) == 1:
+                yield Text.assemble(first, ": ", others[0])
+            else:
+                told = [(column.header, each) for column, each in zip(self.columns[1:], others, strict=True) if each]
+                yield Text.assemble(first, *(part for header, each in told for part in (f"\n  {header}: ", each)))
+        yield Text(f"\n{self.caption or ''}".rstrip())
+
+
 def table(name: str, title: str | Text, **values: Any) -> Table:
     """The table that the macro `name` of terminal.html makes of `values`."""
     html = ElementTree.fromstring(plain(getattr(templates().get_template("terminal.html").module, name)(**values)))
     columns = [Column(head.text or "", **styled(head, COLUMNS)) for head in html.iter("th")]
-    made = Table(*columns, title=title, caption=html.findtext("caption") or None, **styled(html, TABLES))
+    made = Fitting(*columns, title=title, caption=html.findtext("caption") or None, **styled(html, TABLES))
     for row in html.findall("tr"):
         if cells := [cell(each) for each in row.findall("td")]:
             made.add_row(*cells, style=row.get("class") or None)
