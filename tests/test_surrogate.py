@@ -14,7 +14,6 @@ import torch
 from autograd_graph import as_graph
 from toy import ToyField, as_recompute, toy_reward, toy_rollout, toy_sigmas, toy_velocity
 
-from flowbp.active_sets import stratified
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import METHODS, FlowBPBridge, FlowBPSparse, LeapAlign, draw_plan, draw_plans
 from flowbp.objective import Objective, loss_factors, reward_gradient, sample_weights
@@ -204,14 +203,15 @@ def test_a_free_composition_needs_no_engine_change():
 
 @dataclass(frozen=True)
 class StratifiedSparse:
-    """The README's example: inverse-probability weights."""
+    """A method of one's own: a node of each stratum, its weight divided by the probability that it is drawn."""
 
     num_active: int = 4
 
     def plan(self, sigmas, rng):
         steps = np.diff(sigmas)
-        nodes, probabilities = stratified(range(len(steps)), self.num_active, rng)
-        return SurrogatePlan(nodes, steps[list(nodes)], steps[list(nodes)] / probabilities)
+        strata = np.array_split(np.arange(len(steps)), self.num_active)
+        nodes = [int(rng.choice(stratum)) for stratum in strata]
+        return SurrogatePlan(nodes, steps[nodes], steps[nodes] * [len(stratum) for stratum in strata])
 
 
 def test_stratified_sparse_averages_to_the_dense_detached_gradient():
