@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag
 from pydantic import model_validator as validator
 
+from flowbp.backbones import KNOWN_MODELS
 from flowbp.config import values
 from flowbp.config.registry import FINITE, ConfigError, Unimported, describe, from_mapping, unknown
 from flowbp.foreign import cut, short
@@ -371,11 +372,8 @@ class RunConfig(Strict):
     def _tokens_tile_the_image(self):
         """A token of the known models is 2 x 2 latents of 8 x 8 pixels. Other models are checked when they are read."""
         name, height, width = self.backbone.name, self.rollout.height, self.rollout.width
-        if height % 16 or width % 16:
-            from flowbp.backbones import KNOWN_MODELS
-
-            if name in KNOWN_MODELS:
-                raise ValueError(f"{name} draws images whose sides are multiples of 16 pixels, not {height} x {width}")
+        if name in KNOWN_MODELS and (height % 16 or width % 16):
+            raise ValueError(f"{name} draws images whose sides are multiples of 16 pixels, not {height} x {width}")
         return self
 
     @property
