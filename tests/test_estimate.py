@@ -12,7 +12,7 @@ from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 from typer.testing import CliRunner
 
 from flowbp.backbones import QUANTISERS, load_backbone
-from flowbp.cli import app
+from flowbp.cli.commands import app
 from flowbp.config import load
 from flowbp.estimate.estimate import MARGIN, changes, estimate, quantised, suggest, without_masters
 from flowbp.estimate.passes import block_bytes, reward_pass

@@ -280,7 +280,7 @@ def plan(
     sigmas = np.append(shift * u / (1.0 + (shift - 1.0) * u), 0.0)
     built = build_method({"name": method} | parse_overrides(overrides or ()))
     drawn = draw_plan(built, sigmas, np.random.default_rng(seed), solver)
-    console.print(tables.plan_table(drawn, sigmas, f"{method}, {steps} {solver} steps, seed {seed}"))
+    console.print(tables.table("plan", f"{method}, {steps} {solver} steps, seed {seed}", plan=drawn, sigmas=sigmas))
     say(*words("drawn", plan=drawn))
     if png is not None:
         from flowbp.evaluation import figures

@@ -1,8 +1,6 @@
 """What the command line prints, as tables of 80 columns: those of templates/terminal.html, and what doctor found."""
 
-import platform
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree
 
@@ -10,7 +8,6 @@ from rich import box
 from rich.table import Column, Table
 from rich.text import Text
 
-from flowbp import __version__
 from flowbp.config import describe, flatten
 from flowbp.evaluation.templates import templates
 from flowbp.methods import METHODS
@@ -61,11 +58,6 @@ def non_defaults(built: Any) -> str:
     return ", ".join(f"{key} {value}" for key, value in given.items() if usual.get(key) != value)
 
 
-def plan_table(drawn: Any, sigmas: Sequence[float], title: str) -> Table:
-    """The plan's nodes as a table; active nodes in bold."""
-    return table("plan", title, plan=drawn, sigmas=sigmas)
-
-
 def comparison_table(rows: list[dict], title: str, before: str = "before", after: str = "after") -> Table:
     """Paired changes; image statistics over all images only. Bold marks a change that its interval and its test
     confirm.
@@ -82,17 +74,11 @@ def doctor_table() -> Table:
     """Versions, the device, and which kernels run and why."""
     import torch
 
+    from flowbp.runtime.environment import environment, versions
     from flowbp_kernels import backend  # imports torch._dynamo
 
-    found = {"flowbp": __version__, "python": platform.python_version()}
-    for package in ("torch", "diffusers", "transformers", "peft", "accelerate", "triton"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    cuda = torch.cuda.is_available()
-    found["device"] = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    found["matrix products"] = math_library()
+    found = environment() | versions("accelerate", "peft")
+    found |= {"threads": torch.get_num_threads(), "matrix products": math_library()}
     for name, runs, why in backend.report():
         found[f"kernels: {name}"] = f"{'runs' if runs else 'cannot run'}: {why}"
     return table("doctor", "flowbp doctor", found=found)

@@ -2,7 +2,6 @@
 own names: those of `numbers`, and what modules add that have more to say.
 """
 
-from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,8 +16,8 @@ from flowbp.runtime.console import plain
 def templates() -> jinja2.Environment:
     escaped, loader = jinja2.select_autoescape(), jinja2.PackageLoader("flowbp")
     made = jinja2.Environment(loader=loader, autoescape=escaped, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    made.filters |= {function.__name__: function for function in (*FILTERS, notes)}
-    made.globals |= {"not_better": NOT_BETTER, "image_statistics": IMAGE_STATISTICS, "about": METRICS}
+    made.filters |= {function.__name__: function for function in FILTERS}
+    made.globals |= {"not_better": NOT_BETTER, "image_statistics": IMAGE_STATISTICS, "about": METRICS, "words": words}
     return made
 
 
@@ -31,8 +30,3 @@ def words(macro: str, **values: Any) -> list[str]:
     """The lines that a macro of words.jinja says."""
     said = getattr(templates().get_template("words.jinja").module, macro)(**values)
     return [line for line in said.split("\n") if line]
-
-
-def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader of a table of means or changes must know of its missing scores and intervals, a line each."""
-    return words("notes", rows=rows)

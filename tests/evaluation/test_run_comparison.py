@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from flowbp.cli import app
+from flowbp.cli.commands import app
 from flowbp.config import dump, load
 from flowbp.config.loading import sealed
 from flowbp.evaluation.numbers import grouped
