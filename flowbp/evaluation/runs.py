@@ -46,11 +46,6 @@ class Run:
     environment: dict[str, Any]
 
     @property
-    def images(self) -> int:
-        """Images of an optimizer step."""
-        return pages.images_a_step(self.config, self.rows)
-
-    @property
     def made_with(self) -> str:
         return describe_environment(self.environment) or "not recorded"
 
@@ -151,9 +146,10 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     means = {name: summarise(own) for name, own in scores.items() if own is not None}
     scored = [run for run in others if run.after is not None and first.after is not None]
     changes = {run.name: compare(first.after, run.after) for run in scored if first.after.same_samples(run.after)}
+    told = [about(run) for run in runs]
     results = {
-        "runs": [about(run) for run in runs],
-        **contrast([yaml.safe_load(dump(run.config)) for run in runs], [run.images for run in runs]),
+        "runs": told,
+        **contrast([yaml.safe_load(dump(run.config)) for run in runs], [row["images"] for row in told]),
         "warnings": words("of_runs", runs=runs, paired=changes),
         "means": [{"run": name} | row for name, rows in means.items() for row in rows],
         "changes": [{"run": name, "against": first.name} | row for name, rows in changes.items() for row in rows],
@@ -187,5 +183,5 @@ def about(run: Run) -> dict[str, Any]:
         "environment": run.environment,
         "seconds_a_step": float(np.median([row["seconds"] for row in run.rows])),
         "peak_mb": max(row["peak_mb"] for row in run.rows),
-        "images": run.images,
+        "images": pages.images_a_step(run.config, run.rows),
     }
