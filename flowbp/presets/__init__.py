@@ -11,8 +11,6 @@ from typing import Any
 
 import yaml
 
-__all__ = ["cards", "layers", "names"]
-
 FOLDER = Path(__file__).parent
 PUBLISHED, CARDS, FAST = "published", "cards", "fast"
 
