@@ -19,8 +19,9 @@ from accelerate.state import AcceleratorState
 from autograd_graph import as_graph
 from typer.testing import CliRunner
 
-from flowbp.backbones import bind_velocity, load_backbone
-from flowbp.cli import app
+from flowbp.backbones import load_backbone
+from flowbp.backbones.base import bind_velocity
+from flowbp.cli.commands import app
 from flowbp.config import dump, load
 from flowbp.config.schema import LOGGED, MemoryConfig
 from flowbp.evaluation import scores as evaluation
@@ -29,7 +30,8 @@ from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
 from flowbp.objective import clip_samples
 from flowbp.replay import Recompute
-from flowbp.rewards import Smoothed, Smoothing, WeightedRewards, load_reward
+from flowbp.rewards import Smoothing, load_reward
+from flowbp.rewards.weighted import Smoothed, WeightedRewards
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, seal
 from flowbp.runtime.data import Prompt, sample_seeds
 from flowbp.runtime.files import remove

@@ -4,7 +4,6 @@ The pipeline class that a checkpoint names in its model_index.json chooses the b
 seconds to import, so what needs it is loaded when it is first used.
 """
 
-import importlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -19,10 +18,7 @@ from flowbp.foreign import cut, read_text, short
 from flowbp.names import nearest
 
 if TYPE_CHECKING:
-    from flowbp.backbones.base import Backbone, Precision, bind_velocity, check_guidance  # noqa: F401
-    from flowbp.backbones.classes import BACKBONES  # noqa: F401
-
-__all__ = "BACKBONES KNOWN_MODELS load_backbone locate Backbone Precision bind_velocity check_guidance".split()
+    from flowbp.backbones.base import Backbone, Precision
 
 # What libraries say that asks for nothing: of parts that nothing here calls, when diffusers imports them, and of LoRAs
 # of text encoders, which are never tuned. Logger -> a part of its messages.
@@ -165,9 +161,3 @@ def locate(name: str) -> str:
     if Path(location).is_dir() and not Path(location, "model_index.json").is_file():
         raise ValueError(f"{location} holds no model_index.json: pass the folder of a diffusers pipeline")
     return location
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"{__name__} has no {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"{__name__}.classes"), name)

@@ -22,7 +22,9 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel
 from transformers.modeling_utils import local_torch_dtype
 
-from flowbp.backbones import BACKBONES, Backbone, Precision, locate
+from flowbp.backbones import locate
+from flowbp.backbones.base import Backbone, Precision
+from flowbp.backbones.classes import BACKBONES
 from flowbp.config.schema import BackboneConfig
 from flowbp.guidance import Conditioning
 from flowbp.rewards.preprocessing import fit_short_side, normalise

@@ -29,7 +29,7 @@ from flowbp.runtime.data import Prompt, load_prompts, sample_seeds
 from flowbp.runtime.distributed import process_state
 
 if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
-    from flowbp.backbones import Backbone
+    from flowbp.backbones.base import Backbone
     from flowbp.runtime.tuned_model import TunedModel
 
 # (images [B, 3, H, W] in [0, 1], prompts) -> scores [B], or embeddings [B, d]
@@ -52,7 +52,7 @@ def generate(
 
     The same seed gives the same image in any batch, up to rounding.
     """
-    from flowbp.backbones import bind_velocity
+    from flowbp.backbones.base import bind_velocity
     from flowbp.trajectory import rollout
 
     height, width = sampling.height, sampling.width

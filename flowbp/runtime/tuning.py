@@ -20,7 +20,7 @@ from flowbp.names import nearest
 from flowbp.runtime.distributed import shard_like
 
 if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
-    from flowbp.backbones import Backbone
+    from flowbp.backbones.base import Backbone
 
 log = logging.getLogger(__name__)
 

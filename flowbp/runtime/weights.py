@@ -22,7 +22,7 @@ from flowbp.runtime.tensors import read_tensors, seal_tensors
 from flowbp.runtime.tuning import assign, trainable_parameters, trained
 
 if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
-    from flowbp.backbones import Backbone
+    from flowbp.backbones.base import Backbone
 
 # A layer's A, B or alpha as diffusers (old and new), PEFT, kohya and ComfyUI write it.
 LORA_NAME = re.compile(

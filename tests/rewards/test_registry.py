@@ -11,7 +11,7 @@ import torch
 from tiny_rewards import PROMPTS, images
 from typer.testing import CliRunner
 
-from flowbp.cli import app
+from flowbp.cli.commands import app
 from flowbp.rewards import REWARDS, load_reward
 from flowbp.rewards.files import HubFiles, pin
 from flowbp.rewards.hpsv2 import HPSv2

@@ -10,7 +10,8 @@ from tiny_rewards import images
 
 from flowbp.config import ConfigError, RunConfig, dump, load
 from flowbp.objective import Objective, loss_factors, reward_gradient
-from flowbp.rewards import RunningScale, Smoothed, Smoothing, Term, WeightedRewards, load_reward
+from flowbp.rewards import Smoothing, load_reward
+from flowbp.rewards.weighted import RunningScale, Smoothed, Term, WeightedRewards
 
 X, PROMPTS = images(8, 8, batch=4), ["a"] * 4
 
