@@ -3,7 +3,7 @@
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from flowbp.names import find
+from flowbp.given import find
 from flowbp.rewards.base import Reward
 
 if TYPE_CHECKING:  # that there is no such function is told without torch

@@ -14,8 +14,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flowbp.foreign import cut
-from flowbp.rewards.files import find_file
+from flowbp.given import cut
+from flowbp.rewards.registry import find_file
 
 State = dict[str, Tensor]
 RENAMED: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("renamed.yaml").read_text())

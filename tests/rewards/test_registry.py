@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from flowbp.cli.commands import app
 from flowbp.rewards import REWARDS, load_reward
-from flowbp.rewards.files import HubFiles, pin
 from flowbp.rewards.hpsv2 import HPSv2
+from flowbp.rewards.registry import HubFiles, pin
 from flowbp.rewards.weights import read_state_dict
 
 
