@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from flowbp.foreign import cut, read_text, short
-from flowbp.names import nearest
+from flowbp.given import cut, nearest, read_text, short
+from flowbp.shapes import PIPELINE
 
 if TYPE_CHECKING:
     from flowbp.backbones.base import Backbone, Precision
@@ -118,15 +118,17 @@ def without_bars() -> Iterator[None]:
         yield
 
 
-def read_index(name: str) -> tuple[str, dict[str, Any]]:
-    """(where the model of `name` is, its model_index.json), without diffusers. Raises as `load_backbone` does."""
+def read_index(name: str, offline: bool = False) -> tuple[str, dict[str, Any]]:
+    """(where the model of `name` is, its model_index.json), without diffusers; offline: from this disk alone. Raises as
+    `load_backbone` does.
+    """
     location = locate(name)
     try:
         file = Path(location, "model_index.json")
         if not Path(location).is_dir():
             from huggingface_hub import hf_hub_download
 
-            file = Path(hf_hub_download(location, file.name))
+            file = Path(hf_hub_download(location, file.name, local_files_only=offline))
         index = json.loads(read_text(file))
         if not isinstance(index, dict):
             raise ValueError(f"{file} is no object of JSON")
@@ -150,8 +152,6 @@ def read_index(name: str) -> tuple[str, dict[str, Any]]:
 def locate(name: str) -> str:
     """The folder or the Hub id that `name` stands for."""
     if name == "shapes":
-        from flowbp.shapes import PIPELINE
-
         return str(PIPELINE)
     location = KNOWN_MODELS.get(name, name)
     if not Path(location).is_dir() and "/" not in location:

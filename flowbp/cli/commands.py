@@ -19,7 +19,7 @@ from flowbp.cli.estimate import estimate
 from flowbp.cli.terminal import Config, Overrides, Processes, console, say, say_unwrapped
 from flowbp.config import build_method, commented, dump, load, parse_overrides
 from flowbp.evaluation.templates import words
-from flowbp.foreign import cut
+from flowbp.given import cut
 from flowbp.methods import draw_plan
 from flowbp.quadrature import Solver
 from flowbp.rewards.callable import CallableReward

@@ -14,10 +14,9 @@ from pydantic import model_validator as validator
 from flowbp.backbones import KNOWN_MODELS
 from flowbp.config import values
 from flowbp.config.registry import FINITE, ConfigError, Unimported, describe, from_mapping, unknown
-from flowbp.foreign import cut, short
+from flowbp.given import IMAGE_STATISTICS, cut, short
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS, Plans, draw_plan
-from flowbp.names import IMAGE_STATISTICS
 from flowbp.quadrature import Solver
 from flowbp.rewards import Reward, Smoothing, check_options, load_reward
 

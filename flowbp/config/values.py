@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 from flowbp.backbones import KNOWN_MODELS
 from flowbp.config.registry import build_method, describe, unknown
-from flowbp.foreign import cut
+from flowbp.given import cut
 from flowbp.methods import METHODS
 
 # The backends that torch registers itself, which it tells only after seconds of imports.

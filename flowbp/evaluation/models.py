@@ -26,7 +26,7 @@ from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.evaluation import scores as scoring
 from flowbp.evaluation.pages import write_evaluation
 from flowbp.evaluation.scores import Part, Samples, Scorers, Scores, compare, summarise
-from flowbp.foreign import cut, digest_files
+from flowbp.given import cut, digest_files
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.data import load_prompts

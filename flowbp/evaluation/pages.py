@@ -12,10 +12,9 @@ from PIL import Image
 from flowbp.config import RunConfig, flatten
 from flowbp.config.schema import RewardConfig
 from flowbp.evaluation import figures
-from flowbp.evaluation.numbers import METRICS, by_metric
 from flowbp.evaluation.scores import Scores
-from flowbp.evaluation.templates import render, templates
-from flowbp.foreign import LARGEST, cut
+from flowbp.evaluation.templates import METRICS, by_metric, render, templates
+from flowbp.given import LARGEST, cut
 from flowbp.runtime.environment import describe_environment, environment
 from flowbp.runtime.files import write_file
 

@@ -19,7 +19,7 @@ from flowbp.config.schema import RewardConfig, by_name
 from flowbp.evaluation import pages
 from flowbp.evaluation.scores import Scores, compare, summarise
 from flowbp.evaluation.templates import words
-from flowbp.foreign import inside
+from flowbp.given import inside
 from flowbp.runtime.checkpoint import latest_checkpoint
 from flowbp.runtime.environment import ENVIRONMENT, describe_environment
 from flowbp.runtime.files import as_json, read_json, write_file

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from flowbp.config.schema import EvaluationConfig, RolloutConfig, RunConfig
 from flowbp.evaluation.statistics import interval, paired_p_value, weighted_mean
-from flowbp.foreign import cut
+from flowbp.given import cut, find
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import OF_ONE_IMAGE, diversity, thumbnails
-from flowbp.names import find
 from flowbp.rewards import ImageEncoder, Reward
 from flowbp.runtime.data import Prompt, load_prompts, sample_seeds
 from flowbp.runtime.distributed import process_state

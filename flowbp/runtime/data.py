@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flowbp import shapes
-from flowbp.foreign import cut, once, read_text, short
+from flowbp.given import cut, once, read_text, short
 from flowbp.shapes import Prompt
 
 PROMPT, CATEGORY = ("prompt", "prompts", "text"), ("category", "tag")  # what keys and columns are called, in any case

@@ -11,8 +11,7 @@ from pathlib import Path
 from flowbp.backbones import check_quantiser, read_index
 from flowbp.config import ConfigError, RunConfig
 from flowbp.config.schema import EvaluationConfig, GenEvalConfig, ScorerConfig
-from flowbp.foreign import short
-from flowbp.names import find
+from flowbp.given import find, short
 from flowbp.rewards.callable import CallableReward
 from flowbp.rewards.registry import find_folders, find_source
 from flowbp.runtime.data import load_prompts

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flowbp.config import ConfigError, load
 from flowbp.config.loading import CONFIG
 from flowbp.config.schema import TuningConfig
-from flowbp.foreign import cut, digest_files
+from flowbp.given import cut, digest_files
 from flowbp.runtime.checkpoint import CHECKPOINT, LORA, TRANSFORMER, load_parameters, load_state, weight_files
 from flowbp.runtime.distributed import gathered, process_state
 from flowbp.runtime.files import check_seal, replacing, seal

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from flowbp.config import load
-from flowbp.evaluation.numbers import number
 from flowbp.evaluation.scores import (
     BALANCED,
     Samples,
@@ -18,7 +17,7 @@ from flowbp.evaluation.scores import (
     split,
     summarise,
 )
-from flowbp.evaluation.templates import words
+from flowbp.evaluation.templates import number, words
 from flowbp.rewards import load_reward
 from flowbp.runtime.data import Prompt
 from flowbp.shapes.recipe.scenes import render, sample_scene

@@ -14,9 +14,9 @@ import flowbp
 from flowbp.config import load
 from flowbp.evaluation import figures
 from flowbp.evaluation.models import run_evaluation
-from flowbp.evaluation.numbers import between, direction, duration, number, scale_of, scale_of_change, signed
 from flowbp.evaluation.pages import as_png, images_a_step, render
 from flowbp.evaluation.runs import compare_runs
+from flowbp.evaluation.templates import between, direction, duration, number, scale_of, scale_of_change, signed
 from flowbp.methods import ReFL
 
 VOID = {"meta", "img", "br", "link"}
