@@ -57,6 +57,13 @@ def read_text(path: Path, most: int = LARGEST) -> str:
     return text
 
 
+def read_data(module: str, name: str) -> Any:
+    """What the YAML file `name` of flowbp holds, which lies beside the file `module`."""
+    import yaml  # the engine does without
+
+    return yaml.safe_load(Path(module).with_name(name).read_text(encoding="utf-8"))
+
+
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, as `object_pairs_hook` of `json.loads`. Raises ValueError for a key that stands there twice,
     of which the last would win.

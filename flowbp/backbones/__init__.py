@@ -12,9 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from flowbp.given import cut, nearest, read_text, short
+from flowbp.given import cut, nearest, read_data, read_text, short
 from flowbp.shapes import PIPELINE
 
 if TYPE_CHECKING:
@@ -38,7 +36,7 @@ for logger, text in HARMLESS.items():
 log = logging.getLogger(__name__)
 ABSENT = [None, None]
 QUANTISERS = {"nf4": "bitsandbytes", "int8": "torchao", "float8": "torchao"}  # the library of each format
-KNOWN_MODELS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
+KNOWN_MODELS: dict[str, str] = read_data(__file__, "published.yaml")
 
 
 def load_backbone(

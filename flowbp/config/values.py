@@ -6,16 +6,15 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 from flowbp.backbones import KNOWN_MODELS
 from flowbp.config.registry import build_method, describe, unknown
-from flowbp.given import cut
+from flowbp.given import cut, read_data
 from flowbp.methods import METHODS
 
 # The backends that torch registers itself, which it tells only after seconds of imports.
-BACKENDS: list[str] = yaml.safe_load(Path(__file__).with_name("backends.yaml").read_text())
+BACKENDS: list[str] = read_data(__file__, "backends.yaml")
 
 PathLike = TypeVar("PathLike", str, Path)
 

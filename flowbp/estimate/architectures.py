@@ -14,7 +14,6 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +24,7 @@ from flowbp.backbones import read_index
 from flowbp.backbones.base import Backbone, Precision
 from flowbp.backbones.classes import BACKBONES
 from flowbp.config.schema import BackboneConfig
+from flowbp.given import read_data
 from flowbp.guidance import Conditioning
 from flowbp.rewards.preprocessing import fit_short_side, normalise
 
@@ -42,7 +42,7 @@ class Architecture:
     others: dict[str, Any] = field(default_factory=dict)  # parts of the pipeline that have no weights
 
 
-SIZES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+SIZES = read_data(__file__, "architectures.yaml")
 ARCHITECTURES = {name: Architecture(**parts) for name, parts in SIZES["models"].items()}
 IMAGE_TOWERS = {reward: CLIPVisionConfig(**arguments) for reward, arguments in SIZES["image_towers"].items()}
 

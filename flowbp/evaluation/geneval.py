@@ -22,20 +22,18 @@ from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, StringConstraints, ValidationError, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from flowbp.config.schema import GenEvalConfig
-from flowbp.given import cut, once, short
+from flowbp.given import cut, once, read_data, read_text, short
 from flowbp.rewards import load_reward
 from flowbp.rewards.clip import CLIPReward, image_features
 from flowbp.rewards.preprocessing import fit_short_side, normalise
-from flowbp.runtime.data import read_lines
 
-GENEVAL = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+GENEVAL = read_data(__file__, "geneval.yaml")
 COLOURS, RELATIONS, TEMPLATES, COCO_NAMES = (GENEVAL[key] for key in ("colours", "relations", "templates", "names"))
 BACKGROUND = 0.6  # grey #999 around a masked object
 MOST_OBJECTS = 16  # of a class
@@ -92,7 +90,7 @@ def load_requirements(path: str) -> dict[str, Requirement]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path!r} is no file: a detector judges the prompts of a .jsonl of GenEval's metadata")
     requirements: dict[str, Requirement] = {}
-    for number, line in enumerate(read_lines(Path(path)), 1):
+    for number, line in enumerate(read_text(Path(path)).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

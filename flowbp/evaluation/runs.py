@@ -19,14 +19,14 @@ from flowbp.config.schema import RewardConfig, by_name
 from flowbp.evaluation import pages
 from flowbp.evaluation.scores import Scores, compare, summarise
 from flowbp.evaluation.templates import words
-from flowbp.given import inside
+from flowbp.given import inside, read_data
 from flowbp.runtime.checkpoint import latest_checkpoint
 from flowbp.runtime.environment import ENVIRONMENT, describe_environment
 from flowbp.runtime.files import as_json, read_json, write_file
 from flowbp.runtime.run_folder import CONFIG, METRICS, RunFolder, check_run, mark_folder, short_names
 
 POINT, UNFAIR, BOOKKEEPING = "point", "unfair", "bookkeeping"  # verdicts on a difference
-VERDICTS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("verdicts.yaml").read_text())
+VERDICTS: dict[str, str] = read_data(__file__, "verdicts.yaml")
 EVALUATED, IMAGES_A_STEP = "final evaluation", "images a step"  # added to configs
 STOPPING = ("best", "patience", "every", "validation_prompts", "validation_samples")  # of `evaluation`
 

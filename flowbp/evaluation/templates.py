@@ -7,16 +7,14 @@ say.
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
-from flowbp.given import IMAGE_STATISTICS
+from flowbp.given import IMAGE_STATISTICS, read_data
 from flowbp.runtime.console import plain
 
-METRICS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("metrics.yaml").read_text())
+METRICS: dict[str, dict[str, Any]] = read_data(__file__, "metrics.yaml")
 NOT_BETTER = [name for name in IMAGE_STATISTICS if name != "diversity"]  # a higher one is neither better nor worse
 
 

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
 from pydantic import TypeAdapter
 
 from flowbp import shapes
-from flowbp.given import cut, digest_files, find, nearest, short
+from flowbp.given import cut, digest_files, find, nearest, read_data, short
 from flowbp.rewards.base import Reward
 from flowbp.rewards.callable import CallableReward
 
@@ -74,8 +73,7 @@ class RewardSource:
     instruction: str | None = None
 
 
-PUBLISHED = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
-REWARDS = TypeAdapter(dict[str, RewardSource]).validate_python(yaml.safe_load(PUBLISHED))
+REWARDS = TypeAdapter(dict[str, RewardSource]).validate_python(read_data(__file__, "published.yaml"))
 
 
 def load_reward(
