@@ -22,7 +22,7 @@ from flowbp.evaluation.templates import words
 from flowbp.given import cut
 from flowbp.methods import draw_plan
 from flowbp.quadrature import Solver
-from flowbp.rewards.callable import CallableReward
+from flowbp.rewards.callable import find_callable
 from flowbp.rewards.registry import EMBEDDED, REWARDS, find_source, how_to_fetch
 from flowbp.runtime import run_folder
 from flowbp.runtime.checkpoint import weight_files
@@ -295,7 +295,7 @@ def rewards(name: Annotated[str | None, Argument(help="say what this one is and 
     if name in EMBEDDED:
         return say(f"{name} is a model of the reward clip, and part of flowbp: reward={{name: clip, model: {name}}}")
     if name is not None and ":" in name:
-        CallableReward.find(name)
+        find_callable(name)
         return say(f"{name} is a reward of your own, and was found: reward={{name: '{name}'}}")
     sources = REWARDS if name is None else {name: find_source(name)}
     console.print(tables.table("rewards", "flowbp rewards", sources=sources))

@@ -9,7 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from flowbp.config import describe, flatten
-from flowbp.evaluation.templates import templates
+from flowbp.evaluation.templates import TEMPLATES
 from flowbp.methods import METHODS
 from flowbp.runtime.console import plain
 from flowbp.runtime.reproducible import math_library
@@ -30,7 +30,7 @@ COLUMNS = {
 
 def table(name: str, title: str | Text, **values: Any) -> Table:
     """The table that the macro `name` of terminal.html makes of `values`."""
-    html = ElementTree.fromstring(plain(getattr(templates().get_template("terminal.html").module, name)(**values)))
+    html = ElementTree.fromstring(plain(getattr(TEMPLATES.get_template("terminal.html").module, name)(**values)))
     columns = [Column(head.text or "", **styled(head, COLUMNS)) for head in html.iter("th")]
     made = Table(*columns, title=title, caption=html.findtext("caption") or None, **styled(html, TABLES))
     for row in html.findall("tr"):
@@ -84,4 +84,4 @@ def doctor_table() -> Table:
     return table("doctor", "flowbp doctor", found=found)
 
 
-templates().filters |= {function.__name__: function for function in (listed, non_defaults)}
+TEMPLATES.filters |= {function.__name__: function for function in (listed, non_defaults)}

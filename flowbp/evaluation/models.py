@@ -120,8 +120,6 @@ def manifest(
     config: RunConfig, samples: Samples, name: str, weights: Path | None, strength: float = 1.0
 ) -> dict[str, Any]:
     """All that the scores of a model depend on."""
-    if weights is not None and not weights.exists():
-        raise FileNotFoundError(f"the weights of {name}, {weights}, do not exist")
     if weights is not None:
         check_base(weight_files(weights)[0].parent, bool(config.backbone.quantise and config.backbone.quantise.weights))
     settings = config.model_dump(mode="json", include={"backbone", "guidance", "reward", "evaluation"})

@@ -6,35 +6,29 @@ say.
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
-import jinja2
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from flowbp.given import IMAGE_STATISTICS, read_data
 from flowbp.runtime.console import plain
 
 METRICS: dict[str, dict[str, Any]] = read_data(__file__, "metrics.yaml")
 NOT_BETTER = [name for name in IMAGE_STATISTICS if name != "diversity"]  # a higher one is neither better nor worse
-
-
-@cache
-def templates() -> jinja2.Environment:
-    escaped, loader = jinja2.select_autoescape(), jinja2.PackageLoader("flowbp")
-    made = jinja2.Environment(loader=loader, autoescape=escaped, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    made.filters |= {function.__name__: function for function in FILTERS}
-    made.globals |= {"not_better": NOT_BETTER, "image_statistics": IMAGE_STATISTICS, "about": METRICS, "words": words}
-    return made
+TEMPLATES = Environment(
+    loader=PackageLoader("flowbp"), autoescape=select_autoescape(), trim_blocks=True, undefined=StrictUndefined
+)
+TEMPLATES.globals |= {"not_better": NOT_BETTER, "image_statistics": IMAGE_STATISTICS, "about": METRICS}
 
 
 def render(template: str, **values: Any) -> str:
     """A page of flowbp/templates, as HTML."""
-    return plain(templates().get_template(template).render(**values))
+    return plain(TEMPLATES.get_template(template).render(**values))
 
 
 def words(macro: str, **values: Any) -> list[str]:
     """The lines that a macro of words.jinja says."""
-    said = getattr(templates().get_template("words.jinja").module, macro)(**values)
+    said = getattr(TEMPLATES.get_template("words.jinja").module, macro)(**values)
     return [line for line in said.split("\n") if line]
 
 
@@ -48,10 +42,6 @@ def number(value: float | None, scale: float = 1.0, sign: str = "") -> str:
     magnitude = math.floor(math.log10(abs(scale))) if scale else 0  # 10^magnitude <= |scale|
     decimals = 1 - magnitude if magnitude < -2 else 3 if magnitude < 2 else max(0, 2 - magnitude)
     return f"{round(value, decimals) + 0.0:{sign}.{decimals}f}"  # + 0.0: no negative zero
-
-
-def signed(value: float | None, scale: float = 1.0) -> str:
-    return number(value, scale, "+")
 
 
 def between(ends: Sequence[float | None], scale: float = 1.0) -> str:
@@ -130,5 +120,7 @@ def _undefined(value: float | None) -> bool:
 
 
 # Of templates, under their own names.
-FILTERS = (number, signed, between, scale_of, scale_of_change, p_text, direction, duration, gigabytes)
+FILTERS = (number, between, scale_of, scale_of_change, p_text, direction, duration, gigabytes)
 FILTERS += (shown, by_metric, grouped)
+TEMPLATES.filters |= {function.__name__: function for function in FILTERS}
+TEMPLATES.globals["words"] = words

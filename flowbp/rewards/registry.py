@@ -20,7 +20,7 @@ from flowbp.rewards.callable import CallableReward
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-EMBEDDED = {"shapes": "REWARD", "shapes-monitor": "MONITOR"}
+EMBEDDED = {"shapes": shapes.REWARD, "shapes-monitor": shapes.MONITOR}
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def find_source(name: str) -> RewardSource:
 def find_folders(name: str, source: RewardSource, model: str | None, revision: str | None) -> dict[str, Path]:
     """A folder for each of the reward's files: `model` if that is a folder or embedded, else one of the Hub cache."""
     if model in EMBEDDED:
-        return dict.fromkeys(source.files, getattr(shapes, EMBEDDED[model]))
+        return dict.fromkeys(source.files, EMBEDDED[model])
     files = dict(source.files)
     if model is not None and Path(model).is_dir():
         if missing := [file for part in files.values() for file in part.missing(Path(model))]:
