@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from few_steps import COMMON, METRICS, collect, summary, told, trained
 
-from flowbp.backbones import bind_velocity
+from flowbp.backbones.base import bind_velocity
 from flowbp.config import load
 from flowbp.objective import clip_samples, reward_gradient
 from flowbp.runtime.data import sample_seeds

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from gradient_quality import Probe, usual
 
-from flowbp.backbones import bind_velocity
+from flowbp.backbones.base import bind_velocity
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS, draw_plan
 from flowbp.quadrature import euler, lagrange, lagrange_supports

@@ -40,6 +40,7 @@ from flowbp.backbones import load_backbone  # noqa: E402
 from flowbp.config import load  # noqa: E402
 from flowbp.estimate.architectures import ARCHITECTURES, made_on  # noqa: E402
 from flowbp.estimate.estimate import estimate  # noqa: E402
+from flowbp.replay import proc_bytes  # noqa: E402
 from flowbp.runtime.environment import environment  # noqa: E402
 from flowbp.training.trainer import Trainer  # noqa: E402
 from flowbp_kernels.live_bytes import LiveBytes  # noqa: E402
@@ -214,9 +215,7 @@ class ResidentPhases(LivePhases):
 
 def resident(peak: bool = True) -> int:
     """Resident bytes of this process, the most since `reset_peak` or those of now."""
-    name = "VmHWM" if peak else "VmRSS"
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(next(lines)[1]) * 1024
+    return proc_bytes("self/status", "VmHWM" if peak else "VmRSS")
 
 
 def reset_peak() -> None:

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowbp.backbones import bind_velocity, load_backbone
+from flowbp.backbones import load_backbone
+from flowbp.backbones.base import bind_velocity
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS, Method, draw_plan
 from flowbp.objective import Objective, loss_factors, sample_weights

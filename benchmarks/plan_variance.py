@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowbp.backbones import bind_velocity, load_backbone
+from flowbp.backbones import load_backbone
+from flowbp.backbones.base import bind_velocity
 from flowbp.guidance import Guidance
 from flowbp.methods import FlowBPSparse, draw_plans
 from flowbp.objective import Objective, reward_gradient

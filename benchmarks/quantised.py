@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowbp.backbones import Backbone, bind_velocity, load_backbone
+from flowbp.backbones import load_backbone
+from flowbp.backbones.base import Backbone, bind_velocity
 from flowbp.backbones.quantise import quantise_blocks
 from flowbp.config.schema import TuningConfig
 from flowbp.guidance import Guidance

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from flowbp.backbones import bind_velocity, load_backbone
+from flowbp.backbones import load_backbone
+from flowbp.backbones.base import bind_velocity
 from flowbp.evaluation.figures import ACTIVE, BRIDGE, INK
 from flowbp.evaluation.statistics import interval
 from flowbp.guidance import Guidance

@@ -58,7 +58,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 import flowbp_kernels  # noqa: E402
 from flowbp import surrogate, trajectory  # noqa: E402
-from flowbp.backbones import Backbone, bind_velocity  # noqa: E402
+from flowbp.backbones.base import Backbone, bind_velocity  # noqa: E402
 from flowbp.config.schema import TuningConfig  # noqa: E402
 from flowbp.estimate.architectures import ARCHITECTURES, IMAGE_TOWERS, ImageTower, build_backbone  # noqa: E402
 from flowbp.guidance import Guidance, GuidedVelocity, NetworkVelocity  # noqa: E402

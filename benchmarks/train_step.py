@@ -15,7 +15,6 @@ import argparse
 import gc
 import itertools
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -36,10 +35,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from tiny_pipelines import tiny_pipeline  # noqa: E402
 
 import flowbp_kernels  # noqa: E402
-from flowbp.backbones import BACKBONES  # noqa: E402
+from flowbp.backbones.classes import BACKBONES  # noqa: E402
 from flowbp.config import RunConfig, build_method  # noqa: E402
 from flowbp.estimate.architectures import ARCHITECTURES, IMAGE_TOWERS, ImageTower, build_backbone  # noqa: E402
 from flowbp.methods import METHODS  # noqa: E402
+from flowbp.replay import proc_bytes  # noqa: E402
 from flowbp.runtime.memory import Phases, peak_memory_mb  # noqa: E402
 from flowbp.training.trainer import Trainer  # noqa: E402
 from flowbp_kernels.bench import machine  # noqa: E402
@@ -156,8 +156,7 @@ def memory_mb() -> float:
     """Memory in use now, in the unit and of the kind of `peak_memory_mb`."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 1e6
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() / 1e6 if statm.is_file() else peak_memory_mb()
+    return proc_bytes("self/status", "VmRSS") / 1e6
 
 
 def reset_peak_memory() -> None:

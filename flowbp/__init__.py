@@ -19,12 +19,9 @@ from typing import Any
 
 __version__ = "0.2.0"
 
-# The public names, of which `__init__.pyi` tells editors too, by the modules that hold them.
-_MODULES: dict[str, list[str]] = {}
-for _line in ast.parse(Path(__file__).with_suffix(".pyi").read_text()).body:
-    if isinstance(_line, ast.ImportFrom):
-        _MODULES.setdefault(str(_line.module), []).extend(alias.name for alias in _line.names)
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+# The module of each public name, from the stub that tells editors of them too.
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text())
+_HOME = {_name.name: _line.module for _line in _STUB.body if isinstance(_line, ast.ImportFrom) for _name in _line.names}
 
 __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -1,7 +1,7 @@
 """The public names of flowbp: `__init__.py` reads from here which module holds each, and so do editors."""
 
-from flowbp.backbones import bind_velocity as bind_velocity
 from flowbp.backbones import load_backbone as load_backbone
+from flowbp.backbones.base import bind_velocity as bind_velocity
 from flowbp.config import RunConfig as RunConfig
 from flowbp.guidance import Guidance as Guidance
 from flowbp.guidance import GuidedVelocity as GuidedVelocity

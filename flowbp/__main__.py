@@ -14,7 +14,7 @@ def main() -> None:
     if not request_equal_bytes():
         print(f"warning: {TOO_LATE}", file=sys.stderr)
     try:
-        from flowbp.cli import main as run
+        from flowbp.cli.commands import main as run
 
         run()
     except ModuleNotFoundError as error:

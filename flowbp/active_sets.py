@@ -14,7 +14,8 @@ import numpy as np
 
 from flowbp.plan import check_range
 
-Drawn = TypeVar("Drawn")
+T = TypeVar("T")
+POOL = 8  # draws a stratum
 
 
 def train_window(num_steps: int, tail_ratio: float, min_length: int = 1) -> tuple[int, int]:
@@ -66,21 +67,17 @@ def stratified(
 
 
 def stratified_draws(
-    draw: Callable[[np.random.Generator], Drawn],
-    count: int,
-    position: Callable[[Drawn], float],
-    rng: np.random.Generator,
-    pool: int = 8,
-) -> list[Drawn]:
+    draw: Callable[[np.random.Generator], T], count: int, position: Callable[[T], float], rng: np.random.Generator
+) -> list[T]:
     """`count` draws in random order, each distributed as `draw(rng)` alone, that together cover the range of `position`
     evenly.
 
-    Systematic sampling: count * pool independent draws are sorted by position, and from a random offset on every
-    pool-th is taken. All draws are equally likely to be taken, so the mean over those taken is an unbiased estimate.
+    Systematic sampling: count * POOL independent draws are sorted by position, and from a random offset on every
+    POOL-th is taken. All draws are equally likely to be taken, so the mean over those taken is an unbiased estimate.
     They cannot clump, because each is from a stratum of its own.
     """
-    drawn = sorted((draw(rng) for _ in range(count * pool)), key=position)
-    chosen = drawn[int(rng.integers(pool)) :: pool]
+    drawn = sorted((draw(rng) for _ in range(count * POOL)), key=position)
+    chosen = drawn[int(rng.integers(POOL)) :: POOL]
     return [chosen[i] for i in rng.permutation(count)]
 
 

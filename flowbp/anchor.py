@@ -50,7 +50,9 @@ class Anchor:
             with torch.no_grad(), self.reference():
                 base = network(x, sigma, conditioning)
             v = network(x, sigma, conditioning)
-            return _Pulled.apply(v, self._pull(v.detach(), base) / count)  # pyright: ignore[reportReturnType]
+            pull = self._pull(v.detach(), base) / count
+            v.register_hook(lambda g: g + pull.to(g.dtype))
+            return v
 
         return replace(guided, network=velocity)
 
@@ -69,17 +71,3 @@ class Anchor:
         if self.kind == "norm":
             gap = v * torch.relu(1 - length / size)
         return 2 * self.weight / v[0].numel() * gap
-
-
-class _Pulled(torch.autograd.Function):
-    """v itself, whose cotangent gets `pull` on its way back."""
-
-    @staticmethod
-    def forward(ctx, v, pull):
-        ctx.save_for_backward(pull)
-        return v.view_as(v)
-
-    @staticmethod
-    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (pull,) = ctx.saved_tensors
-        return g + pull.to(g.dtype), None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowbp.names import IMAGE_STATISTICS
+from flowbp.given import IMAGE_STATISTICS
 
 THUMBNAIL = 32  # pixels a side; images are compared by their composition, not by their texture
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from flowbp.foreign import short
+from flowbp.given import short
 
 Solver = Literal["euler", "adams-2", "adams-3"]
 ORDERS: dict[Solver, int] = {"euler": 1, "adams-2": 2, "adams-3": 3}

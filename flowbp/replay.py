@@ -9,7 +9,6 @@ All give the same gradient.
 """
 
 import math
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -108,10 +107,15 @@ def spare_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
+    if not Path("/proc/meminfo").is_file():
         raise ValueError(f"free memory cannot be measured on {device} here: give recompute='auto' a budget")
-    lines = meminfo.read_text().splitlines()
-    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    return 1024 * (available - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) + resident
+    grown = proc_bytes("self/status", "VmHWM") - proc_bytes("self/status", "VmRSS")  # at its peak, beyond now
+    return proc_bytes("meminfo", "MemAvailable") - grown
+
+
+def proc_bytes(file: str, key: str) -> int:
+    """The bytes that the line `key: N kB` of a file of /proc tells: in meminfo MemAvailable, in self/status VmRSS, what
+    is resident now, and VmHWM, the most so far (getrusage's begins at the peak of the process that started this one).
+    """
+    lines = map(str.split, Path("/proc", file).read_text().splitlines())
+    return next(1024 * int(words[1]) for words in lines if words[0] == f"{key}:")

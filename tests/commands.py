@@ -21,7 +21,7 @@ from unittest.mock import patch
 import typer
 from typer.testing import CliRunner
 
-from flowbp import cli
+from flowbp.cli import commands as cli
 from flowbp.config import build_method, load, parse_overrides
 from flowbp.rewards.registry import find_source
 from flowbp.training.sweep import planned

@@ -16,7 +16,7 @@ from flowbp.__main__ import main
 from flowbp.runtime.processes import free_port
 
 TESTS = Path(__file__).parent
-PRELOADED = ["ranks_worker", "flowbp.cli", "torch.utils.tensorboard"]
+PRELOADED = ["ranks_worker", "flowbp.cli.commands", "torch.utils.tensorboard"]
 
 
 def context():

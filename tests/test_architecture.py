@@ -76,9 +76,8 @@ def test_importing_flowbp_loads_nothing_and_each_of_its_names_is_there():
     script = "import sys, flowbp; assert not {'torch', 'numpy', 'diffusers'} & sys.modules.keys(); print(dir(flowbp))"
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert ast.literal_eval(shown) == sorted(flowbp.__all__)
-    for module, names in flowbp._MODULES.items():
-        for name in names:
-            assert getattr(flowbp, name) is getattr(importlib.import_module(module), name)
+    for name, module in flowbp._HOME.items():
+        assert getattr(flowbp, name) is getattr(importlib.import_module(module), name)
     with pytest.raises(AttributeError, match="flowbp has no 'rolout'; it has .*rollout"):
         flowbp.rolout  # noqa: B018
 

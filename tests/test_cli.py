@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 import flowbp.__main__
-from flowbp import cli
+from flowbp.cli import commands as cli
 from flowbp.cli import tables
 from flowbp.config import load
 from flowbp.quadrature import solver_table
@@ -104,7 +104,7 @@ def test_what_is_mistyped_is_answered_in_words(arguments, says, capsys, monkeypa
 
 def test_a_plan_is_drawn_on_the_published_levels_under_the_shift(monkeypatch):
     levels = []
-    monkeypatch.setattr(tables, "plan_table", lambda drawn, sigmas, title: levels.extend(sigmas) or title)
+    monkeypatch.setattr(tables, "table", lambda name, title, plan, sigmas: levels.extend(sigmas) or title)
     result = CliRunner().invoke(cli.app, ["plan", "refl", "last_n=1", "--steps", "4", "--shift", "3"])
     assert result.exit_code == 0, result.output
     assert levels == pytest.approx([3 * u / (1 + 2 * u) for u in (1, 0.75, 0.5, 0.25, 0)])
@@ -113,14 +113,14 @@ def test_a_plan_is_drawn_on_the_published_levels_under_the_shift(monkeypatch):
 @pytest.mark.parametrize("solver", ["euler", "adams-2"])
 def test_a_plan_has_the_weights_of_the_solver_that_is_asked_for(solver, monkeypatch):
     plans = []
-    monkeypatch.setattr(tables, "plan_table", lambda drawn, sigmas, title: plans.append((drawn, sigmas)) or title)
+    monkeypatch.setattr(tables, "table", lambda name, title, plan, sigmas: plans.append((plan, sigmas)) or title)
     result = CliRunner().invoke(cli.app, ["plan", "flowbp-sparse", "--steps", "6", "--solver", solver])
     assert result.exit_code == 0 and f"6 {solver} steps" in result.output
     ((drawn, sigmas),) = plans
     assert drawn.weights == pytest.approx(solver_table(sigmas, solver).sum(axis=0))
 
 
-@pytest.mark.parametrize(("package", "module"), [("typer", "flowbp.cli"), ("pydantic", "flowbp.config")])
+@pytest.mark.parametrize(("package", "module"), [("typer", "flowbp.cli.commands"), ("pydantic", "flowbp.config")])
 def test_a_package_that_is_missing_names_its_extra(package, module, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["flowbp", "presets", "demo"])
     monkeypatch.setitem(sys.modules, package, None)

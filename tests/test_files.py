@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from flowbp.foreign import digest_files
+from flowbp.given import digest_files
 from flowbp.runtime.files import as_json, remove, remove_left, replacing, write_file
 from flowbp.runtime.tensors import read_tensors, write_tensors
 

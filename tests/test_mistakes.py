@@ -18,7 +18,7 @@ from flowbp.config.values import BACKENDS, known_backend
 SCRIPT = """
 import json, sys
 from typer.testing import CliRunner
-from flowbp import cli
+from flowbp.cli import commands as cli
 sys.modules["bitsandbytes"] = None  # as where it is not installed
 HEAVY = {"torch", "accelerate", "diffusers", "transformers", "peft", "matplotlib", "torch._dynamo"}
 answers = {}

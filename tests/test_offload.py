@@ -6,7 +6,8 @@ import torch
 from autograd_graph import as_graph
 from safetensors.torch import load_file
 
-from flowbp.backbones import bind_velocity, load_backbone
+from flowbp.backbones import load_backbone
+from flowbp.backbones.base import bind_velocity
 from flowbp.config import ConfigError, load
 from flowbp.evaluation.scores import generate
 from flowbp.methods import METHODS

@@ -11,7 +11,8 @@ import torch
 from diffusers.utils import logging
 from tiny_pipelines import tiny_pipeline
 
-from flowbp.backbones import BACKBONES, bind_velocity
+from flowbp.backbones.base import bind_velocity
+from flowbp.backbones.classes import BACKBONES
 from flowbp.config import ConfigError
 from flowbp.config.schema import MemoryConfig, OptimizerConfig, TuningConfig
 from flowbp.guidance import Guidance

@@ -12,7 +12,7 @@ from diffusers import Flux2KleinPipeline
 from typer.testing import CliRunner
 
 from flowbp.active_sets import PAIR_SAMPLERS, UniformPair, reverse_bounds
-from flowbp.cli import app
+from flowbp.cli.commands import app
 from flowbp.config import changed, describe, load
 from flowbp.guidance import Guidance
 from flowbp.methods import FlowBPSparse, LeapAlign

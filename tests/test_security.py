@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from flowbp import cli
 from flowbp.backbones import load_backbone
+from flowbp.cli import commands as cli
 from flowbp.config import ConfigError, RunConfig, dump, flatten, load, loading
 from flowbp.evaluation.runs import read_run
-from flowbp.foreign import cut, read_text, short
-from flowbp.names import find
+from flowbp.given import cut, find, read_text, short
 from flowbp.runtime.weights import read_lora
 from flowbp.shapes import PIPELINE
 

@@ -6,7 +6,6 @@ import gc
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ import torch
 from autograd_graph import as_graph
 from toy import ToyField, as_recompute, toy_reward, toy_rollout, toy_sigmas, toy_velocity
 
-from flowbp.active_sets import stratified
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import METHODS, FlowBPBridge, FlowBPSparse, LeapAlign, draw_plan, draw_plans
 from flowbp.objective import Objective, loss_factors, reward_gradient, sample_weights
@@ -204,14 +202,15 @@ def test_a_free_composition_needs_no_engine_change():
 
 @dataclass(frozen=True)
 class StratifiedSparse:
-    """The README's example: inverse-probability weights."""
+    """A method of one's own: a node of each stratum, its weight divided by the probability that it is drawn."""
 
     num_active: int = 4
 
     def plan(self, sigmas, rng):
         steps = np.diff(sigmas)
-        nodes, probabilities = stratified(range(len(steps)), self.num_active, rng)
-        return SurrogatePlan(nodes, steps[list(nodes)], steps[list(nodes)] / probabilities)
+        strata = np.array_split(np.arange(len(steps)), self.num_active)
+        nodes = [int(rng.choice(stratum)) for stratum in strata]
+        return SurrogatePlan(nodes, steps[nodes], steps[nodes] * [len(stratum) for stratum in strata])
 
 
 def test_stratified_sparse_averages_to_the_dense_detached_gradient():
@@ -482,7 +481,8 @@ def deep_field():
 
 
 def tiny_transformer(overrides, checkpointing):
-    from flowbp.backbones import bind_velocity, load_backbone
+    from flowbp.backbones import load_backbone
+    from flowbp.backbones.base import bind_velocity
     from flowbp.config import load
 
     config = load("demo", overrides)
@@ -589,11 +589,9 @@ def test_free_memory_is_measured():
 
 
 def test_free_memory_is_what_was_free_when_this_process_was_at_its_largest(monkeypatch):
-    texts = {"meminfo": "MemTotal: 9000 kB\nMemAvailable: 5000 kB\n", "statm": "900 70 30 0 0 0 0"}  # 70 pages now
+    texts = {"meminfo": "MemTotal: 9000 kB\nMemAvailable: 5000 kB\n", "status": "VmHWM:\t600 kB\nVmRSS:\t280 kB\n"}
     monkeypatch.setattr(Path, "is_file", lambda path: True)
     monkeypatch.setattr(Path, "read_text", lambda path: texts[path.name])
-    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=600))  # kB at most
-    monkeypatch.setattr("resource.getpagesize", lambda: 4096)
     assert spare_bytes(torch.device("cpu")) == 1024 * (5000 - (600 - 280))
 
 

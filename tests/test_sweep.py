@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from flowbp import cli
+from flowbp.cli import commands as cli
 from flowbp.config import ConfigError, dump
 from flowbp.training.sweep import alternatives, planned, summary, surroundings, sweep
 

@@ -19,8 +19,9 @@ from accelerate.state import AcceleratorState
 from autograd_graph import as_graph
 from typer.testing import CliRunner
 
-from flowbp.backbones import bind_velocity, load_backbone
-from flowbp.cli import app
+from flowbp.backbones import load_backbone
+from flowbp.backbones.base import bind_velocity
+from flowbp.cli.commands import app
 from flowbp.config import dump, load
 from flowbp.config.schema import LOGGED, MemoryConfig
 from flowbp.evaluation import scores as evaluation
@@ -29,7 +30,8 @@ from flowbp.guidance import Guidance
 from flowbp.methods import METHODS
 from flowbp.objective import clip_samples
 from flowbp.replay import Recompute
-from flowbp.rewards import Smoothed, Smoothing, WeightedRewards, load_reward
+from flowbp.rewards import Smoothing, load_reward
+from flowbp.rewards.weighted import WeightedRewards, smoothed
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, seal
 from flowbp.runtime.data import Prompt, sample_seeds
 from flowbp.runtime.files import remove
@@ -907,12 +909,10 @@ def test_the_same_seed_gives_the_same_image_in_any_batch():
 
 def test_smoothing_keeps_a_constant_reward_and_reaches_the_pixels():
     images = torch.rand(2, 3, 32, 32, requires_grad=True)
-    smoothed = Smoothed(
-        lambda x, _: x.mean(dim=(1, 2, 3)), Smoothing(4, 1, 0.0), [torch.Generator().manual_seed(s) for s in (0, 1)]
-    )
     flat = torch.full((2, 3, 32, 32), 0.25)
-    torch.testing.assert_close(smoothed(flat, []), torch.tensor([0.25, 0.25]))
-    smoothed(images, []).sum().backward()
+    of = partial(smoothed, lambda x, _: x.mean(dim=(1, 2, 3)), Smoothing(4, 1, 0.0), prompts=[], seeds=[0, 1])
+    torch.testing.assert_close(of(flat), torch.tensor([0.25, 0.25]))
+    of(images).sum().backward()
     assert images.grad.abs().sum() > 0
 
 

@@ -4,7 +4,6 @@ The pipeline class that a checkpoint names in its model_index.json chooses the b
 seconds to import, so what needs it is loaded when it is first used.
 """
 
-import importlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -13,16 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from flowbp.foreign import cut, read_text, short
-from flowbp.names import nearest
+from flowbp.given import cut, nearest, read_data, read_text, short
+from flowbp.shapes import PIPELINE
 
 if TYPE_CHECKING:
-    from flowbp.backbones.base import Backbone, Precision, bind_velocity, check_guidance  # noqa: F401
-    from flowbp.backbones.classes import BACKBONES  # noqa: F401
-
-__all__ = "BACKBONES KNOWN_MODELS load_backbone locate Backbone Precision bind_velocity check_guidance".split()
+    from flowbp.backbones.base import Backbone, Precision
 
 # What libraries say that asks for nothing: of parts that nothing here calls, when diffusers imports them, and of LoRAs
 # of text encoders, which are never tuned. Logger -> a part of its messages.
@@ -42,7 +36,7 @@ for logger, text in HARMLESS.items():
 log = logging.getLogger(__name__)
 ABSENT = [None, None]
 QUANTISERS = {"nf4": "bitsandbytes", "int8": "torchao", "float8": "torchao"}  # the library of each format
-KNOWN_MODELS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
+KNOWN_MODELS: dict[str, str] = read_data(__file__, "published.yaml")
 
 
 def load_backbone(
@@ -122,15 +116,17 @@ def without_bars() -> Iterator[None]:
         yield
 
 
-def read_index(name: str) -> tuple[str, dict[str, Any]]:
-    """(where the model of `name` is, its model_index.json), without diffusers. Raises as `load_backbone` does."""
+def read_index(name: str, offline: bool = False) -> tuple[str, dict[str, Any]]:
+    """(where the model of `name` is, its model_index.json), without diffusers; offline: from this disk alone. Raises as
+    `load_backbone` does.
+    """
     location = locate(name)
     try:
         file = Path(location, "model_index.json")
         if not Path(location).is_dir():
             from huggingface_hub import hf_hub_download
 
-            file = Path(hf_hub_download(location, file.name))
+            file = Path(hf_hub_download(location, file.name, local_files_only=offline))
         index = json.loads(read_text(file))
         if not isinstance(index, dict):
             raise ValueError(f"{file} is no object of JSON")
@@ -154,8 +150,6 @@ def read_index(name: str) -> tuple[str, dict[str, Any]]:
 def locate(name: str) -> str:
     """The folder or the Hub id that `name` stands for."""
     if name == "shapes":
-        from flowbp.shapes import PIPELINE
-
         return str(PIPELINE)
     location = KNOWN_MODELS.get(name, name)
     if not Path(location).is_dir() and "/" not in location:
@@ -165,9 +159,3 @@ def locate(name: str) -> str:
     if Path(location).is_dir() and not Path(location, "model_index.json").is_file():
         raise ValueError(f"{location} holds no model_index.json: pass the folder of a diffusers pipeline")
     return location
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"{__name__} has no {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"{__name__}.classes"), name)

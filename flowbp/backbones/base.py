@@ -17,7 +17,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from flowbp.guidance import Conditioning, Guidance, GuidedVelocity, NetworkVelocity
+from flowbp.guidance import Conditioning, Guidance, GuidedVelocity
 
 log = logging.getLogger(__name__)
 Precision = Literal["pipeline", "float32"]
@@ -226,16 +226,11 @@ def bind_velocity(
     if guidance.active:
         empty = backbone.encode([""]).items()
         negative = {name: value.expand(len(prompts), *value.shape[1:]) for name, value in empty} | embedded
-    network = backbone.velocity if timesteps == "float32" else with_bfloat16_timesteps(backbone.velocity)
+
+    @functools.wraps(backbone.velocity)
+    def with_rounded_time(x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        return backbone.velocity(x, (1000 * sigma).bfloat16().to(sigma.dtype) / 1000, conditioning)
+
+    network = backbone.velocity if timesteps == "float32" else with_rounded_time
     positive, batched = backbone.encode(prompts) | embedded, backbone.guidance_branches == "batched"
     return GuidedVelocity(network, positive, negative, guidance, batched)
-
-
-def with_bfloat16_timesteps(network: NetworkVelocity) -> NetworkVelocity:
-    """`network` at a noise level sigma for which 1000 sigma is rounded to bfloat16."""
-
-    @functools.wraps(network)
-    def velocity(x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        return network(x, (1000 * sigma).bfloat16().to(sigma.dtype) / 1000, conditioning)
-
-    return velocity

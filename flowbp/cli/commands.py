@@ -19,10 +19,10 @@ from flowbp.cli.estimate import estimate
 from flowbp.cli.terminal import Config, Overrides, Processes, console, say, say_unwrapped
 from flowbp.config import build_method, commented, dump, load, parse_overrides
 from flowbp.evaluation.templates import words
-from flowbp.foreign import cut
+from flowbp.given import cut
 from flowbp.methods import draw_plan
 from flowbp.quadrature import Solver
-from flowbp.rewards.callable import CallableReward
+from flowbp.rewards.callable import find_callable
 from flowbp.rewards.registry import EMBEDDED, REWARDS, find_source, how_to_fetch
 from flowbp.runtime import run_folder
 from flowbp.runtime.checkpoint import weight_files
@@ -280,7 +280,7 @@ def plan(
     sigmas = np.append(shift * u / (1.0 + (shift - 1.0) * u), 0.0)
     built = build_method({"name": method} | parse_overrides(overrides or ()))
     drawn = draw_plan(built, sigmas, np.random.default_rng(seed), solver)
-    console.print(tables.plan_table(drawn, sigmas, f"{method}, {steps} {solver} steps, seed {seed}"))
+    console.print(tables.table("plan", f"{method}, {steps} {solver} steps, seed {seed}", plan=drawn, sigmas=sigmas))
     say(*words("drawn", plan=drawn))
     if png is not None:
         from flowbp.evaluation import figures
@@ -295,7 +295,7 @@ def rewards(name: Annotated[str | None, Argument(help="say what this one is and 
     if name in EMBEDDED:
         return say(f"{name} is a model of the reward clip, and part of flowbp: reward={{name: clip, model: {name}}}")
     if name is not None and ":" in name:
-        CallableReward.find(name)
+        find_callable(name)
         return say(f"{name} is a reward of your own, and was found: reward={{name: '{name}'}}")
     sources = REWARDS if name is None else {name: find_source(name)}
     console.print(tables.table("rewards", "flowbp rewards", sources=sources))

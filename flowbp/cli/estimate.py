@@ -12,8 +12,7 @@ from flowbp.cli import tables
 from flowbp.cli.terminal import Config, Overrides, console, say, say_unwrapped
 from flowbp.config import load
 from flowbp.estimate.communication import BANDWIDTH, MACHINE, traffic
-from flowbp.evaluation.numbers import gigabytes
-from flowbp.evaluation.templates import words
+from flowbp.evaluation.templates import gigabytes, words
 from flowbp.runtime.files import as_json
 from flowbp.runtime.inputs import check_target, parse_size
 
@@ -58,8 +57,8 @@ def estimate(
     if whole.fits(memory):
         return say(Text("fits:", "green"), share)
     say(Text("does not fit:", "red"), share)
-    if (narrow := estimates.without_masters(run, processes)) is not None:
-        say(*words("without_masters", narrow=narrow, lr=run.optimizer.lr))
+    if whole.resident["master weights"]:
+        say(*words("without_masters", narrow=estimates.without_masters(run, processes), lr=run.optimizer.lr))
     say("looking for what fits:")
     for added, count, found in estimates.suggest(config, overrides or [], memory, processes):
         if count == 2 * processes:

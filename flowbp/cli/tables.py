@@ -1,8 +1,6 @@
 """What the command line prints, as tables of 80 columns: those of templates/terminal.html, and what doctor found."""
 
-import platform
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Mapping
 from typing import Any
 from xml.etree import ElementTree
 
@@ -11,9 +9,8 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
-from flowbp import __version__
 from flowbp.config import describe, flatten
-from flowbp.evaluation.templates import templates
+from flowbp.evaluation.templates import TEMPLATES
 from flowbp.methods import METHODS
 from flowbp.runtime.console import plain
 from flowbp.runtime.reproducible import math_library
@@ -56,7 +53,7 @@ class Fitting(Table):
 
 def table(name: str, title: str | Text, **values: Any) -> Table:
     """The table that the macro `name` of terminal.html makes of `values`."""
-    html = ElementTree.fromstring(plain(getattr(templates().get_template("terminal.html").module, name)(**values)))
+    html = ElementTree.fromstring(plain(getattr(TEMPLATES.get_template("terminal.html").module, name)(**values)))
     columns = [Column(head.text or "", **styled(head, COLUMNS)) for head in html.iter("th")]
     made = Fitting(*columns, title=title, caption=html.findtext("caption") or None, **styled(html, TABLES))
     for row in html.findall("tr"):
@@ -84,11 +81,6 @@ def non_defaults(built: Any) -> str:
     return ", ".join(f"{key} {value}" for key, value in given.items() if usual.get(key) != value)
 
 
-def plan_table(drawn: Any, sigmas: Sequence[float], title: str) -> Table:
-    """The plan's nodes as a table; active nodes in bold."""
-    return table("plan", title, plan=drawn, sigmas=sigmas)
-
-
 def comparison_table(rows: list[dict], title: str, before: str = "before", after: str = "after") -> Table:
     """Paired changes; image statistics over all images only. Bold marks a change that its interval and its test
     confirm.
@@ -105,20 +97,14 @@ def doctor_table() -> Table:
     """Versions, the device, and which kernels run and why."""
     import torch
 
+    from flowbp.runtime.environment import environment, versions
     from flowbp_kernels import backend  # imports torch._dynamo
 
-    found = {"flowbp": __version__, "python": platform.python_version()}
-    for package in ("torch", "diffusers", "transformers", "peft", "accelerate", "triton"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    cuda = torch.cuda.is_available()
-    found["device"] = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    found["matrix products"] = math_library()
+    found = environment() | versions("accelerate", "peft")
+    found |= {"threads": torch.get_num_threads(), "matrix products": math_library()}
     for name, runs, why in backend.report():
         found[f"kernels: {name}"] = f"{'runs' if runs else 'cannot run'}: {why}"
     return table("doctor", "flowbp doctor", found=found)
 
 
-templates().filters |= {function.__name__: function for function in (listed, non_defaults)}
+TEMPLATES.filters |= {function.__name__: function for function in (listed, non_defaults)}

@@ -12,8 +12,7 @@ from pydantic import ValidationError
 from flowbp import presets
 from flowbp.config.registry import ConfigError, own_code
 from flowbp.config.schema import MemoryConfig, RunConfig, is_one_reward
-from flowbp.foreign import cut, read_text, short
-from flowbp.names import FOLDERS, nearest
+from flowbp.given import FOLDERS, cut, nearest, read_text, short
 
 CONFIG = "config.yaml"  # in the folder of a run
 LONGEST = 2**16  # characters of a config

@@ -7,9 +7,8 @@ from typing import Any, get_type_hints
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from flowbp.active_sets import PAIR_SAMPLERS, PairSampler
-from flowbp.foreign import short
+from flowbp.given import find, nearest, short
 from flowbp.methods import METHODS
-from flowbp.names import find, nearest
 
 FINITE = ConfigDict(allow_inf_nan=False)
 

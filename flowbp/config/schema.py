@@ -11,12 +11,12 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag
 from pydantic import model_validator as validator
 
+from flowbp.backbones import KNOWN_MODELS
 from flowbp.config import values
 from flowbp.config.registry import FINITE, ConfigError, Unimported, describe, from_mapping, unknown
-from flowbp.foreign import cut, short
+from flowbp.given import IMAGE_STATISTICS, cut, short
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS, Plans, draw_plan
-from flowbp.names import IMAGE_STATISTICS
 from flowbp.quadrature import Solver
 from flowbp.rewards import Relative, Reward, Smoothing, check_options, load_reward
 
@@ -31,6 +31,8 @@ def key(default: Any, description: str) -> Any:
 
 
 class Strict(BaseModel):
+    """A section of the config. What must fit together within it is checked in `model_post_init`."""
+
     model_config = ConfigDict(extra="forbid", frozen=True) | FINITE
 
     @validator(mode="before")
@@ -93,10 +95,8 @@ class ScorerConfig(Strict):
     revision: values.Text | None = key(None, "commit of a Hub checkpoint")
     sha256: values.Sha256 | None = key(None, "digest of the checkpoint file")
 
-    @validator(mode="after")
-    def _options_fit(self):
+    def model_post_init(self, _):
         check_options(self.name, self.model, self.dtype, self.revision, self.sha256)
-        return self
 
     def load(self, device: str = "cpu") -> Reward:
         return load_reward(self.name, self.model, device, self.dtype, self.revision, self.sha256)
@@ -165,8 +165,7 @@ class MemoryConfig(Strict):
     gather: Literal["auto", "rollout", "block"] = key("auto", "shards: once a rollout, at every pass, or what fits")
     shard_gradients: bool = key(False, "with shard: split gradients after every backward pass, not once a step")
 
-    @validator(mode="after")
-    def _what_goes_together(self):
+    def model_post_init(self, _):
         if self.shard_gradients and not self.shard:
             raise ValueError("shard_gradients=true needs shard=all or node: gradients are split as the weights are")
         if self.offload and not self.checkpointing:
@@ -175,7 +174,6 @@ class MemoryConfig(Strict):
             raise ValueError("offload=blocks needs shard=false: each process has its frozen weights in CPU memory")
         if self.budget_gb is not None and self.recompute != "auto":
             raise ValueError(f"budget_gb={self.budget_gb} needs recompute=auto, not {self.recompute}, to limit graphs")
-        return self
 
 
 class TuningConfig(Strict):
@@ -188,13 +186,11 @@ class TuningConfig(Strict):
     targets: Annotated[list[values.Text], Field(min_length=1)] | None = key(None, "modules; null: the backbone's own")
     master_weights: bool = key(True, "let the optimizer step float32 copies of trained weights that are narrower")
 
-    @validator(mode="after")
-    def _lora_settings_are_for_lora(self):
+    def model_post_init(self, _):
         given = {"alpha": self.alpha, "dropout": self.dropout or None, "targets": self.targets}
         for name, value in given.items():
             if self.mode == "full" and value is not None:
                 raise ValueError(f"{name}={cut(value)} is a setting of LoRA: leave it out, or use mode=lora")
-        return self
 
 
 class AnchorConfig(Strict):
@@ -276,8 +272,7 @@ class EvaluationConfig(Strict):
         """The metrics that are never trained on: the monitors, and the checker if there is one."""
         return [*self.monitors, *(["checker"] if self.checker is not None else [])]
 
-    @validator(mode="after")
-    def _best_is_held_out(self):
+    def model_post_init(self, _):
         if self.best is not None and self.best not in self.held_out:
             raise unknown("held-out metric for evaluation.best", self.best, self.held_out)
         for name in ("best", "validation_prompts"):
@@ -285,7 +280,6 @@ class EvaluationConfig(Strict):
                 raise ValueError(f"{name}={cut(value)} needs every: the steps between evaluations during training")
         if self.patience is not None and self.best is None:
             raise ValueError(f"patience={self.patience} needs best: the held-out metric that must improve")
-        return self
 
 
 class RunConfig(Strict):
@@ -314,7 +308,13 @@ class RunConfig(Strict):
     ema: Annotated[float, values.Number, Field(gt=0, lt=1)] | None = key(None, "decay of the weights' moving average")
     evaluation: EvaluationConfig | None = None
 
-    @validator(mode="after")
+    def model_post_init(self, _):
+        self._what_goes_together()
+        self._the_anchor_has_a_base()
+        self._one_name_a_metric()
+        self._method_fits_the_rollout()
+        self._tokens_tile_the_image()
+
     def _what_goes_together(self):
         dropout, recompute, full = self.tuning.dropout, self.memory.recompute, self.tuning.mode == "full"
         needs = {"memory.recompute": (recompute, "always"), "tuning.dropout": (dropout, 0.0)}
@@ -337,9 +337,7 @@ class RunConfig(Strict):
             raise ValueError("memory.offload=blocks needs tuning.mode=lora: all weights are trained, none is frozen")
         if self.memory.offload and self.compile is not None:
             raise ValueError(f"memory.offload=blocks needs compile=null, not {self.compile}: graphs hold their weights")
-        return self
 
-    @validator(mode="after")
     def _the_anchor_has_a_base(self):
         full, mode = self.tuning.mode == "full", self.tuning.mode
         if self.anchor is not None and self.anchor.copy_base != full:
@@ -348,18 +346,14 @@ class RunConfig(Strict):
             raise ValueError(f"with tuning.mode={mode} the anchor compares with {base}: {way_out}")
         if self.anchor is not None and full and self.memory.shard:
             raise ValueError("anchor.copy_base=true cannot copy sharded weights: set memory.shard=false, or use LoRA")
-        return self
 
-    @validator(mode="after")
     def _one_name_a_metric(self):
         monitors = self.evaluation.monitors if self.evaluation else {}
         for name in {*self.reward, *monitors}:
             taken = name in (*LOGGED, *SCORED) or name.endswith(("_seconds", "_share"))
             if taken or (name in self.reward and name in monitors):
                 raise ConfigError(f"{name!r} names two metrics: give the reward or monitor another name")
-        return self
 
-    @validator(mode="after")
     def _method_fits_the_rollout(self):
         steps = self.rollout.num_steps
         try:
@@ -367,18 +361,12 @@ class RunConfig(Strict):
                 draw_plan(self.method, np.linspace(1, 0, steps + 1), np.random.default_rng(0), self.rollout.solver)
         except ValueError as error:
             raise ValueError(f"method {self.method_name} with rollout.num_steps={steps}: {error}") from error
-        return self
 
-    @validator(mode="after")
     def _tokens_tile_the_image(self):
         """A token of the known models is 2 x 2 latents of 8 x 8 pixels. Other models are checked when they are read."""
         name, height, width = self.backbone.name, self.rollout.height, self.rollout.width
-        if height % 16 or width % 16:
-            from flowbp.backbones import KNOWN_MODELS
-
-            if name in KNOWN_MODELS:
-                raise ValueError(f"{name} draws images whose sides are multiples of 16 pixels, not {height} x {width}")
-        return self
+        if name in KNOWN_MODELS and (height % 16 or width % 16):
+            raise ValueError(f"{name} draws images whose sides are multiples of 16 pixels, not {height} x {width}")
 
     @property
     def evaluation_rollout(self) -> RolloutConfig:

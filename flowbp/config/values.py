@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
+from flowbp.backbones import KNOWN_MODELS
 from flowbp.config.registry import build_method, describe, unknown
-from flowbp.foreign import cut
+from flowbp.given import cut, read_data
 from flowbp.methods import METHODS
 
 # The backends that torch registers itself, which it tells only after seconds of imports.
-BACKENDS: list[str] = yaml.safe_load(Path(__file__).with_name("backends.yaml").read_text())
+BACKENDS: list[str] = read_data(__file__, "backends.yaml")
 
 PathLike = TypeVar("PathLike", str, Path)
 
@@ -43,12 +43,8 @@ def located(value: str) -> str:
 
     Every other value stays, such as a model's name or an id on the Hub.
     """
-    if os.path.isdir(value) and os.sep not in value:
-        from flowbp.backbones import KNOWN_MODELS  # imports diffusers
-
-        if value in ("shapes", "shapes-monitor", *KNOWN_MODELS):
-            return value
-    return os.path.abspath(value) if os.path.exists(value) else value
+    known = os.path.isdir(value) and value in ("shapes", "shapes-monitor", *KNOWN_MODELS)
+    return os.path.abspath(value) if os.path.exists(value) and not known else value
 
 
 def known_backend(name: str) -> str:

@@ -4,7 +4,6 @@ Backbones come without text encoders. Of a CLIP-like reward there is the image t
 `architectures.yaml`.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,15 +14,17 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-import yaml
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel
 from transformers.modeling_utils import local_torch_dtype
 
-from flowbp.backbones import BACKBONES, Backbone, Precision, locate
+from flowbp.backbones import read_index
+from flowbp.backbones.base import Backbone, Precision
+from flowbp.backbones.classes import BACKBONES
 from flowbp.config.schema import BackboneConfig
+from flowbp.given import read_data
 from flowbp.guidance import Conditioning
 from flowbp.rewards.preprocessing import fit_short_side, normalise
 
@@ -41,7 +42,7 @@ class Architecture:
     others: dict[str, Any] = field(default_factory=dict)  # parts of the pipeline that have no weights
 
 
-SIZES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+SIZES = read_data(__file__, "architectures.yaml")
 ARCHITECTURES = {name: Architecture(**parts) for name, parts in SIZES["models"].items()}
 IMAGE_TOWERS = {reward: CLIPVisionConfig(**arguments) for reward, arguments in SIZES["image_towers"].items()}
 
@@ -85,18 +86,15 @@ def read_backbone(options: BackboneConfig) -> tuple[Backbone, list[PreTrainedMod
 
 def read_architecture(name: str) -> Architecture:
     """The architecture of a model, from its config files or, if these are not on this disk, from ARCHITECTURES."""
-    location = locate(name)
-    here = {"local_files_only": name in ARCHITECTURES or Path(location).is_dir()}
+    known = name in ARCHITECTURES
     try:
-        # diffusers hands the Hub a deprecated option
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
-            index = DiffusionPipeline.load_config(location, **here)
+        location, index = read_index(name, offline=known)
     except OSError as error:
-        if name in ARCHITECTURES:
+        if known:
             return ARCHITECTURES[name]
-        cause = f"neither on this disk nor within reach ({str(error).splitlines()[0].rstrip('.')})"
-        way_out = f"a diffusers folder, or a model whose architecture is known offline: {', '.join(ARCHITECTURES)}"
-        raise OSError(f"the config files of {location} are {cause}: pass {way_out}") from error
+        way_out = f"pass a model whose architecture is known offline: {', '.join(ARCHITECTURES)}"
+        raise OSError(f"{error}; or {way_out}") from error
+    here = {"local_files_only": known or Path(location).is_dir()}
 
     def part(name: str) -> tuple[str, dict]:
         """(class, config) of a part of the pipeline."""

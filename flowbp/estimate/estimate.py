@@ -202,13 +202,10 @@ def suggest(
         yield added, processes, found
 
 
-def without_masters(config: RunConfig, processes: int = 1) -> Estimate | None:
-    """The estimate of the same run with `tuning.master_weights=false`; None where no trained weight has a master.
-
-    `suggest` never suggests this: in bfloat16 most steps of a fine-tuning learning rate round to nothing.
+def without_masters(config: RunConfig, processes: int = 1) -> Estimate:
+    """The estimate of the same run with `tuning.master_weights=false`, which `suggest` never suggests: in bfloat16 most
+    steps of a fine-tuning learning rate round to nothing.
     """
-    if not estimate(config, processes).resident["master weights"]:
-        return None
     narrow = config.tuning.model_copy(update={"master_weights": False})
     return estimate(config.model_copy(update={"tuning": narrow}), processes)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from flowbp.backbones import Backbone, bind_velocity
+from flowbp.backbones.base import Backbone, bind_velocity
 from flowbp.backbones.quantise import linear_layers
 from flowbp.config.schema import BackboneConfig, RunConfig, ScorerConfig
 from flowbp.estimate.architectures import IMAGE_TOWERS, SIZES, ImageTower, read_backbone
@@ -26,8 +26,9 @@ from flowbp.guidance import GuidedVelocity
 from flowbp.methods import draw_plans
 from flowbp.objective import reward_gradient
 from flowbp.plan import PlanBatch, SurrogatePlan
-from flowbp.rewards import Reward, WeightedRewards
+from flowbp.rewards import Reward
 from flowbp.rewards.registry import EMBEDDED, find_folders, find_source
+from flowbp.rewards.weighted import WeightedRewards
 from flowbp.runtime.embeddings import BATCH
 from flowbp.runtime.memory import save_memory
 from flowbp.runtime.tuning import trainable_parameters

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.text import Text
 
-from flowbp.evaluation.numbers import NOT_BETTER, by_metric
+from flowbp.evaluation.templates import NOT_BETTER, by_metric
 from flowbp.plan import SurrogatePlan
 from flowbp.runtime.console import plain
 

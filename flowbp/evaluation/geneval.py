@@ -22,20 +22,18 @@ from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, StringConstraints, ValidationError, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from flowbp.config.schema import GenEvalConfig
-from flowbp.foreign import cut, once, short
+from flowbp.given import cut, once, read_data, read_text, short
 from flowbp.rewards import load_reward
 from flowbp.rewards.clip import CLIPReward, image_features
 from flowbp.rewards.preprocessing import fit_short_side, normalise
-from flowbp.runtime.data import read_lines
 
-GENEVAL = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+GENEVAL = read_data(__file__, "geneval.yaml")
 COLOURS, RELATIONS, TEMPLATES, COCO_NAMES = (GENEVAL[key] for key in ("colours", "relations", "templates", "names"))
 BACKGROUND = 0.6  # grey #999 around a masked object
 MOST_OBJECTS = 16  # of a class
@@ -92,7 +90,7 @@ def load_requirements(path: str) -> dict[str, Requirement]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path!r} is no file: a detector judges the prompts of a .jsonl of GenEval's metadata")
     requirements: dict[str, Requirement] = {}
-    for number, line in enumerate(read_lines(Path(path)), 1):
+    for number, line in enumerate(read_text(Path(path)).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -111,25 +109,6 @@ def load_requirements(path: str) -> dict[str, Requirement]:
 
 
 # -- the judgement -----------------------------------------------------------------------------------------------------
-
-
-def is_right(
-    requirement: Requirement, detected: Detections, colours: Callable[[Sequence[Detection], str], list[str]]
-) -> bool:
-    """Whether an image in which `detected` was seen meets the requirement."""
-    held: list[Sequence[Detection]] = []  # the objects of each include clause so far
-    for clause in requirement.include:
-        objects = detected.get(clause.name, ())[: clause.count]
-        held.append(objects)
-        if len(objects) < clause.count:
-            return False
-        if clause.colour is not None and any(seen != clause.colour for seen in colours(objects, clause.name)):
-            return False
-        if clause.position is not None:
-            relation, target = clause.position
-            if any(relation not in relations(a.box, b.box) for a in objects for b in held[target]):
-                return False
-    return all(len(detected.get(clause.name, ())) < clause.count for clause in requirement.exclude)
 
 
 def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
@@ -177,7 +156,19 @@ class GenEval:
             name: [d for d in sorted(detections, key=lambda d: -d.score) if d.score > least][:MOST_OBJECTS]
             for name, detections in self.detect(image, requirement.classes).items()
         }
-        return is_right(requirement, detected, lambda objects, name: self.name_colours(image, objects, name))
+        held: list[Sequence[Detection]] = []  # the objects of each include clause so far
+        for clause in requirement.include:
+            objects = detected.get(clause.name, [])[: clause.count]
+            held.append(objects)
+            if len(objects) < clause.count:
+                return False
+            if clause.colour is not None and set(self.name_colours(image, objects, clause.name)) != {clause.colour}:
+                return False
+            if clause.position is not None:
+                relation, target = clause.position
+                if any(relation not in relations(a.box, b.box) for a in objects for b in held[target]):
+                    return False
+        return all(len(detected.get(clause.name, [])) < clause.count for clause in requirement.exclude)
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------

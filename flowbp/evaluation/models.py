@@ -26,7 +26,7 @@ from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.evaluation import scores as scoring
 from flowbp.evaluation.pages import write_evaluation
 from flowbp.evaluation.scores import Part, Samples, Scorers, Scores, compare, summarise
-from flowbp.foreign import cut, digest_files
+from flowbp.given import cut, digest_files
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.data import load_prompts
@@ -120,8 +120,6 @@ def manifest(
     config: RunConfig, samples: Samples, name: str, weights: Path | None, strength: float = 1.0
 ) -> dict[str, Any]:
     """All that the scores of a model depend on."""
-    if weights is not None and not weights.exists():
-        raise FileNotFoundError(f"the weights of {name}, {weights}, do not exist")
     if weights is not None:
         check_base(weight_files(weights)[0].parent, bool(config.backbone.quantise and config.backbone.quantise.weights))
     settings = config.model_dump(mode="json", include={"backbone", "guidance", "reward", "evaluation"})

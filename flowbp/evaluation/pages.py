@@ -12,10 +12,9 @@ from PIL import Image
 from flowbp.config import RunConfig, flatten
 from flowbp.config.schema import RewardConfig
 from flowbp.evaluation import figures
-from flowbp.evaluation.numbers import METRICS, by_metric
 from flowbp.evaluation.scores import Scores
-from flowbp.evaluation.templates import render, templates
-from flowbp.foreign import LARGEST, cut
+from flowbp.evaluation.templates import METRICS, TEMPLATES, by_metric, render
+from flowbp.given import LARGEST, cut
 from flowbp.runtime.environment import describe_environment, environment
 from flowbp.runtime.files import write_file
 
@@ -24,7 +23,7 @@ def facts(config: RunConfig, **values: Any) -> Any:
     """What templates/facts.jinja says: `of_run`; `of_start` given where and on what it runs; `of_training` given the
     rows of metrics.jsonl; `of_evaluation` given its models and what it was made with. {label: text} each.
     """
-    return templates().get_template("facts.jinja").make_module(values | {"config": config})
+    return TEMPLATES.get_template("facts.jinja").make_module(values | {"config": config})
 
 
 def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str], smooth: bool = True) -> dict:
@@ -137,5 +136,5 @@ def write_evaluation(config: RunConfig, folder: Path, results: dict[str, Any], s
 # What templates of pages may call beside the filters of numbers.
 SAID = (describe_environment, describe_reward, images_a_step, picture)
 DRAWN = (figures.changes_of_runs, figures.strengths, figures.styles, paired_samples, panels)
-templates().filters |= {function.__name__: function for function in SAID}
-templates().globals |= {function.__name__: function for function in DRAWN}
+TEMPLATES.filters |= {function.__name__: function for function in SAID}
+TEMPLATES.globals |= {function.__name__: function for function in DRAWN}

@@ -19,14 +19,14 @@ from flowbp.config.schema import RewardConfig, by_name
 from flowbp.evaluation import pages
 from flowbp.evaluation.scores import Scores, compare, summarise
 from flowbp.evaluation.templates import words
-from flowbp.foreign import inside
+from flowbp.given import inside, read_data
 from flowbp.runtime.checkpoint import latest_checkpoint
 from flowbp.runtime.environment import ENVIRONMENT, describe_environment
 from flowbp.runtime.files import as_json, read_json, write_file
 from flowbp.runtime.run_folder import CONFIG, METRICS, RunFolder, check_run, mark_folder, short_names
 
 POINT, UNFAIR, BOOKKEEPING = "point", "unfair", "bookkeeping"  # verdicts on a difference
-VERDICTS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("verdicts.yaml").read_text())
+VERDICTS: dict[str, str] = read_data(__file__, "verdicts.yaml")
 EVALUATED, IMAGES_A_STEP = "final evaluation", "images a step"  # added to configs
 STOPPING = ("best", "patience", "every", "validation_prompts", "validation_samples")  # of `evaluation`
 
@@ -44,11 +44,6 @@ class Run:
     before: Scores | None
     after: Scores | None
     environment: dict[str, Any]
-
-    @property
-    def images(self) -> int:
-        """Images of an optimizer step."""
-        return pages.images_a_step(self.config, self.rows)
 
     @property
     def made_with(self) -> str:
@@ -151,9 +146,10 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     means = {name: summarise(own) for name, own in scores.items() if own is not None}
     scored = [run for run in others if run.after is not None and first.after is not None]
     changes = {run.name: compare(first.after, run.after) for run in scored if first.after.same_samples(run.after)}
+    told = [about(run) for run in runs]
     results = {
-        "runs": [about(run) for run in runs],
-        **contrast([yaml.safe_load(dump(run.config)) for run in runs], [run.images for run in runs]),
+        "runs": told,
+        **contrast([yaml.safe_load(dump(run.config)) for run in runs], [row["images"] for row in told]),
         "warnings": words("of_runs", runs=runs, paired=changes),
         "means": [{"run": name} | row for name, rows in means.items() for row in rows],
         "changes": [{"run": name, "against": first.name} | row for name, rows in changes.items() for row in rows],
@@ -187,5 +183,5 @@ def about(run: Run) -> dict[str, Any]:
         "environment": run.environment,
         "seconds_a_step": float(np.median([row["seconds"] for row in run.rows])),
         "peak_mb": max(row["peak_mb"] for row in run.rows),
-        "images": run.images,
+        "images": pages.images_a_step(run.config, run.rows),
     }

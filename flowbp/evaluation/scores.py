@@ -20,16 +20,15 @@ from torch import Tensor
 
 from flowbp.config.schema import EvaluationConfig, RolloutConfig, RunConfig
 from flowbp.evaluation.statistics import interval, paired_p_value, weighted_mean
-from flowbp.foreign import cut
+from flowbp.given import cut, find
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import OF_ONE_IMAGE, diversity, thumbnails
-from flowbp.names import find
 from flowbp.rewards import ImageEncoder, Reward
 from flowbp.runtime.data import Prompt, load_prompts, sample_seeds
 from flowbp.runtime.distributed import process_state
 
 if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
-    from flowbp.backbones import Backbone
+    from flowbp.backbones.base import Backbone
     from flowbp.runtime.tuned_model import TunedModel
 
 # (images [B, 3, H, W] in [0, 1], prompts) -> scores [B], or embeddings [B, d]
@@ -52,7 +51,7 @@ def generate(
 
     The same seed gives the same image in any batch, up to rounding.
     """
-    from flowbp.backbones import bind_velocity
+    from flowbp.backbones.base import bind_velocity
     from flowbp.trajectory import rollout
 
     height, width = sampling.height, sampling.width

@@ -30,10 +30,6 @@ from flowbp.methods.refl import ReFL
 from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.quadrature import Solver
 
-__all__ = ["METHODS", "Method", "draw_plan", "draw_plans"]
-__all__ += ["DRTune", "DRaFTLV", "FlowBPBridge", "FlowBPLagrange", "FlowBPSparse", "LeapAlign", "ReFL"]
-
-
 Plans = Literal["shared", "per_batch", "per_sample", "stratified"]
 
 

@@ -9,9 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-__all__ = ["cards", "layers", "names"]
+from flowbp.given import read_data
 
 FOLDER = Path(__file__).parent
 PUBLISHED, CARDS, FAST = "published", "cards", "fast"
@@ -53,4 +51,4 @@ def layers(name: str) -> list[dict[str, Any]]:
 
 @cache
 def read(name: str) -> dict[str, Any]:
-    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    return read_data(__file__, f"{name}.yaml")

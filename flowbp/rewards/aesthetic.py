@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import CLIPModel
 
 from flowbp.rewards.clip import CLIPEncoder
 from flowbp.rewards.weights import frozen_head, load_frozen, read_state_dict, renamed
@@ -22,8 +23,6 @@ class AestheticReward(CLIPEncoder):
     """
 
     def __init__(self, model: str | Path, clip: str | Path, device: str = "cpu", dtype: str = "float32"):
-        from transformers import CLIPModel
-
         super().__init__(load_frozen(CLIPModel, clip, getattr(torch, dtype)).to(device))
         state = read_state_dict(model, "sac+logos+ava1-l14-linearMSE")
         self.head = rating_head(renamed(state, "LAION"), self.model.dtype).to(device)

@@ -3,11 +3,19 @@
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from flowbp.names import find
+from flowbp.given import find
 from flowbp.rewards.base import Reward
 
 if TYPE_CHECKING:  # that there is no such function is told without torch
     from torch import Tensor
+
+
+def find_callable(name: str) -> Any:
+    """The function or the class "module:attribute". Raises ValueError for what cannot be imported or called."""
+    found = find("reward", name)
+    if not callable(found):
+        raise ValueError(f"reward {name!r} is {found!r}: name a function (images, prompts) -> scores, or a class")
+    return found
 
 
 class CallableReward:
@@ -18,16 +26,8 @@ class CallableReward:
     """
 
     def __init__(self, name: str, device: str = "cpu"):
-        self.name, found = name, self.find(name)
+        self.name, found = name, find_callable(name)
         self.function: Reward = found(device=device) if isinstance(found, type) else found
-
-    @staticmethod
-    def find(name: str) -> Any:
-        """The function or the class. Raises ValueError for what cannot be imported, or cannot be called."""
-        found = find("reward", name)
-        if not callable(found):
-            raise ValueError(f"reward {name!r} is {found!r}: name a function (images, prompts) -> scores, or a class")
-        return found
 
     def __call__(self, images: "Tensor", prompts: list[str]) -> "Tensor":
         import torch
@@ -53,16 +53,16 @@ class CallableReward:
             return scores
         raise ValueError(f"the reward {self.name} {wrong}")
 
-    @classmethod
-    def try_out(cls, name: str, device: str, height: int, width: int, gradient: bool) -> None:
-        """Raise ValueError where a function `name` does not score two random images of height x width pixels, or, with
-        `gradient`, where the scores do not depend on them. A class, which may load a model, is only found.
-        """
-        if isinstance(cls.find(name), type):
-            return
-        import torch
 
-        images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
-        scores = cls(name)(images.requires_grad_(gradient), ["a red circle", "two cats"])
-        if gradient and torch.autograd.grad(scores.sum(), images, allow_unused=True)[0] is None:
-            raise ValueError(f"the reward {name} does not depend on the images: nothing can be learnt from it")
+def try_out(name: str, device: str, height: int, width: int, gradient: bool) -> None:
+    """Raise ValueError where a function `name` does not score two random images of height x width pixels, or, with
+    `gradient`, where the scores do not depend on them. A class, which may load a model, is only found.
+    """
+    if isinstance(find_callable(name), type):
+        return
+    import torch
+
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
+    scores = CallableReward(name)(images.requires_grad_(gradient), ["a red circle", "two cats"])
+    if gradient and torch.autograd.grad(scores.sum(), images, allow_unused=True)[0] is None:
+        raise ValueError(f"the reward {name} does not depend on the images: nothing can be learnt from it")

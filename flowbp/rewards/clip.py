@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from flowbp.rewards.preprocessing import CLIP_MEAN, CLIP_STD, fit_short_side, normalise
 from flowbp.rewards.weights import load_frozen
@@ -55,8 +56,6 @@ class CLIPReward(CLIPEncoder):
     floor = True
 
     def __init__(self, model: str | Path, device: str = "cpu", dtype: str = "float32"):
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
-
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         super().__init__(load_frozen(CLIPModel, model, torch.float32), tokenizer)
         # Read before the weights are cast: bfloat16 would round ln 100 to 4.59375, and so 100 to 98.9.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from flowbp.rewards.clip import CLIPEncoder
 from flowbp.rewards.preprocessing import fit_long_side, normalise
@@ -30,8 +31,6 @@ class HPSv2(CLIPEncoder):
     HEADS = 16  # of ViT-H/14, image and text alike; the one size that the weights' shapes do not tell
 
     def __init__(self, model: str | Path, tokenizer: str | Path, device: str = "cpu", dtype: str = "float32"):
-        from transformers import AutoTokenizer
-
         state = read_state_dict(model, "HPS_v2.1_compressed")
         clip = clip_from_open_clip(state.get("state_dict", state), self.HEADS, getattr(torch, dtype))
         super().__init__(clip.to(device), AutoTokenizer.from_pretrained(tokenizer, local_files_only=True))
@@ -63,8 +62,6 @@ def clip_from_open_clip(state: dict[str, Tensor], heads: int, dtype: torch.dtype
 
     heads: attention heads of both towers. Raises ValueError when a weight is missing or left over.
     """
-    from transformers import CLIPConfig, CLIPModel
-
     weights = {}
     for key, value in renamed(state, "open_clip").items():
         if key in ("visual_projection.weight", "text_projection.weight"):

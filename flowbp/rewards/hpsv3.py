@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import AddedToken, AutoConfig, AutoTokenizer, Qwen2VLModel
 
 from flowbp.rewards.qwen import inputs, instruction
 from flowbp.rewards.weights import below, frozen_head, frozen_model, read_state_dict, renamed
@@ -27,8 +28,6 @@ class HPSv3:
     REWARD_TOKEN = "<|Reward|>"
 
     def __init__(self, model: str | Path, base: str | Path, device: str = "cpu", dtype: str = "bfloat16"):
-        from transformers import AddedToken, AutoConfig, AutoTokenizer, Qwen2VLModel
-
         self.instruction = instruction(model, "the code of HPSv3 (github.com/MizzenAI/HPSv3)", self.REWARD_TOKEN)
         state, dtype = read_state_dict(model, "HPSv3"), getattr(torch, dtype)
         self.head = reward_head(below(state, "rm_head.", "HPSv3"), dtype).to(device)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from flowbp.rewards.aesthetic import rating_head
 from flowbp.rewards.preprocessing import fit_short_side, normalise
@@ -26,8 +27,6 @@ class ImageReward:
     VISION_HEADS, TEXT_HEADS = 16, 12  # of ViT-L/16 and BERT base: the sizes that the weights' shapes do not tell
 
     def __init__(self, model: str | Path, tokenizer: str | Path, device: str = "cpu", dtype: str = "float32"):
-        from transformers import BertTokenizer
-
         state, dtype = read_state_dict(model, "ImageReward"), getattr(torch, dtype)
         self.vision = vision_model(state, self.VISION_HEADS, dtype).to(device)
         self.text = text_model(state, self.TEXT_HEADS, dtype).to(device)
@@ -46,8 +45,6 @@ class ImageReward:
 
 def vision_model(state: dict[str, Tensor], heads: int, dtype: torch.dtype):
     """BLIP's image encoder in the weights of ImageReward, frozen; sizes are read off the weights."""
-    from transformers import BlipVisionConfig, BlipVisionModel
-
     state = renamed(below(state, "blip.visual_encoder.", "ImageReward"), "BLIP")
     config = BlipVisionConfig(**encoder_sizes(state, "BLIP image", heads), layer_norm_eps=1e-6)
     return frozen_model(BlipVisionModel, config, state, dtype, "ImageReward")
@@ -55,8 +52,6 @@ def vision_model(state: dict[str, Tensor], heads: int, dtype: torch.dtype):
 
 def text_model(state: dict[str, Tensor], heads: int, dtype: torch.dtype):
     """BLIP's text encoder with cross-attention to the image, frozen. Its weights have transformers' names already."""
-    from transformers import BlipTextConfig, BlipTextModel
-
     state = below(state, "blip.text_encoder.", "ImageReward")
     state.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
     config = BlipTextConfig(**encoder_sizes(state, "BLIP text", heads))

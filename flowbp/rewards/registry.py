@@ -1,7 +1,8 @@
 """The published rewards: where their checkpoints are, what their scores mean, and how to load them.
 
 A reward is a class in a file of its own, imported when it is chosen. What is known about its checkpoint stands in
-`published.yaml`; `flowbp rewards` prints it.
+`published.yaml`; `flowbp rewards` prints it. The files are in a local folder, or else on the Hub at a pinned revision.
+They are read without running code that is in them.
 """
 
 import logging
@@ -9,18 +10,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
 from pydantic import TypeAdapter
 
-from flowbp.foreign import cut, short
-from flowbp.names import find, nearest
+from flowbp import shapes
+from flowbp.given import cut, digest_files, find, nearest, read_data, short
 from flowbp.rewards.base import Reward
 from flowbp.rewards.callable import CallableReward
-from flowbp.rewards.files import HubFiles, check_sha256, find_file, locate, pin
 
 log = logging.getLogger(__name__)
 
-EMBEDDED = {"shapes": "REWARD", "shapes-monitor": "MONITOR"}
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+EMBEDDED = {"shapes": shapes.REWARD, "shapes-monitor": shapes.MONITOR}
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """Files of one Hub repository, by names or glob patterns, each of which must find one. revision: a commit; None is
+    the newest.
+    """
+
+    repository: str
+    names: tuple[str, ...]
+    revision: str | None = None
+
+    def missing(self, folder: Path) -> list[str]:
+        """The names for which `folder` holds no file. Another format of a checkpoint serves too: x.safetensors for
+        x.pt.
+        """
+        return [name for name in self.names if not any(any(folder.glob(other)) for other in _formats(name))]
+
+    def download_command(self, folder: str | Path) -> str:
+        """The shell line that puts these files into `folder`."""
+        revision = f" --revision {self.revision}" if self.revision else ""
+        patterns = any("*" in name for name in self.names)
+        wanted = " ".join(f'--include "{name}"' if patterns else name for name in self.names)
+        return f"hf download {self.repository} {wanted}{revision} --local-dir {folder}"
 
 
 @dataclass(frozen=True)
@@ -49,8 +73,7 @@ class RewardSource:
     instruction: str | None = None
 
 
-PUBLISHED = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
-REWARDS = TypeAdapter(dict[str, RewardSource]).validate_python(yaml.safe_load(PUBLISHED))
+REWARDS = TypeAdapter(dict[str, RewardSource]).validate_python(read_data(__file__, "published.yaml"))
 
 
 def load_reward(
@@ -107,9 +130,7 @@ def find_source(name: str) -> RewardSource:
 def find_folders(name: str, source: RewardSource, model: str | None, revision: str | None) -> dict[str, Path]:
     """A folder for each of the reward's files: `model` if that is a folder or embedded, else one of the Hub cache."""
     if model in EMBEDDED:
-        from flowbp import shapes
-
-        return dict.fromkeys(source.files, getattr(shapes, EMBEDDED[model]))
+        return dict.fromkeys(source.files, EMBEDDED[model])
     files = dict(source.files)
     if model is not None and Path(model).is_dir():
         if missing := [file for part in files.values() for file in part.missing(Path(model))]:
@@ -134,3 +155,48 @@ def how_to_fetch(name: str, files: Mapping[str, HubFiles], folder: str | Path) -
         commands += f"\nwrite what it was trained to be asked to {folder}/instruction.txt, {question}"
     config = f"reward: {{name: {name}, model: {folder}}}"
     return f"Fetch it where there is a network:\n{commands}\nand name the folder in the config:\n  {config}"
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def locate(files: HubFiles) -> Path:
+    """The folder of the Hub cache that holds `files`, downloaded if need be. Raises OSError when they are neither in
+    the cache nor within reach.
+    """
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(files.repository, revision=files.revision, allow_patterns=list(files.names)))
+    if missing := files.missing(folder):
+        raise FileNotFoundError(f"{files.repository} holds no {', '.join(missing)}")
+    return folder
+
+
+def find_file(folder: str | Path, stem: str) -> Path:
+    """The file `stem` of `folder`, as .safetensors, .pt, .pth or .bin."""
+    for suffix in SUFFIXES:
+        if (path := Path(folder, stem + suffix)).is_file():
+            return path
+    raise FileNotFoundError(f"{folder} holds no single file {stem} as {', '.join(SUFFIXES)}")
+
+
+def pin(folder: Path, name: str) -> str:
+    """What a config must say to get these files and no others: the commit for a folder of the Hub's cache, or else the
+    digest of the one file.
+    """
+    if folder.parent.name == "snapshots":
+        return f"revision: {folder.name}"
+    if "*" in name:
+        return f"a revision of the Hub, in place of {folder}"
+    return f"sha256: {digest_files([find_file(folder, Path(name).stem)])}"
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise ValueError unless the file has this digest."""
+    if (found := digest_files([path])) != expected.lower():
+        raise ValueError(f"{path} has the sha256 {found}, not {expected}: fetch it again, or pass the digest you trust")
+
+
+def _formats(name: str) -> list[str]:
+    path = Path(name)
+    return [str(path.with_suffix(suffix)) for suffix in SUFFIXES] if path.suffix in SUFFIXES else [name]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from flowbp.rewards.qwen import inputs, instruction
 from flowbp.rewards.weights import load_frozen
@@ -31,8 +32,6 @@ class UnifiedReward:
     ANSWER = "Alignment Score (1-5): "
 
     def __init__(self, model: str | Path, device: str = "cpu", dtype: str = "bfloat16"):
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
-
         self.instruction = instruction(model, "the code of UnifiedReward (github.com/CodeGoat24/UnifiedReward)")
         kind = AutoConfig.from_pretrained(model, local_files_only=True).model_type
         if kind not in ("qwen2_vl", "qwen2_5_vl"):

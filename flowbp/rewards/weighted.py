@@ -58,28 +58,25 @@ class RunningScale:
         return max(square - mean * mean, 1e-6 * square) ** 0.5
 
 
-class Smoothed:
-    """The mean score of `reward` under `smoothing`.
+def smoothed(reward: Reward, smoothing: Smoothing, images: Tensor, prompts: list[str], seeds: list[int]) -> Tensor:
+    """The mean score [R] of `reward` under `smoothing`.
 
-    generators: one an image, so that an image's perturbations do not depend on the rest of its batch.
+    seeds: one an image, so that an image's perturbations do not depend on the rest of its batch.
     """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    scores = [reward(perturbed(images, smoothing, generators), prompts) for _ in range(smoothing.copies)]
+    return torch.stack(scores).mean(dim=0)
 
-    def __init__(self, reward: Reward, smoothing: Smoothing, generators: list[torch.Generator]):
-        self.reward, self.smoothing, self.generators = reward, smoothing, generators
 
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        scores = [self.reward(self._perturb(images), prompts) for _ in range(self.smoothing.copies)]
-        return torch.stack(scores).mean(dim=0)
-
-    def _perturb(self, images: Tensor) -> Tensor:
-        shift, (height, width) = self.smoothing.shift, images.shape[-2:]
-        padded = torch.nn.functional.pad(images, [shift] * 4, mode="replicate")
-        moved = []
-        for image, generator in zip(padded, self.generators, strict=True):
-            top, left = torch.randint(0, 2 * shift + 1, (2,), generator=generator).tolist()
-            noise = torch.randn(images.shape[1:], generator=generator).to(images)
-            moved.append(image[:, top : top + height, left : left + width] + self.smoothing.noise * noise)
-        return torch.stack(moved)
+def perturbed(images: Tensor, smoothing: Smoothing, generators: list[torch.Generator]) -> Tensor:
+    shift, (height, width) = smoothing.shift, images.shape[-2:]
+    padded = torch.nn.functional.pad(images, [shift] * 4, mode="replicate")
+    moved = []
+    for image, generator in zip(padded, generators, strict=True):
+        top, left = torch.randint(0, 2 * shift + 1, (2,), generator=generator).tolist()
+        noise = torch.randn(images.shape[1:], generator=generator).to(images)
+        moved.append(image[:, top : top + height, left : left + width] + smoothing.noise * noise)
+    return torch.stack(moved)
 
 
 @dataclass
@@ -128,9 +125,10 @@ class WeightedRewards:
                 own.register_hook(partial(self._watch, name))
             if term.relative is not None:
                 reward = partial(term.relative, reward)
-            if term.smoothing is not None:
-                reward = Smoothed(reward, term.smoothing, [torch.Generator().manual_seed(seed) for seed in seeds])
-            column = reward(own, prompts)
+            if term.smoothing is None:
+                column = reward(own, prompts)
+            else:
+                column = smoothed(reward, term.smoothing, own, prompts, seeds)
             columns.append(column.to(torch.promote_types(column.dtype, torch.float32)))
         return torch.stack(columns, dim=1)
 

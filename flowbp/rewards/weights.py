@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flowbp.foreign import cut
-from flowbp.rewards.files import find_file
+from flowbp.given import cut, read_data
+from flowbp.rewards.registry import find_file
 
 State = dict[str, Tensor]
-RENAMED: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("renamed.yaml").read_text())
-SIZES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("sizes.yaml").read_text())
+RENAMED: dict[str, dict[str, str]] = read_data(__file__, "renamed.yaml")
+SIZES: dict[str, dict[str, Any]] = read_data(__file__, "sizes.yaml")
 
 
 def read_state_dict(folder: str | Path, stem: str) -> State:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # whether a folder holds checkpoints is told without torch
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from flowbp.rewards import WeightedRewards
+    from flowbp.rewards.weighted import WeightedRewards
 
 LORA, TRANSFORMER = "pytorch_lora_weights.safetensors", "transformer"  # weights as diffusers reads them
 CHECKPOINTS = "checkpoints"  # in a run's folder

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from flowbp import shapes
-from flowbp.foreign import cut, once, read_text, short
+from flowbp.given import cut, once, read_text, short
 from flowbp.shapes import Prompt
 
 PROMPT, CATEGORY = ("prompt", "prompts", "text"), ("category", "tag")  # what keys and columns are called, in any case
@@ -54,11 +54,6 @@ def load_prompts(source: str) -> list[Prompt]:
     return prompts
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file. Only line ends divide them: prompts may hold the other separators of Unicode."""
-    return read_text(path).split("\n")
-
-
 def _read_folder(folder: Path) -> list[Prompt]:
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".json", ".txt"))
     kinds = {file.suffix.lower() for file in files}
@@ -75,7 +70,8 @@ def _read_prompts(path: Path, style: str = "") -> list[Prompt]:
     if suffix not in SUFFIXES:
         known = f"the name of a prompt file ends in {', '.join(SUFFIXES[1:])}"
         raise ValueError(f"prompt file {str(path)!r} is of an unknown kind; {known}: one prompt a line is .txt")
-    lines = read_lines(path)
+    text = read_text(path)
+    lines = text.split("\n")  # prompts may hold the other separators of Unicode
     if suffix == ".jsonl":
         found = []
         for number, line in enumerate(lines, 1):
@@ -84,13 +80,13 @@ def _read_prompts(path: Path, style: str = "") -> list[Prompt]:
         return found
     if suffix == ".json":
         with _naming(str(path)):
-            data = json.loads("\n".join(lines), object_pairs_hook=once)
+            data = json.loads(text, object_pairs_hook=once)
             lists = isinstance(data, dict) and all(isinstance(value, list) for value in data.values())
             if lists and _value(data, CATEGORY) is None:  # with a list of categories these are columns
                 return [_prompt(entry, category or style) for category in data for entry in data[category]]
             return [_prompt(entry, style) for entry in (data if isinstance(data, list) else [data])]
     if suffix in (".csv", ".tsv"):
-        return _table("\n".join(lines), path, tabs=suffix == ".tsv")
+        return _table(text, path, tabs=suffix == ".tsv")
     return [Prompt(line) for line in lines]
 
 

@@ -42,7 +42,7 @@ from flowbp.config.schema import MemoryConfig
 if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
     from diffusers import ModelMixin
 
-    from flowbp.backbones import Backbone
+    from flowbp.backbones.base import Backbone
 
 
 def process_state() -> PartialState:

@@ -24,8 +24,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from flowbp.backbones import Backbone
-from flowbp.foreign import short
+from flowbp.backbones.base import Backbone
+from flowbp.given import short
 from flowbp.guidance import Conditioning
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.distributed import process_state

@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from flowbp.foreign import digest_files
+from flowbp.given import digest_files
 
 SCRATCH = ".partial"
 LEFT = f".*.{'[a-z0-9_]' * 8}{SCRATCH}"  # what a kill leaves
@@ -42,7 +42,7 @@ def replacing(path: Path, cache: bool = False) -> Iterator[Path]:
     with writing(path), scratch_folder(path) as folder:
         scratch = folder / path.name
         yield scratch
-        for part in parts(scratch):
+        for part in (*scratch.rglob("*"), scratch):
             if part.is_file():  # safetensors writes for this user alone
                 part.chmod(0o666 & ~umask())
             if not cache:
@@ -161,11 +161,6 @@ def remove(path: Path) -> None:
             os.replace(path, folder / path.name)
     else:
         path.unlink(missing_ok=True)
-
-
-def parts(path: Path) -> tuple[Path, ...]:
-    """All that a folder holds, and `path` itself."""
-    return (*(path.rglob("*") if path.is_dir() else ()), path)
 
 
 def umask() -> int:

@@ -11,9 +11,8 @@ from pathlib import Path
 from flowbp.backbones import check_quantiser, read_index
 from flowbp.config import ConfigError, RunConfig
 from flowbp.config.schema import EvaluationConfig, GenEvalConfig, ScorerConfig
-from flowbp.foreign import short
-from flowbp.names import find
-from flowbp.rewards.callable import CallableReward
+from flowbp.given import find, short
+from flowbp.rewards.callable import find_callable, try_out
 from flowbp.rewards.registry import find_folders, find_source
 from flowbp.runtime.data import load_prompts
 
@@ -36,7 +35,7 @@ def check_inputs(config: RunConfig, train: bool = False) -> None:
         load_prompts(source)
     for spec in reward_specs(config):
         if ":" in spec.name:
-            CallableReward.find(spec.name)
+            find_callable(spec.name)
         else:
             find_folders(spec.name, find_source(spec.name), spec.model, spec.revision)
     if train and config.optimizer.name == "adamw8bit" and find_spec("bitsandbytes") is None:
@@ -59,7 +58,7 @@ def try_rewards(config: RunConfig, train: bool = False) -> None:
     device, size = str(process_state().device), (config.rollout.height, config.rollout.width)
     for number, spec in enumerate(reward_specs(config)):
         if ":" in spec.name:
-            CallableReward.try_out(spec.name, device, *size, gradient=train and number < len(config.reward))
+            try_out(spec.name, device, *size, gradient=train and number < len(config.reward))
 
 
 def check_checker(evaluation: EvaluationConfig) -> None:

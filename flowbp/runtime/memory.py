@@ -9,13 +9,13 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
 
-from flowbp.backbones import Backbone
+from flowbp.backbones.base import Backbone
 from flowbp.config.schema import MemoryConfig
+from flowbp.replay import proc_bytes
 from flowbp.runtime.embeddings import text_encoders
 from flowbp_kernels import offload_blocks
 
@@ -77,9 +77,7 @@ def peak_memory_mb() -> float:
     """Peak memory so far in MB (1e6 bytes): the GPU's allocated bytes, or the process's resident set without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
-    # not the ru_maxrss of getrusage, which begins at the peak of the process that started this one
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(next(lines)[1]) * 1024 / 1e6
+    return proc_bytes("self/status", "VmHWM") / 1e6
 
 
 def available_bytes(device: torch.device) -> int:

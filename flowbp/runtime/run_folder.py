@@ -29,7 +29,7 @@ import yaml
 
 from flowbp.config import RunConfig, changed, dump
 from flowbp.config.loading import CONFIG, SEAL, read, sealed
-from flowbp.foreign import cut, digest_files, inside
+from flowbp.given import cut, digest_files, inside
 from flowbp.runtime import files
 from flowbp.runtime.checkpoint import CHECKPOINTS, LORA, TRANSFORMER, latest_checkpoint, progress, prune
 from flowbp.runtime.console import is_main

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowbp.foreign import short
+from flowbp.given import short
 from flowbp.runtime.files import replacing
 
 SHA256 = "flowbp_sha256"  # no key of another program

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from flowbp.anchor import Anchor
-from flowbp.backbones import Backbone, check_guidance, load_backbone
+from flowbp.backbones import load_backbone
+from flowbp.backbones.base import Backbone, check_guidance
 from flowbp.config import RunConfig
 from flowbp.methods import draw_plan
 from flowbp.runtime.distributed import Ranks

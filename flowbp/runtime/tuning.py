@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from flowbp.config import ConfigError
 from flowbp.config.schema import OptimizerConfig, TuningConfig
-from flowbp.foreign import short
-from flowbp.names import nearest
+from flowbp.given import nearest, short
 from flowbp.runtime.distributed import shard_like
 
 if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
-    from flowbp.backbones import Backbone
+    from flowbp.backbones.base import Backbone
 
 log = logging.getLogger(__name__)
 

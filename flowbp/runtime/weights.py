@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flowbp.config import ConfigError, load
 from flowbp.config.loading import CONFIG
 from flowbp.config.schema import TuningConfig
-from flowbp.foreign import cut, digest_files
+from flowbp.given import cut, digest_files
 from flowbp.runtime.checkpoint import CHECKPOINT, LORA, TRANSFORMER, load_parameters, load_state, weight_files
 from flowbp.runtime.distributed import gathered, process_state
 from flowbp.runtime.files import check_seal, replacing, seal
@@ -22,7 +22,7 @@ from flowbp.runtime.tensors import read_tensors, seal_tensors
 from flowbp.runtime.tuning import assign, trainable_parameters, trained
 
 if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
-    from flowbp.backbones import Backbone
+    from flowbp.backbones.base import Backbone
 
 # A layer's A, B or alpha as diffusers (old and new), PEFT, kohya and ComfyUI write it.
 LORA_NAME = re.compile(

@@ -3,8 +3,9 @@ were chosen.
 """
 
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
+
+from flowbp.given import read_data
 
 
 class Prompt(NamedTuple):
@@ -15,9 +16,7 @@ class Prompt(NamedTuple):
 @cache
 def splits() -> dict[str, dict[str, list[str]]]:
     """split -> category -> its captions."""
-    import yaml  # here, to keep `import flowbp.shapes` light
-
-    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+    return read_data(__file__, "prompts.yaml")
 
 
 def prompts(split: str) -> list[Prompt]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flowbp.foreign import short
+from flowbp.given import short
 
 SIZE = 32
 SHAPES = ("circle", "square", "triangle", "cross")

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from flowbp.config.schema import EvaluationConfig
-from flowbp.evaluation.numbers import METRICS
 from flowbp.evaluation.scores import Row, Samples, Scores, compare, draw_samples
-from flowbp.evaluation.templates import words
+from flowbp.evaluation.templates import METRICS, words
 from flowbp.runtime.data import load_prompts
 
 History = Mapping[int, Scores]  # by optimizer steps taken, increasing; all of the same samples

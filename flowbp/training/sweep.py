@@ -25,7 +25,7 @@ import yaml
 
 from flowbp.config import ConfigError, RunConfig, load, parse_overrides
 from flowbp.config.loading import CONFIG, read
-from flowbp.foreign import cut
+from flowbp.given import cut
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.files import as_json, read_json, write_file
 from flowbp.runtime.run_folder import RunFolder, locked, mark_folder

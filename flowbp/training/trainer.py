@@ -14,14 +14,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from flowbp.backbones import Backbone, bind_velocity
+from flowbp.backbones.base import Backbone, bind_velocity
 from flowbp.config import RunConfig
 from flowbp.evaluation.scores import Evaluator
 from flowbp.methods import draw_plans
 from flowbp.objective import clip_samples, loss_factors, reward_gradient, sample_weights
 from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.replay import Recompute
-from flowbp.rewards import Reward, WeightedRewards
+from flowbp.rewards import Reward
+from flowbp.rewards.weighted import WeightedRewards
 from flowbp.runtime.data import PromptStream, load_prompts, sample_seeds
 from flowbp.runtime.distributed import process_state, unshard
 from flowbp.runtime.memory import Phases, now, peak_memory_mb

@@ -7,7 +7,7 @@ import torch
 from diffusers.utils import logging
 from tiny_pipelines import tiny_pipeline
 
-from flowbp.backbones import BACKBONES
+from flowbp.backbones.classes import BACKBONES
 
 TOKENS = 48
 

@@ -16,7 +16,9 @@ from fused_ops import assert_as_unfused
 from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 
 import flowbp
-from flowbp.backbones import BACKBONES, bind_velocity, check_guidance, load_backbone
+from flowbp.backbones import load_backbone
+from flowbp.backbones.base import bind_velocity, check_guidance
+from flowbp.backbones.classes import BACKBONES
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS, draw_plan
 from flowbp.replay import Recompute

@@ -19,7 +19,9 @@ from tiny_pipelines import tiny_pipeline
 from torch import nn
 
 import flowbp_kernels
-from flowbp.backbones import BACKBONES, bind_velocity, load_backbone
+from flowbp.backbones import load_backbone
+from flowbp.backbones.base import bind_velocity
+from flowbp.backbones.classes import BACKBONES
 from flowbp.config import load
 from flowbp.config.schema import BackboneConfig
 from flowbp.evaluation.scores import generate

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 
-from flowbp.backbones import BACKBONES
+from flowbp.backbones.classes import BACKBONES
 from flowbp.config.schema import TuningConfig
 from flowbp.runtime.files import seal
 from flowbp.runtime.tuning import trainable_parameters

@@ -8,7 +8,9 @@ import pytest
 import torch
 from tiny_pipelines import tiny_pipeline
 
-from flowbp.backbones import BACKBONES, bind_velocity, load_backbone
+from flowbp.backbones import load_backbone
+from flowbp.backbones.base import bind_velocity
+from flowbp.backbones.classes import BACKBONES
 from flowbp.guidance import Guidance
 
 RULES = json.loads((Path(__file__).parents[1] / "golden" / "sampling_rules.json").read_text())

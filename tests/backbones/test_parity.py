@@ -10,7 +10,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_pipelines import tiny_pipeline
 
-from flowbp.backbones import BACKBONES, bind_velocity
+from flowbp.backbones.base import bind_velocity
+from flowbp.backbones.classes import BACKBONES
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.trajectory import rollout
 

@@ -14,8 +14,10 @@ from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 from torch import nn
 from typer.testing import CliRunner
 
-from flowbp.backbones import BACKBONES, bind_velocity, load_backbone
-from flowbp.cli import app
+from flowbp.backbones import load_backbone
+from flowbp.backbones.base import bind_velocity
+from flowbp.backbones.classes import BACKBONES
+from flowbp.cli.commands import app
 from flowbp.config import ConfigError, build_method, load
 from flowbp.config.schema import QuantiseConfig, TuningConfig
 from flowbp.evaluation.models import run_evaluation

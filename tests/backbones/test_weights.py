@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 from typer.testing import CliRunner
 
-from flowbp.backbones import BACKBONES
-from flowbp.cli import app
+from flowbp.backbones.classes import BACKBONES
+from flowbp.cli.commands import app
 from flowbp.config import build_method, load
 from flowbp.evaluation import scores as evaluation
 from flowbp.methods import METHODS

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from flowbp.backbones import BACKBONES
+from flowbp.backbones.classes import BACKBONES
 from flowbp.config import load
 from flowbp.config.schema import MemoryConfig
 from flowbp.evaluation import pages

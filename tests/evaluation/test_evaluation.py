@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from flowbp.config import load
-from flowbp.evaluation.numbers import number
 from flowbp.evaluation.scores import (
     BALANCED,
     Samples,
@@ -18,7 +17,7 @@ from flowbp.evaluation.scores import (
     split,
     summarise,
 )
-from flowbp.evaluation.templates import notes
+from flowbp.evaluation.templates import number, words
 from flowbp.rewards import load_reward
 from flowbp.runtime.data import Prompt
 from flowbp.shapes.recipe.scenes import render, sample_scene
@@ -52,7 +51,7 @@ def test_a_score_that_is_not_finite_is_left_out_of_both_sides_and_said(bad):
     row, even, odd = compare(before, after)
     assert (row["count"], row["missing"], even["missing"], odd["missing"]) == (7, 1, 1, 0)
     assert row["before"] == pytest.approx(4 / 7) and row["change"] == pytest.approx(10 / 7) and even["before"] == 0
-    (said,) = [note for note in notes([row]) if "finite" in note]
+    (said,) = [note for note in words("notes", rows=[row]) if "finite" in note]
     assert said == "reward: 1 of 8 images have no finite score, and are left out."
     nothing = summarise(scores([bad] * 8))[0]
     assert (nothing["count"], nothing["missing"]) == (0, 8) and number(nothing["mean"]) == "–"

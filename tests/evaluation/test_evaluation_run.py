@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from flowbp.backbones import load_backbone
-from flowbp.cli import app
+from flowbp.cli.commands import app
 from flowbp.config import load
 from flowbp.evaluation import models as evaluation_run
 from flowbp.evaluation import scores as evaluation

@@ -26,7 +26,6 @@ from flowbp.evaluation.geneval import (
     Requirement,
     TransformersDetector,
     crop,
-    is_right,
     load_geneval,
     load_requirements,
     relations,
@@ -88,8 +87,9 @@ def test_relations_are_those_of_the_centres_less_a_tenth_of_the_sizes(a, expecte
 )
 def test_known_boxes_give_the_known_verdict(include, exclude, boxes, right):
     by_place = {DOG: "red", BENCH: "green"}
-    colours = lambda objects, name: [by_place[d.box] for d in objects]  # noqa: E731
-    assert is_right(requirement("t", include, exclude), found(**boxes), colours) == right
+    colours = lambda image, objects, name: [by_place[d.box] for d in objects]  # noqa: E731
+    judge = GenEval({"p": requirement("t", include, exclude)}, lambda *_: found(**boxes), colours)
+    assert judge.is_right(torch.zeros(3, 8, 8), "p") == right
 
 
 def test_at_most_sixteen_objects_of_a_class_count():

@@ -14,9 +14,9 @@ import flowbp
 from flowbp.config import load
 from flowbp.evaluation import figures
 from flowbp.evaluation.models import run_evaluation
-from flowbp.evaluation.numbers import between, direction, duration, number, scale_of, scale_of_change, signed
 from flowbp.evaluation.pages import as_png, images_a_step, render
 from flowbp.evaluation.runs import compare_runs
+from flowbp.evaluation.templates import between, direction, duration, number, scale_of, scale_of_change
 from flowbp.methods import DRaFTLV, FlowBPSparse, ReFL
 
 VOID = {"meta", "img", "br", "link"}
@@ -111,14 +111,15 @@ def test_a_change_far_smaller_than_its_means_is_not_shown_as_zero():
     row = {"before": 0.087, "after": 0.0873, "change": 0.00032, "low": -0.00033, "high": 0.0025}
     scale = scale_of_change(row)
     assert (
-        signed(row["change"], scale) == "+0.0003" and between((row["low"], row["high"]), scale) == "[-0.0003, 0.0025]"
+        number(row["change"], scale, "+") == "+0.0003"
+        and between((row["low"], row["high"]), scale) == "[-0.0003, 0.0025]"
     )
     assert scale_of(row) == 0.0873 and scale_of_change(row | {"low": None, "high": None}) == 0.00032
 
 
 def test_what_is_no_number_is_a_dash():
     assert number(None) == number(float("nan")) == between((None, None)) == "–"
-    assert signed(0.1) == "+0.100" and between((-1, 250), 250) == "[-1, 250]"
+    assert number(0.1, sign="+") == "+0.100" and between((-1, 250), 250) == "[-1, 250]"
     assert (duration(45), duration(600), duration(36000)) == ("45 s", "10.0 min", "10.0 h")
 
 

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from flowbp.cli import app
+from flowbp.cli.commands import app
 from flowbp.config import dump, load
 from flowbp.config.loading import sealed
-from flowbp.evaluation.numbers import grouped
 from flowbp.evaluation.runs import EVALUATED, IMAGES_A_STEP, Run, about, compare_runs, contrast
 from flowbp.evaluation.scores import Scores
+from flowbp.evaluation.templates import grouped
 from flowbp.runtime.files import seal
 from flowbp.runtime.run_folder import short_names
 

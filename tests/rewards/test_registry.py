@@ -11,10 +11,10 @@ import torch
 from tiny_rewards import PROMPTS, images
 from typer.testing import CliRunner
 
-from flowbp.cli import app
+from flowbp.cli.commands import app
 from flowbp.rewards import REWARDS, load_reward
-from flowbp.rewards.files import HubFiles, pin
 from flowbp.rewards.hpsv2 import HPSv2
+from flowbp.rewards.registry import HubFiles, pin
 from flowbp.rewards.weights import read_state_dict
 
 

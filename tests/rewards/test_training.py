@@ -8,7 +8,7 @@ import tiny_rewards as tiny
 import torch
 
 from flowbp.config import load
-from flowbp.rewards import WeightedRewards
+from flowbp.rewards.weighted import WeightedRewards
 from flowbp.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from flowbp.training.trainer import Trainer
 

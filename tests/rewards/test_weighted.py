@@ -10,7 +10,8 @@ from tiny_rewards import images
 
 from flowbp.config import ConfigError, RunConfig, dump, load
 from flowbp.objective import Objective, loss_factors, reward_gradient
-from flowbp.rewards import Relative, RunningScale, Smoothed, Smoothing, Term, WeightedRewards, load_reward
+from flowbp.rewards import Relative, Smoothing, load_reward
+from flowbp.rewards.weighted import RunningScale, Term, WeightedRewards, smoothed
 
 X, PROMPTS = images(8, 8, batch=4), ["a"] * 4
 
@@ -162,7 +163,7 @@ def test_smoothing_shifts_an_image_by_every_offset_up_to_its_shift():
         seen.update(map(tuple, images[0, 0].nonzero().tolist()))
         return bright(images, prompts)
 
-    Smoothed(look, Smoothing(copies=100, shift=1, noise=0.0), [torch.Generator().manual_seed(0)])(image, ["a"])
+    smoothed(look, Smoothing(copies=100, shift=1, noise=0.0), image, ["a"], [0])
     assert seen == {(row, column) for row in (1, 2, 3) for column in (1, 2, 3)}
 
 

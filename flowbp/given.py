@@ -1,12 +1,19 @@
-"""Files that anybody may have written: how much of them is read, and how much of what they hold a message shows."""
+"""What a user or a stranger has given, as files, values and names: how much of it is read, how much of it a message
+shows, which known name is the nearest to a misspelt one, and what "module:attribute" stands for.
+"""
 
+import difflib
 import hashlib
+import importlib
 import reprlib
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 LARGEST = 2**28  # characters of a text file
+IMAGE_STATISTICS = ("saturation", "high_frequency", "diversity")  # a config knows them without torch
+FOLDERS: list[Path] = []  # where `find` looks after the working folder
 
 BRIEF = reprlib.Repr()
 BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother, BRIEF.maxlong = 3, 60, 60, 60
@@ -50,6 +57,13 @@ def read_text(path: Path, most: int = LARGEST) -> str:
     return text
 
 
+def read_data(module: str, name: str) -> Any:
+    """What the YAML file `name` of flowbp holds, which lies beside the file `module`."""
+    import yaml  # the engine does without
+
+    return yaml.safe_load(Path(module).with_name(name).read_text(encoding="utf-8"))
+
+
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, as `object_pairs_hook` of `json.loads`. Raises ValueError for a key that stands there twice,
     of which the last would win.
@@ -66,3 +80,28 @@ def digest_files(paths: Iterable[Path]) -> str:
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'did you mean ...? ', or nothing where no name is near."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def find(kind: str, name: str) -> Any:
+    """The object that "module:attribute" names, whose module is run. Modules of the working folder are found as well,
+    because a console script has the folder of the script in its place. Raises ValueError if there is no such module or
+    attribute.
+
+    The folders are added to Python's path here and nowhere else, so that the modules that lie beside a config are out
+    of reach until code of one's own is asked for.
+    """
+    module, _, attribute = name.partition(":")
+    if not module.startswith("flowbp."):
+        places = [str(folder.resolve()) for folder in (Path(), *FOLDERS)]
+        sys.path += [place for place in dict.fromkeys(places) if place not in sys.path]
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        places = f"modules are searched in {Path().resolve()}, the config's folder, and the installed packages"
+        raise ValueError(f"cannot import the {kind} {short(name)}: {cut(error, 400)}; {places}") from error
