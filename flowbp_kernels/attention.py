@@ -33,17 +33,22 @@ def check_attention(name: str, dispatched: bool = True) -> None:
     """Raise ValueError, which names the choices, unless `name` is "auto", "native" or a kernel that is installed here.
 
     dispatched: whether the transformer takes every kernel of diffusers' `AttentionBackendName`, or PyTorch's alone.
-    A kernel of the Hub, such as "flash_hub", is fetched, which runs code of its publisher.
+    A kernel of the Hub, such as "flash_hub", is fetched if the environment says DIFFUSERS_TRUST_REMOTE_KERNELS=true:
+    it is code, and a name in the config of a stranger must not run any.
     """
     if name in CHOICES:
         return
     from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+    from diffusers.utils.constants import DIFFUSERS_TRUST_REMOTE_KERNELS
 
     known = [*CHOICES, *(sorted(kind.value for kind in AttentionBackendName) if dispatched else OF_PYTORCH)]
     choices = f"there are {', '.join(known)}"
     if name not in known:
         why = "is unknown" if dispatched else "is not for a transformer that calls PyTorch's attention itself, as SD3's"
         raise ValueError(f"attention={name[:80]!r} {why}; {choices}")
+    if name.endswith("_hub") and not DIFFUSERS_TRUST_REMOTE_KERNELS:
+        way_out = "set DIFFUSERS_TRUST_REMOTE_KERNELS=true in the environment to run it here"
+        raise ValueError(f"attention={name!r} is code from the Hub: {way_out}, or take another; {choices}")
     try:
         with attention_backend(name):
             pass

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.utils import constants
 from tiny_pipelines import tiny_pipeline
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
@@ -145,6 +147,21 @@ def test_a_kernel_that_is_not_there_is_told_before_any_weight_is_read(monkeypatc
         check_attention("flsh")
     with pytest.raises(ValueError, match="'xformers' is not to be had here: .*xformers.*; there are auto, native"):
         check_attention("xformers")
+
+
+@pytest.mark.parametrize(
+    "name", [kind.value for kind in AttentionBackendName if kind in attention_dispatch._HUB_KERNELS_REGISTRY]
+)
+def test_no_name_in_a_config_runs_code_of_the_hub(name, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(attention_dispatch, "_check_attention_backend_requirements", lambda kind: None)
+    monkeypatch.setattr(attention_dispatch, "_maybe_download_kernel_for_backend", fetched.append)
+    with pytest.raises(ValueError, match="is code from the Hub: set DIFFUSERS_TRUST_REMOTE_KERNELS=true"):
+        check_attention(name)
+    assert not fetched
+    monkeypatch.setattr(constants, "DIFFUSERS_TRUST_REMOTE_KERNELS", True)
+    check_attention(name)
+    assert fetched == [name]
 
 
 def test_a_kernel_without_a_gradient_draws_and_does_not_train(monkeypatch):
