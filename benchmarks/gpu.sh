@@ -9,14 +9,16 @@
 #   train      seconds and memory of whole training steps on full-size backbones        -> NAME-train-step.json
 #   apply      the same with LoRA, without and with flowbp_kernels.apply                -> NAME-apply.json
 #   offload    FLUX.1-dev with LoRA, without and with memory.offload=blocks             -> NAME-offload.json
+#   switches   SD3.5-medium with LoRA without and with each switch for a GPU, in turns; never run -> NAME-switches.json
 #   quantised  velocity and LoRA gradient over a base in nf4, int8, float8; never run -> NAME-quantised.json
 #   sanitize   compute-sanitizer, memcheck and racecheck, over the tests
 #
 # Without arguments all of them, in this order. A stage that fails or runs out of time is named at the end, and the others still run; the
-# benchmarks write their file after every case. `train`, `apply` and `offload` need the [train] extra, `quantised` [quantise] too, the others torch, NumPy, pytest and Triton
-# alone. Results go to $OUT, else to benchmarks/results. FLOWBP_COMMIT names the commit where a copy of the checkout has left .git behind.
+# benchmarks write their file after every case. `train`, `apply`, `offload` and `switches` need the [train] extra, `quantised` [quantise]
+# too, the others torch, NumPy, pytest and Triton alone. Results go to $OUT, else to benchmarks/results. FLOWBP_COMMIT names the commit
+# where a copy of the checkout has left .git behind.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 RESULTS=${OUT:-benchmarks/results}
 LIMIT=${LIMIT:-540} # seconds a command
@@ -67,6 +69,11 @@ stage() {
       run "$PYTHON" benchmarks/train_step.py --backbone flux.1-dev --active 4 --mode sweep --checkpointing on \
         --repeats 2 --offload off on --json "$RESULTS/$NAME-offload.json"
       ;;
+    switches)
+      run "$PYTHON" benchmarks/train_step.py --backbone sd3.5-medium --active 4 --mode sweep --checkpointing on \
+        --repeats 3 --rounds 2 --json "$RESULTS/$NAME-switches.json" \
+        --switch none attention-auto attention-cudnn cuda-graph channels-last reward-float32 reward-tf32
+      ;;
     quantised) run "$PYTHON" benchmarks/quantised.py --device cuda --json "$RESULTS/$NAME-quantised.json" ;;
     sanitize)
       local good=0
@@ -74,7 +81,7 @@ stage() {
       sanitize racecheck || good=1
       return $good
       ;;
-    *) echo "no stage $1; there are build, test, forward, backward, network, train, apply, offload, quantised, sanitize"; return 1 ;;
+    *) echo "no stage $1; there are build, test, forward, backward, network, train, apply, offload, switches, quantised, sanitize"; return 1 ;;
   esac
 }
 
@@ -83,7 +90,7 @@ NAME=$("$PYTHON" -c 'import torch; print("".join(c if c.isalnum() else "-" for c
 mkdir -p "$RESULTS"
 
 failed=()
-(($#)) || set -- build test forward backward network train apply offload quantised sanitize
+(($#)) || set -- build test forward backward network train apply offload switches quantised sanitize
 for name in "$@"; do
   echo "== $name ($(date +%T))"
   stage "$name" || failed+=("$name")

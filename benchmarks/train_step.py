@@ -8,7 +8,9 @@ and sizes are tiny unless --size full is given.
 
 Mode sweep replays each active node (memory.recompute=always), mode graph keeps every node's graph (never). --active
 sets num_active of the methods that have it. --apply off on takes every case without and with `flowbp_kernels.apply`,
---offload off on those with checkpointing and LoRA without and with memory.offload=blocks.
+--offload off on those with checkpointing and LoRA without and with memory.offload=blocks, and --switch with one switch
+for a GPU at a time (docs/speed.md). --rounds takes the whole list of cases again, so that what is compared is
+interleaved; every case of a round is a row.
 """
 
 import argparse
@@ -35,17 +37,31 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from tiny_pipelines import tiny_pipeline  # noqa: E402
 
 import flowbp_kernels  # noqa: E402
+from flowbp.backbones import hasten  # noqa: E402
 from flowbp.backbones.classes import BACKBONES  # noqa: E402
 from flowbp.config import RunConfig, build_method  # noqa: E402
 from flowbp.estimate.architectures import ARCHITECTURES, IMAGE_TOWERS, ImageTower, build_backbone  # noqa: E402
 from flowbp.methods import METHODS  # noqa: E402
 from flowbp.replay import proc_bytes  # noqa: E402
+from flowbp.rewards.registry import weight_dtype  # noqa: E402
+from flowbp.rewards.tf32 import InTF32  # noqa: E402
 from flowbp.runtime.memory import Phases, peak_memory_mb  # noqa: E402
 from flowbp.training.trainer import Trainer  # noqa: E402
 from flowbp_kernels.bench import machine  # noqa: E402
 
 MODES = {"sweep": "always", "graph": "never"}
 PHASES = ("rollout", "reward", "sweep", "update")
+# Arguments of `hasten`, and the dtype of the reward, which is otherwise that of the network. Each is compared with
+# "none", but reward-tf32 with reward-float32, whose weights it has.
+SWITCHES = {
+    "none": {"attention": "native"},
+    "attention-auto": {"attention": "auto"},
+    "attention-cudnn": {"attention": "_native_cudnn"},
+    "channels-last": {"attention": "native", "channels_last": True},
+    "cuda-graph": {"attention": "native", "cuda_graph": True},
+    "reward-float32": {"attention": "native", "reward": "float32"},
+    "reward-tf32": {"attention": "native", "reward": "tf32"},
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -66,8 +82,9 @@ def main(arguments: list[str] | None = None) -> None:
         options.mode,
         options.apply,
         options.offload,
+        options.switch,
     )
-    for backbone, tuning, checkpointing, method, active, mode, apply, offload in cases:
+    for backbone, tuning, checkpointing, method, active, mode, apply, offload, switch in list(cases) * options.rounds:
         takes_active = "num_active" in {field.name for field in fields(METHODS[method])}
         if not takes_active and active != options.active[0]:
             continue
@@ -82,10 +99,10 @@ def main(arguments: list[str] | None = None) -> None:
             "mode": mode,
         }
         case |= {"active": active if takes_active else None, "apply": apply == "on"}
-        case |= {"offload": offload == "on"}
+        case |= {"offload": offload == "on", "switch": switch}
         memory = {"recompute": MODES[mode], "checkpointing": checkpointing == "on"}
         memory |= {"vae_checkpointing": checkpointing == "on", "offload": "blocks" if offload == "on" else None}
-        report["rows"].append(case | measure(backbone, spec, tuning, memory, apply == "on", tiny, options))
+        report["rows"].append(case | measure(backbone, spec, tuning, memory, apply, switch, tiny, options))
         if options.json:
             Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     Console(width=None if sys.stdout.isatty() else 180).print(table(report))
@@ -96,7 +113,8 @@ def measure(
     method: dict,
     tuning: str,
     memory: dict,
-    apply: bool,
+    apply: str,
+    switch: str,
     tiny: bool,
     options: argparse.Namespace,
 ) -> dict:
@@ -106,14 +124,14 @@ def measure(
     torch.cuda.empty_cache()
     phases = MemoryPhases()
     try:
-        dtype = getattr(torch, config.backbone.dtype)
-        backbone, reward = (
-            random_backbone(name, options.device, dtype, tiny),
-            random_reward(options.device, dtype, tiny),
-        )
-        if apply:
+        dtype, switches = getattr(torch, config.backbone.dtype), dict(SWITCHES[switch])
+        precision = switches.pop("reward", config.backbone.dtype)
+        backbone = random_backbone(name, options.device, dtype, tiny)
+        reward = random_reward(options.device, getattr(torch, weight_dtype(precision)), tiny)
+        if apply == "on":
             flowbp_kernels.apply(backbone.denoiser)
-        trainer = Trainer(config, backbone, reward)
+        hasten(backbone, "off", **switches)
+        trainer = Trainer(config, backbone, InTF32(reward) if precision == "tf32" else reward)
         trainer.phases = phases
         trainer.step(0)
         phases.peak_mb, at_rest = {}, memory_mb()
@@ -212,6 +230,7 @@ def table(report: dict) -> Table:
     for row in report["rows"]:
         weights = row["tuning"] + (", checkpointed" if row["checkpointing"] else "")
         weights += (", apply" if row["apply"] else "") + (", offload" if row["offload"] else "")
+        weights += "" if row["switch"] == "none" else f", {row['switch']}"
         cells = [row["backbone"], weights, row["method"], str(row["active"] or ""), row["mode"]]
         if "out_of_memory" in row:
             cells.append(f"out of memory in {row['out_of_memory']}")
@@ -235,6 +254,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="sweep graph (both)")
     parser.add_argument("--apply", nargs="+", choices=("off", "on"), default=["off"], help="the fused blocks (off)")
     parser.add_argument("--offload", nargs="+", choices=("off", "on"), default=["off"], help="blocks that visit (off)")
+    parser.add_argument("--switch", nargs="+", choices=SWITCHES, default=["none"], help="one for a GPU (none)")
+    parser.add_argument("--rounds", type=int, default=1, help="times that the list of cases is taken (1)")
     parser.add_argument("--tuning", nargs="+", choices=("lora", "full"), default=["lora"])
     parser.add_argument(
         "--checkpointing", nargs="+", choices=("off", "on"), default=["off", "on"], help="of transformer and VAE (both)"

@@ -25,6 +25,9 @@ apply                      all of these in the blocks of diffusers' SD3, FLUX.1,
 Around a network:
 
 offload_blocks             frozen weights of blocks live in CPU memory and visit the device, in backward too
+set_attention              the attention kernel of a diffusers transformer: PyTorch's, cuDNN's first, or another
+GraphedForward             a forward pass without gradient as a CUDA graph
+in_tf32                    a function whose float32 matrix products take TF32, in forward and backward and nowhere else
 
 Every op has a reference in plain PyTorch, which runs on any device and in any dtype; the kernels take float32, bfloat16
 and float16, and a float8_e4m3fn cache. Sums accumulate in float32 (float64 where a tensor is float64) and are rounded
@@ -45,10 +48,12 @@ recompute.py (its autograd function), blocks/ (the ops in a transformer), offloa
 
 from flowbp_kernels import adjoints  # noqa: F401  (registers gradients)
 from flowbp_kernels.activations import gelu, swiglu
+from flowbp_kernels.attention import set_attention
 from flowbp_kernels.blocks import apply
 from flowbp_kernels.bridge_cotangents import bridge_cotangents
 from flowbp_kernels.cfg_euler_step import cfg_euler_step
 from flowbp_kernels.cfg_multistep_step import cfg_multistep_step
+from flowbp_kernels.graphed import GraphedForward
 from flowbp_kernels.leap_residuals import leap_residuals
 from flowbp_kernels.lora_linear import lora_linear
 from flowbp_kernels.modulation import (
@@ -63,8 +68,10 @@ from flowbp_kernels.quadrature_update import quadrature_update
 from flowbp_kernels.recompute import selective_recompute
 from flowbp_kernels.straight_through import straight_through
 from flowbp_kernels.sweep import RngState
+from flowbp_kernels.tf32 import in_tf32
 
 __all__ = [
+    "GraphedForward",
     "RngState",
     "apply",
     "bridge_cotangents",
@@ -73,6 +80,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_layer_norm",
     "gelu",
+    "in_tf32",
     "leap_residuals",
     "lora_linear",
     "modulated_layer_norm",
@@ -81,6 +89,7 @@ __all__ = [
     "qk_norm",
     "quadrature_update",
     "selective_recompute",
+    "set_attention",
     "straight_through",
     "swiglu",
 ]

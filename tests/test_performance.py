@@ -11,6 +11,7 @@ import torch
 from diffusers.utils import logging
 from tiny_pipelines import tiny_pipeline
 
+from flowbp.backbones import hasten
 from flowbp.backbones.base import bind_velocity
 from flowbp.backbones.classes import BACKBONES
 from flowbp.config import ConfigError
@@ -118,6 +119,22 @@ def test_tiling_is_differentiable(name):
     with torch.no_grad():
         slope = (score(x + 1e-6 * direction) - score(x - 1e-6 * direction)) / 2e-6
     assert slope.item() == pytest.approx((g * direction).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_channels_last_changes_how_the_decoder_lies_in_memory_and_neither_images_nor_gradient(name):
+    found, layouts = [], []
+    for switch in (False, True):
+        backbone = hasten(tiny_backbone(name), "off", channels_last=switch)
+        backbone.pipe.vae.decoder.mid_block.register_forward_pre_hook(
+            lambda _, given: layouts.append(given[0].is_contiguous(memory_format=torch.channels_last))
+        )
+        x = backbone.noise(64, 64, [torch.Generator().manual_seed(s) for s in (0, 1)]).requires_grad_()
+        images = backbone.decode(x)
+        found.append((images.detach(), *torch.autograd.grad(images.square().sum(), x)))
+    assert layouts == [False, True]
+    for plain, other in zip(*found, strict=True):
+        assert (other - plain).norm() <= 1e-5 * plain.norm()
 
 
 def test_the_peak_of_a_process_is_in_megabytes_of_a_million_bytes(monkeypatch):

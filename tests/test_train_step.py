@@ -40,6 +40,17 @@ def test_every_phase_of_every_case_is_measured(tmp_path, capsys):
     assert "leapalign" in capsys.readouterr().out
 
 
+def test_every_switch_for_a_gpu_is_a_row_of_every_round(tmp_path):
+    """On a CPU, but for the kernel that it does not have."""
+    switches = [switch for switch in train_step.SWITCHES if switch != "attention-cudnn"]
+    cases = ["--active", "1", "--mode", "sweep", "--checkpointing", "on", "--rounds", "2", "--switch", *switches]
+    sizes = ["--size", "tiny", "--steps", "2", "--repeats", "1", "--json", str(tmp_path / "steps.json")]
+    with pytest.warns(UserWarning, match="runs without a CUDA graph"):
+        train_step.main([*cases, *sizes])
+    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert [row["switch"] for row in rows] == switches * 2 and all("seconds" in row for row in rows)
+
+
 def test_running_out_of_memory_is_a_row_not_an_end(tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("no more")

@@ -48,17 +48,20 @@ def load_backbone(
     variant: str | None = None,
     kernels: str = "off",
     quantise: Mapping[str, str | None] | None = None,
+    attention: str = "auto",
+    vae_channels_last: bool = False,
+    cuda_graph: bool = False,
 ) -> "Backbone":
     """The backbone of `name`: "shapes" (the embedded model), a known model, a local pipeline folder, or a Hub id.
 
     dtype: of the weights, "float32", "bfloat16" or "float16".  precision, max_sequence_length: see `Backbone`.
     variant: of the files, "fp16" for model.fp16.safetensors.
-    kernels: "auto" calls flowbp_kernels.apply on the transformer, or logs why it refuses; "off" leaves it to diffusers.
     quantise: {"weights": FORMAT, "text_encoders": FORMAT} holds frozen weights in fewer bits
     (`flowbp.backbones.quantise`). FORMAT is "nf4", "int8", "float8" or None.
-    Raises ValueError for an unknown name, a folder that is no pipeline, a class without a backbone, or a format whose
-    library is missing; OSError for a model that can be neither read nor downloaded, and for a folder without a part
-    that its model_index.json names.
+    kernels, attention, vae_channels_last, cuda_graph: see `hasten`.
+    Raises ValueError for an unknown name, a folder that is no pipeline, a class without a backbone or without CUDA
+    graphs, and a format or a kernel whose library is missing; OSError for a model that can be neither read nor
+    downloaded, and for a folder without a part that its model_index.json names.
     """
     check_quantiser(quantise)
     location, index = read_index(name)
@@ -66,10 +69,14 @@ def load_backbone(
     from diffusers import DiffusionPipeline
 
     from flowbp.backbones.classes import BACKBONES
+    from flowbp_kernels.attention import check_attention
 
     class_name, offline = index["_class_name"], Path(location).is_dir()
-    if class_name not in BACKBONES:
+    if (kind := BACKBONES.get(class_name)) is None:
         raise ValueError(f"no backbone for {cut(class_name)} ({location}); there is one for {', '.join(BACKBONES)}")
+    check_attention(attention, kind.dispatches_attention)
+    if cuda_graph and not kind.capturable:
+        raise ValueError(f"shapes in {class_name} depend on the lengths of prompts: set backbone.cuda_graph=false")
     options = {part: None for part, value in index.items() if value == ABSENT}
     options |= {"dtype": getattr(torch, dtype), "local_files_only": offline, "variant": variant}
     try:
@@ -82,14 +89,34 @@ def load_backbone(
         from flowbp.backbones.quantise import quantise_pipeline
 
         quantise_pipeline(pipe, **quantise)
-    backbone = BACKBONES[class_name](pipe.to(device), precision, max_sequence_length)
-    if kernels == "auto":
-        from flowbp_kernels import apply
+    backbone = kind(pipe.to(device), precision, max_sequence_length)
+    return hasten(backbone, kernels, attention, vae_channels_last, cuda_graph)
 
+
+def hasten(
+    backbone: "Backbone", kernels: str, attention: str = "auto", channels_last: bool = False, cuda_graph: bool = False
+) -> "Backbone":
+    """Turn on what makes a backbone faster, in place. Returns it.
+
+    kernels: "auto" calls flowbp_kernels.apply on the transformer, or logs why it refuses; "off" leaves it to diffusers.
+    attention: the kernel of the transformer's attention; see `flowbp_kernels.set_attention`.
+    channels_last: the VAE's decoder holds its weights, and so computes, in that memory format.
+    cuda_graph: passes without gradient, those of rollouts and evaluation, are a `flowbp_kernels.GraphedForward`.
+    """
+    import torch
+
+    from flowbp_kernels import GraphedForward, apply, set_attention
+
+    if kernels == "auto":
         try:
             log.info("backbone.kernels=auto: %r", apply(backbone.denoiser))
         except ValueError as error:
             log.warning("backbone.kernels=auto: the transformer stays as it is: %s", error)
+    set_attention(backbone.denoiser, attention)
+    if channels_last:
+        backbone.pipe.vae.decoder.to(memory_format=torch.channels_last)
+    if cuda_graph:
+        backbone.velocity = GraphedForward(backbone.velocity)
     return backbone
 
 

@@ -39,6 +39,8 @@ class Backbone(ABC):
     text_options       what prompt embeddings depend on besides the text encoders
     guidance_branches  how classifier-free guidance calls the network; "none": the guidance was distilled away
     embeds_guidance    whether the network reads conditioning["guidance"] [B] float32, a guidance scale
+    dispatches_attention  whether its attention takes each kernel that diffusers knows, or PyTorch's alone
+    capturable         whether a CUDA graph can repeat `velocity`: no shape in it depends on the values of a tensor
 
     precision            of the latents between network calls. "pipeline": the network's dtype, so that they are rounded
                          after every step, as the pipeline does. "float32": only the network's input is rounded
@@ -48,6 +50,7 @@ class Backbone(ABC):
     lora_targets: list[str]
     guidance_branches: GuidanceBranches = "separate"
     embeds_guidance = False
+    dispatches_attention = capturable = True
     patch = 2  # latents that one image token spans, along each side
     default_text_tokens = 512
 

@@ -15,6 +15,7 @@ class SD3Backbone(Backbone):
     guidance_branches = "batched"
     lora_targets = JOINT_ATTENTION
     default_text_tokens = 256
+    dispatches_attention = False
 
     @property
     def patch(self) -> int:

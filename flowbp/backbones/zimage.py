@@ -19,6 +19,7 @@ class ZImageBackbone(Backbone):
     """
 
     guidance_branches = "batched"
+    capturable = False
     pipeline_dtype = torch.float32
     lora_targets = [f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
 

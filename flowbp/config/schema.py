@@ -72,6 +72,9 @@ class BackboneConfig(Strict):
     variant: values.Text | None = key(None, "of the weight files: fp16 for model.fp16.safetensors")
     kernels: values.Kernels = key("off", "fused ops in the transformer's blocks: auto, where these are known, or off")
     quantise: Annotated[QuantiseConfig | None, values.OfWeights] = key(None, "fewer bits; nf4 means {weights: nf4}")
+    attention: values.Text = key("auto", "cuDNN first on capability 9.0; native: PyTorch's choice; or a kernel's name")
+    vae_channels_last: bool = key(False, "the VAE's decoder in the memory format channels_last")
+    cuda_graph: bool = key(False, "passes without gradient as a CUDA graph; for small batches")
 
 
 class RolloutConfig(Strict):
@@ -91,7 +94,7 @@ class ScorerConfig(Strict):
 
     name: values.Text = key("clip", "one of `flowbp rewards`, or a function of your own as module:function")
     model: values.Place | None = key(None, 'a folder, a Hub id, "shapes" or "shapes-monitor"; null: the published one')
-    dtype: Literal["float32", "bfloat16"] | None = key(None, "of the weights; null means the reward's own")
+    dtype: Literal["float32", "bfloat16", "tf32"] | None = key(None, "of the weights, or tf32; null: the reward's own")
     revision: values.Text | None = key(None, "commit of a Hub checkpoint")
     sha256: values.Sha256 | None = key(None, "digest of the checkpoint file")
 
@@ -316,8 +319,8 @@ class RunConfig(Strict):
         self._tokens_tile_the_image()
 
     def _what_goes_together(self):
-        dropout, recompute, full = self.tuning.dropout, self.memory.recompute, self.tuning.mode == "full"
-        needs = {"memory.recompute": (recompute, "always"), "tuning.dropout": (dropout, 0.0)}
+        dropout, memory, full = self.tuning.dropout, self.memory, self.tuning.mode == "full"
+        needs = {"memory.recompute": (memory.recompute, "always"), "tuning.dropout": (dropout, 0.0)}
         for name, (value, needed) in needs.items():
             if self.plans in ("per_sample", "stratified") and value != needed:
                 why = "samples replay their own nodes; or plans=shared"
@@ -333,6 +336,10 @@ class RunConfig(Strict):
         for name, why in refused.items():
             if kind is not None and why:
                 raise ValueError(f"{name} with backbone.quantise.weights={kind}: {why}; leave one of the two out")
+        moved = {"tuning.dropout": dropout, "memory.offload": memory.offload, "memory.shard": memory.shard}
+        if self.backbone.cuda_graph and (found := [n for n, v in (moved | {"anchor": self.anchor}).items() if v]):
+            why = "a graph repeats the same kernels on weights that stay where they are"
+            raise ValueError(f"backbone.cuda_graph=true with {found[0]}: {why}; leave one of the two out")
         if self.memory.offload and full:
             raise ValueError("memory.offload=blocks needs tuning.mode=lora: all weights are trained, none is frozen")
         if self.memory.offload and self.compile is not None:

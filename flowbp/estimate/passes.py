@@ -27,7 +27,7 @@ from flowbp.methods import draw_plans
 from flowbp.objective import reward_gradient
 from flowbp.plan import PlanBatch, SurrogatePlan
 from flowbp.rewards import Reward
-from flowbp.rewards.registry import EMBEDDED, find_folders, find_source
+from flowbp.rewards.registry import EMBEDDED, find_folders, find_source, weight_dtype
 from flowbp.rewards.weighted import WeightedRewards
 from flowbp.runtime.embeddings import BATCH
 from flowbp.runtime.memory import save_memory
@@ -238,7 +238,8 @@ def _reward(spec: ScorerConfig) -> MetaReward:
         note = f"the reward {spec.name} is code of your own: its weights and its graph are not counted"
         return MetaReward(_no_graph, 0, note)
     source, tower = find_source(spec.name), IMAGE_TOWERS.get(spec.name)
-    parameters, dtype = source.parameters, getattr(torch, spec.dtype or ("float32" if tower else "bfloat16"))
+    dtype = getattr(torch, weight_dtype(spec.dtype or ("float32" if tower else "bfloat16")))
+    parameters = source.parameters
     if tower is not None and (spec.model in EMBEDDED or (spec.model is not None and Path(spec.model).is_dir())):
         folder = find_folders(spec.name, source, spec.model, None)["model"]
         if (folder / "config.json").is_file():

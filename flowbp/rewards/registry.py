@@ -88,7 +88,8 @@ def load_reward(
 
     model: a local folder that holds all its files; a Hub id; "shapes" or "shapes-monitor" (embedded); None is the
         published checkpoint.
-    dtype: of the weights, "float32" or "bfloat16"; None is the reward's own.
+    dtype: of the weights, "float32" or "bfloat16"; None is the reward's own. "tf32" is float32, of which the reward's
+        matrix products, forward and backward, take TF32 (`flowbp_kernels.in_tf32`).
     revision: commit of a Hub checkpoint.  sha256: digest of the checkpoint file, checked before the file is read.
     Raises ValueError for an unknown name or a wrong digest, and FileNotFoundError, with the commands that fetch the
     files, where they are missing.
@@ -106,8 +107,14 @@ def load_reward(
     elif model not in EMBEDDED and revision is None and source.files["model"].revision is None:
         line = pin(folders["model"], checkpoint)
         log.warning(f"reward {name}: nothing pins {checkpoint}; to read the same again, put into its config  {line}")
-    options = {} if dtype is None else {"dtype": dtype}
-    return find("reward", f"flowbp.rewards.{source.target}")(**folders, device=device, **options)
+    options = {} if dtype is None else {"dtype": weight_dtype(dtype)}
+    reward = find("reward", f"flowbp.rewards.{source.target}")(**folders, device=device, **options)
+    return find("reward", "flowbp.rewards.tf32:InTF32")(reward) if dtype == "tf32" else reward
+
+
+def weight_dtype(dtype: str) -> str:
+    """torch's name of the dtype in which a reward of `dtype` holds its weights."""
+    return "float32" if dtype == "tf32" else dtype
 
 
 def check_options(name: str, model: str | None, dtype: str | None, revision: str | None, sha256: str | None) -> None:

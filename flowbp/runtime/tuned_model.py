@@ -21,6 +21,7 @@ from flowbp.runtime.embeddings import embed_once
 from flowbp.runtime.memory import compile_blocks, offload, save_memory
 from flowbp.runtime.tuning import assign, master_weights, moving_average, trainable_parameters, trained
 from flowbp.runtime.weights import base_weights, load_weights, start_from
+from flowbp_kernels.attention import try_attention
 
 
 class TunedModel:
@@ -46,6 +47,7 @@ class TunedModel:
         """texts: every prompt that the run will draw. backbone: takes the place of the one that `config` names."""
         self.config = config
         self.backbone = backbone or load_backbone(**config.backbone.model_dump())
+        try_attention(config.backbone.attention, accelerator.device, self.backbone.denoiser.dtype, gradient=True)
         check_guidance(self.backbone, config.guidance)
         size = config.rollout
         self.sigmas = self.backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas)
@@ -137,6 +139,7 @@ def frozen_backbone(
     place.
     """
     backbone = load_backbone(**config.backbone.model_dump())
+    try_attention(config.backbone.attention, device, backbone.denoiser.dtype, gradient=False)
     if weights is not None:
         load_weights(backbone, weights, strength=strength)
     if texts is not None and config.data.embeddings == "cached":

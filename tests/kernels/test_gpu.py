@@ -6,7 +6,16 @@ import pytest
 import torch
 from kernels.cases import DTYPES, OPS, SHAPES, draw, rule
 
-from flowbp_kernels import backend, bridge_cotangents, cfg_euler_step, leap_residuals, quadrature_update
+from flowbp_kernels import (
+    GraphedForward,
+    backend,
+    bridge_cotangents,
+    cfg_euler_step,
+    in_tf32,
+    leap_residuals,
+    quadrature_update,
+)
+from flowbp_kernels.attention import prefers_cudnn, settle_order, try_attention
 
 SIZES = [shape for shape in SHAPES if 0 not in shape] + [(2, 16, 64, 64), (1, 16, 21, 90, 160)]
 
@@ -191,3 +200,33 @@ def test_the_current_stream_is_used(monkeypatch):
         result = quadrature_update(late, cache, [0], [1.0])
     stream.synchronize()
     assert torch.equal(result, expected)
+
+
+@torch.no_grad()
+def test_a_graphed_forward_has_the_bits_of_its_function_and_sees_weights_that_change_in_place():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64)).cuda().bfloat16()
+    forward = GraphedForward(lambda x, given: network(x) * given["scale"])
+    for batch in (1, 2, 1):
+        for seed in (0, 1):
+            given = draw(batch, 64, seed=seed).cuda().bfloat16(), {"scale": draw(batch, 1, seed=9).cuda().bfloat16()}
+            assert torch.equal(forward(*given), forward.__wrapped__(*given))
+        network[0].weight.mul_(1.5)
+    with pytest.raises(ValueError, match="cannot be captured as a CUDA graph"):
+        GraphedForward(lambda x: x * x.sum().item())(torch.ones(2, device="cuda"))
+
+
+def test_a_product_takes_tf32_where_it_is_allowed_and_nowhere_else():
+    a, b = draw(512, 512).cuda().requires_grad_(), draw(512, 512, seed=1).cuda()
+    exact, g = a.detach().double() @ b.double(), (torch.ones(512, 512, device="cuda").double() @ b.double().T)
+    error = {"plain": (a @ b - exact).abs().max(), "tf32": ((y := in_tf32(lambda a: a @ b, a)) - exact).abs().max()}
+    assert error["tf32"] > 10 * error["plain"]
+    (found,) = torch.autograd.grad(y.sum(), a)
+    assert (found - g).abs().max() > 10 * ((torch.ones_like(y) @ b.T) - g).abs().max()
+
+
+def test_cudnns_attention_has_a_gradient_where_it_is_preferred():
+    if not prefers_cudnn():
+        pytest.skip("this GPU is not of capability 9.0, or its cuDNN is too old")
+    settle_order()
+    try_attention("_native_cudnn", "cuda", torch.bfloat16, gradient=True)
