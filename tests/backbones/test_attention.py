@@ -11,7 +11,9 @@ from diffusers.utils import constants
 from tiny_pipelines import tiny_pipeline
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
-from flowbp.backbones import BACKBONES, bind_velocity, load_backbone
+from flowbp.backbones import load_backbone
+from flowbp.backbones.base import bind_velocity
+from flowbp.backbones.classes import BACKBONES
 from flowbp.config import load
 from flowbp.guidance import Guidance
 from flowbp.runtime.memory import compile_blocks
