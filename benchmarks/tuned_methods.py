@@ -5,8 +5,8 @@
 
 tune: four trials a method on dev prompts, seed 42: three learning rates with the demo's hinge, and the middle one
 without a hinge. (All seven gained from 7e-4 to 1.4e-3; so the lowest rate of the first plan, 3.5e-4, gave way to
-2.8e-3 when one method had tried it.) Each method keeps the plan settings of its own defaults. The trial with the highest monitor is chosen,
-a reward that is never trained on, because a user has no checker.
+2.8e-3 when one method had tried it.) Each method keeps the plan settings of its own defaults. The trial with the
+highest monitor is chosen, a reward that is never trained on, because a user has no checker.
 
 test: each method with its choice, on test prompts, from several seeds, at the demo's optimizer steps, and once more
 where it has made as many network calls as the method of the fewest makes in all (`early`). A replay counts as a call,
