@@ -59,21 +59,8 @@ types: install
 fast: install
 	$(PYTEST) --dist worksteal -m fast
 
-# All tests, then those that train or draw in float32 with the fused ops, as with backbone.kernels=auto.
-FUSED := $(addprefix tests/backbones/, \
-	test_backbones.py::test_a_saved_pipeline_loads_offline_and_draws_the_same \
-	test_blocks.py::test_a_backbone_takes_the_ops_if_it_is_told_to \
-	test_blocks.py::test_off_is_the_default_and_the_word_for_what_yaml_makes_of_it \
-	test_weights.py::test_a_lora_of_every_method_changes_the_images_and_loads_into_a_fresh_pipeline)
-FUSED += $(addprefix tests/test_trainer.py::, \
-	test_every_method_trains_the_embedded_model \
-	test_lora_dropout_is_the_same_in_rollout_and_replay \
-	test_lora_weights_load_into_a_fresh_diffusers_pipeline \
-	test_memory_settings_leave_the_gradient_as_it_is \
-	test_the_base_of_a_trained_run_is_the_model_it_started_from)
 test: install
 	$(PYTEST) $(BY_FILE)
-	FLOWBP_TEST_KERNELS=auto $(PYTEST) $(BY_FILE) $(FUSED)
 
 # Half an hour on one core. A part of it is in `make test`.
 soak: install

@@ -102,9 +102,25 @@ def kernels_of_the_tests():
     """
     import fused_ops  # torch with it, which is not the first import of a test run
 
-    with pytest.MonkeyPatch.context() as patch:
-        fused_ops.make_default(patch)
+    with fused_ops.by_default(fused_ops.KERNELS):
         yield
+
+
+@pytest.fixture(autouse=True)
+def default_kernels(request):
+    """The same for one test: some run once without the fused ops and once with them."""
+    import fused_ops
+
+    with fused_ops.by_default(getattr(request, "param", "off")):
+        yield
+
+
+def pytest_generate_tests(metafunc):
+    import fused_ops
+
+    place = Path(metafunc.module.__file__).relative_to(Path(__file__).parent).as_posix()
+    if fused_ops.KERNELS == "off" and metafunc.function.__name__ in fused_ops.TWICE.get(place, ()):
+        metafunc.parametrize("default_kernels", ["off", "auto"], indirect=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from flowbp.__main__ import main
+from flowbp.cli import commands
+from flowbp.runtime.console import is_main
 from flowbp.runtime.processes import free_port
 
 TESTS = Path(__file__).parent
-PRELOADED = ["ranks_worker", "flowbp.cli.commands", "torch.utils.tensorboard"]
+PRELOADED = ["ranks_worker", "flowbp.cli.commands", "torch.utils.tensorboard", "kept_from_gc"]
 
 
 def context():
@@ -71,6 +73,7 @@ def run(arguments, said, errors, environment):
     sys.argv = ["flowbp", *arguments]
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
     hear_interrupts()
+    commands.console.quiet = not is_main()  # it was made before the process had a rank
     main()
 
 

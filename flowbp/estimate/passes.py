@@ -34,6 +34,7 @@ from flowbp.runtime.memory import save_memory
 from flowbp.runtime.tuning import trainable_parameters
 from flowbp_kernels.dequantised_linear import PackedLinear
 from flowbp_kernels.live_bytes import LiveBytes
+from flowbp_kernels.meta_results import MetaResults
 from flowbp_kernels.offload import default_blocks, offload_blocks
 from flowbp_kernels.sweep import record
 
@@ -124,20 +125,18 @@ class NetworkPass:
         self.latent_bytes, self.batched = latents.nbytes, backbone.guidance_branches == "batched"
         self.sigmas = backbone.sigmas(size.num_steps, size.height, size.width, size.sigmas).double().numpy()
         plan = draw_plan(config, 0, self.sigmas)
-        with fused_attention(), LiveBytes([*tensors(denoiser), *(p.grad for p in trained)]) as live:
+        counted = {FUSED: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+        flops = FlopCounterMode(display=False, custom_mapping=counted)
+        with on_meta(), LiveBytes([*tensors(denoiser), *(p.grad for p in trained)]) as live:
             before = live.alive
             velocity = bind_velocity(backbone, [""] * config.data.batch_size, config.guidance)
             for _ in range(2 if self.home_bytes else 1):  # offloaded blocks are fetched ahead from the second pass on
-                with torch.no_grad():
+                with torch.no_grad(), flops:
                     velocity.branches(latents, torch.empty((), device="meta"))
             self.forward_bytes, live.peak = live.peak - before, live.alive
             self.graph_bytes = _replay(velocity, latents, plan, config.memory.nodes_per_forward, live)
             self.replay_bytes = live.peak - before
-        counted = {FUSED: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-        flops = FlopCounterMode(display=False, custom_mapping=counted)
-        with fused_attention(), flops, torch.no_grad():
-            backbone.velocity(latents, torch.empty((), device="meta"), velocity.positive)
-        self.forward_flops = flops.get_total_flops()
+        self.forward_flops = flops.get_total_flops() // (1 + config.guidance.active)
 
 
 _network_pass = cache(NetworkPass)
@@ -216,7 +215,7 @@ def _reward_pass(case: Case) -> ModelsPass:
         return weighted.score(backbone.decode(part), [""] * len(part), list(range(len(part))))
 
     models = [term.reward.model for term in weighted.terms.values() if isinstance(term.reward, ImageTower)]
-    with fused_attention(), LiveBytes(t for module in (backbone.pipe.vae, *models) for t in tensors(module)) as live:
+    with on_meta(), LiveBytes(t for module in (backbone.pipe.vae, *models) for t in tensors(module)) as live:
         before = live.alive
         reward_gradient(weighted, score, z, torch.ones(len(z), device="meta"))
         peak_bytes = live.peak - before
@@ -277,7 +276,7 @@ def text_pass(options: BackboneConfig, offload: bool = False) -> ModelsPass:
     for encoder in encoders:
         pack(encoder.requires_grad_(False), options.quantise and options.quantise.text_encoders)
     home = sum(map(send_home, encoders)) if offload else 0
-    with torch.no_grad(), fused_attention(), LiveBytes(t for encoder in encoders for t in tensors(encoder)) as live:
+    with torch.no_grad(), on_meta(), LiveBytes(t for encoder in encoders for t in tensors(encoder)) as live:
         weight_bytes = live.alive
         for _ in range(2 if offload else 1):
             _embed(backbone, encoders)
@@ -314,10 +313,11 @@ FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @contextmanager
-def fused_attention() -> Iterator[None]:
-    """Let attention on the meta device save for its backward pass what fused kernels save.
+def on_meta() -> Iterator[None]:
+    """Let attention on the meta device save for its backward pass what fused kernels save, and let no operation run
+    twice on tensors of the same shapes.
 
-    The plain formula would save matrices [B, heads, tokens, tokens] instead.
+    The plain formula of attention would save matrices [B, heads, tokens, tokens] instead.
     """
     plain = F.scaled_dot_product_attention
 
@@ -330,7 +330,8 @@ def fused_attention() -> Iterator[None]:
 
     F.scaled_dot_product_attention = fused
     try:
-        yield
+        with MetaResults():
+            yield
     finally:
         F.scaled_dot_product_attention = plain
 

@@ -5,6 +5,7 @@ import functools
 import io
 from functools import cache
 
+import fused_ops
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,7 +14,6 @@ from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-from fused_ops import KERNELS
 from peft import LoraConfig
 from tiny_pipelines import tiny_pipeline
 from torch import nn
@@ -613,7 +613,7 @@ def runs_ops(backbone):
 
 
 def test_a_backbone_takes_the_ops_if_it_is_told_to(monkeypatch, caplog):
-    assert runs_ops(load_backbone("shapes")) == (KERNELS == "auto")
+    assert runs_ops(load_backbone("shapes")) == (fused_ops.KERNELS == "auto")
     assert not runs_ops(load_backbone("shapes", kernels="off"))
     assert runs_ops(load_backbone("shapes", kernels="auto"))
     monkeypatch.setattr(fingerprints, "fingerprint", lambda source: "0")
@@ -635,7 +635,7 @@ def test_the_embedded_model_draws_with_the_ops_what_it_draws_without_and_the_che
 
 
 def test_off_is_the_default_and_the_word_for_what_yaml_makes_of_it():
-    assert BackboneConfig(name="shapes").kernels == KERNELS  # off, unless this test run says otherwise
+    assert BackboneConfig(name="shapes").kernels == fused_ops.KERNELS  # off, unless this test says otherwise
     assert BackboneConfig(**yaml.safe_load("{name: shapes, kernels: off}")).kernels == "off"
     assert BackboneConfig(name="shapes", kernels="auto").kernels == "auto"
     with pytest.raises(ValueError, match="kernels"):

@@ -3,10 +3,10 @@
 import re
 from functools import cache
 
+import fused_ops
 import pytest
 import torch
 from displaced import frozen
-from fused_ops import assert_as_unfused
 from safetensors.torch import load_file
 from tiny_pipelines import TINY_PIPELINES, tiny_pipeline
 from typer.testing import CliRunner
@@ -55,11 +55,14 @@ def trained(request, tmp_path_factory):
     tiny_pipeline(name).save_pretrained(folder)
 
     @cache
-    def trainer():
+    def trainer_with(kernels):
         embedded = ["guidance.embedded=3.5"] if name == "FluxPipeline" else []
         return Trainer(
             load("demo", [f"output={folder.parent / 'run'}", f"backbone.name={folder}", *SETTINGS, *embedded])
         )
+
+    def trainer():
+        return trainer_with(fused_ops.KERNELS)
 
     def train(method):
         run = trainer()
@@ -93,7 +96,7 @@ def test_a_lora_of_every_method_changes_the_images_and_loads_into_a_fresh_pipeli
     base = draw(BACKBONES[name](pipe, max_sequence_length=TOKENS), run.config)
     pipe.load_lora_weights(tmp_path)
     images = draw(BACKBONES[name](pipe, max_sequence_length=TOKENS), run.config)
-    assert_as_unfused(expected, images)
+    fused_ops.assert_as_unfused(expected, images)
     assert (images - base).abs().max() > 1e-4
     assert len(load_file(path)) == len(run.model.parameters)
 

@@ -131,6 +131,8 @@ BFLOAT16 = {  # whose gradients depend on the number of processes: a run resumes
     "sharded bfloat16": (SD3, ("method.name=flowbp-sparse", "memory.shard=true")),
 }
 
+# of runs that are about something else than the gradient of their step
+SHORT = ("rollout.num_steps=2", "method={name: refl, last_n: 1}", "data.accumulate=1")
 
 RESUMED = (*BFLOAT16, "bridge, guided", "sharded bridge")
 
@@ -186,7 +188,7 @@ def resumes(case, folder, world):
     """(whether a run that goes on from its checkpoint takes the step that the unbroken one takes, the moving average
     after two steps)
     """
-    first, second = (make_trainer(case, folder, world, "ema=0.5") for _ in range(2))
+    first, second = (make_trainer(case, folder, world, "ema=0.5", *SHORT) for _ in range(2))
     first.step(0)
     output = Path(folder, f"{world} {case}")
     states = [(trainer.model, trainer.optimizer, trainer.rewards) for trainer in (first, second)]
@@ -350,7 +352,7 @@ WATCHED = (
 def whole_run(case, folder, world):
     """The folder of a run from start to report, watched by a sentinel."""
     output = Path(folder, f"{world} whole {case}")
-    trainer = make_trainer(case, folder, world, f"output={output}", "steps=2", WATCHED.format(folder))
+    trainer = make_trainer(case, folder, world, f"output={output}", "steps=2", *SHORT, WATCHED.format(folder))
     run_folder = RunFolder(output)
     run_folder.open(trainer.config)
     accelerator = trainer.model.ranks.accelerator

@@ -37,20 +37,31 @@ def reward(images, prompts):
     Path(os.environ["COUNTED"], os.environ["RANK"]).write_text(str(torch.get_num_threads()))
     return images.mean(dim=(1, 2, 3))
 """
+# What a launcher runs in the place of flowbp: it hands its arguments and environment to this test, and ends with it.
+STAND_IN = """
+import json, os, sys, time
+from pathlib import Path
+
+mine, parent = Path(os.environ["HANDED"], os.environ["RANK"]), os.getppid()
+mine.with_suffix(".partial").write_text(json.dumps([sys.argv[1:], dict(os.environ)]))
+mine.with_suffix(".partial").rename(mine.with_suffix(".json"))
+while not mine.with_suffix(".ended").exists() and os.getppid() == parent:
+    time.sleep(0.05)
+"""
 
 
 @pytest.fixture(scope="module")
 def start():
-    """Starts `flowbp train` of the embedded model into a folder, by itself or by a launcher."""
+    """Starts `flowbp train` of the embedded model into a folder, by itself or by a launcher beside that folder."""
     started = []
 
     def process(output, launcher, options, **environment):
         arguments = ["train", "demo", f"output={output}", "evaluation=null", *options]
         environment = {"PYTHONPATH": str(ROOT), "FLOWBP_CACHE": f"{output}-cache"} | environment
         if launcher:
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": output.parent}
             command = [sys.executable, *launcher, *arguments]
-            started.append(subprocess.Popen(command, env=os.environ | environment, **pipes))
+            started.append(subprocess.Popen(command, env=os.environ | environment, **how))
         else:
             started.append(forked.Flowbp(arguments, output.parent / "said", **environment))
         return started[-1]
@@ -73,13 +84,48 @@ def wait_for_steps(output, count, *processes):
 
 
 def take_steps(start, output, batch_size, launcher=(), options=()):
-    process = start(output, launcher, ["steps=2", f"data.batch_size={batch_size}", *options], OMP_NUM_THREADS="1")
-    said, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    options = ["steps=2", f"data.batch_size={batch_size}", *options]
+    run = by_launcher if launcher else by_itself
+    said, errors = run(start, output, launcher, options)
     assert said.count("report:") == errors.count("embed: 0/") == errors.count("train: 0/2") == 1
     assert "Warning" not in errors
     assert errors.count("; each block is gathered") == ("memory.shard=node" in options)
     return logged(output)
+
+
+def ended(process):
+    """What a process said, which must have ended well."""
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return said, errors
+
+
+def by_itself(start, output, launcher, options):
+    return ended(start(output, launcher, options, OMP_NUM_THREADS="1"))
+
+
+def by_launcher(start, output, launcher, options):
+    """What both processes said. With the arguments and the environment that a launcher gave to each they are forked:
+    new interpreters would import for seven seconds each.
+    """
+    handed = output.parent / "handed"
+    (handed / "flowbp").mkdir(parents=True)
+    (handed / "flowbp" / "__init__.py").touch()  # or the installed package would come first
+    (handed / "flowbp" / "__main__.py").write_text(STAND_IN)
+    launched = start(output, launcher, options, OMP_NUM_THREADS="1", HANDED=str(handed), PYTHONPATH=str(handed))
+    deadline, given = time.monotonic() + 120, [handed / "0.json", handed / "1.json"]
+    while not all(path.exists() for path in given):
+        assert time.monotonic() < deadline and launched.poll() is None
+        time.sleep(0.05)
+    ranks = []
+    for path in given:
+        arguments, environment = json.loads(path.read_text())
+        ranks.append(forked.Flowbp(arguments, handed / path.stem, **environment))
+    said = [ended(rank) for rank in ranks]
+    for path in given:
+        path.with_suffix(".ended").touch()
+    ended(launched)
+    return ["".join(parts) for parts in zip(*said, strict=True)]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
+import inspect
 import os
 import subprocess
 import sys
+from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +20,26 @@ def threads_of_the_kernels():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=os.environ.get("TRITON_INTERPRET") == "1")
+def builtins_of_the_interpreter():
+    """Triton's interpreter looks for the builtins among all that triton.language holds, at every launch and at every
+    call of a device function, which is a third of its time. Here it looks once.
+    """
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    @cache
+    def names(package):
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def members(package):
+        return [(name, getattr(package, name)) for name in names(package)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "inspect", SimpleNamespace(**vars(inspect) | {"getmembers": members}))
+        yield
 
 
 @pytest.fixture
