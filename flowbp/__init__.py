@@ -14,10 +14,12 @@ load_reward open models by name. A name is loaded when it is first used: importi
 
 import ast
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
 __version__ = "0.2.0"
+log = logging.getLogger(__name__)  # of all that flowbp has to say
 
 # The module of each public name, from the stub that tells editors of them too.
 _STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text())

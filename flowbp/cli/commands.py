@@ -22,7 +22,7 @@ from flowbp.evaluation.templates import words
 from flowbp.given import cut
 from flowbp.methods import draw_plan
 from flowbp.quadrature import Solver
-from flowbp.rewards.callable import find_callable
+from flowbp.rewards.base import find_callable
 from flowbp.rewards.registry import EMBEDDED, REWARDS, find_source, how_to_fetch
 from flowbp.runtime import run_folder
 from flowbp.runtime.checkpoint import weight_files

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 from rich.text import Text
 from typer import Option
 
@@ -32,7 +31,7 @@ def estimate(
         check_target("--json", json_file)
     if run.backbone.name not in KNOWN_MODELS:  # their sizes are known
         read_index(run.backbone.name)
-    if not all(0 < rate < np.inf for rate in bandwidth):
+    if not all(0 < rate < float("inf") for rate in bandwidth):
         raise ValueError(f"--bandwidth {bandwidth[0]:g} {bandwidth[1]:g}: both must be above 0, in GB/s")
     from flowbp.estimate import estimate as estimates
 

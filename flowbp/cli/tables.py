@@ -10,7 +10,6 @@ from rich.text import Text
 
 from flowbp.config import describe, flatten
 from flowbp.evaluation.templates import TEMPLATES
-from flowbp.methods import METHODS
 from flowbp.runtime.console import plain
 from flowbp.runtime.reproducible import math_library
 
@@ -54,7 +53,7 @@ def cell(element: ElementTree.Element) -> Text:
 
 def non_defaults(built: Any) -> str:
     """The fields of a dataclass that differ from its defaults, on one line; those of a nested one as field.field."""
-    given, usual = (flatten(describe(each, METHODS)) for each in (built, type(built)()))
+    given, usual = (flatten(describe(each)) for each in (built, type(built)()))
     return ", ".join(f"{key} {value}" for key, value in given.items() if usual.get(key) != value)
 
 

@@ -78,10 +78,6 @@ class Requirement(BaseModel, frozen=True):
                 raise ValueError(f"the position {clause.position} of clause {i} must name an earlier clause")
         return self
 
-    @property
-    def classes(self) -> list[str]:
-        return list(dict.fromkeys(clause.name for clause in (*self.include, *self.exclude)))
-
 
 def load_requirements(path: str) -> dict[str, Requirement]:
     """The requirement of each prompt of an evaluation_metadata.jsonl. Raises ValueError for a line that is none, or
@@ -152,9 +148,10 @@ class GenEval:
             raise ValueError(f"no GenEval metadata for the prompt {short(prompt)}: evaluation.prompts must be its file")
         requirement = self.requirements[prompt]
         least = self.counting_threshold if requirement.tag == "counting" else self.threshold
+        classes = list(dict.fromkeys(clause.name for clause in (*requirement.include, *requirement.exclude)))
         detected = {
             name: [d for d in sorted(detections, key=lambda d: -d.score) if d.score > least][:MOST_OBJECTS]
-            for name, detections in self.detect(image, requirement.classes).items()
+            for name, detections in self.detect(image, classes).items()
         }
         held: list[Sequence[Detection]] = []  # the objects of each include clause so far
         for clause in requirement.include:

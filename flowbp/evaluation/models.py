@@ -13,7 +13,6 @@ a CPU, every process computes on one thread for that.
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from flowbp import log
 from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.evaluation import scores as scoring
 from flowbp.evaluation.pages import write_evaluation
@@ -40,7 +40,6 @@ from flowbp.runtime.run_folder import contents, locked, mark_folder
 from flowbp.runtime.tensors import read_tensors, write_tensors
 from flowbp.runtime.weights import check_base, weight_files
 
-log = logging.getLogger(__name__)
 MANIFEST, CHUNKS = "model.json", "[0-9]" * 5 + ".safetensors"
 
 Models = Mapping[str, Path | None]  # name in the results -> weights to score; None: the base model's
@@ -116,9 +115,7 @@ def run_evaluation(
     return results
 
 
-def manifest(
-    config: RunConfig, samples: Samples, name: str, weights: Path | None, strength: float = 1.0
-) -> dict[str, Any]:
+def manifest(config: RunConfig, samples: Samples, name: str, weights: Path | None, strength: float) -> dict[str, Any]:
     """All that the scores of a model depend on."""
     if weights is not None:
         check_base(weight_files(weights)[0].parent, bool(config.backbone.quantise and config.backbone.quantise.weights))
@@ -182,12 +179,12 @@ def score_model(
     backbone = frozen_backbone(config, weights, str(state.device), texts, strength)
     if weights is not None and digest_files(weight_files(weights)) != about["sha256"]:
         raise OSError(f"{weights} was replaced while it was read: evaluate it once its training is over")
-    settings = config.evaluation_rollout, config.evaluation_guidance, load()
+    named = load()
     share = [(i, samples.chunks[i]) for i in missing if i % state.num_processes == state.process_index]
     with one_thread(), progress_bar(about["name"], "image", sum(scoring.length(chunk) for _, chunk in share)) as bar:
         for i, chunk in share:
             path, said = chunk_file(folder, about, i)
-            write_tensors(path, scoring.score_chunk(backbone, samples, *settings, chunk), said)
+            write_tensors(path, scoring.score_chunk(backbone, samples, config, named, chunk), said)
             bar.update(scoring.length(chunk))
 
 

@@ -12,7 +12,6 @@ import functools
 import gc
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -24,10 +23,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from flowbp import log
 from flowbp.backbones.base import Backbone
 from flowbp.given import short
 from flowbp.guidance import Conditioning
-from flowbp.runtime.console import progress_bar
+from flowbp.runtime.console import Progress, progress_bar
 from flowbp.runtime.distributed import process_state
 from flowbp.runtime.environment import versions
 from flowbp.runtime.files import remove_left
@@ -38,9 +38,6 @@ BATCH = 8  # prompts that are encoded together, always equally many, because rou
 
 Encode = Callable[[list[str]], Conditioning]
 Device = torch.device | str | None
-Progress = Callable[[int], object]  # takes the number of prompts that were done since the last call
-
-log = logging.getLogger(__name__)
 
 
 def embed_once(
