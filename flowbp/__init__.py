@@ -30,7 +30,7 @@ __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+        value = globals()[name] = getattr(importlib.import_module(str(_HOME[name])), name)
         return value
     if importlib.util.find_spec(f"flowbp.{name}") is not None:
         return importlib.import_module(f"flowbp.{name}")
