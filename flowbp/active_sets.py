@@ -52,6 +52,20 @@ def late_biased(
     return tuple(sorted(int(nodes[i]) for i in drawn))
 
 
+def stratified(
+    nodes: Sequence[int], num_active: int, rng: np.random.Generator
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """(nodes, inclusion probability of each): one node drawn uniformly from each of `num_active` consecutive strata of
+    nearly equal size.
+
+    Where a node's weight is divided by its probability, the sum over the drawn nodes is an unbiased estimate of the sum
+    over all nodes.
+    """
+    check_count(num_active, len(nodes))
+    strata = np.array_split(np.asarray(nodes), num_active)
+    return tuple(int(rng.choice(stratum)) for stratum in strata), tuple(1.0 / len(stratum) for stratum in strata)
+
+
 def stratified_draws(
     draw: Callable[[np.random.Generator], T], count: int, position: Callable[[T], float], rng: np.random.Generator
 ) -> list[T]:

@@ -11,6 +11,7 @@ from flowbp.active_sets import (
     MidpointPair,
     UniformPair,
     equally_spaced,
+    stratified,
     stratified_draws,
 )
 from flowbp.methods import (
@@ -161,6 +162,15 @@ def test_a_bridge_that_is_not_active_is_refused():
 def test_rescaled_sparse_gradient_weights_cover_the_whole_interval():
     plan = FlowBPSparse(3, rescale=1.0).at(SIGMAS, [2, 9, 20])
     assert sum(w for _, w in plan.active) == pytest.approx(-1.0)
+
+
+def test_inverse_probability_weights_are_an_unbiased_estimate_of_the_dense_sum():
+    rng, dense = np.random.default_rng(0), np.diff(SIGMAS)
+    total = np.zeros(25)
+    for _ in range(20_000):
+        nodes, probabilities = stratified(range(25), 4, rng)
+        total[list(nodes)] += dense[list(nodes)] / probabilities
+    assert np.allclose(total / 20_000, dense, rtol=0.1)
 
 
 def test_alpha_zero_cuts_the_bridge():
