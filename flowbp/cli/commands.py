@@ -1,6 +1,5 @@
 """The command line: train, estimate, sample, export, eval, compare, sweep, plan, rewards, presets, doctor, bench."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +22,7 @@ from flowbp.rewards.base import find_callable
 from flowbp.rewards.registry import EMBEDDED, REWARDS, find_source, how_to_fetch
 from flowbp.runtime import run_folder
 from flowbp.runtime.checkpoint import weight_files
-from flowbp.runtime.files import as_json
+from flowbp.runtime.files import as_json, read_json
 from flowbp.runtime.inputs import check_inputs, check_target, named_path, parse_size, parse_strengths, try_rewards
 from flowbp.runtime.interrupts import exit_code, heard_by, interrupt
 from flowbp.training import sweep as sweeps
@@ -63,12 +62,10 @@ def train(
         raise typer.Exit(exit_code(stop)) from None
     except ConnectionError as error:
         raise ConnectionError(f"{error}. {run_folder.how_to_go_on(settings.output)}") from error
-    if console.quiet:
-        return
     if (file := output / "evaluation.json").is_file():
-        console.print(tables.comparison_table(json.loads(file.read_text()), f"{output}: same prompts and seeds"))
+        console.print(tables.comparison_table(read_json(file), f"{output}: same prompts and seeds"))
     if (file := output / "validation.json").is_file():
-        validation = json.loads(file.read_text())
+        validation = read_json(file)
         for line in validation["warnings"]:
             say(Text("warning:", "bold yellow"), line)
         for line in words("ended", validation=validation, output=output):
@@ -211,14 +208,13 @@ def evaluate(
     with launched(processes):
         try_rewards(run)
         results = run_evaluation(run, models, folder, overwrite, strengths)
-    if not console.quiet:
-        title = f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"
-        for name in [model["name"] for model in results["models"][1:]]:
-            rows = [row for row in results["changes"] if row["model"] == name]
-            console.print(tables.comparison_table(rows, f"{name} against base: {title}", "base", "tuned"))
-        if not results["changes"]:
-            console.print(tables.table("base", f"base: {title}", rows=results["means"]))
-        say_unwrapped(f"report: {(folder / 'report.html').resolve()}")
+    title = f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"
+    for name in [model["name"] for model in results["models"][1:]]:
+        rows = [row for row in results["changes"] if row["model"] == name]
+        console.print(tables.comparison_table(rows, f"{name} against base: {title}", "base", "tuned"))
+    if not results["changes"]:
+        console.print(tables.table("base", f"base: {title}", rows=results["means"]))
+    say_unwrapped(f"report: {(folder / 'report.html').resolve()}")
 
 
 @app.command("compare")

@@ -14,7 +14,7 @@ from flowbp.given import cut
 from flowbp.runtime.console import TextConsole, tame_libraries
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-console = TextConsole()
+console = TextConsole()  # of the main process; that of others is quiet
 say = partial(console.print, highlight=False)  # wrapped at words
 say_unwrapped = partial(say, soft_wrap=True)  # what is copied from the terminal: paths and commands
 

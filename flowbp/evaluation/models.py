@@ -11,7 +11,6 @@ behind, and the next one scores what is missing. The results are the same to the
 a CPU, every process computes on one thread for that.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -25,8 +24,8 @@ from flowbp import log
 from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.evaluation import scores as scoring
 from flowbp.evaluation.pages import write_evaluation
-from flowbp.evaluation.scores import Part, Samples, Scorers, Scores, compare, summarise
-from flowbp.given import cut, digest_files
+from flowbp.evaluation.scores import Part, Samples, Scorers, Scores, means_and_changes
+from flowbp.given import cut, digest_files, digest_text
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.data import load_prompts
@@ -110,7 +109,7 @@ def run_evaluation(
         state.wait_for_everyone()
         metrics = (*config.reward, *options.monitors, "checker", *IMAGE_STATISTICS)
         scores = {about["name"]: read_scores(folder, about, samples, metrics) for about in manifests}
-        results = summarise_models(manifests, scores)
+        results = {"models": manifests} | means_and_changes("model", scores, names[0], names[1:])
         on_main(lambda: write_results(config, folder, results, scores))
     return results
 
@@ -126,7 +125,7 @@ def manifest(config: RunConfig, samples: Samples, name: str, weights: Path | Non
         "name": f"{name} {strength:g}" if at else name,
         "weights": None if weights is None else str(weights),
         "sha256": None if weights is None else digest_files(weight_files(weights)),
-        "prompts_sha256": hashlib.sha256(json.dumps(samples.prompts).encode()).hexdigest(),
+        "prompts_sha256": digest_text(json.dumps(samples.prompts)),
         "settings": settings,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": versions("flowbp", "torch", "diffusers", "transformers", "numpy"),
@@ -191,8 +190,7 @@ def score_model(
 def chunk_file(folder: Path, about: Mapping[str, Any], index: int) -> tuple[Path, dict[str, str]]:
     """The file of a chunk, and what it says of itself: its number, and a digest of all that its scores depend on."""
     settings = json.dumps({key: value for key, value in about.items() if key not in ("name", "weights")})
-    digest = hashlib.sha256(settings.encode()).hexdigest()
-    return folder / about["name"] / f"{index:05d}.safetensors", {"chunk": f"{index} of {digest}"}
+    return folder / about["name"] / f"{index:05d}.safetensors", {"chunk": f"{index} of {digest_text(settings)}"}
 
 
 def read_chunk(folder: Path, about: Mapping[str, Any], index: int) -> Part | None:
@@ -214,19 +212,6 @@ def read_scores(folder: Path, about: Mapping[str, Any], samples: Samples, metric
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
-
-
-def summarise_models(manifests: Sequence[dict[str, Any]], scores: Mapping[str, Scores]) -> dict[str, Any]:
-    """{"models": manifests, "means": a row a model, metric and category, "changes": the same, paired with the first
-    model}.
-    """
-    first, *others = scores
-    pairs = {name: compare(scores[first], scores[name]) for name in others}
-    return {
-        "models": list(manifests),
-        "means": [{"model": name} | row for name, own in scores.items() for row in summarise(own)],
-        "changes": [{"model": name, "against": first} | row for name, rows in pairs.items() for row in rows],
-    }
 
 
 def write_results(config: RunConfig, folder: Path, results: dict[str, Any], scores: Mapping[str, Scores]) -> None:

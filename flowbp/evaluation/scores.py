@@ -7,7 +7,7 @@ share the chunks nor on where an evaluation was interrupted.
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -271,6 +271,17 @@ def compare(before: Scores, after: Scores) -> list[Row]:
             p_value = {"p_value": paired_p_value(old, new, weights, texts)}
             rows.append(row | means | ends_of_interval(new - old, weights, texts) | p_value)
     return rows
+
+
+def means_and_changes(who: str, scores: Mapping[str, Scores], first: str, others: Iterable[str]) -> dict[str, Any]:
+    """{"means": the rows of all scores by name, "changes": those of `others`, each paired with `first`}. The key `who`
+    of a row says whose it is.
+    """
+    pairs = {name: compare(scores[first], scores[name]) for name in others}
+    return {
+        "means": [{who: name} | row for name, own in scores.items() for row in summarise(own)],
+        "changes": [{who: name, "against": first} | row for name, rows in pairs.items() for row in rows],
+    }
 
 
 def ends_of_interval(values: np.ndarray, weights: np.ndarray, texts: list[str]) -> dict[str, float]:

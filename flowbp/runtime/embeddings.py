@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from flowbp import log
 from flowbp.backbones.base import Backbone
-from flowbp.given import short
+from flowbp.given import digest_text, short
 from flowbp.guidance import Conditioning
 from flowbp.runtime.console import Progress, progress_bar
 from flowbp.runtime.distributed import process_state
@@ -103,7 +103,7 @@ class EmbeddingCache:
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     def path(self, prompt: str) -> Path:
-        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
+        return self.folder / f"{digest_text(prompt)}.safetensors"
 
     def fill(self, encode: Encode, prompts: list[str], progress: Progress = lambda done: None) -> None:
         """Embed those of `prompts` that have no undamaged file."""

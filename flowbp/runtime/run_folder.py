@@ -12,7 +12,6 @@ report.html                          the report, with plan.png, samples_*.png, s
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shlex
@@ -28,7 +27,7 @@ import yaml
 from flowbp import log
 from flowbp.config import RunConfig, changed, dump
 from flowbp.config.loading import CONFIG, SEAL, read, sealed
-from flowbp.given import cut, digest_files, inside
+from flowbp.given import cut, digest_files, digest_text, inside
 from flowbp.runtime import files
 from flowbp.runtime.checkpoint import CHECKPOINTS, LORA, TRANSFORMER, latest_checkpoint, progress, prune
 from flowbp.runtime.console import is_main
@@ -176,7 +175,7 @@ class RunFolder:
         """SHA-256 by name of metrics.jsonl, unless it is empty, and of the validation files, as after step `done`."""
         logged = "".join(line for line, row in read_metrics(self.path) if row["step"] <= done)
         held = (self.path / METRICS).stat().st_size  # a cut file may hold no whole row, and is not empty
-        digests = {METRICS: hashlib.sha256(logged.encode()).hexdigest()} if held else {}
+        digests = {METRICS: digest_text(logged)} if held else {}
         kept = [file for step, file in self._validations().items() if step <= done]
         return digests | {f"{VALIDATION}/{file.name}": digest_files([file]) for file in kept}
 
