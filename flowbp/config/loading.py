@@ -32,7 +32,7 @@ def load(name: str | Path, overrides: Iterable[str] = (), run_code: bool = True)
             merge(values, layer)
         return RunConfig.model_validate(values, context=None if run_code else own_code(typed))
     except ValidationError as error:
-        raise ConfigError("\n".join(_readable(e) for e in error.errors()[:10])) from None
+        raise ConfigError("\n".join(readable(e) for e in error.errors()[:10])) from None
     except RecursionError:
         raise ConfigError(f"{name} or an override nests deeper than any config does") from None
 
@@ -182,7 +182,8 @@ def _number_or_yaml(text: str) -> Any:
         return yaml.load(text, StrictYAML)
 
 
-def _readable(error: Mapping[str, Any]) -> str:
+def readable(error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in words: the key, what is wrong, and the value."""
     # The config names neither one reward nor the form of a checker.
     parts = error["loc"][error["loc"][:2] == ("reward", "reward") :]
     where = ".".join(cut(part) for part in parts).replace("checker.name", "checker")

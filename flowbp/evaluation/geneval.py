@@ -27,6 +27,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, StringConstr
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowbp.config.loading import readable
 from flowbp.config.schema import GenEvalConfig
 from flowbp.given import cut, once, read_data, read_text, short
 from flowbp.rewards import load_reward
@@ -93,10 +94,7 @@ def load_requirements(path: str) -> dict[str, Requirement]:
         try:
             requirement = Requirement.model_validate(json.loads(line, object_pairs_hook=once))
         except (ValueError, RecursionError) as error:
-            cause = repr(error)
-            if isinstance(error, ValidationError):
-                first = error.errors()[0]
-                cause = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {short(first['input'])}"
+            cause = readable(error.errors()[0]) if isinstance(error, ValidationError) else repr(error)
             raise ValueError(f"{where}: {cut(cause, 300)}; a line has tag, prompt, include and exclude") from error
         prompt = requirement.prompt
         if requirements.setdefault(prompt, requirement) != requirement:
