@@ -59,7 +59,7 @@ def train(seed: int) -> dict:
                 average[name].lerp_(p.detach(), 1 - decay)
     found = {}
     for key, weights in {"base": trainer.model.base, **averages}.items():
-        scores = trainer.evaluator.score(trainer.model, weights)
+        scores = trainer.evaluator.score(trainer.model, weights, trainer.evaluator.samples)
         found[key] = {name: float(np.nanmean(scores.values[name])) for name in METRICS}
     return found
 

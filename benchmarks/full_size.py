@@ -29,6 +29,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from transformers.modeling_utils import local_torch_dtype
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -38,7 +39,7 @@ from tiny_pipelines import clip_tokenizer  # noqa: E402
 
 from flowbp.backbones import load_backbone  # noqa: E402
 from flowbp.config import load  # noqa: E402
-from flowbp.estimate.architectures import ARCHITECTURES, made_on  # noqa: E402
+from flowbp.estimate.architectures import ARCHITECTURES  # noqa: E402
 from flowbp.estimate.estimate import estimate  # noqa: E402
 from flowbp.replay import proc_bytes  # noqa: E402
 from flowbp.runtime.environment import environment  # noqa: E402
@@ -103,7 +104,7 @@ def child(name: str, folder: Path) -> dict:
 def write(folder: Path) -> dict:
     """The pipeline, the reward and the prompts."""
     model, tokenizer = ARCHITECTURES["sd3.5-medium"], clip_tokenizer()
-    with made_on("cpu", torch.bfloat16):
+    with local_torch_dtype(torch.bfloat16):
         parts = {
             part: getattr(diffusers, kind).from_config(sizes).to(torch.bfloat16)
             for part, (kind, sizes) in {"transformer": model.transformer, "vae": model.vae}.items()

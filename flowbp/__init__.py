@@ -14,10 +14,12 @@ load_reward open models by name. A name is loaded when it is first used: importi
 
 import ast
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
 __version__ = "0.2.0"
+log = logging.getLogger(__name__)  # of all that flowbp has to say
 
 # The module of each public name, from the stub that tells editors of them too.
 _STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text())
@@ -28,7 +30,7 @@ __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+        value = globals()[name] = getattr(importlib.import_module(str(_HOME[name])), name)
         return value
     if importlib.util.find_spec(f"flowbp.{name}") is not None:
         return importlib.import_module(f"flowbp.{name}")

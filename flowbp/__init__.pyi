@@ -1,5 +1,7 @@
 """The public names of flowbp: `__init__.py` reads from here which module holds each, and so do editors."""
 
+import logging
+
 from flowbp.backbones import load_backbone as load_backbone
 from flowbp.backbones.base import bind_velocity as bind_velocity
 from flowbp.config import RunConfig as RunConfig
@@ -25,3 +27,4 @@ from flowbp.trajectory import rollout as rollout
 from flowbp.trajectory import rollout_with_graph as rollout_with_graph
 
 __version__: str
+log: logging.Logger

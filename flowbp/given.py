@@ -73,6 +73,11 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def digest_text(text: str) -> str:
+    """SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def digest_files(paths: Iterable[Path]) -> str:
     """SHA-256 of the contents of `paths`, one after the other."""
     digest = hashlib.sha256()

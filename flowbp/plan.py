@@ -316,6 +316,9 @@ class PlanBatch:
             plan.check(total)
 
 
+Plan = SurrogatePlan | PlanBatch  # one for the batch, or one a sample
+
+
 def _shared(values: Iterable) -> Any:
     """The value on which all samples agree, or else the tuple of their values."""
     values = tuple(values)

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowbp.plan import Copy, Node, PlanBatch, Replay, SurrogatePlan
+from flowbp.plan import Copy, Node, Plan, Replay
 from flowbp.trajectory import Trajectory
 from flowbp_kernels import leap_residuals, quadrature_update
 from flowbp_kernels.sweep import Graph, sweep
 
-Plan = SurrogatePlan | PlanBatch  # one for the batch, or one a sample
 # (x [n B, *S], sigma [] or [n B]) -> a tensor [n B, *S] with the velocity's VJP
 ReplayedVelocity = Callable[[Tensor, Tensor], Tensor]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowbp.guidance import Guidance, GuidedVelocity
-from flowbp.plan import Copy, Node, Number, Place, PlanBatch, SurrogatePlan, in_order
+from flowbp.plan import Copy, Node, Number, Place, Plan, PlanBatch, in_order
 from flowbp.quadrature import ORDERS, Solver, solver_table
 from flowbp.replay import Recompute
 from flowbp_kernels import RngState, cfg_euler_step, cfg_multistep_step
@@ -122,7 +122,7 @@ def rollout(
     velocity: GuidedVelocity,
     noise: Tensor,
     sigmas: Tensor,
-    plan: SurrogatePlan | PlanBatch | None = None,
+    plan: Plan | None = None,
     renoise: Sequence[Tensor] = (),
     recompute: Recompute | None = None,
     solver: Solver = "euler",
@@ -176,7 +176,7 @@ class _Recorder:
     `recompute` says so, or the random state from which a replay draws the same numbers.
     """
 
-    def __init__(self, plan: SurrogatePlan | PlanBatch | None, recompute: Recompute, device: torch.device):
+    def __init__(self, plan: Plan | None, recompute: Recompute, device: torch.device):
         if isinstance(plan, PlanBatch) and recompute.mode != "always":
             cause = f"recompute={recompute.mode!r} keeps the graph of a node for the whole batch"
             raise ValueError(f"{cause}: with one plan a sample use recompute='always', or use one plan for the batch")

@@ -165,7 +165,7 @@ def test_a_compiled_run_compiles_all_that_it_needs(tmp_path):
     run = Trainer(load("demo", [f"output={tmp_path / 'run'}", *options, "compile=eager", "anchor={weight: 1}"]))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         run.step(0)
-        run.evaluator.score(run.model, run.model.tuned)
+        run.evaluator.score(run.model, run.model.tuned, run.evaluator.samples)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

@@ -12,7 +12,7 @@ from rich.table import Table
 
 import flowbp
 from flowbp.backbones import HARMLESS
-from flowbp.cli import commands
+from flowbp.cli import commands, terminal
 from flowbp.cli.tables import comparison_table, listed, table
 from flowbp.runtime.console import TextBar, TextConsole, plain, progress_bar, tame_libraries
 
@@ -109,7 +109,7 @@ def test_an_error_and_a_bar_show_names_as_they_were_typed(monkeypatch, capsys):
     def fail(**options):
         raise ValueError(f"no folder {TYPED}{OBEYED}")
 
-    monkeypatch.setattr(commands, "app", fail)
+    monkeypatch.setattr(terminal, "app", fail)
     with pytest.raises(SystemExit):
         commands.main()
     assert capsys.readouterr().err == f"error: no folder {TYPED}{WRITTEN}\n"

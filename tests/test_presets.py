@@ -11,7 +11,7 @@ import yaml
 from diffusers import Flux2KleinPipeline
 from typer.testing import CliRunner
 
-from flowbp.active_sets import PAIR_SAMPLERS, UniformPair, reverse_bounds
+from flowbp.active_sets import UniformPair, reverse_bounds
 from flowbp.cli.commands import app
 from flowbp.config import changed, describe, load
 from flowbp.guidance import Guidance
@@ -51,7 +51,7 @@ EQUAL = {  # released key -> the value of the preset
     "flowbp.train_step_tail_ratio": lambda run: run.method.tail_ratio,
     "flowbp.alpha": lambda run: run.method.alpha,
     "flowbp.tau": lambda run: run.method.tau,
-    "flowbp.jk_sampling_mode": lambda run: describe(run.method.pairs, PAIR_SAMPLERS)["name"],
+    "flowbp.jk_sampling_mode": lambda run: describe(run.method.pairs)["name"],
     "flowbp.jk_dirichlet_alpha_a": lambda run: run.method.pairs.alpha[0],
     "flowbp.jk_dirichlet_alpha_b": lambda run: run.method.pairs.alpha[1],
     "flowbp.jk_dirichlet_alpha_c": lambda run: run.method.pairs.alpha[2],

@@ -13,6 +13,7 @@ import torch
 from autograd_graph import as_graph
 from toy import ToyField, as_recompute, toy_reward, toy_rollout, toy_sigmas, toy_velocity
 
+from flowbp.active_sets import stratified
 from flowbp.guidance import Guidance, GuidedVelocity
 from flowbp.methods import METHODS, FlowBPBridge, FlowBPSparse, LeapAlign, draw_plan, draw_plans
 from flowbp.objective import Objective, loss_factors, reward_gradient, sample_weights
@@ -202,15 +203,14 @@ def test_a_free_composition_needs_no_engine_change():
 
 @dataclass(frozen=True)
 class StratifiedSparse:
-    """A method of one's own: a node of each stratum, its weight divided by the probability that it is drawn."""
+    """The example of docs/methods.md: inverse-probability weights."""
 
     num_active: int = 4
 
     def plan(self, sigmas, rng):
         steps = np.diff(sigmas)
-        strata = np.array_split(np.arange(len(steps)), self.num_active)
-        nodes = [int(rng.choice(stratum)) for stratum in strata]
-        return SurrogatePlan(nodes, steps[nodes], steps[nodes] * [len(stratum) for stratum in strata])
+        nodes, probabilities = stratified(range(len(steps)), self.num_active, rng)
+        return SurrogatePlan(nodes, steps[list(nodes)], steps[list(nodes)] / probabilities)
 
 
 def test_stratified_sparse_averages_to_the_dense_detached_gradient():

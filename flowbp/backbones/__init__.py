@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowbp import log
 from flowbp.given import cut, nearest, read_data, read_text, short
 from flowbp.shapes import PIPELINE
 
@@ -33,7 +34,6 @@ HARMLESS = {
 for logger, text in HARMLESS.items():
     logging.getLogger(logger).addFilter(lambda said, text=text: text not in said.getMessage())
 
-log = logging.getLogger(__name__)
 ABSENT = [None, None]
 QUANTISERS = {"nf4": "bitsandbytes", "int8": "torchao", "float8": "torchao"}  # the library of each format
 KNOWN_MODELS: dict[str, str] = read_data(__file__, "published.yaml")

@@ -6,7 +6,6 @@ Euler step acts on each entry by itself.
 """
 
 import functools
-import logging
 from abc import ABC, abstractmethod
 from typing import Any, Literal
 
@@ -17,9 +16,9 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from flowbp import log
 from flowbp.guidance import Conditioning, Guidance, GuidedVelocity
 
-log = logging.getLogger(__name__)
 Precision = Literal["pipeline", "float32"]
 NoiseLevels = Literal["published", "pipeline"]
 GuidanceBranches = Literal["batched", "separate", "none"]

@@ -1,8 +1,5 @@
 """The command line: train, estimate, sample, export, eval, compare, sweep, plan, rewards, presets, doctor, bench."""
 
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,63 +8,26 @@ import typer
 from rich.text import Text
 from typer import Argument, Option
 
-from flowbp import __version__
 from flowbp import presets as known_presets
-from flowbp.backbones import read_index
+from flowbp.backbones import KNOWN_MODELS, read_index
 from flowbp.cli import tables
-from flowbp.cli.estimate import estimate
-from flowbp.cli.terminal import Config, Overrides, Processes, console, say, say_unwrapped
+from flowbp.cli.terminal import Config, Overrides, Processes, app, console, say, say_unwrapped
+from flowbp.cli.terminal import main as main
 from flowbp.config import build_method, commented, dump, load, parse_overrides
-from flowbp.evaluation.templates import words
-from flowbp.given import cut
+from flowbp.estimate.communication import BANDWIDTH, MACHINE, traffic
+from flowbp.evaluation.templates import gigabytes, words
 from flowbp.methods import draw_plan
 from flowbp.quadrature import Solver
-from flowbp.rewards.callable import find_callable
+from flowbp.rewards.base import find_callable
 from flowbp.rewards.registry import EMBEDDED, REWARDS, find_source, how_to_fetch
 from flowbp.runtime import run_folder
 from flowbp.runtime.checkpoint import weight_files
-from flowbp.runtime.console import TextConsole, tame_libraries
-from flowbp.runtime.inputs import check_inputs, check_target, named_path, parse_strengths, try_rewards
+from flowbp.runtime.files import as_json, read_json
+from flowbp.runtime.inputs import check_inputs, check_target, named_path, parse_size, parse_strengths, try_rewards
 from flowbp.runtime.interrupts import exit_code, heard_by, interrupt
 from flowbp.training import sweep as sweeps
 
 # What is imported above needs no torch, whose import takes longer than all checks together: commands import that last.
-app = typer.Typer(no_args_is_help=True, add_completion=False)
-
-
-def main() -> None:
-    """Run the command line; errors of the user's making end with one clear message instead of a traceback."""
-    try:
-        if code := app(standalone_mode=False):
-            sys.exit(code)
-    except Exception as error:
-        message = str(error)
-        if hasattr(error, "format_message"):  # typer's own errors, whose class differs between its versions
-            command = getattr(getattr(error, "ctx", None), "command_path", "flowbp")
-            message = error.format_message() and f"{error.format_message()} ({command} --help)"
-        elif isinstance(error, OSError) and error.strerror and error.filename:  # else: "[Errno 2] No such file ..."
-            message = f"{error.filename}: {error.strerror}"
-        elif not isinstance(error, ValueError | OSError | RecursionError):
-            raise
-        if message:  # none after the help that a command without arguments has printed
-            to_stderr = TextConsole(stderr=True, quiet=False)
-            to_stderr.print(Text("error:", "bold red"), cut(message, 4000), highlight=False, soft_wrap=True)
-        sys.exit(2)
-
-
-def show_version(wanted: bool) -> None:
-    if wanted:
-        print(f"flowbp {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def quiet_libraries(
-    version: Annotated[bool, Option("--version", callback=show_version, is_eager=True, help="print it")] = False,
-) -> None:
-    """Align text-to-image flow models by reward backpropagation."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    tame_libraries()
 
 
 @app.command()
@@ -102,12 +62,10 @@ def train(
         raise typer.Exit(exit_code(stop)) from None
     except ConnectionError as error:
         raise ConnectionError(f"{error}. {run_folder.how_to_go_on(settings.output)}") from error
-    if console.quiet:
-        return
     if (file := output / "evaluation.json").is_file():
-        console.print(tables.comparison_table(json.loads(file.read_text()), f"{output}: same prompts and seeds"))
+        console.print(tables.comparison_table(read_json(file), f"{output}: same prompts and seeds"))
     if (file := output / "validation.json").is_file():
-        validation = json.loads(file.read_text())
+        validation = read_json(file)
         for line in validation["warnings"]:
             say(Text("warning:", "bold yellow"), line)
         for line in words("ended", validation=validation, output=output):
@@ -115,7 +73,65 @@ def train(
     say_unwrapped(f"report: {(output / 'report.html').resolve()}")
 
 
-app.command()(estimate)
+@app.command()
+def estimate(
+    config: Config,
+    overrides: Overrides = None,
+    gpu_memory: Annotated[str | None, Option(help="does it fit, and if not, what does: 24GB or 80e9")] = None,
+    processes: Annotated[int, Option(min=1, help="GPUs of the run, one process each")] = 1,
+    json_file: Annotated[Path | None, Option("--json", help="write all numbers here, in bytes")] = None,
+    bandwidth: Annotated[tuple[float, float], Option(help="GB/s in a machine, and between machines")] = BANDWIDTH,
+) -> None:
+    """Predict the peak memory and the cost of a training step. Needs no GPU and reads no weights."""
+    run = load(config, overrides or (), run_code=False)
+    memory = None if gpu_memory is None else parse_size(gpu_memory)
+    if json_file is not None:
+        check_target("--json", json_file)
+    if run.backbone.name not in KNOWN_MODELS:  # their sizes are known
+        read_index(run.backbone.name)
+    if not all(0 < rate < float("inf") for rate in bandwidth):
+        raise ValueError(f"--bandwidth {bandwidth[0]:g} {bandwidth[1]:g}: both must be above 0, in GB/s")
+    from flowbp.estimate import estimate as estimates
+
+    whole = estimates.estimate(run, processes)
+    on = f"{processes} process{'es' if processes > 1 else ''}"
+    console.print(tables.table("estimate", f"{config}, {on}", whole=whole))
+    say(*words("cost", whole=whole))
+    if whole.copied:
+        say(*words("copied", size=whole.copied, bandwidth=estimates.BANDWIDTH))
+    for note in whole.notes:
+        say(Text("not counted:", "yellow"), note)
+    ways = (False, True)[: 1 + bool(run.memory.shard)]
+    received = [traffic(whole, cards, once, bandwidth) for cards in (1, 8, 64) for once in ways]
+    if run.memory.shard or processes > 1:
+        for line in words("received", rows=received, bandwidth=bandwidth, machine=MACHINE):
+            say_unwrapped(line)
+    if json_file is not None:
+        json_file.write_text(as_json(whole.as_dict() | {"communication": received}), encoding="utf-8")
+    if memory is None:
+        return
+    share = f"{whole.peak / memory:.0%} of {gpu_memory}; {estimates.MARGIN:.0%} are left for what is not counted"
+    if whole.fits(memory):
+        return say(Text("fits:", "green"), share)
+    say(Text("does not fit:", "red"), share)
+    if whole.resident["master weights"]:
+        say(*words("without_masters", narrow=estimates.without_masters(run, processes), lr=run.optimizer.lr))
+    say("looking for what fits:")
+    for added, count, found in estimates.suggest(config, overrides or [], memory, processes):
+        if count == 2 * processes:
+            say(f"no setting that is known here fits {on}:")
+        if added:
+            more = f"{count} processes, " if count > processes else ""
+            say_unwrapped(f"  {gigabytes(found.peak)} GB with {more}{added[-1]}")
+    say(*words("suggested", found=found, fits=found.fits(memory)))
+    say_unwrapped(f"  {' '.join(added) or 'nothing changed'}")
+    if count > processes:
+        say(f"on {count} processes")
+    if found.copied:
+        say(*words("copied", size=found.copied, bandwidth=estimates.BANDWIDTH))
+        if (other := estimates.quantised(config, overrides or [], added, memory, count)) is not None:
+            say(f"or, with fewer bits a frozen weight and no copies: {gigabytes(other[1].peak)} GB, with")
+            say_unwrapped(f"  {' '.join(other[0])}")
 
 
 @app.command()
@@ -192,14 +208,13 @@ def evaluate(
     with launched(processes):
         try_rewards(run)
         results = run_evaluation(run, models, folder, overwrite, strengths)
-    if not console.quiet:
-        title = f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"
-        for name in [model["name"] for model in results["models"][1:]]:
-            rows = [row for row in results["changes"] if row["model"] == name]
-            console.print(tables.comparison_table(rows, f"{name} against base: {title}", "base", "tuned"))
-        if not results["changes"]:
-            console.print(tables.table("base", f"base: {title}", rows=results["means"]))
-        say_unwrapped(f"report: {(folder / 'report.html').resolve()}")
+    title = f"{run.evaluation.prompts}, {run.evaluation.samples} images, seed {run.evaluation.seed}"
+    for name in [model["name"] for model in results["models"][1:]]:
+        rows = [row for row in results["changes"] if row["model"] == name]
+        console.print(tables.comparison_table(rows, f"{name} against base: {title}", "base", "tuned"))
+    if not results["changes"]:
+        console.print(tables.table("base", f"base: {title}", rows=results["means"]))
+    say_unwrapped(f"report: {(folder / 'report.html').resolve()}")
 
 
 @app.command("compare")

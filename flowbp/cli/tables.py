@@ -1,6 +1,6 @@
 """What the command line prints, as tables of 80 columns: those of templates/terminal.html, and what doctor found."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 from xml.etree import ElementTree
 
@@ -11,17 +11,14 @@ from rich.text import Text
 
 from flowbp.config import describe, flatten
 from flowbp.evaluation.templates import TEMPLATES
-from flowbp.methods import METHODS
 from flowbp.runtime.console import plain
 from flowbp.runtime.reproducible import math_library
 
 # What the classes of terminal.html mean to rich.
-TABLES = {
+STYLES = {
     "open": {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True},
     "ruled": {"show_lines": True},
     "estimate": {"min_width": 44},
-}
-COLUMNS = {
     "n": {"justify": "right"},
     "whole": {"no_wrap": True},
     "roomy": {"min_width": 10},
@@ -54,8 +51,8 @@ class Fitting(Table):
 def table(name: str, title: str | Text, **values: Any) -> Table:
     """The table that the macro `name` of terminal.html makes of `values`."""
     html = ElementTree.fromstring(plain(getattr(TEMPLATES.get_template("terminal.html").module, name)(**values)))
-    columns = [Column(head.text or "", **styled(head, COLUMNS)) for head in html.iter("th")]
-    made = Fitting(*columns, title=title, caption=html.findtext("caption") or None, **styled(html, TABLES))
+    columns = [Column(head.text or "", **styled(head)) for head in html.iter("th")]
+    made = Fitting(*columns, title=title, caption=html.findtext("caption") or None, **styled(html))
     for row in html.findall("tr"):
         if cells := [cell(each) for each in row.findall("td")]:
             made.add_row(*cells, style=row.get("class") or None)
@@ -64,9 +61,9 @@ def table(name: str, title: str | Text, **values: Any) -> Table:
     return made
 
 
-def styled(element: ElementTree.Element, known: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def styled(element: ElementTree.Element) -> dict[str, Any]:
     """The options of all classes of an element."""
-    return {key: value for name in element.get("class", "").split() for key, value in known[name].items()}
+    return {key: value for name in element.get("class", "").split() for key, value in STYLES[name].items()}
 
 
 def cell(element: ElementTree.Element) -> Text:
@@ -77,7 +74,7 @@ def cell(element: ElementTree.Element) -> Text:
 
 def non_defaults(built: Any) -> str:
     """The fields of a dataclass that differ from its defaults, on one line; those of a nested one as field.field."""
-    given, usual = (flatten(describe(each, METHODS)) for each in (built, type(built)()))
+    given, usual = (flatten(describe(each)) for each in (built, type(built)()))
     return ", ".join(f"{key} {value}" for key, value in given.items() if usual.get(key) != value)
 
 

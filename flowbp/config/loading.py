@@ -1,7 +1,6 @@
 """Where a config comes from (files, runs and presets, with overrides laid over them), and how two configs differ."""
 
 import copy
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from pydantic import ValidationError
 from flowbp import presets
 from flowbp.config.registry import ConfigError, own_code
 from flowbp.config.schema import MemoryConfig, RunConfig, is_one_reward
-from flowbp.given import FOLDERS, cut, nearest, read_text, short
+from flowbp.given import FOLDERS, cut, digest_text, nearest, read_text, short
 
 CONFIG = "config.yaml"  # in the folder of a run
 LONGEST = 2**16  # characters of a config
@@ -33,7 +32,7 @@ def load(name: str | Path, overrides: Iterable[str] = (), run_code: bool = True)
             merge(values, layer)
         return RunConfig.model_validate(values, context=None if run_code else own_code(typed))
     except ValidationError as error:
-        raise ConfigError("\n".join(_readable(e) for e in error.errors()[:10])) from None
+        raise ConfigError("\n".join(readable(e) for e in error.errors()[:10])) from None
     except RecursionError:
         raise ConfigError(f"{name} or an override nests deeper than any config does") from None
 
@@ -172,7 +171,7 @@ def commented(text: str) -> str:
 
 def sealed(text: str) -> str:
     """A config as a run keeps it: its first line, a comment, has the digest of the others, which `read` checks."""
-    return f"{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+    return f"{SEAL}{digest_text(text)}\n{text}"
 
 
 def _number_or_yaml(text: str) -> Any:
@@ -183,7 +182,8 @@ def _number_or_yaml(text: str) -> Any:
         return yaml.load(text, StrictYAML)
 
 
-def _readable(error: Mapping[str, Any]) -> str:
+def readable(error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in words: the key, what is wrong, and the value."""
     # The config names neither one reward nor the form of a checker.
     parts = error["loc"][error["loc"][:2] == ("reward", "reward") :]
     where = ".".join(cut(part) for part in parts).replace("checker.name", "checker")

@@ -11,6 +11,7 @@ from flowbp.given import find, nearest, short
 from flowbp.methods import METHODS
 
 FINITE = ConfigDict(allow_inf_nan=False)
+NAMES = {cls: name for name, cls in (METHODS | PAIR_SAMPLERS).items()}
 
 
 class ConfigError(ValueError):
@@ -32,7 +33,7 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
             raise unknown(f"{cls.__name__} key", key, fields)
         if hints[key] is PairSampler:
             if isinstance(value, Mapping) and dataclasses.is_dataclass(default := fields[key].default):
-                value = {"name": describe(default, PAIR_SAMPLERS)["name"]} | value  # fields alone: the default's
+                value = {"name": describe(default)["name"]} | value  # fields alone: the default's
             arguments[key] = build_named("pair sampler", PAIR_SAMPLERS, value)
         elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
             arguments[key] = build(hints[key], value)
@@ -62,15 +63,14 @@ def build_named(kind: str, registry: Mapping[str, type], spec: Any) -> Any:
     return build(registry[name], fields)
 
 
-def describe(built: Any, registry: Mapping[str, type]) -> dict[str, Any]:
+def describe(built: Any) -> dict[str, Any]:
     """The inverse of `build_named`: {name: ..., **fields}."""
     if isinstance(built, Unimported):
         return built.spec
-    names = {cls: name for name, cls in registry.items()}
-    described = {"name": names.get(type(built), f"{type(built).__module__}:{type(built).__qualname__}")}
+    described = {"name": NAMES.get(type(built), f"{type(built).__module__}:{type(built).__qualname__}")}
     for field in dataclasses.fields(built):
         value = getattr(built, field.name)
-        described[field.name] = describe(value, PAIR_SAMPLERS) if dataclasses.is_dataclass(value) else value
+        described[field.name] = describe(value) if dataclasses.is_dataclass(value) else value
     return described
 
 

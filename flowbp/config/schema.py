@@ -16,7 +16,7 @@ from flowbp.config import values
 from flowbp.config.registry import FINITE, ConfigError, Unimported, describe, from_mapping, unknown
 from flowbp.given import IMAGE_STATISTICS, cut, short
 from flowbp.guidance import Guidance
-from flowbp.methods import METHODS, Plans, draw_plan
+from flowbp.methods import Plans, draw_plan
 from flowbp.quadrature import Solver
 from flowbp.rewards import Relative, Reward, Smoothing, check_options, load_reward
 
@@ -389,4 +389,4 @@ class RunConfig(Strict):
 
     @property
     def method_name(self) -> str:
-        return describe(self.method, METHODS)["name"]
+        return describe(self.method)["name"]

@@ -11,7 +11,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 from flowbp.backbones import KNOWN_MODELS
 from flowbp.config.registry import build_method, describe, unknown
 from flowbp.given import cut, read_data
-from flowbp.methods import METHODS
 
 # The backends that torch registers itself, which it tells only after seconds of imports.
 BACKENDS: list[str] = read_data(__file__, "backends.yaml")
@@ -85,5 +84,5 @@ Shards = Annotated[Literal[False, "node", "all"], BeforeValidator(lambda v: "all
 MethodField = Annotated[
     Any,
     BeforeValidator(lambda spec, info: build_method(spec, info.context)),  # `load` says what it may import
-    PlainSerializer(lambda method: describe(method, METHODS)),
+    PlainSerializer(describe),
 ]

@@ -4,8 +4,6 @@ Backbones come without text encoders. Of a CLIP-like reward there is the image t
 `architectures.yaml`.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -47,13 +45,6 @@ ARCHITECTURES = {name: Architecture(**parts) for name, parts in SIZES["models"].
 IMAGE_TOWERS = {reward: CLIPVisionConfig(**arguments) for reward, arguments in SIZES["image_towers"].items()}
 
 
-@contextmanager
-def made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Modules made in the block lie on `device` in `dtype` from the first."""
-    with local_torch_dtype(dtype), torch.device(device):
-        yield
-
-
 def build_backbone(
     model: Architecture, device: str, dtype: torch.dtype, precision: Precision = "float32", tokens: int | None = None
 ) -> Backbone:
@@ -63,7 +54,7 @@ def build_backbone(
     pipeline = getattr(diffusers, model.pipeline)
     texts = [part for part in pipeline._get_signature_types() if part.startswith(("text_encoder", "tokenizer"))]
     parts: dict[str, Any] = dict.fromkeys(texts) | model.others
-    with made_on(device, dtype):
+    with local_torch_dtype(dtype), torch.device(device):
         for part, (kind, sizes) in {"transformer": model.transformer, "vae": model.vae}.items():
             parts[part] = getattr(diffusers, kind).from_config(sizes).to(dtype)
     parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_config(model.scheduler)
@@ -78,7 +69,7 @@ def read_backbone(options: BackboneConfig) -> tuple[Backbone, list[PreTrainedMod
     Raises ValueError for an unknown name, OSError for a model out of reach.
     """
     model, dtype = read_architecture(options.name), getattr(torch, options.dtype)
-    with made_on("meta", dtype):
+    with local_torch_dtype(dtype), torch.device("meta"):
         kinds = [(getattr(transformers, kind), sizes) for kind, sizes in model.text_encoders]
         encoders = [kind(kind.config_class(**sizes)).eval() for kind, sizes in kinds]
     return build_backbone(model, "meta", dtype, options.precision, options.max_sequence_length), encoders
@@ -128,7 +119,7 @@ class ImageTower:
     """A reward of a CLIP image tower with random weights; every prompt embeds as one fixed vector."""
 
     def __init__(self, config: CLIPVisionConfig, device: str, dtype: torch.dtype):
-        with made_on(device, dtype):
+        with local_torch_dtype(dtype), torch.device(device):
             self.model = CLIPVisionModelWithProjection(config).eval().requires_grad_(False)
             self.text = torch.randn(config.projection_dim)
 

@@ -25,7 +25,7 @@ from flowbp.estimate.architectures import IMAGE_TOWERS, SIZES, ImageTower, read_
 from flowbp.guidance import GuidedVelocity
 from flowbp.methods import draw_plans
 from flowbp.objective import reward_gradient
-from flowbp.plan import PlanBatch, SurrogatePlan
+from flowbp.plan import Plan
 from flowbp.rewards import Reward
 from flowbp.rewards.registry import EMBEDDED, find_folders, find_source, weight_dtype
 from flowbp.rewards.weighted import WeightedRewards
@@ -77,7 +77,7 @@ def reward_pass(config: RunConfig) -> ModelsPass:
     return _reward_pass(Case(config, config.model_dump_json(include=REWARD)))
 
 
-def draw_plan(config: RunConfig, draw: int, sigmas: np.ndarray) -> SurrogatePlan | PlanBatch:
+def draw_plan(config: RunConfig, draw: int, sigmas: np.ndarray) -> Plan:
     """A plan of the run's batch."""
     rng = np.random.default_rng((config.seed, draw))
     return draw_plans(config.method, sigmas, rng, config.data.batch_size, config.plans, config.rollout.solver)
@@ -154,9 +154,7 @@ def _latents(backbone: Backbone, config: RunConfig, rows: int) -> Tensor:
     return torch.empty(rows, *shape, device="meta").to(backbone.latents_dtype)
 
 
-def _replay(
-    velocity: GuidedVelocity, latents: Tensor, plan: SurrogatePlan | PlanBatch, nodes_per_forward: int, live: LiveBytes
-) -> int:
+def _replay(velocity: GuidedVelocity, latents: Tensor, plan: Plan, nodes_per_forward: int, live: LiveBytes) -> int:
     """Replay as many of the plan's nodes as one forward pass takes, and back; returns the bytes of the graph."""
     nodes = min(nodes_per_forward, len(plan.replays))
     x, sigma = latents, torch.empty((), device="meta")

@@ -27,6 +27,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, StringConstr
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowbp.config.loading import readable
 from flowbp.config.schema import GenEvalConfig
 from flowbp.given import cut, once, read_data, read_text, short
 from flowbp.rewards import load_reward
@@ -78,10 +79,6 @@ class Requirement(BaseModel, frozen=True):
                 raise ValueError(f"the position {clause.position} of clause {i} must name an earlier clause")
         return self
 
-    @property
-    def classes(self) -> list[str]:
-        return list(dict.fromkeys(clause.name for clause in (*self.include, *self.exclude)))
-
 
 def load_requirements(path: str) -> dict[str, Requirement]:
     """The requirement of each prompt of an evaluation_metadata.jsonl. Raises ValueError for a line that is none, or
@@ -97,10 +94,7 @@ def load_requirements(path: str) -> dict[str, Requirement]:
         try:
             requirement = Requirement.model_validate(json.loads(line, object_pairs_hook=once))
         except (ValueError, RecursionError) as error:
-            cause = repr(error)
-            if isinstance(error, ValidationError):
-                first = error.errors()[0]
-                cause = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {short(first['input'])}"
+            cause = readable(error.errors()[0]) if isinstance(error, ValidationError) else repr(error)
             raise ValueError(f"{where}: {cut(cause, 300)}; a line has tag, prompt, include and exclude") from error
         prompt = requirement.prompt
         if requirements.setdefault(prompt, requirement) != requirement:
@@ -152,9 +146,10 @@ class GenEval:
             raise ValueError(f"no GenEval metadata for the prompt {short(prompt)}: evaluation.prompts must be its file")
         requirement = self.requirements[prompt]
         least = self.counting_threshold if requirement.tag == "counting" else self.threshold
+        classes = list(dict.fromkeys(clause.name for clause in (*requirement.include, *requirement.exclude)))
         detected = {
             name: [d for d in sorted(detections, key=lambda d: -d.score) if d.score > least][:MOST_OBJECTS]
-            for name, detections in self.detect(image, requirement.classes).items()
+            for name, detections in self.detect(image, classes).items()
         }
         held: list[Sequence[Detection]] = []  # the objects of each include clause so far
         for clause in requirement.include:

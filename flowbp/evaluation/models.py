@@ -11,9 +11,7 @@ behind, and the next one scores what is missing. The results are the same to the
 a CPU, every process computes on one thread for that.
 """
 
-import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -22,11 +20,12 @@ from typing import Any
 
 import torch
 
+from flowbp import log
 from flowbp.config import ConfigError, RunConfig, changed
 from flowbp.evaluation import scores as scoring
 from flowbp.evaluation.pages import write_evaluation
-from flowbp.evaluation.scores import Part, Samples, Scorers, Scores, compare, summarise
-from flowbp.given import cut, digest_files
+from flowbp.evaluation.scores import Part, Samples, Scorers, Scores, means_and_changes
+from flowbp.given import cut, digest_files, digest_text
 from flowbp.image_statistics import IMAGE_STATISTICS
 from flowbp.runtime.console import progress_bar
 from flowbp.runtime.data import load_prompts
@@ -40,7 +39,6 @@ from flowbp.runtime.run_folder import contents, locked, mark_folder
 from flowbp.runtime.tensors import read_tensors, write_tensors
 from flowbp.runtime.weights import check_base, weight_files
 
-log = logging.getLogger(__name__)
 MANIFEST, CHUNKS = "model.json", "[0-9]" * 5 + ".safetensors"
 
 Models = Mapping[str, Path | None]  # name in the results -> weights to score; None: the base model's
@@ -111,14 +109,12 @@ def run_evaluation(
         state.wait_for_everyone()
         metrics = (*config.reward, *options.monitors, "checker", *IMAGE_STATISTICS)
         scores = {about["name"]: read_scores(folder, about, samples, metrics) for about in manifests}
-        results = summarise_models(manifests, scores)
+        results = {"models": manifests} | means_and_changes("model", scores, names[0], names[1:])
         on_main(lambda: write_results(config, folder, results, scores))
     return results
 
 
-def manifest(
-    config: RunConfig, samples: Samples, name: str, weights: Path | None, strength: float = 1.0
-) -> dict[str, Any]:
+def manifest(config: RunConfig, samples: Samples, name: str, weights: Path | None, strength: float) -> dict[str, Any]:
     """All that the scores of a model depend on."""
     if weights is not None:
         check_base(weight_files(weights)[0].parent, bool(config.backbone.quantise and config.backbone.quantise.weights))
@@ -129,7 +125,7 @@ def manifest(
         "name": f"{name} {strength:g}" if at else name,
         "weights": None if weights is None else str(weights),
         "sha256": None if weights is None else digest_files(weight_files(weights)),
-        "prompts_sha256": hashlib.sha256(json.dumps(samples.prompts).encode()).hexdigest(),
+        "prompts_sha256": digest_text(json.dumps(samples.prompts)),
         "settings": settings,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": versions("flowbp", "torch", "diffusers", "transformers", "numpy"),
@@ -182,20 +178,19 @@ def score_model(
     backbone = frozen_backbone(config, weights, str(state.device), texts, strength)
     if weights is not None and digest_files(weight_files(weights)) != about["sha256"]:
         raise OSError(f"{weights} was replaced while it was read: evaluate it once its training is over")
-    settings = config.evaluation_rollout, config.evaluation_guidance, load()
+    named = load()
     share = [(i, samples.chunks[i]) for i in missing if i % state.num_processes == state.process_index]
     with one_thread(), progress_bar(about["name"], "image", sum(scoring.length(chunk) for _, chunk in share)) as bar:
         for i, chunk in share:
             path, said = chunk_file(folder, about, i)
-            write_tensors(path, scoring.score_chunk(backbone, samples, *settings, chunk), said)
+            write_tensors(path, scoring.score_chunk(backbone, samples, config, named, chunk), said)
             bar.update(scoring.length(chunk))
 
 
 def chunk_file(folder: Path, about: Mapping[str, Any], index: int) -> tuple[Path, dict[str, str]]:
     """The file of a chunk, and what it says of itself: its number, and a digest of all that its scores depend on."""
     settings = json.dumps({key: value for key, value in about.items() if key not in ("name", "weights")})
-    digest = hashlib.sha256(settings.encode()).hexdigest()
-    return folder / about["name"] / f"{index:05d}.safetensors", {"chunk": f"{index} of {digest}"}
+    return folder / about["name"] / f"{index:05d}.safetensors", {"chunk": f"{index} of {digest_text(settings)}"}
 
 
 def read_chunk(folder: Path, about: Mapping[str, Any], index: int) -> Part | None:
@@ -217,19 +212,6 @@ def read_scores(folder: Path, about: Mapping[str, Any], samples: Samples, metric
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
-
-
-def summarise_models(manifests: Sequence[dict[str, Any]], scores: Mapping[str, Scores]) -> dict[str, Any]:
-    """{"models": manifests, "means": a row a model, metric and category, "changes": the same, paired with the first
-    model}.
-    """
-    first, *others = scores
-    pairs = {name: compare(scores[first], scores[name]) for name in others}
-    return {
-        "models": list(manifests),
-        "means": [{"model": name} | row for name, own in scores.items() for row in summarise(own)],
-        "changes": [{"model": name, "against": first} | row for name, rows in pairs.items() for row in rows],
-    }
 
 
 def write_results(config: RunConfig, folder: Path, results: dict[str, Any], scores: Mapping[str, Scores]) -> None:

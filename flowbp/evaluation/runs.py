@@ -17,7 +17,7 @@ import yaml
 from flowbp.config import ConfigError, RunConfig, dump, flatten, load
 from flowbp.config.schema import RewardConfig, by_name
 from flowbp.evaluation import pages
-from flowbp.evaluation.scores import Scores, compare, summarise
+from flowbp.evaluation.scores import Scores, means_and_changes
 from flowbp.evaluation.templates import words
 from flowbp.given import inside, read_data
 from flowbp.runtime.checkpoint import latest_checkpoint
@@ -143,16 +143,15 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
     mark_folder(out, "flowbp compare")
     first, *others = runs
     scores = {f"{first.name} before training": first.before} | {run.name: run.after for run in runs}
-    means = {name: summarise(own) for name, own in scores.items() if own is not None}
-    scored = [run for run in others if run.after is not None and first.after is not None]
-    changes = {run.name: compare(first.after, run.after) for run in scored if first.after.same_samples(run.after)}
+    scored = {name: own for name, own in scores.items() if own is not None}
+    both = [run for run in others if run.after is not None and first.after is not None]
+    paired = [run.name for run in both if first.after.same_samples(run.after)]
     told = [about(run) for run in runs]
     results = {
         "runs": told,
         **contrast([yaml.safe_load(dump(run.config)) for run in runs], [row["images"] for row in told]),
-        "warnings": words("of_runs", runs=runs, paired=changes),
-        "means": [{"run": name} | row for name, rows in means.items() for row in rows],
-        "changes": [{"run": name, "against": first.name} | row for name, rows in changes.items() for row in rows],
+        "warnings": words("of_runs", runs=runs, paired=paired),
+        **means_and_changes("run", scored, first.name, paired),
     }
     write_file(out / "comparison.json", as_json(results))
     others = [run.name for run in others]

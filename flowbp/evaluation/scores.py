@@ -7,7 +7,7 @@ share the chunks nor on where an evaluation was interrupted.
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from flowbp.given import cut, find
 from flowbp.guidance import Guidance
 from flowbp.image_statistics import OF_ONE_IMAGE, diversity, thumbnails
 from flowbp.rewards import ImageEncoder, Reward
+from flowbp.runtime.console import Progress
 from flowbp.runtime.data import Prompt, load_prompts, sample_seeds
 from flowbp.runtime.distributed import process_state
 
@@ -166,12 +167,11 @@ class Scores:
 
 
 @torch.no_grad()
-def score_chunk(
-    backbone: "Backbone", samples: Samples, sampling: RolloutConfig, guidance: Guidance, named: Scorers, chunk: slice
-) -> Part:
-    """Generate the samples of one chunk and score them."""
+def score_chunk(backbone: "Backbone", samples: Samples, config: RunConfig, named: Scorers, chunk: slice) -> Part:
+    """Generate the samples of one chunk as the evaluations of `config` do, and score them."""
     texts = [prompt.text for prompt in samples.prompts[chunk]]
-    images = generate(backbone, texts, samples.seeds[chunk], sampling, guidance)
+    sampling = config.evaluation_rollout, config.evaluation_guidance
+    images = generate(backbone, texts, samples.seeds[chunk], *sampling)
     part = {name: scorer(images, texts).cpu() for name, scorer in named.items()}
     part = {name: values if name == EMBEDDING else values.double() for name, values in part.items()}
     kept = images[: max(0, samples.kept_images - chunk.start)]
@@ -190,7 +190,7 @@ def join(samples: Samples, parts: Sequence[Part]) -> Scores:
     return Scores(samples.prompts, samples.seeds, {name: column.numpy() for name, column in whole.items()}, images)
 
 
-def evaluate(samples: Samples, score: Callable[[slice], Part], progress: Callable[[int], object]) -> Scores:
+def evaluate(samples: Samples, score: Callable[[slice], Part], progress: Progress) -> Scores:
     """Score all samples, whose chunks `score` scores one by one. The processes of a run take chunks in turn, and each
     gets the scores that one process alone would get.
 
@@ -223,17 +223,12 @@ class Evaluator:
         self.monitors, self._scorers = (monitors, loaded) if options.watch else ({}, None)
 
     def score(
-        self,
-        model: "TunedModel",
-        weights: Mapping[str, Tensor],
-        samples: Samples | None = None,
-        progress: Callable[[int], object] = lambda done: None,
+        self, model: "TunedModel", weights: Mapping[str, Tensor], samples: Samples, progress: Progress = lambda _: None
     ) -> Scores:
         """Scores of images drawn with `weights`. The processes share the work and all get all scores."""
-        named, samples = self._scorers or self.load(), samples or self.samples
-        settings = self.config.evaluation_rollout, self.config.evaluation_guidance
+        named = self._scorers or self.load()
         with model.using(weights) as backbone, model.ranks.gathering():
-            return evaluate(samples, partial(score_chunk, backbone, samples, *settings, named), progress)
+            return evaluate(samples, partial(score_chunk, backbone, samples, self.config, named), progress)
 
     def load(self) -> dict[str, Scorer]:
         """Rewards, monitors, checker and image statistics by name."""
@@ -276,6 +271,17 @@ def compare(before: Scores, after: Scores) -> list[Row]:
             p_value = {"p_value": paired_p_value(old, new, weights, texts)}
             rows.append(row | means | ends_of_interval(new - old, weights, texts) | p_value)
     return rows
+
+
+def means_and_changes(who: str, scores: Mapping[str, Scores], first: str, others: Iterable[str]) -> dict[str, Any]:
+    """{"means": the rows of all scores by name, "changes": those of `others`, each paired with `first`}. The key `who`
+    of a row says whose it is.
+    """
+    pairs = {name: compare(scores[first], scores[name]) for name in others}
+    return {
+        "means": [{who: name} | row for name, own in scores.items() for row in summarise(own)],
+        "changes": [{who: name, "against": first} | row for name, rows in pairs.items() for row in rows],
+    }
 
 
 def ends_of_interval(values: np.ndarray, weights: np.ndarray, texts: list[str]) -> dict[str, float]:

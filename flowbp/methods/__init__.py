@@ -27,7 +27,7 @@ from flowbp.methods.flowbp_lagrange import FlowBPLagrange
 from flowbp.methods.flowbp_sparse import FlowBPSparse
 from flowbp.methods.leapalign import LeapAlign
 from flowbp.methods.refl import ReFL
-from flowbp.plan import PlanBatch, SurrogatePlan
+from flowbp.plan import Plan, PlanBatch, SurrogatePlan
 from flowbp.quadrature import Solver
 
 Plans = Literal["shared", "per_batch", "per_sample", "stratified"]
@@ -66,7 +66,7 @@ def draw_plan(method: Method, sigmas: np.ndarray, rng: np.random.Generator, solv
 
 def draw_plans(
     method: Method, sigmas: np.ndarray, rng: np.random.Generator, batch: int, plans: Plans, solver: Solver = "euler"
-) -> SurrogatePlan | PlanBatch:
+) -> Plan:
     """The plan of a batch, or one plan a sample, for a rollout with `solver`.
 
     shared, per_batch  one plan for all samples. The two differ in the trainer alone: for "shared" it gives all

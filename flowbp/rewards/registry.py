@@ -5,19 +5,15 @@ A reward is a class in a file of its own, imported when it is chosen. What is kn
 They are read without running code that is in them.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from flowbp import shapes
+from flowbp import log, shapes
 from flowbp.given import cut, digest_files, find, nearest, read_data, short
-from flowbp.rewards.base import Reward
-from flowbp.rewards.callable import CallableReward
-
-log = logging.getLogger(__name__)
+from flowbp.rewards.base import CallableReward, Reward
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 EMBEDDED = {"shapes": shapes.REWARD, "shapes-monitor": shapes.MONITOR}

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from flowbp.runtime.files import by_step, check_seal, remove, remove_left, replacing, seal, step_name
 
@@ -19,22 +19,14 @@ CHECKPOINTS = "checkpoints"  # in a run's folder
 CHECKPOINT, STATE, PROGRESS = "parameters.safetensors", "state.pt", "step.json"  # in a checkpoint
 
 
-class Trained(Protocol):
-    """What a checkpoint keeps of a `TunedModel`."""
-
-    parameters: "dict[str, Tensor]"
-    masters: "dict[str, Tensor]"
-    ema: Any
-
-
 def save_checkpoint(
-    output: Path, step: int, model: Trained, optimizer: "Optimizer", rewards: "WeightedRewards", record: Any = None
+    output: Path, step: int, model: Any, optimizer: "Optimizer", rewards: "WeightedRewards", record: Any = None
 ) -> None:
     """Write all that a run needs to go on after `step` optimizer steps, then remove all checkpoints but it and the one
     before.
 
-    record: what `RunFolder.record` says of the run's other files, for `progress`. Every process must call this, because
-    shards are gathered from all. The main process writes.
+    model: a `TunedModel`.  record: what `RunFolder.record` says of the run's other files, for `progress`. Every process
+    must call this, because shards are gathered from all. The main process writes.
     """
     import torch
     from safetensors.torch import save_file
@@ -145,7 +137,7 @@ def reading(file: Path) -> Iterator[None]:
         raise OSError(f"the checkpoint {file.parent} is damaged ({cause}): {way_out}") from error
 
 
-def load_checkpoint(folder: Path, model: Trained, optimizer: "Optimizer", rewards: "WeightedRewards") -> int:
+def load_checkpoint(folder: Path, model: Any, optimizer: "Optimizer", rewards: "WeightedRewards") -> int:
     """Restore what `save_checkpoint` wrote, in place; returns the number of steps done. Raises OSError if damaged."""
     from flowbp.runtime.distributed import shard_like
     from flowbp.runtime.tuning import assign

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from tqdm.utils import disp_len
 # that are no character, which XML refuses.
 OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 WARNING = warnings.formatwarning
+Progress = Callable[[int], object]  # takes the number that were done since the last call
 LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed} gone, {remaining} left{postfix}"
 
 

@@ -12,7 +12,6 @@ import functools
 import gc
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -24,10 +23,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from flowbp import log
 from flowbp.backbones.base import Backbone
-from flowbp.given import short
+from flowbp.given import digest_text, short
 from flowbp.guidance import Conditioning
-from flowbp.runtime.console import progress_bar
+from flowbp.runtime.console import Progress, progress_bar
 from flowbp.runtime.distributed import process_state
 from flowbp.runtime.environment import versions
 from flowbp.runtime.files import remove_left
@@ -38,9 +38,6 @@ BATCH = 8  # prompts that are encoded together, always equally many, because rou
 
 Encode = Callable[[list[str]], Conditioning]
 Device = torch.device | str | None
-Progress = Callable[[int], object]  # takes the number of prompts that were done since the last call
-
-log = logging.getLogger(__name__)
 
 
 def embed_once(
@@ -106,7 +103,7 @@ class EmbeddingCache:
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     def path(self, prompt: str) -> Path:
-        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
+        return self.folder / f"{digest_text(prompt)}.safetensors"
 
     def fill(self, encode: Encode, prompts: list[str], progress: Progress = lambda done: None) -> None:
         """Embed those of `prompts` that have no undamaged file."""

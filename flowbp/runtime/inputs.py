@@ -12,7 +12,7 @@ from flowbp.backbones import check_quantiser, read_index
 from flowbp.config import ConfigError, RunConfig
 from flowbp.config.schema import EvaluationConfig, GenEvalConfig, ScorerConfig
 from flowbp.given import find, short
-from flowbp.rewards.callable import find_callable, try_out
+from flowbp.rewards.base import find_callable, try_out
 from flowbp.rewards.registry import find_folders, find_source
 from flowbp.runtime.data import load_prompts
 

@@ -12,10 +12,7 @@ report.html                          the report, with plan.png, samples_*.png, s
 """
 
 import fcntl
-import hashlib
 import json
-import logging
-import math
 import os
 import shlex
 import threading
@@ -27,9 +24,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from flowbp import log
 from flowbp.config import RunConfig, changed, dump
 from flowbp.config.loading import CONFIG, SEAL, read, sealed
-from flowbp.given import cut, digest_files, inside
+from flowbp.given import cut, digest_files, digest_text, inside
 from flowbp.runtime import files
 from flowbp.runtime.checkpoint import CHECKPOINTS, LORA, TRANSFORMER, latest_checkpoint, progress, prune
 from flowbp.runtime.console import is_main
@@ -38,7 +36,6 @@ METRICS, BEST, VALIDATION, TENSORBOARD = "metrics.jsonl", "best", "validation", 
 MARK = ".flowbp"  # in a folder that a command wrote; it holds the name of the command
 
 Values = Mapping[str, np.ndarray]  # scores [n] float64 by metric
-log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -174,11 +171,11 @@ class RunFolder:
                 changes = ", ".join(f"{key} {cut(was)}, not {cut(now)}" for key, (was, now) in found.items())
                 raise OSError(f"{file} is another run's: {last} was trained with {changes}. Restore it from a copy")
 
-    def _digests(self, done: float = math.inf) -> dict[str, str]:
+    def _digests(self, done: float = float("inf")) -> dict[str, str]:
         """SHA-256 by name of metrics.jsonl, unless it is empty, and of the validation files, as after step `done`."""
         logged = "".join(line for line, row in read_metrics(self.path) if row["step"] <= done)
         held = (self.path / METRICS).stat().st_size  # a cut file may hold no whole row, and is not empty
-        digests = {METRICS: hashlib.sha256(logged.encode()).hexdigest()} if held else {}
+        digests = {METRICS: digest_text(logged)} if held else {}
         kept = [file for step, file in self._validations().items() if step <= done]
         return digests | {f"{VALIDATION}/{file.name}": digest_files([file]) for file in kept}
 

@@ -5,7 +5,6 @@ most steps are. So the optimizer, the average and the checkpoints hold master we
 2018, arXiv 1710.03740), and the network computes with its own rounding of them.
 """
 
-import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from flowbp import log
 from flowbp.config import ConfigError
 from flowbp.config.schema import OptimizerConfig, TuningConfig
 from flowbp.given import nearest, short
@@ -20,8 +20,6 @@ from flowbp.runtime.distributed import shard_like
 
 if TYPE_CHECKING:  # importing it takes seconds, and whoever checks a command's input does without
     from flowbp.backbones.base import Backbone
-
-log = logging.getLogger(__name__)
 
 
 def trainable_parameters(backbone: "Backbone", tuning: TuningConfig) -> dict[str, Tensor]:

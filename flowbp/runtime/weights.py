@@ -1,7 +1,6 @@
 """Trained weights in diffusers' own formats: written, read back into a backbone, and exported."""
 
 import json
-import logging
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flowbp import log
 from flowbp.config import ConfigError, load
 from flowbp.config.loading import CONFIG
 from flowbp.config.schema import TuningConfig
@@ -30,8 +30,6 @@ LORA_NAME = re.compile(
     r"(?:[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.default)?\.weight|\.alpha)"
 )
 ROLES = {"down": "A", "up": "B", None: "alpha"}
-
-log = logging.getLogger(__name__)
 
 
 def save_weights(backbone: "Backbone", output: Path) -> Path:

@@ -1,6 +1,5 @@
 """A run from its config to its report: train, watch held-out samples, keep checkpoints, evaluate."""
 
-import logging
 import os
 import signal
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from flowbp import log
 from flowbp.config import RunConfig, dump
 from flowbp.evaluation import figures
 from flowbp.evaluation.pages import as_data_uri, as_png, draw_samples, facts, render
@@ -30,7 +30,6 @@ from flowbp.training.sentinel import Sentinel
 from flowbp.training.trainer import Trainer
 
 SKIPPED = 10  # steps in a row without a finite reward or gradient end the run, and so does a run of nothing else
-log = logging.getLogger(__name__)
 
 
 @naming_the_dead()
@@ -191,7 +190,7 @@ def report(trainer: Trainer, sentinel: Sentinel | None, folder: RunFolder) -> No
     if trainer.evaluator is not None:
         with progress_bar("evaluate", "image", 2 * config.evaluation.samples) as bar:
             for name, weights in (("before", model.base), ("after", model.tuned)):
-                scores[name] = trainer.evaluator.score(model, weights, progress=bar.update)
+                scores[name] = trainer.evaluator.score(model, weights, trainer.evaluator.samples, bar.update)
     if folder.writes:
         write_report(trainer, sentinel, folder, scores)
     folder.check_best(None if sentinel is None else sentinel.best)

@@ -19,7 +19,7 @@ from flowbp.config import RunConfig
 from flowbp.evaluation.scores import Evaluator
 from flowbp.methods import draw_plans
 from flowbp.objective import clip_samples, loss_factors, reward_gradient, sample_weights
-from flowbp.plan import PlanBatch, SurrogatePlan
+from flowbp.plan import Plan, PlanBatch
 from flowbp.replay import Recompute
 from flowbp.rewards import Reward
 from flowbp.rewards.weighted import WeightedRewards
@@ -133,7 +133,7 @@ class Trainer:
         return logged | {"nodes": [replay.node for replay in plan.replays if not replay.output]}
 
     def reward_cotangent(
-        self, plan: SurrogatePlan | PlanBatch, trajectory: Trajectory, texts: list[str], key: tuple[int, ...]
+        self, plan: Plan, trajectory: Trajectory, texts: list[str], key: tuple[int, ...]
     ) -> tuple[Tensor, dict[str, float]]:
         """(dloss/d(reward input), what is logged). Of the network, memory holds only the graphs that were kept."""
         config, ranks, batch, copies = self.config, self.model.ranks, len(texts), 1 + plan.num_renoised

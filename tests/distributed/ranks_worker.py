@@ -328,9 +328,9 @@ def scores(case, folder, world):
     named["count"] = lambda images, texts: chunks.append(len(texts)) or torch.zeros(len(texts))
     trainer.evaluator.load = lambda: named
     other = {name: 2 * p.detach() for name, p in trainer.model.parameters.items()}
-    trainer.evaluator.score(trainer.model, other)  # of which nothing may be left
+    trainer.evaluator.score(trainer.model, other, trainer.evaluator.samples)  # of which nothing may be left
     chunks.clear()
-    found = trainer.evaluator.score(trainer.model, trainer.model.parameters)
+    found = trainer.evaluator.score(trainer.model, trainer.model.parameters, trainer.evaluator.samples)
     return {name: torch.from_numpy(column) for name, column in found.values.items()}, found.images, len(chunks)
 
 

@@ -91,7 +91,7 @@ def test_the_first_images_are_kept_however_they_are_cut_into_chunks(monkeypatch)
     prompts, scored_by = [Prompt(str(i)) for i in range(7)], {"embedding": lambda images, texts: images}
     for largest in (1, 3, 7):
         samples = Samples(prompts, list(range(7)), split(7, largest), kept_images=4)
-        parts = [score_chunk(None, samples, None, None, scored_by, chunk) for chunk in samples.chunks]
+        parts = [score_chunk(None, samples, load("demo"), scored_by, chunk) for chunk in samples.chunks]
         assert join(samples, parts).images.flatten().tolist() == [0, 1, 2, 3]
 
 

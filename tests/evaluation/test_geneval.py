@@ -130,7 +130,7 @@ def test_metadata_that_cannot_be_judged_is_refused(clause, says):
             ['{"tag": "t", "prompt": "p", "include": [{"class": "a", "count": 1, "position": ["above"]}]}'],
             "line 1: include.0.position.1: Field required",
         ),
-        (["[1]"], "line 1: : .* valid dictionary .*, got .1.; a line has tag, prompt, include"),
+        (["[1]"], "line 1: .* valid dictionary .*, got .1.; a line has tag, prompt, include"),
         (["[" * 100_000], "line 1: RecursionError"),
         (['{"tag": "t", "prompt": "p", "prompt": "q"}'], "line 1: ValueError.*a key stands there twice"),
         (
