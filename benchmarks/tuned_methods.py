@@ -6,7 +6,8 @@
 tune: four trials a method on dev prompts, seed 42: three learning rates with the demo's hinge, and the middle one
 without a hinge. (All seven gained from 7e-4 to 1.4e-3; so the lowest rate of the first plan, 3.5e-4, gave way to
 2.8e-3 when one method had tried it.) Each method keeps the plan settings of its own defaults. The trial with the
-highest monitor is chosen, a reward that is never trained on, because a user has no checker.
+highest checker is chosen. The monitor, a reward that is never trained on, goes on rising with the rate where the
+checker falls.
 
 test: each method with its choice, on test prompts, from several seeds, at the demo's optimizer steps, and once more
 where it has made as many network calls as the method of the fewest makes in all (`early`). A replay counts as a call,
@@ -40,7 +41,7 @@ POINTS = {method: (method, []) for method in METHODS} | {
     "flowbp-sparse, stratified plans": ("flowbp-sparse", ["plans=stratified", REPLAYED]),
     "flowbp-lagrange, uniform weights": ("flowbp-lagrange", ["method.weights=uniform"]),
 }
-CHOSEN_BY = "monitor"
+CHOSEN_BY = "checker"
 REFERENCE = "flowbp-lagrange"
 
 
@@ -95,13 +96,13 @@ def calls_in_all(run: dict, steps: int = 300) -> float:
 
 
 def trials(runs: list[dict], chosen: dict[str, str | None]) -> str:
-    """Markdown: the monitor's and the checker's change of each trial; those chosen are bold."""
+    """Markdown: the change of checker / monitor of each trial; those chosen are bold."""
     lines = [f"| | {' | '.join(TRIALS)} |", f"|{'---|' * (1 + len(TRIALS))}"]
     for method in METHODS:
         cells = []
         for trial in TRIALS:
             run = next((run for run in runs if run["setting"] == f"{method}: {trial}"), None)
-            changes = run and [run["after"][name] - run["before"][name] for name in (CHOSEN_BY, "checker")]
+            changes = run and [run["after"][name] - run["before"][name] for name in (CHOSEN_BY, "monitor")]
             cell = " / ".join(f"{change:+.3f}".replace("0.", ".") for change in changes) if changes else ""
             cells.append(f"**{cell}**" if chosen[method] == trial else cell)
         lines.append(f"| {method} | {' | '.join(cells)} |")
