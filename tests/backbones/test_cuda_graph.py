@@ -49,7 +49,7 @@ def test_steps_and_images_of_every_class_have_the_same_bits(backbone_overrides, 
     same_rows, same_tensors = outcome(tmp_path, *overrides, graphs)
     assert same_rows == rows and all(map(torch.equal, same_tensors, tensors))
     assert not torch.equal(tensors[-1], tensors[-2])  # two steps changed the image
-    assert 2 <= len(recorder.pools) <= 4  # both batch sizes, with both branches or with one of two
+    assert 1 <= len(recorder.pools) <= 4  # of two batch sizes, with both branches or with one of two
 
 
 def test_without_a_gpu_a_warning_says_that_it_has_no_effect():
