@@ -15,7 +15,7 @@ from flowbp.backbones import QUANTISERS, load_backbone
 from flowbp.cli.commands import app
 from flowbp.config import load
 from flowbp.estimate.estimate import MARGIN, changes, estimate, quantised, suggest, without_masters
-from flowbp.estimate.passes import block_bytes, reward_pass
+from flowbp.estimate.passes import _reward, block_bytes, reward_pass
 from flowbp.presets import cards
 from flowbp.runtime.embeddings import embed_once, text_encoders
 from flowbp.runtime.inputs import parse_size
@@ -341,6 +341,12 @@ def test_a_backbone_out_of_reach_says_what_is_known(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="architecture is known offline: sd3.5-medium"):
         estimate(tiny(tmp_path, "backbone.name=nobody/nothing"))
+
+
+def test_a_reward_in_tf32_takes_the_memory_of_one_in_float32():
+    clip = load("demo").reward["reward"]
+    by_dtype = {dtype: _reward(clip.model_copy(update={"dtype": dtype})) for dtype in ("float32", "tf32", "bfloat16")}
+    assert by_dtype["tf32"].weight_bytes == by_dtype["float32"].weight_bytes == 2 * by_dtype["bfloat16"].weight_bytes
 
 
 def test_what_is_not_counted_is_said(tmp_path):

@@ -47,9 +47,8 @@ def test_each_call_computes_with_its_own_arguments_and_no_later_one_changes_its_
 def test_arguments_are_read_and_never_written(graphed_forward):
     given = arguments(0)
     before = copy.deepcopy(given)
-    for seed in (0, 5):
-        graphed_forward(*arguments(seed))
     graphed_forward(*given)
+    graphed_forward(*arguments(5))
     assert torch.equal(given[0], before[0]) and torch.equal(given[2]["text"], before[2]["text"])
 
 
@@ -83,10 +82,11 @@ def test_the_function_itself_runs_with_gradient_under_autocast_and_on_other_devi
     assert graphed_forward(*arguments(0)).requires_grad
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         graphed_forward(*arguments(0))
+    assert graphed_forward._capture.pools == []
     with torch.no_grad(), pytest.warns(UserWarning, match="no CUDA device, so that .*forward runs without a CUDA"):
         on_cuda = GraphedForward(graphed_forward.__wrapped__, Recorder())
         assert torch.equal(on_cuda(*arguments(0)), graphed_forward(*arguments(0)))
-    assert on_cuda._capture.pools == [] and len(graphed_forward._capture.pools) == 1
+    assert on_cuda._capture.pools == []
 
 
 @torch.no_grad()
