@@ -113,11 +113,11 @@ def kernels_of_the_tests():
 
 @pytest.fixture(autouse=True)
 def default_kernels(request):
-    """The same for one test: some run once without the fused ops and once with them."""
+    """The same for one test, and what it then is: some run once without the fused ops and once with them."""
     import fused_ops
 
     with fused_ops.by_default(getattr(request, "param", "off")):
-        yield
+        yield getattr(request, "param", fused_ops.KERNELS)
 
 
 def pytest_generate_tests(metafunc):
