@@ -34,11 +34,16 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("flowbp needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
+# Python keeps what it compiles: a test that starts a program would compile all of flowbp again, and every process of
+# pytest all tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Nothing is downloaded at run time.
 check fast test soak demo: export HF_HUB_OFFLINE = 1
 
 # pytest: one process a core, each with whole files, the slow ones first, so that none is left alone at the end.
-PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 8
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8
 BY_FILE := --dist loadfile --no-loadscope-reorder
 
 # What every commit passes: three jobs side by side, each with its output in one piece.

@@ -78,5 +78,7 @@ def _is_whole(tensor: Tensor, given: set[int]) -> bool:
 
 @cache
 def _touches_arguments(function: OpOverload) -> bool:
-    """Whether an operation says that it writes into an argument or returns a view of it."""
+    """Whether an operation says that it writes into an argument or returns a view of it: the quick way to know that it
+    must run.
+    """
     return any(argument.alias_info is not None for argument in function._schema.arguments)

@@ -77,10 +77,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
-def pytest_collection_finish():
-    """What the imports made stays until the end. Trainers collect garbage, and would search it each time."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What the imports make stays until the end. They, and trainers that collect garbage, would search it each time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_sessionfinish():
@@ -108,11 +113,11 @@ def kernels_of_the_tests():
 
 @pytest.fixture(autouse=True)
 def default_kernels(request):
-    """The same for one test: some run once without the fused ops and once with them."""
+    """The same for one test, and what it then is: some run once without the fused ops and once with them."""
     import fused_ops
 
     with fused_ops.by_default(getattr(request, "param", "off")):
-        yield
+        yield getattr(request, "param", fused_ops.KERNELS)
 
 
 def pytest_generate_tests(metafunc):

@@ -18,7 +18,7 @@ from flowbp.runtime.console import is_main
 from flowbp.runtime.processes import free_port
 
 TESTS = Path(__file__).parent
-PRELOADED = ["ranks_worker", "flowbp.cli.commands", "torch.utils.tensorboard", "kept_from_gc"]
+PRELOADED = ["preloaded"]
 
 
 def context():

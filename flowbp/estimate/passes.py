@@ -154,12 +154,13 @@ def _latents(backbone: Backbone, config: RunConfig, rows: int) -> Tensor:
     return torch.empty(rows, *shape, device="meta").to(backbone.latents_dtype)
 
 
-def _replay(velocity: GuidedVelocity, latents: Tensor, plan: Plan, nodes_per_forward: int, live: LiveBytes) -> int:
-    """Replay as many of the plan's nodes as one forward pass takes, and back; returns the bytes of the graph."""
-    nodes = min(nodes_per_forward, len(plan.replays))
-    x, sigma = latents, torch.empty((), device="meta")
+def _replay(velocity: GuidedVelocity, x: Tensor, plan: Plan, nodes: int, live: LiveBytes) -> int:
+    """Replay `nodes` of the plan's nodes in one forward pass, or all if there are fewer, and back; returns the bytes of
+    the graph.
+    """
+    nodes, sigma = min(nodes, len(plan.replays)), torch.empty((), device="meta")
     if nodes > 1:
-        x, sigma = torch.cat([latents] * nodes), sigma.expand(nodes * len(latents))
+        x, sigma = torch.cat([x] * nodes), sigma.expand(nodes * len(x))
     before = live.alive
     graph = record(velocity.replay, x, sigma, any(replay.gated for replay in plan.replays))
     graph_bytes = live.alive - before
@@ -317,7 +318,6 @@ def on_meta() -> Iterator[None]:
 
     The plain formula of attention would save matrices [B, heads, tokens, tokens] instead.
     """
-    plain = F.scaled_dot_product_attention
 
     def fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         if enable_gqa:
@@ -326,7 +326,7 @@ def on_meta() -> Iterator[None]:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
         return FUSED(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
-    F.scaled_dot_product_attention = fused
+    plain, F.scaled_dot_product_attention = F.scaled_dot_product_attention, fused
     try:
         with MetaResults():
             yield

@@ -5,7 +5,6 @@ import functools
 import io
 from functools import cache
 
-import fused_ops
 import pytest
 import torch
 import torch.distributed as dist
@@ -612,8 +611,8 @@ def runs_ops(backbone):
     return any("flowbp_fused" in vars(module) for module in backbone.denoiser.modules())
 
 
-def test_a_backbone_takes_the_ops_if_it_is_told_to(monkeypatch, caplog):
-    assert runs_ops(load_backbone("shapes")) == (fused_ops.KERNELS == "auto")
+def test_a_backbone_takes_the_ops_if_it_is_told_to(default_kernels, monkeypatch, caplog):
+    assert runs_ops(load_backbone("shapes")) == (default_kernels == "auto")
     assert not runs_ops(load_backbone("shapes", kernels="off"))
     assert runs_ops(load_backbone("shapes", kernels="auto"))
     monkeypatch.setattr(fingerprints, "fingerprint", lambda source: "0")
@@ -634,8 +633,8 @@ def test_the_embedded_model_draws_with_the_ops_what_it_draws_without_and_the_che
     assert verdicts[0] == verdicts[1] and 0 < sum(verdicts[0]) < 16
 
 
-def test_off_is_the_default_and_the_word_for_what_yaml_makes_of_it():
-    assert BackboneConfig(name="shapes").kernels == fused_ops.KERNELS  # off, unless this test says otherwise
+def test_off_is_the_default_and_the_word_for_what_yaml_makes_of_it(default_kernels):
+    assert BackboneConfig(name="shapes").kernels == default_kernels  # off, unless conftest.py says otherwise
     assert BackboneConfig(**yaml.safe_load("{name: shapes, kernels: off}")).kernels == "off"
     assert BackboneConfig(name="shapes", kernels="auto").kernels == "auto"
     with pytest.raises(ValueError, match="kernels"):

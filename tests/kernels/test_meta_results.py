@@ -23,6 +23,8 @@ def doubled():
     with torch.library._scoped_library("meta_results_tests", "FRAGMENT") as library:
         library.define("doubled(Tensor x, Scalar by=2) -> Tensor")
         library.impl("doubled", lambda x, by=2: runs.append(x.shape) or x * by, "Meta")
+        library.define("half(Tensor x) -> Tensor")
+        library.impl("half", lambda x: torch.cat([x, x])[: len(x)], "Meta")
         yield torch.ops.meta_results_tests.doubled, runs
 
 
@@ -30,12 +32,20 @@ def test_an_operation_runs_once_for_each_way_to_call_it(doubled):
     double, runs = doubled
     x = meta(3, 4)
     with MetaResults():
-        results = [double(x), double(meta(3, 4)), double(x, 2.0), double(x, True), double(x.mT), double(x.half())]
-    assert len(runs) == 5  # all but the second
+        results = [double(x), double(meta(3, 4))]
+        for call in ((x, 1), (x, 1.0), (x, True), (x.mT,), (x.half(),)):
+            double(*call)
+    assert len(runs) == 6  # all but the second
     assert form(results[0]) == form(results[1]) == form(x)
     assert results[0].untyped_storage()._cdata != results[1].untyped_storage()._cdata
     double(x)
-    assert len(runs) == 6
+    assert len(runs) == 7
+
+
+def test_a_result_within_larger_memory_holds_all_of_it(doubled):
+    with MetaResults():
+        results = [torch.ops.meta_results_tests.half(meta(3, 4)) for _ in range(2)]
+    assert [result.untyped_storage().nbytes() for result in results] == 2 * [2 * 3 * 4 * 4]
 
 
 CALLS = {
