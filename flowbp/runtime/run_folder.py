@@ -184,8 +184,8 @@ class RunFolder:
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a step's row to metrics.jsonl; a number that is not finite becomes null."""
         if self.writes:
-            with files.writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
-                file.write(json.dumps(files.without_nan(row)) + "\n")
+            with files.writing(self.path / METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
+                file.write(files.as_json(row, indent=None))
 
     def track(self, accelerator: Any, values: Mapping[str, Any], step: int) -> None:
         """Show values of a step to TensorBoard, whose thread tells an error of the disk at the next call."""
