@@ -275,16 +275,15 @@ def locked(folder: Path, does: str, option: str) -> Iterator[None]:
         raise OSError(f"{folder} cannot be made ({error.strerror}): choose another {option}") from None
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written to: choose another {option}, or change its permissions")
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holds = f"another process {does} in {folder} right now"
-            raise FileExistsError(f"{holds}: wait for it, or choose another {option}") from None
-        yield
+        with files.opened(folder) as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holds = f"another process {does} in {folder} right now"
+                raise FileExistsError(f"{holds}: wait for it, or choose another {option}") from None
+            yield
     finally:
-        os.close(handle)
         with suppress(OSError):  # it holds something
             for path in made:
                 path.rmdir()
