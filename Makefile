@@ -54,7 +54,6 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python benchmarks/tables.py --check
-	$(BIN)/python benchmarks/table.py --check
 
 # pyright runs on the node that its package brings, and does not ask for a newer version.
 types: export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1

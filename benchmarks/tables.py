@@ -1,8 +1,7 @@
 """The tables of README and docs that come from committed figures:  python benchmarks/tables.py [--check]
 
 A table stands between <!-- table NAME --> and <!-- end of table --> and is written from the JSON file that its line in
-TABLES names. --check changes nothing, and fails where a page has another table than its file gives. The table of the
-kernels has a script of its own, table.py.
+TABLES names. --check changes nothing, and fails where a page has another table than its file gives.
 """
 
 import argparse
@@ -17,6 +16,7 @@ import controls
 import few_steps
 import fidelity
 import full_size
+import kernel_tables
 import recipes
 import strengths
 
@@ -36,16 +36,16 @@ def main() -> None:
     check = parser.parse_args().check
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         old = page.read_text(encoding="utf-8")
-        new = BLOCK.sub(lambda block: f"{block[1]}{table(block[2])}\n{block[3]}", old)
+        new = BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}\n{block[3]}", old)
         if new != old and check:
             sys.exit(f"a table of {page.relative_to(ROOT)} is not that of its file: run python benchmarks/tables.py")
         if new != old:
             page.write_text(new, encoding="utf-8")
 
 
-def table(name: str) -> str:
-    file, written = TABLES[name]
-    return written(json.loads((ROOT / "docs" / file).read_text(encoding="utf-8")))
+def of(file: str, written: Callable[[dict], str]) -> Callable[[], str]:
+    """What makes a table of a file in docs/."""
+    return lambda: written(json.loads((ROOT / "docs" / file).read_text(encoding="utf-8")))
 
 
 def one_setting(sweep: dict) -> str:
@@ -79,16 +79,19 @@ def with_deviation(values: list[float]) -> str:
     return f"{statistics.mean(values):+.3f} ± {statistics.stdev(values):.3f}".replace("0.", ".")
 
 
-# name -> (file in docs/, what makes the table of it)
-TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
-    "anchor": ("anchor.json", by_setting),
-    "controls": ("controls.json", lambda found: controls.table(found["rows"])),
-    "demo": ("demo/seeds.json", one_setting),
-    "few-steps": ("few_steps.json", lambda found: few_steps.table(found["rows"])),
-    "fidelity": ("fidelity.json", fidelity.table),
-    "full-size": ("full_size.json", lambda found: full_size.table(found["rows"])),
-    "recipes": ("recipes.json", recipes.table),
-    "strengths": ("strengths.json", lambda found: strengths.table(found["rows"])),
+TABLES: dict[str, Callable[[], str]] = {
+    "anchor": of("anchor.json", by_setting),
+    "compiled": of("compiled_traffic.json", kernel_tables.compiled),
+    "controls": of("controls.json", lambda found: controls.table(found["rows"])),
+    "demo": of("demo/seeds.json", one_setting),
+    "few-steps": of("few_steps.json", lambda found: few_steps.table(found["rows"])),
+    "fidelity": of("fidelity.json", fidelity.table),
+    "full-size": of("full_size.json", lambda found: full_size.table(found["rows"])),
+    "recipes": of("recipes.json", recipes.table),
+    "shares": of("step_traffic.json", kernel_tables.shares),
+    "strengths": of("strengths.json", lambda found: strengths.table(found["rows"])),
+    "times": lambda: kernel_tables.table(sorted((ROOT / "benchmarks/results").glob("*.json"))),
+    "traffic": of("step_traffic.json", kernel_tables.traffic),
 }
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import importlib
 import reprlib
 import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,9 @@ def read_text(path: Path, most: int = LARGEST) -> str:
     return text
 
 
+@cache
 def read_data(module: str, name: str) -> Any:
-    """What the YAML file `name` of flowbp holds, which lies beside the file `module`."""
+    """What the YAML file `name` of flowbp holds, which lies beside the file `module`. It is read once, for all to share."""
     import yaml  # the engine does without
 
     return yaml.safe_load(Path(module).with_name(name).read_text(encoding="utf-8"))

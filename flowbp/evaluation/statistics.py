@@ -59,10 +59,11 @@ def interval(values: np.ndarray, weights: np.ndarray, prompts: list[str], level:
 
 def mean_of_runs(values: Sequence[float]) -> tuple[float, float, float]:
     """(mean, low, high) of one number of each training run, with a 95 % t interval; nan for a single run's interval."""
-    mean, ends = float(np.mean(values)), (float("nan"),) * 2
-    if len(values) > 1:
-        ends = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    return mean, float(ends[0]), float(ends[1])
+    count, mean = len(values), float(np.mean(values))
+    if count < 2:
+        return mean, float("nan"), float("nan")
+    half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
+    return mean, mean - half, mean + half
 
 
 def paired_p_value(before: np.ndarray, after: np.ndarray, weights: np.ndarray, prompts: Sequence[str]) -> float:

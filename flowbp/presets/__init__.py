@@ -5,7 +5,6 @@ and `cards.yaml` LoRA runs that fit a small card, named backbone/memory. NAME-fa
 `flowbp presets` lists them, `flowbp presets NAME` prints one as a config.
 """
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,5 @@ def layers(name: str) -> list[dict[str, Any]]:
     return [*found, {"output": f"runs/{name}"}]
 
 
-@cache
 def read(name: str) -> dict[str, Any]:
     return read_data(__file__, f"{name}.yaml")

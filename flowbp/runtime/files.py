@@ -7,15 +7,15 @@ its name does, so that a kill, a full disk or a power cut leaves either the old 
 import fcntl
 import glob
 import json
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_json
 from safetensors import SafetensorError
 
 from flowbp.given import digest_files
@@ -102,9 +102,9 @@ def write_file(path: Path, content: str | bytes) -> None:
         scratch.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def as_json(value: Any) -> str:
-    """The text of a JSON file; a number that is not finite becomes null."""
-    return json.dumps(without_nan(value), indent=1) + "\n"
+def as_json(value: Any, indent: int | None = 1) -> str:
+    """The text of a JSON file, or with indent=None a line of one; a number that is not finite becomes null."""
+    return to_json(value, indent=indent, inf_nan_mode="null").decode() + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -113,14 +113,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise OSError(f"{path} is damaged, or no JSON: {error}") from error
-
-
-def without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def digest_line(file: Path) -> str:

@@ -184,8 +184,8 @@ class RunFolder:
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a step's row to metrics.jsonl; a number that is not finite becomes null."""
         if self.writes:
-            with files.writing(self.path / METRICS), (self.path / METRICS).open("a") as file:
-                file.write(json.dumps(files.without_nan(row)) + "\n")
+            with files.writing(self.path / METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
+                file.write(files.as_json(row, indent=None))
 
     def track(self, accelerator: Any, values: Mapping[str, Any], step: int) -> None:
         """Show values of a step to TensorBoard, whose thread tells an error of the disk at the next call."""
@@ -275,16 +275,15 @@ def locked(folder: Path, does: str, option: str) -> Iterator[None]:
         raise OSError(f"{folder} cannot be made ({error.strerror}): choose another {option}") from None
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written to: choose another {option}, or change its permissions")
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holds = f"another process {does} in {folder} right now"
-            raise FileExistsError(f"{holds}: wait for it, or choose another {option}") from None
-        yield
+        with files.opened(folder) as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holds = f"another process {does} in {folder} right now"
+                raise FileExistsError(f"{holds}: wait for it, or choose another {option}") from None
+            yield
     finally:
-        os.close(handle)
         with suppress(OSError):  # it holds something
             for path in made:
                 path.rmdir()

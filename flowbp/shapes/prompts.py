@@ -2,7 +2,6 @@
 were chosen.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 from flowbp.given import read_data
@@ -13,7 +12,6 @@ class Prompt(NamedTuple):
     category: str = ""
 
 
-@cache
 def splits() -> dict[str, dict[str, list[str]]]:
     """split -> category -> its captions."""
     return read_data(__file__, "prompts.yaml")

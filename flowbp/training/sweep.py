@@ -136,7 +136,7 @@ def sweep(runs: Sequence[SweptRun], folder: Path, processes: int) -> dict[str, A
 
 def make(runs: Sequence[SweptRun], processes: int, total: int) -> dict[str, str]:
     """Train `runs`, each in a process of its own. Returns {folder: why} of those that failed."""
-    failed, under_way, stopping = {}, set(), threading.Event()
+    failed, stopping = {}, threading.Event()
     here, places = threading.local(), itertools.count()
 
     def take_place() -> None:
@@ -150,11 +150,11 @@ def make(runs: Sequence[SweptRun], processes: int, total: int) -> dict[str, str]
             with log.open("w") as file:
                 command = [sys.executable, "-m", "flowbp", "train", *run.arguments, *resume]
                 process = subprocess.Popen(command, stdout=file, stderr=file, env=surroundings(here.place))
-                under_way.add(process)
-                if stopping.is_set():  # since before it stood among those that are ended
+                while process.poll() is None and not stopping.wait(0.1):
+                    pass
+                if stopping.is_set():
                     process.terminate()
                 code = process.wait()
-                under_way.discard(process)
             said = log.read_text(errors="replace").strip().splitlines()
         except OSError as error:
             return cut(error)
@@ -173,8 +173,6 @@ def make(runs: Sequence[SweptRun], processes: int, total: int) -> dict[str, str]
         except KeyboardInterrupt:
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(under_way):
-                process.terminate()
             raise
     return failed
 

@@ -197,7 +197,7 @@ def row(provider, median, **changes):
 
 
 def test_the_table_follows_from_the_rows_alone(tmp_path):
-    table = script("table").table
+    table = script("kernel_tables").table
     machine = {
         "device": "a processor",
         "threads": 1,
@@ -224,7 +224,7 @@ def test_the_table_follows_from_the_rows_alone(tmp_path):
 
 
 def test_a_file_without_forward_rows_shows_both_passes_and_one_of_whole_steps_its_sentences(tmp_path):
-    table, rows = script("table").table, [row("cpu", 1.0) | {"mode": mode} for mode in ("backward", "full")]
+    table, rows = script("kernel_tables").table, [row("cpu", 1.0) | {"mode": mode} for mode in ("backward", "full")]
     machine = {
         "device": "a GPU",
         "threads": None,
@@ -256,9 +256,3 @@ def test_a_file_without_forward_rows_shows_both_passes_and_one_of_whole_steps_it
     start = "- `flux.1-dev` (lora, checkpointed; 25 steps, batch 1), flowbp-sparse (K = 4), sweep: "
     ends = ["3.21 s a step, 25.1 GB at most.", "out of memory in reward."]
     assert table([tmp_path / "steps.json"]).splitlines()[-2:] == [start + end for end in ends]
-
-
-def test_the_docs_hold_the_table_of_the_committed_results():
-    module = script("table")
-    page = module.PAGE.read_text(encoding="utf-8")
-    assert module.written(page) == page

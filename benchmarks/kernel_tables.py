@@ -1,23 +1,17 @@
-"""The tables of docs/kernels.md, from the committed results:  python benchmarks/table.py [--check]
+"""The tables of docs/kernels.md, which tables.py writes.
 
 Times: one line for each op, latent, dtype and kernel backend, at the largest batch and the fewest steps of its file. It
 shows the forward pass, or forward and backward together where a file has no forward pass alone. A file of train_step.py
-gives one sentence a row. Counts: what step_traffic.py and compiled_traffic.py have left in docs/. --check changes
-nothing, and fails if the page's tables are not those that the results give.
+gives one sentence a row. Counts: what step_traffic.py and compiled_traffic.py have left in docs/.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs/kernels.md"
-BEGIN, END = "<!-- {}: begin, written by benchmarks/table.py -->", "<!-- {}: end -->"
 KERNELS = ("cuda", "triton", "cpu")
 EMPTY = (
     "No results are committed yet: `flowbp bench --json benchmarks/results/NAME.json` makes them, "
-    "`python benchmarks/table.py` this table."
+    "`python benchmarks/tables.py` this table."
 )
 LEGEND = (
     "`eager takes`, `torch.compile takes`: times the kernel's median. "
@@ -28,36 +22,6 @@ HEADER = (
     "of copy |\n"
     "|---|---|---|---|---|---|---|---|"
 )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
-    check = parser.parse_args().check
-    old = PAGE.read_text(encoding="utf-8")
-    new = written(old)
-    if check and new != old:
-        sys.exit("the tables of docs/kernels.md are not those of the results: run python benchmarks/table.py")
-    if not check:
-        PAGE.write_text(new, encoding="utf-8")
-
-
-def written(page: str) -> str:
-    """The page with the tables of the committed results."""
-    step, blocks = (
-        json.loads((ROOT / f"docs/{name}.json").read_text()) for name in ("step_traffic", "compiled_traffic")
-    )
-    page = insert(page, "traffic", traffic(step))
-    page = insert(page, "shares", shares(step))
-    page = insert(page, "compiled", compiled(blocks))
-    return insert(page, "benchmarks", table(sorted((ROOT / "benchmarks/results").glob("*.json"))))
-
-
-def insert(page: str, name: str, text: str) -> str:
-    """The page with `text` between the markers of this name."""
-    begin, end = BEGIN.format(name), END.format(name)
-    before, rest = page.split(begin)
-    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
 # -- counts ------------------------------------------------------------------------------------------------------------
@@ -202,7 +166,3 @@ def _line(cell: dict[str, dict], provider: str) -> str:
     )
     op = f"`{row['op']}`" + (", forward and backward" if row["mode"] == "full" else "")
     return f"| {op} | {case} | {provider} | {' | '.join(figures)} |"
-
-
-if __name__ == "__main__":
-    main()
