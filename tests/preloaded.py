@@ -9,7 +9,7 @@ gc.disable()
 import ranks_worker  # noqa: E402, F401
 import torch.utils.tensorboard  # noqa: E402, F401
 
-import flowbp.cli  # noqa: E402, F401
+import flowbp.cli.commands  # noqa: E402, F401
 
 gc.freeze()
 gc.enable()
