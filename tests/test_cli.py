@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import flowbp.__main__
 from flowbp.cli import commands as cli
 from flowbp.cli import tables
+from flowbp.cli.terminal import console
 from flowbp.config import load
 from flowbp.quadrature import solver_table
 from flowbp.training.trainer import Trainer
@@ -147,7 +148,7 @@ def test_bench_hands_its_options_to_the_kernels_benchmark():
 def test_a_narrow_terminal_shows_every_number_and_name(arguments, says, monkeypatch):
     shown = {}
     for columns in (40, 80):
-        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(console, "_width", columns)  # rich reads $COLUMNS once, when a console is made
         result = CliRunner().invoke(cli.app, arguments)
         assert result.exit_code == 0 and max(map(len, result.output.splitlines())) <= columns
         shown[columns] = result.output
