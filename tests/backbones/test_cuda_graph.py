@@ -24,14 +24,20 @@ def recorder(monkeypatch):
 
 
 def outcome(tmp_path, *overrides):
-    """What two steps of a run log and leave, and images by its last and its first weights."""
+    """What two steps of a run log and leave, and images by its last and its first weights.
+
+    No weight changes its place in memory meanwhile: a graph reads the place that it was recorded with, and the stand-in
+    would read another.
+    """
     config = load("demo", [f"output={tmp_path / 'run'}", *SHORT, *overrides])
     trainer = Trainer(config)
+    places = {name: p.data_ptr() for name, p in trainer.model.backbone.denoiser.named_parameters()}
     rows = [trainer.step(step) for step in range(2)]
     rows = [{k: v for k, v in row.items() if not k.endswith(("seconds", "_mb"))} for row in rows]
     model, images = trainer.model, []
     for weights in (model.masters, model.base):
         with model.using(weights) as backbone:
+            assert places == {name: p.data_ptr() for name, p in backbone.denoiser.named_parameters()}
             images.append(generate(backbone, ["a red circle"], [7], config.evaluation_rollout, config.guidance))
     return rows, [*model.masters.values(), *images]
 
