@@ -60,7 +60,7 @@ def read_text(path: Path, most: int = LARGEST) -> str:
 
 @cache
 def read_data(module: str, name: str) -> Any:
-    """What the YAML file `name` of flowbp holds, which lies beside the file `module`. It is read once, for all to share."""
+    """What the YAML file `name` of flowbp holds, which lies beside the file `module`; it is read once."""
     import yaml  # the engine does without
 
     return yaml.safe_load(Path(module).with_name(name).read_text(encoding="utf-8"))
