@@ -2,7 +2,6 @@
 `torchrun -m flowbp eval ...`.
 """
 
-import gc
 import sys
 
 from flowbp.runtime.reproducible import TOO_LATE, request_equal_bytes
@@ -12,7 +11,6 @@ def main() -> None:
     """Run the command line. If a package beyond the core install (torch, NumPy) is missing, name the extra that has
     it.
     """
-    gc.set_threshold(10_000)  # new objects, not 700: of a start's 7 seconds, 0.9 went into searching what it imports
     if not request_equal_bytes():
         print(f"warning: {TOO_LATE}", file=sys.stderr)
     try:

@@ -171,7 +171,7 @@ class SurrogatePlan:
         if len(set(sizes.values())) != 1 or not nodes:
             raise ValueError(f"a plan needs at least one node, and as many weights of each kind as nodes; got {sizes}")
         if any(a >= b for a, b in zip(nodes, nodes[1:], strict=False)) or nodes[0] < 0:
-            raise ValueError(f"nodes must be 0 or more and strictly increasing, got {nodes}: sort them, drop repeats")
+            raise ValueError(f"nodes must be non-negative and strictly increasing, got {nodes}: sort them, each once")
         for name in tuple(numbers)[1:]:
             if not all(map(math.isfinite, getattr(self, name))):
                 raise ValueError(f"plan {name} must be finite, got {getattr(self, name)}")
