@@ -44,7 +44,8 @@ def check_attention(name: str, dispatched: bool = True) -> None:
     known = [*CHOICES, *(sorted(kind.value for kind in AttentionBackendName) if dispatched else OF_PYTORCH)]
     choices = f"there are {', '.join(known)}"
     if name not in known:
-        why = "is unknown" if dispatched else "is not for a transformer that calls PyTorch's attention itself, as SD3's"
+        elsewhere = name in {kind.value for kind in AttentionBackendName}
+        why = "is not for a transformer that calls PyTorch's attention itself, as SD3's" if elsewhere else "is unknown"
         raise ValueError(f"attention={name[:80]!r} {why}; {choices}")
     if name.endswith("_hub") and not DIFFUSERS_TRUST_REMOTE_KERNELS:
         way_out = "set DIFFUSERS_TRUST_REMOTE_KERNELS=true in the environment to run it here"
@@ -87,9 +88,11 @@ def set_attention(transformer: nn.Module, name: str) -> None:
                     run it. Elsewhere nothing is changed
           "native"  PyTorch's choice, whatever DIFFUSERS_ATTN_BACKEND says
           another   that kernel alone; see `check_attention`
-    Call it after `flowbp_kernels.apply`, which refuses forwards that are not of their class, and before compilation.
+    A later call takes the place of an earlier one. Call it after `flowbp_kernels.apply`, which refuses forwards that
+    are not of their class, and before compilation; before the `undo` of that, call it with "native".
     """
     attentions: list[Any] = [module for module in transformer.modules() if hasattr(module, "processor")]
+    _release(attentions)
     if name == "auto":
         if prefers_cudnn():
             settle_order()
@@ -125,6 +128,16 @@ def _surround(attentions: list[Any], kernels: list[SDPBackend]) -> None:
     for module in attentions:
         inner = vars(module).get("forward") or partial(type(module).forward, module)
         module.forward = partial(_attend, inner, kernels)  # which a deep copy of the module takes along
+
+
+def _release(attentions: list[Any]) -> None:
+    """Undo `_surround`."""
+    for module in attentions:
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func is _attend:
+            inner = module.forward = forward.args[0]
+            if isinstance(inner, partial) and inner.func is type(module).forward:
+                del module.forward
 
 
 def _attend(inner, kernels, *arguments, **options):

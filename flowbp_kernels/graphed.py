@@ -4,7 +4,7 @@ At batch 1 or 2 a GPU finishes the kernels of a transformer sooner than Python l
 kernels on the same memory. So the arguments are copied into buffers that stay, and the result is copied out of one.
 """
 
-import warnings
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -47,9 +47,11 @@ class GraphedForward:
     capture, device_type: what records a graph, of tensors on which type of device.
 
     `function` itself runs with gradient enabled, under autocast, which keeps casts of weights from earlier passes, and
-    where a tensor is elsewhere. Graphs share their memory and keep it until `forget`: about that of the largest pass.
+    where a tensor is elsewhere, so that without CUDA there are no graphs. Graphs share their memory and keep it until
+    `forget`: about that of the largest pass.
     The result is a copy, so that a later call does not change it.
-    Raises ValueError for a function that cannot be captured or that draws random numbers.
+    Raises ValueError for a function that cannot be captured or that draws random numbers, and for arguments that are
+    neither tensors nor numbers, texts or None.
 
         velocity = GraphedForward(backbone.velocity)
     """
@@ -63,9 +65,11 @@ class GraphedForward:
         self.__wrapped__ = function
         self._capture, self._device_type = capture, device_type
         self._name = getattr(function, "__qualname__", repr(function))
-        if device_type == "cuda" and not torch.cuda.is_available():
-            warnings.warn(f"torch sees no CUDA device, so that {self._name} runs without a CUDA graph", stacklevel=2)
         self.forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GraphedForward":
+        """A copy of the function, without graphs: those write into the original's memory."""
+        return GraphedForward(copy.deepcopy(self.__wrapped__, memo), self._capture, self._device_type)
 
     def forget(self) -> None:
         """Drop all graphs; the next calls record new ones."""
@@ -78,8 +82,11 @@ class GraphedForward:
         elsewhere = not tensors or any(t.device.type != self._device_type for t in tensors)
         if elsewhere or torch.is_grad_enabled() or torch.is_autocast_enabled(self._device_type):
             return self.__wrapped__(*arguments)
+        if strange := [leaf for leaf in leaves if not isinstance(leaf, Tensor | bool | int | float | str | None)]:
+            kind = type(strange[0]).__name__
+            raise ValueError(f"{self._name} was given a {kind}: a CUDA graph is known by tensors, numbers and texts")
         kinds = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves]
-        key = repr((structure, kinds))
+        key = repr((structure, kinds, torch.is_inference_mode_enabled()))
         if key not in self._graphs:
             self._graphs[key] = self._record(leaves, structure, tensors[0].device)
         buffers, replay, output = self._graphs[key]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+MOST = 20_000  # results that are known at a time: an estimate needs some hundreds
 _known: dict[Any, Any] = {}  # (operation, arguments) -> result, as `_outline` describes them
 
 
@@ -23,7 +24,11 @@ class MetaResults(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        call = None if _touches_arguments(function) else _outline((function, args, tuple(kwargs.items())))
+        call = (
+            None
+            if _touches_arguments(function)
+            else _outline((function, args, tuple(kwargs.items()), torch.get_default_dtype()))
+        )
         if call is None:
             return function(*args, **kwargs)
         if call in _known:
@@ -32,6 +37,8 @@ class MetaResults(TorchDispatchMode):
         given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple(kwargs.values())))}
         outline = _outline(result)
         if outline is not None and all(_is_whole(tensor, given) for tensor in _tensors(result)):
+            if len(_known) >= MOST:
+                _known.clear()
             _known[call] = outline
         return result
 

@@ -15,7 +15,8 @@ from torch import Tensor
 @contextmanager
 def tf32_matmuls() -> Iterator[None]:
     """float32 matrix products on CUDA may round their factors to TF32 in the block. Its end puts the switch back, also
-    after an error. Convolutions have a switch of their own.
+    after an error. Convolutions have a switch of their own. The switch is the process's: one thread at a time may be in
+    the block.
 
     In the block torch.backends.cuda.matmul.allow_tf32, the older name of the switch, cannot be read: torch raises
     RuntimeError where the two differ.
@@ -48,6 +49,8 @@ class _InTF32(torch.autograd.Function):
         with torch.enable_grad(), tf32_matmuls():
             leaf = x.detach().requires_grad_()
             y = function(leaf)
+        if not y.requires_grad:
+            raise ValueError("the function does not depend on x: there is nothing to differentiate")
         ctx.graph = leaf, y
         return y.detach()
 

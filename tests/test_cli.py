@@ -141,6 +141,7 @@ def test_bench_hands_its_options_to_the_kernels_benchmark():
         (["plan", "leapalign"], "gradient weight: -0.0982"),
         (["presets"], "sd3.5-medium/flowbp-lagrange\n  batch: 8"),
         (["rewards"], "camenduru/improved-aesthetic-predictor"),
+        (["rewards", "hpsv2"], "hinge: 0.55"),
         (["estimate", "demo"], "frozen weights: 0.009"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

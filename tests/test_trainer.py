@@ -854,6 +854,24 @@ def test_the_last_two_checkpoints_are_kept_and_nothing_of_others_is_one(tmp_path
     assert RunFolder(config.output).validations() == {}
 
 
+def test_a_run_goes_on_under_keys_that_are_newer_than_it(tmp_path):
+    config = tiny(tmp_path)
+    folder, _ = saved_run(config)
+    about = json.loads((folder / "step.json").read_text())
+    about["config"] = yaml.safe_load(dump(config))
+
+    def check():
+        (folder / "step.json").write_text(json.dumps(about))
+        seal(folder)
+        RunFolder(config.output).check(config, True, False, 1)
+
+    about["config"]["backbone"]["attention"] = "native"
+    with pytest.raises(ValueError, match="changes backbone.attention from native to auto"):
+        check()
+    del about["config"]["backbone"]["attention"]
+    check()
+
+
 def test_a_resumed_run_has_as_many_processes(tmp_path):
     config = tiny(tmp_path)
     folder, _ = saved_run(config)

@@ -69,14 +69,11 @@ def load_backbone(
     from diffusers import DiffusionPipeline
 
     from flowbp.backbones.classes import BACKBONES
-    from flowbp_kernels.attention import check_attention
 
     class_name, offline = index["_class_name"], Path(location).is_dir()
     if (kind := BACKBONES.get(class_name)) is None:
         raise ValueError(f"no backbone for {cut(class_name)} ({location}); there is one for {', '.join(BACKBONES)}")
-    check_attention(attention, kind.dispatches_attention)
-    if cuda_graph and not kind.capturable:
-        raise ValueError(f"shapes in {class_name} depend on the lengths of prompts: set backbone.cuda_graph=false")
+    check_switches(class_name, attention, cuda_graph)
     options = {part: None for part, value in index.items() if value == ABSENT}
     options |= {"dtype": getattr(torch, dtype), "local_files_only": offline, "variant": variant}
     try:
@@ -115,9 +112,25 @@ def hasten(
     set_attention(backbone.denoiser, attention)
     if channels_last:
         backbone.pipe.vae.decoder.to(memory_format=torch.channels_last)
+    if cuda_graph and not torch.cuda.is_available():
+        log.warning("backbone.cuda_graph=true has no effect: torch sees no CUDA device")
     if cuda_graph:
         backbone.velocity = GraphedForward(backbone.velocity)
     return backbone
+
+
+def check_switches(class_name: str, attention: str, cuda_graph: bool) -> None:
+    """Raise ValueError for an attention kernel, or a CUDA graph, that pipelines of the class do not take."""
+    if attention in ("auto", "native") and not cuda_graph:
+        return  # as most do, without an import of diffusers
+    from flowbp.backbones.classes import BACKBONES
+    from flowbp_kernels.attention import check_attention
+
+    if (kind := BACKBONES.get(class_name)) is None:
+        return
+    check_attention(attention, kind.dispatches_attention)
+    if cuda_graph and not kind.capturable:
+        raise ValueError(f"shapes in {class_name} depend on the lengths of prompts: set backbone.cuda_graph=false")
 
 
 def check_quantiser(quantise: Mapping[str, str | None] | None) -> None:

@@ -32,6 +32,9 @@ class Fitting(Table):
     """
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        for column in self.columns:
+            if column.no_wrap:  # else rich takes the longest word for what it needs
+                column.min_width = max(Measurement.get(console, options, cell).maximum for cell in column.cells)
         needed = Measurement.get(console, options.update(max_width=80), self).minimum
         if options.max_width >= min(needed, 80):
             yield from super().__rich_console__(console, options)
@@ -41,7 +44,7 @@ class Fitting(Table):
             yield Text(": ".join(str(column.header) for column in self.columns), "dim")
         for first, *others in zip(*(column.cells for column in self.columns), strict=True):
             if len(others) == 1:
-                yield Text.assemble(first, ": ", others[0])
+                yield Text.assemble(first, *((": ", others[0]) if others[0] else ()))
             else:
                 told = [(column.header, each) for column, each in zip(self.columns[1:], others, strict=True) if each]
                 yield Text.assemble(first, *(part for header, each in told for part in (f"\n  {header}: ", each)))

@@ -42,6 +42,12 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
                 arguments[key] = TypeAdapter(hints[key], config=FINITE).validate_python(value)
             except ValidationError as error:
                 raise ConfigError(f"{key} = {short(value)}: {error.errors()[0]['msg']}") from None
+    missing = dataclasses.MISSING
+    needed = [field.name for field in fields.values() if field.default is missing and field.default_factory is missing]
+    if absent := [name for name in needed if name not in arguments]:
+        raise ConfigError(
+            f"{cls.__name__} needs {' and '.join(absent)} too: it has {', '.join(arguments) or 'nothing'}"
+        )
     return cls(**arguments)
 
 

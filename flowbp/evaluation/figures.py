@@ -61,7 +61,8 @@ def draw_nodes(path: Axes, plan: SurrogatePlan, sigmas: Sequence[float]) -> None
     visited = plan.num_steps(total)
     reached = total + 1 if plan.reward_input is None else visited
     path.plot(range(reached), sigmas[:reached], color=QUIET, lw=1.2, zorder=1)
-    path.scatter(range(visited), sigmas[:visited], s=14, color=QUIET, zorder=2, label="rolled out, no gradient")
+    if unread := [i for i in range(visited) if i not in active and i not in cached]:
+        path.scatter(unread, sigmas[unread], s=14, color=QUIET, zorder=2, label="rolled out, no gradient")
     if cached:
         ring = {"s": 36, "facecolors": "white", "edgecolors": INK, "zorder": 2}
         path.scatter(cached, sigmas[cached], label="from the cache: in the value, without gradient", **ring)

@@ -3,7 +3,6 @@
 loss = sum_k  weight_k / scale_k * mean(max(hinge_k - r_k, 0))        scale_k = 1, or the running deviation of r_k
 """
 
-import logging
 import math
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,10 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flowbp import log
 from flowbp.objective import Objective
 from flowbp.rewards.base import Relative, Reward, Smoothing
-
-log = logging.getLogger("flowbp")
 
 BOUND = 10.0  # deviations: no score of 10^23 of a normal distribution lies further out
 
@@ -103,8 +101,11 @@ class WeightedRewards:
     def __init__(self, terms: dict[str, Term]):
         self.terms = terms
         self.squares = dict.fromkeys(terms, 0.0)  # of the loss's gradient in the images through each reward, this step
-        scaled = [name for name, term in terms.items() if term.scale is not None]
-        if 0 < len(scaled) < len(terms):
+
+    def warn_of_mixtures(self) -> None:
+        """Say where some of several rewards are rescaled and others are not."""
+        scaled = [name for name, term in self.terms.items() if term.scale is not None]
+        if 0 < len(scaled) < len(self.terms):
             drowned = (
                 "divided by its deviation, a loss may drown the others; set it for all, or watch the logged shares"
             )

@@ -8,7 +8,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from flowbp.backbones import check_quantiser, read_index
+from flowbp.backbones import check_quantiser, check_switches, read_index
 from flowbp.config import ConfigError, RunConfig
 from flowbp.config.schema import EvaluationConfig, GenEvalConfig, ScorerConfig
 from flowbp.given import find, short
@@ -41,7 +41,8 @@ def check_inputs(config: RunConfig, train: bool = False) -> None:
     if train and config.optimizer.name == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise ConfigError("optimizer.name=adamw8bit: no bitsandbytes here; pip install bitsandbytes, or use adamw")
     check_quantiser(config.backbone.model_dump()["quantise"])
-    read_index(config.backbone.name)
+    _, index = read_index(config.backbone.name)
+    check_switches(index["_class_name"], config.backbone.attention, config.backbone.cuda_graph)
 
 
 def reward_specs(config: RunConfig) -> list[ScorerConfig]:

@@ -25,7 +25,7 @@ import numpy as np
 import yaml
 
 from flowbp import log
-from flowbp.config import RunConfig, changed, dump
+from flowbp.config import ConfigError, RunConfig, changed, dump
 from flowbp.config.loading import CONFIG, SEAL, read, sealed
 from flowbp.given import cut, digest_files, digest_text, inside
 from flowbp.runtime import files
@@ -79,6 +79,12 @@ class RunFolder:
             cause = "was trained by flowbp 0.1, whose noise levels were not the published ones, and cannot go on"
             way_out = f"its weights still evaluate (flowbp eval {shlex.quote(str(path))})"
             raise ValueError(f"{path} {cause}; {way_out}: to train afresh, choose another output=")
+        try:
+            old = RunConfig.model_validate(old).model_dump(
+                mode="json"
+            )  # keys that are newer than the run: as by default
+        except (ConfigError, ValueError):
+            pass
         found = changed({**old, "output": new["output"]}, new)  # the folder may have moved
         if found.keys() - {"steps"} or new["steps"] < old.get("steps", 0):
             changes = ", ".join(f"{key} from {cut(was)} to {cut(now)}" for key, (was, now) in found.items())

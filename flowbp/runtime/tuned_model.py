@@ -1,6 +1,7 @@
 """The model of a run: a backbone on its device, what is trained of it, its float32 copies and its average."""
 
 import copy
+import gc
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -138,6 +139,7 @@ def frozen_backbone(
     texts: all prompts that will be drawn, to embed as `config.data.embeddings` says. None leaves the text encoders in
     place.
     """
+    gc.collect()  # blocks whose forward was replaced refer to themselves: the last model's weights would stay
     backbone = load_backbone(**config.backbone.model_dump())
     try_attention(config.backbone.attention, device, backbone.denoiser.dtype, gradient=False)
     if weights is not None:

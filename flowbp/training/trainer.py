@@ -47,6 +47,7 @@ class Trainer:
         self.model = TunedModel(config, accelerator, self.texts(accelerator.num_processes), backbone)
         device = str(accelerator.device)
         self.rewards = WeightedRewards({name: spec.term(device, reward) for name, spec in config.reward.items()})
+        self.rewards.warn_of_mixtures()
         self.evaluator = Evaluator(config, self.rewards.rewards, device) if config.evaluation is not None else None
         # What scores the training images and is never trained on.
         self.monitors = self.evaluator.monitors if self.evaluator is not None else {}

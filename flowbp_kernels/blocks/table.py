@@ -64,9 +64,9 @@ def _check_forward(name: str, module: nn.Module, kind: type) -> None:
     if "flowbp_fused" in module.__dict__:
         raise ValueError("the ops have been applied to this transformer already: call undo() of their handle first")
     if "forward" in module.__dict__:
-        raise ValueError(
-            f"the forward of {name}, a {kind.__name__}, was replaced by {module.forward}: apply the ops before that"
-        )
+        other = getattr(module.forward, "func", module.forward)
+        by = getattr(other, "__qualname__", type(other).__name__)
+        raise ValueError(f"the forward of {name} ({kind.__name__}) was replaced by {by}: apply the ops before that")
 
 
 def _of_attention(name: str, module: nn.Module, kind: type) -> Callable:

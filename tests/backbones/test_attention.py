@@ -112,6 +112,18 @@ def test_native_is_pytorchs_choice_whatever_diffusers_default_is(monkeypatch, se
     assert seen and all(len(kernels) > 1 for kernels in seen)
 
 
+@pytest.mark.parametrize("kernels", ["off", "auto"])
+def test_a_later_choice_takes_the_place_of_an_earlier_one(kernels, seen):
+    backbone = load_backbone("shapes", max_sequence_length=1)
+    handle = apply(backbone.denoiser) if kernels == "auto" else None
+    own = [module.__dict__.get("forward") for module in backbone.denoiser.modules()]
+    for name in ("_native_math", "_native_efficient", "native"):
+        set_attention(backbone.denoiser, name)
+    assert [module.__dict__.get("forward") for module in backbone.denoiser.modules()] == own
+    if handle is not None:
+        handle.undo()
+
+
 def test_a_deep_copy_attends_with_its_own_weights(on_9_0):
     backbone = build(SD3, "auto")
     expected, own = pass_of(backbone), backbone.pipe.transformer

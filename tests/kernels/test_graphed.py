@@ -71,6 +71,30 @@ def test_there_is_one_graph_for_each_kind_of_arguments(graphed_forward, network)
 
 
 @torch.no_grad()
+def test_a_deep_copy_has_graphs_of_its_own(network):
+    graphed_forward = GraphedForward(network.forward, Recorder(), "cpu")
+    x = draw(2, 4)
+    before = graphed_forward(x)
+    copied = copy.deepcopy(graphed_forward)
+    for parameter in copied.__wrapped__.__self__.parameters():
+        parameter.mul_(2)
+    assert torch.equal(copied(x), copied.__wrapped__(x)) and not torch.equal(copied(x), before)
+    assert torch.equal(graphed_forward(x), before)
+
+
+@torch.no_grad()
+def test_an_argument_that_no_graph_is_known_by_is_refused(graphed_forward):
+    with pytest.raises(ValueError, match="forward was given a object: a CUDA graph is known by"):
+        graphed_forward(*arguments(0), object())
+
+
+def test_what_inference_mode_recorded_is_not_written_outside_of_it(graphed_forward):
+    for mode in (torch.inference_mode(), torch.no_grad()):
+        with mode:
+            assert torch.equal(graphed_forward(*arguments(1)), graphed_forward.__wrapped__(*arguments(1)))
+
+
+@torch.no_grad()
 def test_weights_that_change_in_place_are_seen(graphed_forward, network):
     first = graphed_forward(*arguments(0))
     network[0].weight.copy_(2 * network[0].weight)
@@ -83,7 +107,7 @@ def test_the_function_itself_runs_with_gradient_under_autocast_and_on_other_devi
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         graphed_forward(*arguments(0))
     assert graphed_forward._capture.pools == []
-    with torch.no_grad(), pytest.warns(UserWarning, match="no CUDA device, so that .*forward runs without a CUDA"):
+    with torch.no_grad():
         on_cuda = GraphedForward(graphed_forward.__wrapped__, Recorder())
         assert torch.equal(on_cuda(*arguments(0)), graphed_forward(*arguments(0)))
     assert on_cuda._capture.pools == []

@@ -98,11 +98,13 @@ def test_a_relative_reward_is_the_difference_of_two_wordings():
         "positive: photo, negative: ''",
         "positive: '{prompt}', negative: '{prompt}'",
         "positive: '{prompt}', negative: '', scale: -1",
+        "positive: '{prompt}'",
+        "",
     ],
-    ids=["no prompt", "twice the same", "scale"],
+    ids=["no prompt", "twice the same", "scale", "no negative", "nothing"],
 )
 def test_a_relative_reward_that_compares_nothing_is_refused(settings):
-    with pytest.raises(ConfigError, match="relative needs"):
+    with pytest.raises(ConfigError, match="[Rr]elative needs"):
         load("demo", [f"reward.relative={{{settings}}}"])
 
 
@@ -127,10 +129,10 @@ def test_the_logged_shares_are_those_of_each_rewards_own_gradient(rows):
 
 def test_rewards_of_which_some_are_normalised_are_told_apart(caplog):
     scaled = Term(bright, scale=RunningScale())
-    WeightedRewards({"a": scaled, "b": Term(contrast, scale=RunningScale())})
-    WeightedRewards({"a": scaled})
+    WeightedRewards({"a": scaled, "b": Term(contrast, scale=RunningScale())}).warn_of_mixtures()
+    WeightedRewards({"a": scaled}).warn_of_mixtures()
     assert not caplog.messages
-    WeightedRewards({"a": scaled, "b": Term(contrast)})
+    WeightedRewards({"a": scaled, "b": Term(contrast)}).warn_of_mixtures()
     assert "normalise is true of a alone" in caplog.text
 
 
