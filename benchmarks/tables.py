@@ -19,6 +19,7 @@ import full_size
 import kernel_tables
 import recipes
 import strengths
+import tuned_methods
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -91,6 +92,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "shares": of("step_traffic.json", kernel_tables.shares),
     "strengths": of("strengths.json", lambda found: strengths.table(found["rows"])),
     "times": lambda: kernel_tables.table(sorted((ROOT / "benchmarks/results").glob("*.json"))),
+    "tuning": of("methods/tuning.json", lambda found: tuned_methods.trials(found["runs"], found["chosen"])),
     "traffic": of("step_traffic.json", kernel_tables.traffic),
 }
 
