@@ -53,7 +53,7 @@ def evaluated(trainer, backbone):
     """Scores by metric, and pictures, of three samples that `backbone` draws."""
     config = trainer.config
     named, samples = trainer.evaluator.load(), trainer.evaluator.samples
-    score = partial(evaluation.score_chunk, backbone, samples, config.rollout, config.guidance, named)
+    score = partial(evaluation.score_chunk, backbone, samples, config, named)
     found = evaluation.evaluate(samples, score, lambda done: None)
     return {name: column.tolist() for name, column in found.values.items()} | {"pictures": found.images.tolist()}
 

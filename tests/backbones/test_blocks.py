@@ -559,7 +559,7 @@ REFUSALS = {
     "IP-adapter": (with_ip_adapter, "transformer_blocks.0.attn has the attention processor FluxIPAdapterAttnProcessor"),
     "forward": (with_own_forward, "norm_out, a OwnForward, has another forward than AdaLayerNormContinuous"),
     "block": (with_own_block, "transformer_blocks.1 is a OwnBlock, which is no block that is known; known are Joint"),
-    "patched": (with_patched_forward, "the forward of transformer_blocks.0, a FluxTransformerBlock, was replaced by"),
+    "patched": (with_patched_forward, r"transformer_blocks.0 \(FluxTransformerBlock\) was replaced by FluxTransf"),
     "twice": (flowbp_kernels.apply, "applied to this transformer already: call undo"),
 }
 
