@@ -4,8 +4,9 @@ import torch
 
 
 class Recorder:
-    """A capture on the CPU. As a graph, it computes nothing until it is replayed, always reads the memory that it was
-    recorded with, and always writes the same.
+    """A capture on the CPU. As a graph, it computes nothing until it is replayed, reads the arguments from the memory
+    that it was recorded with, and writes its result into the same. A graph would not see weights that were replaced
+    rather than changed in place; this stand-in does.
     """
 
     def __init__(self):
