@@ -167,9 +167,7 @@ def export(
     run: Annotated[Path, Argument(help="folder of a finished LoRA run")],
     out: Annotated[Path, Argument(help="file to write, such as my-lora.safetensors")],
 ) -> None:
-    """Write a run's LoRA as one file for ComfyUI, with alpha / rank in the weights. (A run's own file is for
-    diffusers.)
-    """
+    """Write a run's LoRA as one file for ComfyUI, alpha / rank in the weights. (A run's own file is for diffusers.)"""
     check_target("the file", out, ".safetensors")
     weight_files(run)
     from flowbp.runtime.weights import export_comfyui
@@ -188,9 +186,7 @@ def evaluate(
     strength: Annotated[str, Option(help="of the tuned weights, one or several: 0.25,0.5,1")] = "1",
     processes: Processes = 1,
 ) -> None:
-    """Score the base and tuned models on the same prompts and seeds: means, intervals, paired tests, and a page. A
-    killed run goes on.
-    """
+    """Score base and tuned models on the same prompts and seeds: intervals, paired tests, a page. Goes on if killed."""
     run, of_a_run = load(config, overrides or ()), Path(config, run_folder.CONFIG).is_file()
     run_folder.check_whole(Path(config))
     for spec in weights or ():
@@ -255,9 +251,7 @@ def sweep(
     processes: Annotated[int, Option(min=1, help="runs at a time, of one thread each; several GPUs take turns")] = 1,
     out: Annotated[Path, Option(help="folder of the runs, sweep.html and sweep.json")] = Path("runs/sweep"),
 ) -> None:
-    """Train every combination of key=a,b,c from the seeds of seeds=0..7, and compare settings over training runs. A
-    killed sweep goes on.
-    """
+    """Train each combination of key=a,b,c from seeds=0..7; compare settings over training runs. Goes on if killed."""
     runs = sweeps.planned(config, overrides or (), out)
     for run in {run.setting: run for run in runs}.values():
         check_inputs(run.config, train=True)
