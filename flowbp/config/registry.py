@@ -45,9 +45,7 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
     missing = dataclasses.MISSING
     needed = [field.name for field in fields.values() if field.default is missing and field.default_factory is missing]
     if absent := [name for name in needed if name not in arguments]:
-        raise ConfigError(
-            f"{cls.__name__} needs {' and '.join(absent)} too: it has {', '.join(arguments) or 'nothing'}"
-        )
+        raise ConfigError(f"{cls.__name__} needs {' and '.join(absent)} too: it has {', '.join(arguments) or 'none'}")
     return cls(**arguments)
 
 

@@ -164,6 +164,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, Any]:
         logged={run.name: run.rows for run in runs},
         environments={run.name: run.made_with for run in runs},
         trained=[name for run in runs for name in run.config.reward],
+        shares=[f"{name}_share" for run in runs for name in run.config.reward],
         results=results,
         images={name: pages.as_data_uri(pages.read_png(png)) for name, png in grids.items() if png.is_file()},
     )

@@ -79,12 +79,8 @@ class RunFolder:
             cause = "was trained by flowbp 0.1, whose noise levels were not the published ones, and cannot go on"
             way_out = f"its weights still evaluate (flowbp eval {shlex.quote(str(path))})"
             raise ValueError(f"{path} {cause}; {way_out}: to train afresh, choose another output=")
-        try:
-            old = RunConfig.model_validate(old).model_dump(
-                mode="json"
-            )  # keys that are newer than the run: as by default
-        except (ConfigError, ValueError):
-            pass
+        with suppress(ConfigError, ValueError):  # a key that is newer than the run has its default
+            old = RunConfig.model_validate(old).model_dump(mode="json")
         found = changed({**old, "output": new["output"]}, new)  # the folder may have moved
         if found.keys() - {"steps"} or new["steps"] < old.get("steps", 0):
             changes = ", ".join(f"{key} from {cut(was)} to {cut(now)}" for key, (was, now) in found.items())
