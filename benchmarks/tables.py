@@ -92,6 +92,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "shares": of("step_traffic.json", kernel_tables.shares),
     "strengths": of("strengths.json", lambda found: strengths.table(found["rows"])),
     "times": lambda: kernel_tables.table(sorted((ROOT / "benchmarks/results").glob("*.json"))),
+    "tuned": of("methods/tuned.json", tuned_methods.table),
     "tuning": of("methods/tuning.json", lambda found: tuned_methods.trials(found["runs"], found["chosen"])),
     "traffic": of("step_traffic.json", kernel_tables.traffic),
 }

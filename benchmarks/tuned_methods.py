@@ -27,6 +27,8 @@ from pathlib import Path
 import torch
 from few_steps import METRICS, collect, summary, told, trained
 
+from flowbp.evaluation.statistics import mean_of_runs
+
 METHODS = ("refl", "draft-lv", "drtune", "leapalign", "flowbp-sparse", "flowbp-bridge", "flowbp-lagrange")
 TRIALS = {
     "7e-4": ["optimizer.lr=7e-4"],
@@ -110,14 +112,19 @@ def trials(runs: list[dict], chosen: dict[str, str | None]) -> str:
 
 
 def table(found: dict) -> str:
-    """Markdown: the changes of each method over its seeds, and the checker's difference from REFERENCE."""
-    head = ["", "trial", "runs", "calls", "CPU s", *METRICS, f"checker less {REFERENCE}'s"]
+    """Markdown: the changes of each point over its seeds, the checker's at equal calls, and its difference from
+    REFERENCE at equal steps.
+    """
+    head = ["", "trial", "runs", "calls", "CPU s", *METRICS, "checker at equal calls", f"checker less {REFERENCE}'s"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in found["rows"]:
         runs = [run for run in found["runs"] if run["setting"] == row["setting"]]
         calls = sum(run["calls"] + run["replays"] for run in runs) / len(runs)
         cells = [row["setting"], found["chosen"][row["setting"]], str(len(runs)), f"{calls:.1f}"]
         cells += [f"{row['seconds']:.2f}".lstrip("0"), *(told(row["change"][metric]) for metric in METRICS)]
+        # A run of fewer calls than that in all counts at its end.
+        early = [run.get("early", run["after"])["checker"] - run["before"]["checker"] for run in runs]
+        cells.append(told(mean_of_runs(early)))
         cells.append(told(row["difference"]["checker"]) if row["difference"] else "")
         lines.append(" | ".join(["", *cells, ""]).strip())
     return "\n".join(lines)
