@@ -106,10 +106,8 @@ class WeightedRewards:
         """Say where some of several rewards are rescaled and others are not."""
         scaled = [name for name, term in self.terms.items() if term.scale is not None]
         if 0 < len(scaled) < len(self.terms):
-            drowned = (
-                "divided by its deviation, a loss may drown the others; set it for all, or watch the logged shares"
-            )
-            log.warning("normalise is true of %s alone: %s", ", ".join(scaled), drowned)
+            why = "divided by its deviation, a loss may drown the others; set it for all, or watch the shares"
+            log.warning("normalise is true of %s alone: %s", ", ".join(scaled), why)
 
     @property
     def rewards(self) -> dict[str, Reward]:

@@ -132,7 +132,7 @@ BFLOAT16 = {  # whose gradients depend on the number of processes: a run resumes
 }
 
 # of runs that are about something else than the gradient of their step
-SHORT = ("rollout.num_steps=2", "method={name: refl, last_n: 1}", "data.accumulate=1")
+SHORT = ("rollout.num_steps=2", "method={name: refl, last_n: 1}")
 
 RESUMED = (*BFLOAT16, "bridge, guided", "sharded bridge")
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 
 from flowbp_kernels.live_bytes import LiveBytes
 from flowbp_kernels.meta_results import MetaResults
@@ -20,11 +20,11 @@ def form(tensor):
 def doubled():
     """A new operation, and the list of the shapes on which it has run."""
     runs = []
-    with torch.library._scoped_library("meta_results_tests", "FRAGMENT") as library:
-        library.define("doubled(Tensor x, Scalar by=2) -> Tensor")
-        library.impl("doubled", lambda x, by=2: runs.append(x.shape) or x * by, "Meta")
-        library.define("half(Tensor x) -> Tensor")
-        library.impl("half", lambda x: torch.cat([x, x])[: len(x)], "Meta")
+    with library._scoped_library("meta_results_tests", "FRAGMENT") as new:
+        new.define("doubled(Tensor x, Scalar by=2) -> Tensor")
+        new.impl("doubled", lambda x, by=2: runs.append(x.shape) or x * by, "Meta")
+        new.define("half(Tensor x) -> Tensor")
+        new.impl("half", lambda x: torch.cat([x, x])[: len(x)], "Meta")
         yield torch.ops.meta_results_tests.doubled, runs
 
 
